@@ -1,0 +1,121 @@
+"""The best and the last checkpoint of a run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any, cast
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from gdtrain.module import SupervisedModule
+from gdtrain.stopping import StopReason
+
+__all__ = ["BestAndLast"]
+
+
+class BestAndLast(Checkpoint):
+    """Keeps `best.ckpt`, of the lowest validation loss, and `last.ckpt`.
+
+    A file is written beside its place and then put there in one move, so that a run that dies, or a
+    full disk, leaves the checkpoint before. Nothing is saved after a loss was not finite.
+
+    State in checkpoints: the best value.
+
+    Args:
+        directory: Where to; made when the first is saved.
+        monitor: Metric that the best has lowest.
+        seconds_between: `last.ckpt` is renewed at the end of an epoch if it is older, range
+            [0, ∞); and at the end of the run. The best likewise is saved at most so often before
+            the end of the run's first save of it.
+
+    Raises:
+        ValueError: `seconds_between` is negative.
+
+    Example:
+        >>> callback = BestAndLast("checkpoints")
+        >>> callback.last_path.name
+        'last.ckpt'
+    """
+
+    def __init__(
+        self, directory: str | Path, monitor: str = "loss/val", seconds_between: float = 30.0
+    ) -> None:
+        if not seconds_between >= 0:
+            raise ValueError(f"seconds_between must be >= 0. Received: {seconds_between}.")
+        self.directory = Path(directory)
+        self.monitor = monitor
+        self.seconds_between = seconds_between
+        self.best_value = float("inf")
+        self._last_saved = time.monotonic()
+        self._last_update = -1
+
+    @property
+    def best_path(self) -> Path:
+        """Of the best checkpoint."""
+        return self.directory / "best.ckpt"
+
+    @property
+    def last_path(self) -> Path:
+        """Of the last checkpoint."""
+        return self.directory / "last.ckpt"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._last_saved = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the best if it is better, the last if it is old."""
+        if _spoilt(pl_module):
+            return
+        value = trainer.callback_metrics.get(self.monitor)
+        if value is not None and float(value) < self.best_value:
+            self.best_value = float(value)
+            self._save(trainer, self.best_path)
+        if time.monotonic() - self._last_saved > self.seconds_between:
+            self._save_last(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Save the last if it is old: epochs of one-example descent can be long."""
+        old = time.monotonic() - self._last_saved > max(self.seconds_between, 1.0)
+        if old and not _spoilt(pl_module):
+            self._save_last(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last."""
+        if not _spoilt(pl_module) and self._last_update != trainer.global_step:
+            self._save_last(trainer, pl_module)
+
+    def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer, self.last_path)
+        self._last_saved = time.monotonic()
+        self._last_update = trainer.global_step
+
+    def _save(self, trainer: Trainer, path: Path) -> None:
+        new = path.with_name(f".{path.name}.new")
+        trainer.save_checkpoint(new)  # makes the folder
+        if trainer.is_global_zero:
+            os.replace(new, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value."""
+        return {"best_value": self.best_value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`; a new folder has no best yet, so the next one is saved."""
+        if self.best_path.exists():
+            self.best_value = state_dict["best_value"]
+
+
+def _spoilt(module: LightningModule) -> bool:
+    stop = cast(SupervisedModule, module).stop
+    return stop is not None and stop.reason is StopReason.NON_FINITE

@@ -1,0 +1,214 @@
+"""Loss curves: by update and by example, in TensorBoard, in metrics.csv and in memory."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
+
+from gdtrain.module import SupervisedModule
+
+__all__ = ["History", "LossCurves"]
+
+_LAYOUT = {
+    "loss": {
+        "training and validation": ["Multiline", ["loss/train", "loss/val"]],
+        "by examples seen": ["Multiline", ["by_sample/loss/train", "by_sample/loss/val"]],
+    },
+    "rate": {"step size": ["Multiline", ["lr"]]},
+}
+
+
+@dataclass
+class History:
+    """A run in numbers: columns by name, one row for each logged point.
+
+    Args:
+        train: "update", "examples", "seconds", "loss" (mean since the row before) and "lr".
+        val: "update", "examples", "seconds", and each validation metric by its tag.
+
+    Example:
+        >>> History().array("train", "loss")
+        array([], dtype=float64)
+    """
+
+    train: dict[str, list[float]] = field(default_factory=dict)
+    val: dict[str, list[float]] = field(default_factory=dict)
+
+    def array(self, part: str, column: str) -> NDArray[np.float64]:
+        """One column.
+
+        Args:
+            part: "train" or "val".
+            column: Its name.
+        """
+        return np.asarray(getattr(self, part).get(column, []), dtype=np.float64)
+
+    def append(self, part: str, row: dict[str, float]) -> None:
+        """Add a row.
+
+        Args:
+            part: "train" or "val".
+            row: Values by column.
+        """
+        for column, value in row.items():
+            getattr(self, part).setdefault(column, []).append(value)
+
+
+class LossCurves(Callback):
+    """Writes the curves of a `SupervisedModule` to the trainer's loggers.
+
+    Tags: `loss/train` (mean over the updates since the last point), `lr`, `loss/val`,
+    `metric/<name>/val`, with the number of updates made as step; the losses again under
+    `by_sample/…` with the number of examples seen as step, so that variants with different batch
+    sizes lie over each other. Loggers other than TensorBoard get examples, epoch and seconds as
+    columns instead.
+
+    State in checkpoints: the unfinished point, the seconds so far, and the history.
+
+    Args:
+        points: About how many points the training curves get, range [1, ∞).
+
+    Raises:
+        ValueError: `points` is out of range.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> trainer = Trainer(callbacks=[LossCurves(points=100)], logger=False,
+        ...     enable_checkpointing=False, accelerator="cpu")
+    """
+
+    def __init__(self, points: int = 1000) -> None:
+        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
+            raise ValueError(f"points must be a whole number of at least 1. Received: {points!r}.")
+        self.points = points
+        self.history = History()
+        self._sum, self._count = 0.0, 0
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since training started, over all sessions of a resumed run."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def every(self, module: SupervisedModule) -> int:
+        """Updates per point.
+
+        Args:
+            module: Knows the planned updates.
+        """
+        if module.total_updates is None:
+            return max(1, module.updates_per_epoch // 10)
+        return max(1, math.ceil(module.total_updates / self.points))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; lay out TensorBoard's custom scalars."""
+        self._started = time.perf_counter()
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_custom_scalars(_LAYOUT)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Cut the losses of the sweep into points."""
+        module = cast(SupervisedModule, pl_module)
+        losses = outputs["losses"].detach().cpu().double().numpy()
+        first, per_update = outputs["first"], outputs["examples"]
+        last = first + len(losses)
+        every = self.every(module)
+        done = first
+        while done < last:
+            point = min((done // every + 1) * every, last)
+            self._sum += float(losses[done - first : point - first].sum())
+            self._count += point - done
+            done = point
+            if done % every == 0 or done == module.total_updates:
+                self._write_point(trainer, module, done, (last - done) * per_update)
+
+    def _write_point(
+        self, trainer: Trainer, module: SupervisedModule, update: int, unseen: int
+    ) -> None:
+        rate = float(module.rate_factors(update - 1, 1)) * _peak(trainer)
+        examples = module.examples_seen - unseen
+        loss = self._sum / self._count
+        self._sum, self._count = 0.0, 0
+        row = {
+            "update": update,
+            "examples": examples,
+            "seconds": self.seconds,
+            "loss": loss,
+            "lr": rate,
+        }
+        self.history.append("train", row)
+        self._log(trainer, module, {"loss/train": loss, "lr": rate}, update, examples)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the validation metrics."""
+        if trainer.sanity_checking or not trainer.training and trainer.state.fn != "fit":
+            return
+        module = cast(SupervisedModule, pl_module)
+        values = {
+            tag: float(value)
+            for tag, value in trainer.callback_metrics.items()
+            if tag.endswith("/val")
+        }
+        row = {"update": module.updates, "examples": module.examples_seen, "seconds": self.seconds}
+        self.history.append("val", {**row, **values})
+        self._log(trainer, module, values, module.updates, module.examples_seen)
+
+    def _log(
+        self,
+        trainer: Trainer,
+        module: SupervisedModule,
+        values: dict[str, float],
+        update: int,
+        examples: int,
+    ) -> None:
+        by_sample = {
+            f"by_sample/{tag}": value for tag, value in values.items() if tag.startswith("loss/")
+        }
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.log_metrics(values, step=update)
+                logger.log_metrics(by_sample, step=examples)
+            else:
+                place = {
+                    "examples": examples,
+                    "epoch": update / module.updates_per_epoch,
+                    "seconds": round(self.seconds, 4),
+                }
+                logger.log_metrics({**place, **values}, step=update)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers only."""
+        return {
+            "sum": self._sum,
+            "count": self._count,
+            "seconds": self.seconds,
+            "train": {k: list(v) for k, v in self.history.train.items()},
+            "val": {k: list(v) for k, v in self.history.val.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._sum, self._count = state_dict["sum"], state_dict["count"]
+        self._seconds_before = state_dict["seconds"]
+        self.history = History(state_dict["train"], state_dict["val"])
+
+
+def _peak(trainer: Trainer) -> float:
+    group = trainer.optimizers[0].param_groups[0]
+    return float(group.get("initial_lr", group["lr"]))

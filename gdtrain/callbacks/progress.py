@@ -1,0 +1,109 @@
+"""One line that tells how a run is doing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+from lightning import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from gdtrain.module import SupervisedModule
+
+__all__ = ["ProgressLine"]
+
+
+class ProgressLine(Callback):
+    """A Rich progress bar over updates: epoch, updates/s, loss and η. Only on a terminal.
+
+    No state.
+
+    Args:
+        seconds_between: Time between two looks at the numbers, range (0, ∞).
+
+    Raises:
+        ValueError: `seconds_between` is out of range.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> trainer = Trainer(callbacks=[ProgressLine()], logger=False, accelerator="cpu",
+        ...     enable_checkpointing=False, enable_progress_bar=False)
+    """
+
+    def __init__(self, seconds_between: float = 0.2) -> None:
+        if not seconds_between > 0:
+            raise ValueError(f"seconds_between must be > 0. Received: {seconds_between}.")
+        self.seconds_between = seconds_between
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._looked, self._updates = 0.0, 0
+        self._loss = float("nan")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the bar."""
+        console = Console(stderr=True)
+        if not console.is_terminal or not trainer.is_global_zero:
+            return
+        module = cast(SupervisedModule, pl_module)
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            TextColumn("{task.completed:,.0f} updates"),
+            TextColumn("{task.fields[speed]:,.0f}/s"),
+            TextColumn("loss {task.fields[loss]:.4g}"),
+            TextColumn("η {task.fields[rate]:.3g}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=5,
+        )
+        self._task = self._progress.add_task(
+            "", total=module.total_updates, completed=module.updates, **self._fields(module, 0.0)
+        )
+        self._looked, self._updates = time.monotonic(), module.updates
+        self._progress.start()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Renew the numbers, if they are old."""
+        elapsed = time.monotonic() - self._looked
+        if self._progress is None or elapsed < self.seconds_between:
+            return
+        module = cast(SupervisedModule, pl_module)
+        speed = (module.updates - self._updates) / elapsed
+        self._loss = float(outputs["losses"].mean())
+        self._progress.update(
+            self._task, completed=module.updates, **self._fields(module, speed)
+        )
+        self._looked, self._updates = time.monotonic(), module.updates
+
+    def _fields(self, module: SupervisedModule, speed: float) -> dict[str, Any]:
+        groups = module.trainer.optimizers[0].param_groups
+        return {
+            "epoch": module.updates // module.updates_per_epoch,
+            "speed": speed,
+            "loss": self._loss,
+            "rate": float(groups[0]["lr"]),
+        }
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the bar away."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Take the bar away."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

@@ -1,0 +1,271 @@
+"""The command line: `gdtrain`, `gdtrain-evaluate`, `gdtrain-predict`, and the scripts.
+
+Exit codes: 0, all went well; 2, the command was wrong, and nothing was trained; 3, the loss became
+infinite or not a number; 130, interrupted. A sweep of several runs ends with the highest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gdtrain.configuration import ConfigurationError, check, closest, conf_directory
+
+if TYPE_CHECKING:
+    from gdtrain.training import Result
+
+__all__ = ["evaluate_main", "predict_main", "train_main"]
+
+_EXIT_CODES = {"NON_FINITE": 3, "INTERRUPTED": 130}
+
+
+def train_main() -> None:
+    """Train from the command line; ends the process with its exit code.
+
+    Example:
+        >>> sys.argv = ["gdtrain", "optimizer=sdg"]
+        >>> train_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    arguments = get_args_parser().parse_args()
+    runs = not (arguments.help or arguments.hydra_help or arguments.cfg or arguments.info)
+    try:
+        if arguments.config_name or arguments.config_path:
+            raise ConfigurationError(
+                "--config-name and --config-path would replace gdtrain's own configuration. Put "
+                "files of yours into a folder beside it: --config-dir=FOLDER."
+            )
+        # Everything that can be told without torch is told before it is imported.
+        for overrides in _jobs(arguments):
+            config = _compose(overrides, arguments.config_dir)
+            if runs and not arguments.multirun:
+                check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    except (ConfigurationError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(error))
+
+    codes: list[int] = []
+    several = bool(arguments.multirun)
+
+    @hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="train")
+    def job(config: DictConfig) -> None:
+        codes.append(_run(config, several))
+
+    job()
+    sys.exit(max(codes, default=0))
+
+
+def _run(config: DictConfig, several: bool) -> int:
+    """One run; its exit code. A wrong one does not end the others of a sweep."""
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        from gdtrain.experiment import train
+
+        result = train(config, directory)
+    except ConfigurationError as error:
+        from gdtrain.experiment import discard_empty
+
+        discard_empty(directory)
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        overrides = HydraConfig.get().overrides.task
+        return _complain(error, f" in {' '.join(overrides)}" if several else "")
+    _show(result)
+    return _EXIT_CODES.get(result.stop.reason.value, 0)
+
+
+def _jobs(arguments: Any) -> list[list[str]]:
+    """The overrides of each run."""
+    if not arguments.multirun:
+        return [arguments.overrides]
+    parsed = OverridesParser.create().parse_overrides(arguments.overrides)
+    if any(o.get_key_element() == "hydra/sweeper" for o in parsed):
+        return []  # another sweeper reads the overrides in its own way
+    batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
+    return [list(overrides) for batch in batches for overrides in batch]
+
+
+def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
+    extra = []
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigurationError(f"--config-dir: there is no folder {config_dir}")
+        extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        return compose("train", [*overrides, *extra])
+
+
+# ---------------------------------------------------------------------- what the user reads
+
+
+def _complain(error: BaseException, where: str = "") -> int:
+    print(f"error{where}: {_explain(error)}", file=sys.stderr)
+    return 2
+
+
+def _explain(error: BaseException) -> str:
+    """Hydra's message, said for a user: what was wrong, and what there is."""
+    text = str(error).strip()
+    if isinstance(error, ConfigurationError):
+        return text
+    group = re.search(r"Could not find '([^']+)'", text)
+    if group:
+        choice, _, options = group.group(1), None, re.findall(r"^\t(\S+)", text, re.MULTILINE)
+        name, _, value = choice.rpartition("/")
+        hint = closest(value, options)
+        return f"There is no {name}={value}.{hint} There are: {', '.join(sorted(options))}."
+    key = re.search(r"Could not override '([^']+)'", text)
+    if key:
+        name = key.group(1).split("@")[0]
+        return f"Unknown key {name}.{closest(name, _known_keys())} `--cfg job` shows all keys."
+    syntax = re.search(r"Error parsing override '([^']*)'\s*(.*)", text, re.DOTALL)
+    if syntax:
+        return (
+            f"{syntax.group(1)!r} is not of the form key=value: "
+            f"{syntax.group(2).strip().splitlines()[0]}"
+        )
+    cause = error.__cause__ or error.__context__
+    detail = text.splitlines()[0] if text else type(error).__name__
+    if cause is not None and str(cause).strip() and str(cause).strip().splitlines()[0] not in detail:
+        detail += f" ({str(cause).strip().splitlines()[0]})"
+    return detail
+
+
+def _known_keys() -> list[str]:
+    keys: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        for name, value in node.items():
+            keys.append(f"{prefix}{name}")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{name}.")
+
+    walk(OmegaConf.to_container(_compose([], None), resolve=False), "")
+    return [*keys, "experiment"]
+
+
+def _show(result: Result) -> None:
+    """A short table at the end of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    summary, metrics = result.summary, result.metrics
+    table = Table(title=f"{summary['variant']}: {summary['stop_reason']}", title_justify="left")
+    parts = [part for part in ("train", "val", "test") if f"loss/{part}" in metrics]
+    table.add_column("")
+    for part in parts:
+        table.add_column(part, justify="right")
+    names = ["loss"] + sorted({t.split("/")[1] for t in metrics if t.startswith("metric/")})
+    for name in names:
+        tags = [f"loss/{p}" if name == "loss" else f"metric/{name}/{p}" for p in parts]
+        values = [metrics.get(tag) for tag in tags]
+        table.add_row(name, *("–" if v is None else f"{v:.4g}" for v in values))
+    console = Console()
+    console.print(table)
+    seconds = max(summary["fit_seconds"], 1e-9)
+    console.print(
+        f"{summary['updates']:,} updates in {seconds:.1f} s ({summary['updates'] / seconds:,.0f}/s), "
+        f"{summary['examples_seen']:,} examples seen. {result.stop.message}",
+        highlight=False,
+    )
+    if result.directory is not None:
+        shown = os.path.relpath(result.directory)
+        shown = str(result.directory) if shown.startswith("..") else shown
+        console.print(f"Run: {shown}", highlight=False, soft_wrap=True)
+        root = shown.split(os.sep)[0] or shown
+        console.print(f"Curves: tensorboard --logdir {root}", highlight=False, soft_wrap=True)
+
+
+# ---------------------------------------------------------------------- evaluate and predict
+
+
+def _key_values(usage: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
+    """`key=value` words of the command line; prefixes like `data.` end in a dot."""
+    words = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in words):
+        print(usage)
+        sys.exit(0)
+    found: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        known = key in (*required, *optional) or any(
+            k.endswith(".") and key.startswith(k) for k in optional
+        )
+        if not equals or not known:
+            names = [*required, *(k for k in optional if not k.endswith("."))]
+            raise ConfigurationError(f"Unknown argument {word}.{closest(key, names)}\n{usage}")
+        found[key] = value
+    missing = [key for key in required if key not in found]
+    if missing:
+        raise ConfigurationError(f"{missing[0]}=… is missing.\n{usage}")
+    return found
+
+
+def _trust(found: dict[str, str]) -> tuple[str, ...]:
+    return tuple(name for name in found.get("trust", "").split(",") if name)
+
+
+def evaluate_main() -> None:
+    """Print the test metrics of a checkpoint; ends the process with its exit code.
+
+    Example:
+        >>> sys.argv = ["gdtrain-evaluate", "ckpt_path=missing.ckpt"]
+        >>> evaluate_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    usage = "usage: evaluate.py ckpt_path=CHECKPOINT [data.KEY=VALUE …] [trust=PACKAGE]"
+    try:
+        found = _key_values(usage, ("ckpt_path",), ("data.", "trust"))
+        from gdtrain.experiment import evaluate
+
+        dots = [f"{k[5:]}={v}" for k, v in found.items() if k.startswith("data.")]
+        overrides = OmegaConf.to_container(OmegaConf.from_dotlist(dots))
+        metrics = evaluate(found["ckpt_path"], overrides, _trust(found))  # type: ignore[arg-type]
+    except (ValueError, OSError, TypeError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(_innermost(error)))
+    for tag, value in metrics.items():
+        print(f"{tag} {value:.6g}")
+
+
+def predict_main() -> None:
+    """Write predictions for a file of examples; ends the process with its exit code.
+
+    Example:
+        >>> sys.argv = ["gdtrain-predict", "ckpt_path=missing.ckpt"]
+        >>> predict_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    usage = "usage: predict.py ckpt_path=CHECKPOINT input=FILE.csv|FILE.npy output=FILE.csv [trust=PACKAGE]"
+    try:
+        found = _key_values(usage, ("ckpt_path", "input", "output"), ("trust",))
+        from gdtrain.experiment import predict_file
+
+        count = predict_file(found["ckpt_path"], found["input"], found["output"], _trust(found))
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(_innermost(error)))
+    print(f"{count} predictions in {found['output']}")
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, HydraException) and error.__cause__ is not None:
+        error = error.__cause__
+    return error

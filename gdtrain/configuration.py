@@ -1,0 +1,185 @@
+"""Where the configs are, and what must hold in one. Imports no torch: a typo is told at once."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["ConfigurationError", "check", "closest", "conf_directory", "read_defaults"]
+
+
+class ConfigurationError(ValueError):
+    """The user's configuration is wrong; the message is for the user.
+
+    Example:
+        >>> raise ConfigurationError("optimizer.lr must be > 0.")
+        Traceback (most recent call last):
+        ...
+        gdtrain.configuration.ConfigurationError: optimizer.lr must be > 0.
+    """
+
+
+def conf_directory() -> Path:
+    """The folder of YAML files: inside an installed package, or beside it in a checkout.
+
+    Returns:
+        Its absolute path.
+
+    Example:
+        >>> (conf_directory() / "train.yaml").is_file()
+        True
+    """
+    package = Path(__file__).resolve().parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def read_defaults(choice: str) -> dict[str, Any]:
+    """One YAML file of a group, as it stands.
+
+    Args:
+        choice: Such as "optimizer/sgd".
+
+    Returns:
+        Its content.
+
+    Example:
+        >>> read_defaults("optimizer/sgd")["data"]["batch_size"]
+        1
+    """
+    text = (conf_directory() / f"{choice}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text)
+
+
+# Key: (type, lowest, highest, whether the lowest itself is allowed). Absent keys are not asked for.
+_NUMBERS: dict[str, tuple[type, float, float, bool]] = {
+    "optimizer.lr": (float, 0, math.inf, False),
+    "optimizer.momentum": (float, 0, math.inf, True),
+    "optimizer.weight_decay": (float, 0, math.inf, True),
+    "data.micro_batch_size": (int, 1, math.inf, True),
+    "data.val_fraction": (float, 0, math.inf, True),
+    "data.test_fraction": (float, 0, math.inf, True),
+    "data.updates_per_sweep": (int, 1, math.inf, True),
+    "data.split_seed": (int, 0, 2**32, True),
+    "trainer.max_epochs": (int, 1, math.inf, True),
+    "trainer.max_steps": (int, -1, math.inf, True),
+    "trainer.check_val_every_n_epoch": (int, 1, math.inf, True),
+    "schedule.warmup": (float, 0, math.inf, True),
+    "seed": (int, 0, 2**32, True),
+}
+_SWITCHES = ("optimizer.nesterov", "optimizer.maximize", "data.standardize", "decay_biases")
+_OPTIONAL = ("data.micro_batch_size", "trainer.max_epochs")
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Raise where a value is of the wrong type, out of range, or against the variant.
+
+    What needs the data (a batch size above N, labels that do not fit the loss) is found when they
+    are read.
+
+    Args:
+        config: The composed configuration, as plain containers.
+
+    Raises:
+        ConfigurationError: With the key, what was expected and what came.
+
+    Example:
+        >>> check({"variant": "sgd", "data": {"batch_size": 32}})
+        Traceback (most recent call last):
+        ...
+        gdtrain.configuration.ConfigurationError: optimizer=sgd updates from one example …
+    """
+    flat = dict(_flatten(config))
+    for key, (kind, low, high, closed) in _NUMBERS.items():
+        if key not in flat or (flat[key] is None and key in _OPTIONAL):
+            continue
+        _check_number(key, flat[key], kind, low, high, closed)
+    for key in _SWITCHES:
+        if key in flat and not isinstance(flat[key], bool):
+            raise ConfigurationError(f"{key} must be true or false. Received: {flat[key]!r}.")
+    _check_batch_size(flat)
+    missing = [key for key, value in flat.items() if value == "???"]
+    if missing:
+        raise ConfigurationError(f"{missing[0]} has no default and must be set: {missing[0]}=…")
+    for key in ("ckpt_path", "data.path", "data.test_path", "data.target_path"):
+        path = flat.get(key)
+        if path is not None and not Path(str(path)).expanduser().is_file():
+            raise ConfigurationError(f"{key} must name a file that exists. Received: {path}")
+
+
+def _check_number(
+    key: str, value: Any, kind: type, low: float, high: float, closed: bool
+) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int and number:
+        number = value == int(value) if math.isfinite(value) else False
+    inside = number and (value > low or (closed and value == low)) and value < high
+    if not inside:
+        what = "a whole number" if kind is int else "a finite number"
+        bound = f"at least {low:g}" if closed else f"above {low:g}"
+        if high != math.inf:
+            bound += f" and below {high:g}"
+        raise ConfigurationError(f"{key} must be {what} {bound}. Received: {key}={value}")
+
+
+def _check_batch_size(flat: Mapping[str, Any]) -> None:
+    size, variant = flat.get("data.batch_size"), flat.get("variant")
+    if "data.batch_size" not in flat:
+        return
+    if size != "full" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ConfigurationError(
+            f"data.batch_size must be a whole number of at least 1, or full (all N training "
+            f"examples). Received: data.batch_size={size}"
+        )
+    if variant == "sgd" and size != 1:
+        raise ConfigurationError(
+            f"optimizer=sgd updates from one example at a time, so data.batch_size must be 1. "
+            f"Received: data.batch_size={size}. Descent on batches, which many texts call SGD, is "
+            f"optimizer=minibatch."
+        )
+    if variant == "gd" and size != "full":
+        raise ConfigurationError(
+            f"optimizer=gd updates from all N training examples, so data.batch_size must be full. "
+            f"Received: data.batch_size={size}. Descent on batches is optimizer=minibatch; to "
+            f"bound memory, set data.micro_batch_size={size}, which changes no result."
+        )
+    micro = flat.get("data.micro_batch_size")
+    if isinstance(micro, int) and isinstance(size, int) and micro > size:
+        raise ConfigurationError(
+            f"data.micro_batch_size must be at most data.batch_size={size}. Received: "
+            f"data.micro_batch_size={micro}"
+        )
+
+
+def closest(word: str, words: list[str]) -> str:
+    """A hint for a misspelt word.
+
+    Args:
+        word: What came.
+        words: What there is.
+
+    Returns:
+        " Did you mean …?", or nothing.
+
+    Example:
+        >>> closest("optimizer.lrr", ["optimizer.lr", "seed"])
+        ' Did you mean optimizer.lr?'
+    """
+    found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    if not found and "." not in word:  # perhaps only the last part of a key was typed
+        found = [w for w in words if w.rsplit(".", 1)[-1] == word][:1]
+    return f" Did you mean {found[0]}?" if found else ""
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value

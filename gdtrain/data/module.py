@@ -1,0 +1,342 @@
+"""The data module: split, standardise, keep resident, hand out indices.
+
+N training examples, B examples per update, D features, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gdtrain.data.loader import EvaluationLoader, IndexLoader, Sampling
+from gdtrain.data.preprocessing import Preprocessing
+
+__all__ = ["DataModule", "Raw"]
+
+
+@dataclass
+class Raw:
+    """What a source yields: arrays as they are in it.
+
+    Args:
+        inputs: (N, D), or images (N, C, H, W).
+        targets: (N,) labels of any kind, or numbers (N,) or (N, K).
+        classify: Whether the targets are classes.
+        feature_names: Names of the D columns.
+        test: Inputs and targets of a test set that the source has of its own.
+
+    Example:
+        >>> raw = Raw(np.zeros((4, 2)), np.array([0, 1, 0, 1]), classify=True)
+        >>> raw.inputs.shape
+        (4, 2)
+    """
+
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
+    classify: bool
+    feature_names: list[str] | None = None
+    test: tuple[NDArray[Any], NDArray[Any]] | None = None
+
+
+class DataModule(LightningDataModule):
+    """Base of the data modules; a subclass defines `load() -> Raw`.
+
+    The split is drawn once from `split_seed`, stratified by class. Features (images: channels), and
+    the targets of a regression, are standardised with the statistics of the training part. The
+    tensors stay resident; the training loader yields blocks of indices (see `IndexLoader`).
+
+    Args:
+        batch_size: B, examples per update, range [1, N], or "full" for N.
+        micro_batch_size: Examples in one forward and backward pass, range [1, ∞); None: B. It
+            changes memory and speed, not the update.
+        sampling: "reshuffle", "shuffle_once", "replacement" or "sequential".
+        val_fraction: Share of all examples (or count, if ≥ 1) held out for validation.
+        test_fraction: Likewise for the test, where the source has no test set of its own.
+        standardize: Whether to standardise features.
+        standardize_targets: Whether to standardise the targets of a regression; metrics and
+            predictions are in the target's own units all the same.
+        split_seed: Of the split, range [0, ∞).
+        seed: Of the order of the examples, range [0, ∞).
+        updates_per_sweep: Most updates done in one Lightning step, range [1, ∞).
+        dtype: Of the tensors: "float32" or "float64".
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> from gdtrain.data import ArrayDataModule
+        >>> data = ArrayDataModule(np.random.rand(100, 3), np.arange(100) % 2, batch_size=10)
+        >>> data.setup()
+        >>> data.num_train, data.input_shape, data.num_classes
+        (70, (3,), 2)
+    """
+
+    def __init__(
+        self,
+        *,
+        batch_size: int | Literal["full"] = 32,
+        micro_batch_size: int | None = None,
+        sampling: Sampling = "reshuffle",
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.2,
+        standardize: bool = True,
+        standardize_targets: bool = True,
+        split_seed: int = 0,
+        seed: int = 0,
+        updates_per_sweep: int = 64,
+        dtype: Literal["float32", "float64"] = "float32",
+    ) -> None:
+        super().__init__()
+        if batch_size != "full" and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise ValueError(
+                f"batch_size must be a whole number of examples, at least 1, or 'full'. "
+                f"Received: batch_size={batch_size!r}."
+            )
+        if micro_batch_size is not None and (
+            isinstance(micro_batch_size, bool)
+            or not isinstance(micro_batch_size, int)
+            or micro_batch_size < 1
+        ):
+            raise ValueError(
+                f"micro_batch_size must be a whole number of examples, at least 1, or null. "
+                f"Received: micro_batch_size={micro_batch_size!r}."
+            )
+        for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+            if isinstance(fraction, bool) or not fraction >= 0 or (fraction > 1 and fraction % 1):
+                raise ValueError(
+                    f"{name} must be a fraction in [0, 1) or a whole number of examples. "
+                    f"Received: {name}={fraction!r}."
+                )
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64. Received: dtype={dtype!r}.")
+        self.batch_size = batch_size
+        self.micro_batch_size = micro_batch_size
+        self.sampling: Sampling = sampling
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.standardize = standardize
+        self.standardize_targets = standardize_targets
+        self.split_seed = split_seed
+        self.seed = seed
+        self.updates_per_sweep = updates_per_sweep
+        self.dtype = getattr(torch, dtype)
+        self.preprocessing = Preprocessing()
+        self.split: dict[str, NDArray[np.int64]] = {}
+        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @abstractmethod
+    def load(self) -> Raw:
+        """Read the source."""
+
+    # ------------------------------------------------------------------ set-up
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load, split and standardise; once, whatever the stage.
+
+        Args:
+            stage: Lightning's; not used.
+
+        Raises:
+            ValueError: The data cannot be split or standardised as asked.
+        """
+        if self._parts:
+            return
+        raw = self.load()
+        n = len(raw.inputs)
+        if len(raw.targets) != n:
+            raise ValueError(
+                f"Expected one target for each example. Received: {n} examples and "
+                f"{len(raw.targets)} targets."
+            )
+        self.split = self._split(raw)
+        train = self.split["train"]
+        classes = np.unique(raw.targets).tolist() if raw.classify else None
+        self.preprocessing = Preprocessing.learn(
+            raw.inputs[train],
+            raw.targets[train],
+            classify=raw.classify,
+            classes=classes,
+            standardize=self.standardize,
+            standardize_targets=self.standardize_targets,
+            feature_names=raw.feature_names,
+        )
+        parts = {name: (raw.inputs[i], raw.targets[i]) for name, i in self.split.items()}
+        if raw.test is not None:
+            parts["test"] = raw.test
+        self._parts = {
+            name: (
+                self.preprocessing.inputs(x, self.dtype),
+                self.preprocessing.targets(y, self.dtype),
+            )
+            for name, (x, y) in parts.items()
+        }
+        if self.batch_size != "full" and self.batch_size > self.num_train:
+            size, self._parts = self.batch_size, {}
+            raise ValueError(
+                f"batch_size must be at most {len(train)}, the number of training examples. "
+                f"Received: batch_size={size}. batch_size=full takes them all."
+            )
+
+    def _split(self, raw: Raw) -> dict[str, NDArray[np.int64]]:
+        from sklearn.model_selection import train_test_split
+
+        n = len(raw.inputs)
+        own_test = raw.test is not None
+        count = {
+            name: int(f) if f >= 1 else round(f * n)
+            for name, f in (("val", self.val_fraction), ("test", self.test_fraction))
+        }
+        if own_test:
+            count["test"] = 0
+        if n - sum(count.values()) < 1:
+            raise ValueError(
+                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} leave "
+                f"nothing of {n} examples to train on."
+            )
+        rest = np.arange(n)
+        split: dict[str, NDArray[np.int64]] = {}
+        for name in ("test", "val"):
+            if count[name] == 0:
+                split[name] = rest[:0]
+                continue
+            labels = raw.targets[rest] if raw.classify else None
+            if labels is not None:
+                # Too few of a class, or room for fewer examples than classes: not stratified.
+                sizes = np.unique(labels, return_counts=True)[1]
+                if sizes.min() < 2 or min(count[name], len(rest) - count[name]) < len(sizes):
+                    labels = None
+            rest, held_out = train_test_split(
+                rest, test_size=count[name], random_state=self.split_seed, stratify=labels
+            )
+            split[name] = np.sort(held_out)
+            rest = np.sort(rest)
+        return {"train": rest, **split}
+
+    @property
+    def split_fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the split's SHA-256: equal for equal splits."""
+        digest = hashlib.sha256()
+        for name in sorted(self.split):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(self.split[name], dtype="<i8").tobytes())
+        return digest.hexdigest()[:12]
+
+    # ------------------------------------------------------------------ what models need to know
+
+    def examples(self, part: Literal["train", "val", "test"]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of one part, standardised.
+
+        Args:
+            part: "train", "val" or "test".
+
+        Returns:
+            (N, …) and (N,) or (N, K); on CPU.
+        """
+        return self._parts[part]
+
+    @property
+    def num_train(self) -> int:
+        """N."""
+        return len(self._parts["train"][0])
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return tuple(self._parts["train"][0].shape[1:])
+
+    @property
+    def num_classes(self) -> int | None:
+        """C, or None for regression."""
+        classes = self.preprocessing.classes
+        return None if classes is None else len(classes)
+
+    @property
+    def num_targets(self) -> int:
+        """Target columns of a regression."""
+        y = self._parts["train"][1]
+        return 1 if y.ndim == 1 else y.shape[1]
+
+    @property
+    def examples_per_update(self) -> int:
+        """B."""
+        return self.num_train if self.batch_size == "full" else self.batch_size
+
+    # ------------------------------------------------------------------ loaders
+
+    def train_dataloader(self) -> IndexLoader:
+        """Blocks of example numbers, from the trainer's update on."""
+        trainer = self.trainer
+        loader = IndexLoader(
+            self.num_train,
+            self.examples_per_update,
+            sampling=self.sampling,
+            seed=self.seed,
+            updates_per_sweep=self.updates_per_sweep,
+        )
+        if trainer is not None:
+            loader.start = lambda: trainer.global_step
+            loader.total = _planned_updates(trainer, loader.updates_per_epoch)
+        return loader
+
+    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Slices of the validation part; empty without one."""
+        return EvaluationLoader(*self._parts["val"]) if len(self.split["val"]) else []
+
+    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+        """Slices of the test part; empty without one."""
+        return EvaluationLoader(*self._parts["test"]) if len(self._parts["test"][0]) else []
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data: the preprocessing and the split's fingerprint."""
+        return {
+            "preprocessing": self.preprocessing.state_dict(),
+            "split_fingerprint": self.split_fingerprint,
+            "input_shape": list(self.input_shape),
+            "num_classes": self.num_classes,
+            "num_targets": self.num_targets,
+            "order": [self.examples_per_update, self.sampling, self.seed],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that a run is resumed on the data that it was training on.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: The split, or the order of the examples, is another.
+        """
+        if state_dict["split_fingerprint"] != self.split_fingerprint:
+            raise ValueError(
+                "The checkpoint was trained on another split of the data: resume with the same "
+                "data, val_fraction, test_fraction and split_seed."
+            )
+        now, then = [self.examples_per_update, self.sampling, self.seed], state_dict["order"]
+        if now != list(then):
+            raise ValueError(
+                f"The checkpoint was trained in another order of the examples: resume with "
+                f"batch_size={then[0]}, sampling={then[1]} and seed={then[2]}. Received: "
+                f"batch_size={now[0]}, sampling={now[1]} and seed={now[2]}."
+            )
+
+
+def _planned_updates(trainer: Any, updates_per_epoch: int) -> int | None:
+    """T, from the epochs and steps that a trainer is allowed; None: no end."""
+    limits = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(trainer.max_epochs * updates_per_epoch)
+    if trainer.max_steps >= 0:
+        limits.append(trainer.max_steps)
+    return min(limits) if limits else None

@@ -1,0 +1,201 @@
+"""What turns raw features and targets into tensors, and predictions back into answers.
+
+N examples, D features. Statistics come from the training part only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["Preprocessing"]
+
+
+@dataclass
+class Preprocessing:
+    """x ← (x − mean)/scale, classes ← 0 … C−1, numbers ← (y − target_mean)/target_scale.
+
+    Args:
+        mean: Per feature (D,), or per channel of images (C, 1, 1). None: left as they are.
+        scale: Standard deviation likewise; 1 where a feature is constant.
+        target_mean: Per target column, for regression. None: left as they are.
+        target_scale: Likewise.
+        classes: The labels, sorted; None for regression.
+        feature_names: Names of the D columns, where they have any.
+        input_shape: Shape of one example.
+
+    Example:
+        >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
+        >>> preprocessing = Preprocessing.learn(x, np.array(["no", "yes"]), classify=True)
+        >>> preprocessing.inputs(x)
+        tensor([[-1.,  0.],
+                [ 1.,  0.]])
+        >>> preprocessing.targets(np.array(["yes", "no"]))
+        tensor([1, 0])
+    """
+
+    mean: NDArray[Any] | None = None
+    scale: NDArray[Any] | None = None
+    target_mean: NDArray[Any] | None = None
+    target_scale: NDArray[Any] | None = None
+    classes: list[Any] | None = None
+    feature_names: list[str] | None = None
+    input_shape: list[int] | None = None
+
+    @classmethod
+    def learn(
+        cls,
+        inputs: NDArray[Any],
+        targets: NDArray[Any],
+        *,
+        classify: bool,
+        classes: list[Any] | None = None,
+        standardize: bool = True,
+        standardize_targets: bool = True,
+        feature_names: list[str] | None = None,
+    ) -> Preprocessing:
+        """Learn the statistics of a training set.
+
+        Args:
+            inputs: (N, D), or images (N, C, H, W).
+            targets: (N,) or (N, K).
+            classify: Whether the targets are classes.
+            classes: All labels; those in `targets` if None.
+            standardize: Whether to standardise features.
+            standardize_targets: Whether to standardise the targets of a regression.
+            feature_names: Names of the D columns.
+
+        Returns:
+            The transformation.
+        """
+        made = cls(feature_names=feature_names, input_shape=list(inputs.shape[1:]))
+        if standardize:
+            axes = (0, *range(2, inputs.ndim))  # images: per channel
+            mean = inputs.mean(axis=axes, keepdims=True, dtype=np.float64)[0]
+            scale = inputs.std(axis=axes, keepdims=True, dtype=np.float64)[0]
+            made.mean, made.scale = mean, _nonzero(scale, mean)
+        if classify:
+            made.classes = classes if classes is not None else np.unique(targets).tolist()
+        elif standardize_targets:
+            target_mean = np.atleast_1d(targets.mean(axis=0, dtype=np.float64))
+            target_scale = np.atleast_1d(targets.std(axis=0, dtype=np.float64))
+            made.target_mean = target_mean
+            made.target_scale = _nonzero(target_scale, target_mean)
+        return made
+
+    def inputs(self, raw: NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Raw features, (N, D) or (N, C, H, W), as a standardised tensor.
+
+        Args:
+            raw: Numbers, finite. Images may be flat, (N, C·H·W).
+            dtype: Of the result.
+
+        Raises:
+            ValueError: Another shape than in training, or values that are not finite.
+        """
+        shape = tuple(self.input_shape or raw.shape[1:])
+        if raw.ndim == 2 and raw.shape[1] == math.prod(shape):
+            raw = raw.reshape(-1, *shape)
+        if raw.shape[1:] != shape:
+            raise ValueError(
+                f"Expected examples of shape {shape}, as in training ({math.prod(shape)} features "
+                f"each). Received: {raw.shape[1:]}."
+            )
+        x = np.array(raw, dtype=np.float64 if dtype == torch.float64 else np.float32)
+        if not np.isfinite(x).all():
+            row, *column = (int(i) for i in np.argwhere(~np.isfinite(x))[0])
+            name = self.feature_names[column[0]] if self.feature_names and column else column
+            raise ValueError(
+                f"Features must be finite numbers. Received: {x[(row, *column)]} in example {row} "
+                f"(counted from 0), feature {name}. Fill in or drop missing values first."
+            )
+        if self.mean is not None and self.scale is not None:
+            x -= self.mean.astype(x.dtype)
+            x /= self.scale.astype(x.dtype)
+        return torch.from_numpy(x).to(dtype)
+
+    def targets(self, raw: NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Raw targets as class numbers (N,), int64, or as standardised numbers (N,) or (N, K).
+
+        Args:
+            raw: Labels or numbers.
+            dtype: Of numbers.
+
+        Raises:
+            ValueError: A label that training did not have, or a number that is not finite.
+        """
+        if self.classes is not None:
+            number = {label: i for i, label in enumerate(self.classes)}
+            try:
+                return torch.tensor([number[label] for label in raw.tolist()], dtype=torch.int64)
+            except KeyError as error:
+                raise ValueError(
+                    f"Labels must be among those of the training data, "
+                    f"{_shortened(self.classes)}. Received: {error.args[0]!r}."
+                ) from None
+        y = np.array(raw, dtype=np.float64)
+        if not np.isfinite(y).all():
+            row = int(np.argwhere(~np.isfinite(y))[0][0])
+            raise ValueError(
+                f"Targets must be finite numbers. Received: {y[row]} in example {row} "
+                f"(counted from 0)."
+            )
+        if self.target_mean is not None and self.target_scale is not None:
+            shape = (1,) * (y.ndim - 1) + (-1,) if y.ndim > 1 else (-1,)
+            y = (y - self.target_mean.reshape(shape)) / self.target_scale.reshape(shape)
+        return torch.from_numpy(y).to(dtype)
+
+    def answers(self, decided: Tensor) -> NDArray[Any]:
+        """Class numbers as labels, standardised numbers in the units of the target.
+
+        Args:
+            decided: (N,) classes, or (N, K) numbers, from `Loss.decide`.
+
+        Returns:
+            (N,) labels, or (N, K) numbers, (N,) if K = 1.
+        """
+        values = decided.detach().cpu().numpy()
+        if self.classes is not None:
+            return np.asarray(self.classes)[values]
+        if self.target_mean is not None and self.target_scale is not None:
+            values = values * self.target_scale + self.target_mean
+        return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain containers and tensors, for a checkpoint."""
+        arrays = {
+            name: None if value is None else torch.from_numpy(np.ascontiguousarray(value))
+            for name in ("mean", "scale", "target_mean", "target_scale")
+            for value in [getattr(self, name)]
+        }
+        return {**arrays, "classes": self.classes, "feature_names": self.feature_names}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Preprocessing:
+        """The inverse of `state_dict`.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        return cls(
+            **{
+                name: value.numpy() if isinstance(value, Tensor) else value
+                for name, value in state.items()
+            }
+        )
+
+
+def _nonzero(scale: NDArray[Any], mean: NDArray[Any]) -> NDArray[Any]:
+    """The scale, 1 where a column is constant (to rounding)."""
+    return np.where(scale > 1e-12 * np.maximum(1.0, np.abs(mean)), scale, 1.0)
+
+
+def _shortened(labels: list[Any], most: int = 10) -> str:
+    shown = ", ".join(repr(label) for label in labels[:most])
+    return shown + (f", … ({len(labels)} in all)" if len(labels) > most else "")

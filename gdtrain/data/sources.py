@@ -1,0 +1,558 @@
+"""Where examples come from: embedded, synthetic, arrays, files, torchvision."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gdtrain.data.module import DataModule, Raw
+
+__all__ = [
+    "ArrayDataModule",
+    "CSVDataModule",
+    "EmbeddedDataModule",
+    "LIBSVMDataModule",
+    "NPYDataModule",
+    "SyntheticDataModule",
+    "TorchvisionDataModule",
+    "read_features",
+]
+
+Task = Literal["auto", "classification", "regression"]
+
+
+class EmbeddedDataModule(DataModule):
+    """A data set that comes inside scikit-learn: nothing is downloaded.
+
+    | name | examples | features | target |
+    | --- | --- | --- | --- |
+    | digits | 1797 | images 1×8×8 | 10 classes |
+    | breast_cancer | 569 | 30 | 2 classes |
+    | wine | 178 | 13 | 3 classes |
+    | iris | 150 | 4 | 3 classes |
+    | diabetes | 442 | 10 | a number |
+
+    Args:
+        name: Which.
+        **options: As for `DataModule`.
+
+    Raises:
+        ValueError: Unknown name.
+
+    Example:
+        >>> data = EmbeddedDataModule("digits")
+        >>> data.setup()
+        >>> data.num_train, data.input_shape, data.num_classes
+        (1258, (1, 8, 8), 10)
+    """
+
+    def __init__(
+        self,
+        name: Literal["digits", "breast_cancer", "wine", "iris", "diabetes"],
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if name not in ("digits", "breast_cancer", "wine", "iris", "diabetes"):
+            raise ValueError(
+                f"name must be one of digits, breast_cancer, wine, iris, diabetes. "
+                f"Received: {name!r}."
+            )
+        self.name = name
+
+    def load(self) -> Raw:
+        """Read it from scikit-learn."""
+        from sklearn import datasets
+
+        bunch = getattr(datasets, f"load_{self.name}")()
+        if self.name == "digits":
+            return Raw(bunch.images[:, None], bunch.target, classify=True)
+        classify = self.name != "diabetes"
+        targets = bunch.target_names[bunch.target] if classify else bunch.target
+        return Raw(bunch.data, targets, classify, list(bunch.feature_names))
+
+
+class SyntheticDataModule(DataModule):
+    """Linear regression with a known answer: y = X w* + b* + noise.
+
+    X is Gaussian with a covariance whose eigenvalues run from 1 down to 1/condition, evenly in the
+    logarithm. `true_weights` and `true_bias` hold w* and b*. Nothing is standardised by default,
+    so that w* is the answer.
+
+    Args:
+        num_examples: Range [1, ∞).
+        num_features: D, range [1, ∞).
+        noise: Standard deviation of the noise, range [0, ∞); with 0, w* is the exact minimum.
+        condition: Condition number of the covariance, range [1, ∞).
+        data_seed: Of X, w* and the noise.
+        **options: As for `DataModule`.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> data = SyntheticDataModule(num_examples=200, num_features=5)
+        >>> data.setup()
+        >>> x, y = data.examples("train")
+        >>> float((x @ data.true_weights + data.true_bias - y).abs().max()) < 0.5
+        True
+    """
+
+    def __init__(
+        self,
+        num_examples: int = 1000,
+        num_features: int = 10,
+        noise: float = 0.1,
+        condition: float = 10.0,
+        data_seed: int = 0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**{"standardize": False, "standardize_targets": False, **options})
+        if num_examples < 1 or num_features < 1:
+            raise ValueError(
+                f"num_examples and num_features must be at least 1. "
+                f"Received: {num_examples} and {num_features}."
+            )
+        if not (noise >= 0 and condition >= 1):
+            raise ValueError(
+                f"noise must be >= 0 and condition >= 1. Received: {noise} and {condition}."
+            )
+        self.num_examples, self.num_features = num_examples, num_features
+        self.noise, self.condition, self.data_seed = noise, condition, data_seed
+
+    def load(self) -> Raw:
+        """Draw it."""
+        import torch
+
+        rng = np.random.default_rng(self.data_seed)
+        n, d = self.num_examples, self.num_features
+        rotation = np.linalg.qr(rng.normal(size=(d, d)))[0]
+        eigenvalues = np.logspace(0, -np.log10(self.condition), d)
+        x = rng.normal(size=(n, d)) * np.sqrt(eigenvalues) @ rotation.T
+        w, b = rng.normal(size=d), rng.normal()
+        self.true_weights = torch.from_numpy(w).to(self.dtype)
+        self.true_bias = float(b)
+        return Raw(x, x @ w + b + self.noise * rng.normal(size=n), classify=False)
+
+
+class ArrayDataModule(DataModule):
+    """Your own arrays or tensors.
+
+    Args:
+        inputs: (N, D), or images (N, C, H, W).
+        targets: (N,) classes of any kind, or numbers (N,) or (N, K).
+        task: "classification", "regression", or "auto": classes where the targets are text,
+            booleans or whole numbers of an integer type, else numbers.
+        test: Inputs and targets of a test set of its own; else `test_fraction` holds one out.
+        **options: As for `DataModule`.
+
+    Raises:
+        ValueError: The arrays are not of these shapes.
+
+    Example:
+        >>> data = ArrayDataModule(np.random.rand(50, 2), np.arange(50) % 3)
+        >>> data.setup()
+        >>> data.num_classes
+        3
+    """
+
+    def __init__(
+        self,
+        inputs: ArrayLike,
+        targets: ArrayLike,
+        *,
+        task: Task = "auto",
+        test: tuple[ArrayLike, ArrayLike] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.inputs, self.targets = _features(inputs), np.asarray(targets)
+        self.classify = _is_classification(self.targets, task)
+        self.test = None if test is None else (_features(test[0]), np.asarray(test[1]))
+
+    def load(self) -> Raw:
+        """Hand them over."""
+        return Raw(self.inputs, self.targets, self.classify, test=self.test)
+
+
+class CSVDataModule(DataModule):
+    """A CSV file with a header; numeric features and one target column.
+
+    Args:
+        path: The file.
+        target: Name of the target column; None: the last.
+        columns: Names of the feature columns; None: all others.
+        task: As for `ArrayDataModule`.
+        **options: As for `DataModule`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: No such column, text in a feature, or missing values.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "table.csv"
+        ...     _ = path.write_text("a,b,kind\\n" + "1,2,yes\\n3,4,no\\n" * 10)
+        ...     data = CSVDataModule(path, target="kind")
+        ...     data.setup()
+        >>> data.preprocessing.classes
+        ['no', 'yes']
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        target: str | None = None,
+        *,
+        columns: list[str] | None = None,
+        task: Task = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.path, self.target, self.task = _existing(path), target, task
+        self.columns = None if columns is None else list(columns)
+
+    def load(self) -> Raw:
+        """Read it with pandas."""
+        import pandas as pd
+
+        try:
+            table = pd.read_csv(self.path)
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path} could not be read as CSV: {error}") from None
+        target = self.target if self.target is not None else str(table.columns[-1])
+        names = self.columns if self.columns is not None else [c for c in table if c != target]
+        unknown = [name for name in [target, *names] if name not in table.columns]
+        if unknown:
+            raise ValueError(
+                f"{self.path} has no column {unknown[0]!r}. It has: "
+                f"{', '.join(map(str, table.columns))}."
+            )
+        if table[target].isna().any():
+            row = int(table[target].isna().to_numpy().argmax())
+            raise ValueError(
+                f"{self.path}: the target {target!r} is missing in row {row} (the first is 0). "
+                f"Drop such rows first."
+            )
+        targets = table[target].to_numpy()
+        features = _numeric(table, names, self.path)
+        return Raw(features, targets, _is_classification(targets, self.task), list(names))
+
+
+class NPYDataModule(DataModule):
+    """A NumPy file of numbers, the targets in a column or in a file of their own.
+
+    Args:
+        path: `.npy` with (N, D), or (N, D + 1) with the target in it, or images (N, C, H, W).
+        target: Column of the target, counted from 0, negative from the end.
+        target_path: `.npy` with the targets; then `target` is not used.
+        task: As for `ArrayDataModule`; a column of a float array counts as classes if all its
+            values are whole and at most 20 differ.
+        **options: As for `DataModule`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file holds no such array.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(Path(folder) / "table.npy", np.random.rand(20, 3))
+        ...     data = NPYDataModule(Path(folder) / "table.npy")
+        ...     data.setup()
+        >>> data.input_shape, data.num_classes
+        ((2,), None)
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        target: int = -1,
+        *,
+        target_path: str | Path | None = None,
+        task: Task = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.path, self.target, self.task = _existing(path), target, task
+        self.target_path = None if target_path is None else _existing(target_path)
+
+    def load(self) -> Raw:
+        """Read it."""
+        x = _load_npy(self.path)
+        if self.target_path is not None:
+            y = _load_npy(self.target_path)
+        else:
+            if x.ndim != 2 or not -x.shape[1] <= self.target < x.shape[1]:
+                raise ValueError(
+                    f"{self.path} must be a table with a column {self.target} for the target, or "
+                    f"target_path must name a file of targets. Received: shape {x.shape}."
+                )
+            y = x[:, self.target]
+            x = np.delete(x, self.target, axis=1)
+        return Raw(_features(x), y, _is_classification(y, self.task, whole=True))
+
+
+class LIBSVMDataModule(DataModule):
+    """A LIBSVM (svmlight) file, plain or compressed; held as a dense array.
+
+    Features are divided by their standard deviation and centred like others; pass
+    `standardize=False` for one-hot data such as a9a.
+
+    Args:
+        path: The training file.
+        test_path: A test file of its own.
+        task: As for `NPYDataModule`.
+        **options: As for `DataModule`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file cannot be read, or would take more than 8 GB as a dense array.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "table.svm"
+        ...     _ = path.write_text("+1 1:0.5 3:2\\n-1 2:1\\n" * 10)
+        ...     data = LIBSVMDataModule(path)
+        ...     data.setup()
+        >>> data.input_shape, data.preprocessing.classes
+        ((3,), [-1.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        test_path: str | Path | None = None,
+        task: Task = "auto",
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.path, self.task = _existing(path), task
+        self.test_path = None if test_path is None else _existing(test_path)
+
+    def load(self) -> Raw:
+        """Read it with scikit-learn."""
+        x, y = _load_libsvm(self.path, None)
+        test = None if self.test_path is None else _load_libsvm(self.test_path, x.shape[1])
+        return Raw(x, y, _is_classification(y, self.task, whole=True), test=test)
+
+
+class TorchvisionDataModule(DataModule):
+    """MNIST, Fashion-MNIST or CIFAR-10, decoded once into one tensor.
+
+    Args:
+        name: "mnist", "fashion_mnist" or "cifar10".
+        root: Folder of the files, laid out as torchvision does.
+        download: Whether to fetch what is missing.
+        **options: As for `DataModule`; the test set is torchvision's own.
+
+    Raises:
+        ValueError: Unknown name.
+        FileNotFoundError: The files are not there and cannot be fetched.
+
+    Example:
+        >>> data = TorchvisionDataModule("mnist", root="data", batch_size=64)
+        >>> data.examples_per_update
+        64
+    """
+
+    _classes = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+    _places = {
+        "mnist": "MNIST/raw/ (train-images-idx3-ubyte, train-labels-idx1-ubyte, "
+        "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte; with .gz if they are compressed)",
+        "fashion_mnist": "FashionMNIST/raw/ (train-images-idx3-ubyte, train-labels-idx1-ubyte, "
+        "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte; with .gz if they are compressed)",
+        "cifar10": "(cifar-10-python.tar.gz, or the folder cifar-10-batches-py that is in it)",
+    }
+
+    def __init__(
+        self,
+        name: Literal["mnist", "fashion_mnist", "cifar10"],
+        root: str | Path = "data",
+        download: bool = True,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if name not in self._classes:
+            raise ValueError(
+                f"name must be one of {', '.join(self._classes)}. Received: {name!r}."
+            )
+        self.name, self.root, self.download = name, Path(root), download
+
+    def prepare_data(self) -> None:
+        """Fetch what is missing, on one process."""
+        for train in (True, False):
+            self._read(train)
+
+    def load(self) -> Raw:
+        """Read the training and the test set."""
+        train, test = self._read(True), self._read(False)
+        return Raw(*train, classify=True, test=test)
+
+    def _read(self, train: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+        from torchvision import datasets
+
+        cls = getattr(datasets, self._classes[self.name])
+        noise = io.StringIO()  # torchvision prints while it downloads
+        try:
+            dataset = cls(root=self.root, train=train, download=False)
+        except RuntimeError:
+            problem = "download is off"
+            try:
+                if not self.download:
+                    raise OSError(problem) from None
+                with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+                    dataset = cls(root=self.root, train=train, download=True)
+            except (OSError, RuntimeError) as error:
+                problem = str(error) or type(error).__name__
+                raise FileNotFoundError(
+                    f"The files of {self.name} are not in {self.root} and could not be fetched "
+                    f"({problem}). Put them into {self.root}/{self._places[self.name]}, or set "
+                    f"data.root to the folder that has them."
+                ) from None
+        images = np.asarray(dataset.data)
+        images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
+        return images, np.asarray(dataset.targets)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_features(path: str | Path, feature_names: list[str] | None = None) -> NDArray[Any]:
+    """Examples without targets, to predict from.
+
+    Args:
+        path: `.csv` with a header, or `.npy`.
+        feature_names: Columns to take from a CSV file, in this order; None: all.
+
+    Returns:
+        (N, D), or what the `.npy` file holds.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is of another kind, or lacks a column.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "new.csv"
+        ...     _ = path.write_text("b,a\\n2,1\\n4,3\\n")
+        ...     read_features(path, ["a", "b"])
+        array([[1., 2.],
+               [3., 4.]])
+    """
+    path = _existing(path)
+    if path.suffix == ".npy":
+        return _features(_load_npy(path))
+    if path.suffix != ".csv":
+        raise ValueError(f"Examples must come as .csv or .npy. Received: {path}.")
+    import pandas as pd
+
+    try:
+        table = pd.read_csv(path)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} could not be read as CSV: {error}") from None
+    names = list(table.columns) if feature_names is None else feature_names
+    missing = [name for name in names if name not in table.columns]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the feature {missing[0]!r}. It has: "
+            f"{', '.join(map(str, table.columns))}."
+        )
+    return _numeric(table, names, path)
+
+
+def _existing(path: str | Path) -> Path:
+    if path is None:
+        raise ValueError("data.path must name the file of examples. Received: null.")
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Set data.path to one that exists.")
+    return path
+
+
+def _features(inputs: ArrayLike) -> NDArray[Any]:
+    x = np.asarray(inputs)
+    if x.ndim == 1:
+        x = x[:, None]
+    if x.ndim < 2 or x.dtype.kind not in "fiub" or not len(x):
+        raise ValueError(
+            f"Inputs must be numbers of shape (N, D) or (N, C, H, W), N >= 1. Received: "
+            f"shape {x.shape}, dtype {x.dtype}."
+        )
+    return x
+
+
+def _numeric(table: Any, names: list[str], path: Path) -> NDArray[Any]:
+    """The named columns of a pandas table, as (N, D); raises on text and missing values."""
+    for name in names:
+        column = table[name]
+        if column.dtype.kind not in "fiub":
+            example = column.dropna().iloc[0] if column.notna().any() else None
+            raise ValueError(
+                f"{path}: the feature {name!r} is not numeric (it has {example!r}). Encode it, or "
+                f"name the columns to use: data.columns=[…]."
+            )
+        if column.isna().any():
+            row = int(column.isna().to_numpy().argmax())
+            raise ValueError(
+                f"{path}: the feature {name!r} is missing in row {row} (the first is 0). Fill in or "
+                f"drop missing values first."
+            )
+    return table[names].to_numpy(dtype=np.float64)
+
+
+def _is_classification(targets: NDArray[Any], task: Task, whole: bool = False) -> bool:
+    """Whether targets are classes. `whole`: a few whole numbers in a float array are, too."""
+    if task not in ("auto", "classification", "regression"):
+        raise ValueError(
+            f"task must be auto, classification or regression. Received: task={task!r}."
+        )
+    numbers = targets.dtype.kind in "fiu"
+    if task == "regression" and not numbers:
+        raise ValueError(
+            f"A regression needs numbers as targets. Received: dtype {targets.dtype}, such as "
+            f"{targets.ravel()[0]!r}."
+        )
+    if task != "auto":
+        return task == "classification"
+    if targets.ndim > 1:
+        return False
+    if targets.dtype.kind == "f":
+        if not whole or not np.isfinite(targets).all():
+            return False
+        return bool((targets == np.round(targets)).all()) and len(np.unique(targets)) <= 20
+    # Whole numbers: classes, unless there are so many that they must be counts or prices.
+    return targets.dtype.kind not in "iu" or len(np.unique(targets)) <= max(20, len(targets) // 10)
+
+
+def _load_npy(path: Path) -> NDArray[Any]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ValueError(f"{path} could not be read as a NumPy array: {error}") from None
+    if not isinstance(loaded, np.ndarray):
+        raise ValueError(f"{path} must hold one array (.npy). Received: several (.npz).")
+    return loaded
+
+
+def _load_libsvm(path: Path, num_features: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    from sklearn.datasets import load_svmlight_file
+
+    try:
+        x, y = load_svmlight_file(str(path), n_features=num_features, dtype=np.float32)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} could not be read as LIBSVM: {error}") from None
+    if x.shape[0] * x.shape[1] * 4 > 8e9:
+        raise ValueError(
+            f"{path} has {x.shape[0]} examples of {x.shape[1]} features, more than 8 GB as a dense "
+            f"array. Select features first."
+        )
+    return x.toarray(), y

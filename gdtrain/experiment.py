@@ -1,0 +1,397 @@
+"""From a configuration to a finished run, and from a checkpoint back to a model.
+
+The only module below the scripts, with `gdtrain.cli`, that knows Hydra.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning import seed_everything
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import nn
+
+from gdtrain.configuration import ConfigurationError, check
+from gdtrain.data import DataModule, EvaluationLoader, Preprocessing, read_features
+from gdtrain.losses import Loss
+from gdtrain.module import SupervisedModule
+from gdtrain.training import Result, default_loss, load_checkpoint, predict, run
+
+__all__ = ["Trained", "evaluate", "load_trained", "predict_file", "train"]
+
+# What a checkpoint may name as the class of a model or loss, or of its data.
+_TRUSTED = ("gdtrain.models.", "gdtrain.losses.", "gdtrain.data.", "torch.nn.", "torchvision.models.")
+
+
+def train(config: DictConfig, directory: str | Path) -> Result:
+    """Build what the configuration names, train it, test it, and leave the run in a folder.
+
+    Args:
+        config: Composed from `conf/train.yaml`.
+        directory: The run's folder; it must not hold a run yet.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ConfigurationError: The configuration, the data or the checkpoint is wrong. No update was
+            made, and the folder is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> from hydra import compose, initialize_config_dir
+        >>> from gdtrain.configuration import conf_directory
+        >>> with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        ...     config = compose("train", ["data=iris", "model=linear", "optimizer=gd"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = train(config, folder)
+        >>> result.stop.reason.value
+        'BUDGET'
+    """
+    folder = Path(directory)
+    plain = _plain(config)
+    check(plain)
+    before = set(os.listdir(folder)) if folder.is_dir() else None
+    _claim(folder, plain)
+    module: SupervisedModule | None = None
+    try:
+        data, module = _build(config)
+        start = module.updates
+        return run(
+            module,
+            data,
+            trainer=instantiate(config.trainer, _convert_="all"),
+            callbacks=_values(config.callbacks),
+            loggers=_values(config.logger),
+            directory=folder,
+            variant=config.variant,
+            seed=config.seed,
+            checkpoint=config.ckpt_path,
+            hyperparameters=_hyperparameters(plain),
+            description={name: plain[name] for name in ("model", "loss", "data")},
+        )
+    except _USER_ERRORS as error:
+        if module is not None and module.total_updates is not None and module.updates > start:
+            raise  # not the configuration's fault: the traceback tells more
+        _leave(folder, before)
+        raise ConfigurationError(_message(error)) from error
+    except BaseException:
+        if module is None or module.total_updates is None:  # nothing was trained
+            _leave(folder, before)
+        raise
+
+
+_USER_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    ImportError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+)
+
+
+def _build(config: DictConfig) -> tuple[DataModule, SupervisedModule]:
+    data = instantiate(config.data, _convert_="all")
+    data.prepare_data()
+    data.setup()
+    loss = _loss(config.loss, data)
+    outputs = loss.outputs(data.num_classes, data.num_targets)
+    seed_everything(config.seed, verbose=False)
+    model = _sized(instantiate(config.model, _convert_="all"), data.input_shape, outputs)
+    module = SupervisedModule(
+        model,
+        loss,
+        instantiate(config.optimizer, _convert_="all"),
+        instantiate(config.schedule, _convert_="all"),
+        decay_biases=config.decay_biases,
+    )
+    return data, module
+
+
+def _loss(config: Any, data: DataModule) -> Loss:
+    return instantiate(config, _convert_="all") if config else default_loss(data)
+
+
+def _sized(make: Callable[..., nn.Module] | nn.Module, shape: Any, outputs: int) -> nn.Module:
+    """A model from its factory; one that does not ask for sizes gets none."""
+    if isinstance(make, nn.Module):
+        return make
+    sizes = {"input_shape": shape, "num_outputs": outputs}
+    asked = inspect.signature(make).parameters
+    return make(**{name: value for name, value in sizes.items() if name in asked})
+
+
+def _values(group: DictConfig | None) -> list[Any]:
+    return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _hyperparameters(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """What distinguishes runs, flat, for TensorBoard."""
+    chosen = {"variant": plain["variant"], "seed": plain["seed"]}
+    for group in ("optimizer", "schedule", "model", "loss", "data"):
+        for name, value in (plain[group] or {}).items():
+            if name == "_partial_":
+                continue
+            key = group if name == "_target_" else f"{group}.{name}"
+            chosen[key] = value.rsplit(".", 1)[-1] if name == "_target_" else value
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in chosen.items()
+    }
+
+
+# ---------------------------------------------------------------------- the run's folder
+
+
+def _claim(folder: Path, plain: dict[str, Any]) -> None:
+    """Write config.yaml, which makes the folder this run's: no two runs ever share one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(folder / "config.yaml", "x", encoding="utf-8") as file:
+            file.write(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    except FileExistsError:
+        raise ConfigurationError(
+            f"{folder} already holds a run. Choose another folder with hydra.run.dir=…; to go on "
+            f"with that run, set ckpt_path={folder}/checkpoints/last.ckpt."
+        ) from None
+
+
+def _leave(folder: Path, before: set[str] | None) -> None:
+    """Take away what a run that did not start has put into its folder."""
+    import shutil
+
+    for name in set(os.listdir(folder)) - (before or set()):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    discard_empty(folder)
+
+
+def discard_empty(folder: Path) -> None:
+    """Remove a folder if it is empty, and what is then empty above it, up to three levels.
+
+    Args:
+        folder: Of a run that did not start.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     (Path(root) / "keep").touch()
+        ...     folder = Path(root) / "a" / "b"
+        ...     folder.mkdir(parents=True)
+        ...     discard_empty(folder)
+        ...     sorted(os.listdir(root))
+        ['keep']
+    """
+    for path in (folder, *folder.parents[:2]):
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
+def _message(error: BaseException) -> str:
+    """The innermost reason: Hydra and OmegaConf wrap what a constructor said."""
+    while error.__cause__ is not None and isinstance(error, HydraException):
+        error = error.__cause__
+    text = str(error).strip()
+    return text if text else type(error).__name__
+
+
+# ---------------------------------------------------------------------- from a checkpoint
+
+
+@dataclass
+class Trained:
+    """A model from a checkpoint, and what it needs to answer.
+
+    Args:
+        module: With the trained weights.
+        preprocessing: As learnt in training.
+        state: The checkpoint.
+
+    Example:
+        >>> from gdtrain.losses import SquaredError
+        >>> module = SupervisedModule(nn.Linear(1, 1), SquaredError(), lambda params: None)
+        >>> Trained(module, Preprocessing(), {}).preprocessing.classes is None
+        True
+    """
+
+    module: SupervisedModule
+    preprocessing: Preprocessing
+    state: dict[str, Any]
+
+
+def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
+    """Build the model of a checkpoint, and load its weights.
+
+    Building calls what the checkpoint names. Only gdtrain, torch.nn and torchvision models are
+    called, unless `trust` names more: a checkpoint may come from anybody.
+
+    Args:
+        path: Of a checkpoint that the command made.
+        trust: Further packages whose classes may be called, such as ("mypackage",).
+
+    Returns:
+        The model, ready to answer.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint of the command, or names a class that is not trusted.
+
+    Example:
+        >>> load_trained("missing.ckpt")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no checkpoint missing.ckpt. …
+    """
+    state = load_checkpoint(path)
+    description = state["gdtrain"].get("description")
+    if description is None:
+        raise ValueError(
+            f"{path} does not say how its model is built (it was made in Python, not by the "
+            f"command). Build the model there, and load state['state_dict'] into its module."
+        )
+    _distrust(description, trust, path)
+    data = _data_state(state, path)
+    preprocessing = Preprocessing.from_state_dict(data["preprocessing"])
+    config = OmegaConf.create(description)
+    if config.loss:
+        loss = instantiate(config.loss, _convert_="all")
+    else:
+        from gdtrain.losses import CrossEntropy, SquaredError
+
+        loss = SquaredError() if data["num_classes"] is None else CrossEntropy()
+    outputs = loss.outputs(data["num_classes"], data["num_targets"])
+    make = instantiate(config.model, _convert_="all")
+    module = SupervisedModule(
+        _sized(make, tuple(data["input_shape"]), outputs), loss, lambda params: None  # type: ignore[arg-type,return-value]
+    )
+    weights = {k: v for k, v in state["state_dict"].items() if k.startswith("model.")}
+    module.load_state_dict(weights, strict=False)
+    module.eval()
+    return Trained(module, preprocessing, state)
+
+
+def _distrust(node: Any, trust: tuple[str, ...], path: str | Path) -> None:
+    if isinstance(node, Mapping):
+        target = node.get("_target_")
+        allowed = (*_TRUSTED, *(f"{name}." for name in trust))
+        if target is not None and not str(target).startswith(allowed):
+            raise ValueError(
+                f"{path} asks to call {target}, which is neither of gdtrain nor of torch.nn. If you "
+                f"know where the checkpoint comes from: trust={str(target).split('.')[0]}"
+            )
+        for value in node.values():
+            _distrust(value, trust, path)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            _distrust(value, trust, path)
+
+
+def _data_state(state: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    for value in state.values():
+        if isinstance(value, Mapping) and "preprocessing" in value:
+            return dict(value)
+    raise ValueError(f"{path} holds no preprocessing: it was not trained on a gdtrain data module.")
+
+
+def evaluate(
+    path: str | Path, overrides: Mapping[str, Any] | None = None, trust: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Test metrics of a checkpoint, on the test part of the data that it was trained on.
+
+    Args:
+        path: Of a checkpoint that the command made.
+        overrides: Changes to the data's configuration, such as {"root": "data"}.
+        trust: As for `load_trained`.
+
+    Returns:
+        By tag: `loss/test`, `metric/<name>/test`.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint, or no such data.
+        ValueError: The checkpoint cannot be used, or its data is another.
+
+    Example:
+        >>> evaluate("missing.ckpt")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no checkpoint missing.ckpt. …
+    """
+    trained = load_trained(path, trust)
+    config = {**trained.state["gdtrain"]["description"]["data"], **(overrides or {})}
+    data: DataModule = instantiate(OmegaConf.create(config), _convert_="all")
+    data.prepare_data()
+    data.setup()
+    data.load_state_dict(_data_state(trained.state, path))
+    inputs, targets = data.examples("test")
+    if not len(inputs):
+        raise ValueError("There is no test part: test_fraction was 0.")
+    scale = data.preprocessing.target_scale
+    trained.module.use_target_scale(scale)
+    return trained.module.evaluate(EvaluationLoader(inputs, targets), "test")
+
+
+def predict_file(
+    path: str | Path,
+    input_path: str | Path,
+    output_path: str | Path,
+    trust: tuple[str, ...] = (),
+) -> int:
+    """Predictions for a file of examples, as CSV.
+
+    Args:
+        path: Of a checkpoint that the command made.
+        input_path: `.csv` (columns by name where training had names) or `.npy`.
+        output_path: A new file, with a column "prediction" (or prediction_0, … for several
+            targets).
+        trust: As for `load_trained`.
+
+    Returns:
+        The number of examples.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        FileExistsError: `output_path` exists.
+        ValueError: The examples do not have the training data's shape.
+
+    Example:
+        >>> predict_file("missing.ckpt", "new.csv", "predictions.csv")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no checkpoint missing.ckpt. …
+    """
+    import pandas as pd
+
+    trained = load_trained(path, trust)
+    inputs = read_features(input_path, trained.preprocessing.feature_names)
+    answers = predict(trained.module, trained.preprocessing, inputs)
+    columns = answers.reshape(len(answers), -1)
+    names = ["prediction"] if columns.shape[1] == 1 else [
+        f"prediction_{i}" for i in range(columns.shape[1])
+    ]
+    table = pd.DataFrame({name: columns[:, i] for i, name in enumerate(names)})
+    output = Path(output_path)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(output, "x", encoding="utf-8", newline="") as file:
+            table.to_csv(file, index=False)
+    except FileExistsError:
+        raise FileExistsError(f"{output} exists already; choose another output=…") from None
+    return int(np.shape(inputs)[0])

@@ -1,0 +1,8 @@
+"""Models, sized from the data: each takes `input_shape` and `num_outputs` first."""
+
+from gdtrain.models.cnn import CNN, resnet18
+from gdtrain.models.initialisation import initialise_
+from gdtrain.models.linear import Linear
+from gdtrain.models.mlp import MLP
+
+__all__ = ["CNN", "MLP", "Linear", "initialise_", "resnet18"]

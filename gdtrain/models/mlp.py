@@ -1,0 +1,93 @@
+"""The multi-layer perceptron."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor, nn
+
+from gdtrain.models.initialisation import Init, initialise_
+
+__all__ = ["ACTIVATIONS", "MLP"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "leaky_relu": nn.LeakyReLU,
+    "elu": nn.ELU,
+    "softplus": nn.Softplus,
+    "identity": nn.Identity,
+}
+
+
+class MLP(nn.Module):
+    """h_l = a(W_l h_{l−1} + b_l), l = 1 … L, then p = W h_L + b, on the flattened input.
+
+    Args:
+        input_shape: Shape of one example, without the batch.
+        num_outputs: C, range [1, ∞).
+        hidden: Widths of the L hidden layers, each in [1, ∞).
+        activation: a: relu, tanh, sigmoid, gelu, silu, leaky_relu, elu, softplus or identity.
+        dropout: Share of hidden units that are dropped in training, range [0, 1).
+        init: Initial weights, see `initialise_`.
+        std: Standard deviation of init="gaussian".
+
+    Raises:
+        ValueError: Unknown activation, a width below 1, dropout out of range, or init="zeros".
+
+    Example:
+        >>> import torch
+        >>> MLP((1, 8, 8), 10, hidden=[128, 64])(torch.zeros(5, 1, 8, 8)).shape
+        torch.Size([5, 10])
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_outputs: int,
+        hidden: Sequence[int] = (128,),
+        activation: Literal[
+            "relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu", "softplus", "identity"
+        ] = "relu",
+        dropout: float = 0.0,
+        init: Init = "default",
+        std: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}. Received: {activation!r}."
+            )
+        if isinstance(hidden, int | str) or any(
+            isinstance(width, bool) or not isinstance(width, int) or width < 1 for width in hidden
+        ):
+            raise ValueError(
+                f"hidden must be a list of whole widths of at least 1, such as [128]. "
+                f"Received: hidden={hidden!r}."
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1). Received: dropout={dropout}.")
+        if init == "zeros":
+            raise ValueError(
+                "init=zeros is for linear models: hidden units that start equal stay equal. "
+                "Use init=default, gaussian, kaiming or xavier."
+            )
+        layers: list[nn.Module] = [nn.Flatten()]
+        width = math.prod(input_shape)
+        for next_width in hidden:
+            layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+            width = next_width
+        layers.append(nn.Linear(width, num_outputs))
+        self.layers = nn.Sequential(*layers)
+        initialise_(self, init, std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …) to (B, C)."""
+        return self.layers(x)

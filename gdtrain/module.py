@@ -1,0 +1,469 @@
+"""The Lightning module: a model, a loss, an optimizer and a schedule, trained update by update.
+
+B examples per update, K updates per Lightning step, T planned updates, U updates per epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.regression import MeanAbsoluteError, R2Score
+
+from gdtrain.data.loader import IndexLoader
+from gdtrain.losses import Loss
+from gdtrain.objective import Objective
+from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule
+from gdtrain.stopping import Stop
+from gdtrain.sweep import eager
+
+__all__ = ["SupervisedModule", "parameter_groups"]
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+
+
+def parameter_groups(model: nn.Module, decay_biases: bool = False) -> list[dict[str, Any]]:
+    """A model's trainable parameters, biases and the parameters of norms apart, without decay.
+
+    Args:
+        model: Any module.
+        decay_biases: Put all into one group instead.
+
+    Returns:
+        Parameter groups for an optimizer.
+
+    Example:
+        >>> groups = parameter_groups(nn.Linear(3, 2))
+        >>> [len(group["params"]) for group in groups], groups[1]["weight_decay"]
+        ([1, 1], 0.0)
+    """
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            if p.requires_grad and not any(p is q for q in (*decayed, *exempt)):
+                bias = name.endswith("bias") or isinstance(module, _NORMS)
+                (exempt if bias and not decay_biases else decayed).append(p)
+    groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
+    return [*groups, {"params": exempt, "weight_decay": 0.0}] if exempt else groups
+
+
+class SupervisedModule(LightningModule):
+    """Trains any `nn.Module` on inputs and targets, with exact counts of updates and examples.
+
+    A Lightning step makes K whole updates, and `trainer.global_step` counts updates. Batches may be
+
+    - a block of indices (K, B) from a gdtrain data module, whose examples stay resident;
+    - a pair (inputs, targets) from any other loader: one update.
+
+    It logs `loss/val`, `loss/test` and `metric/<name>/val`, `metric/<name>/test` for callbacks;
+    `gdtrain.callbacks.LossCurves` writes them, with the training loss, to the loggers.
+
+    Args:
+        model: (B, …) to (B, C).
+        loss: Per example.
+        optimizer: From parameters or groups to an optimizer, such as
+            `functools.partial(SGD, lr=0.1)`; or an optimizer of the model's parameters.
+        schedule: The factor on η; None: constant.
+        metrics: By name, fed with `loss.decide(prediction)` and targets; None: accuracy for
+            classes, R² and mean absolute error for numbers.
+        decay_biases: Whether weight decay acts on biases and norms, when `optimizer` is a factory.
+
+    Raises:
+        ValueError: `loss` is no `Loss`; later, data that do not fit it, or trainer arguments that
+            would count Lightning steps as updates.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning import Trainer
+        >>> from gdtrain import SGD
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> from gdtrain.losses import CrossEntropy
+        >>> from gdtrain.models import MLP
+        >>> data = EmbeddedDataModule("iris", batch_size=1)
+        >>> module = SupervisedModule(MLP((4,), 3), CrossEntropy(), partial(SGD, lr=0.01))
+        >>> trainer = Trainer(max_epochs=2, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        >>> trainer.fit(module, datamodule=data)
+        >>> trainer.global_step == 2 * data.num_train
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: Callable[[Any], Optimizer] | Optimizer,
+        schedule: Schedule | None = None,
+        *,
+        metrics: Mapping[str, Metric] | None = None,
+        decay_biases: bool = False,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        if not isinstance(loss, Loss):
+            raise ValueError(
+                f"loss must be a gdtrain.losses.Loss, which gives one value per example (subclass "
+                f"it for one of your own). Received: {type(loss).__name__}."
+            )
+        self.model = model
+        self.loss = loss
+        self.schedule = schedule if schedule is not None else Constant()
+        self.decay_biases = decay_biases
+        self._make_optimizer = optimizer
+        self._metrics = None if metrics is None else dict(metrics)
+        self.evaluation = nn.ModuleDict()
+        self.stop: Stop | None = None
+        self.description: dict[str, Any] | None = None
+        self.examples_seen = 0
+        self.updates = 0
+        self.total_updates: int | None = None
+        self.updates_per_epoch = 1
+        self._objective: Objective | None = None
+        self._random_state: dict[str, Any] | None = None
+        self._target_scale: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The model's predictions.
+
+        Args:
+            x: (B, …).
+        """
+        return self.model(x)
+
+    # ------------------------------------------------------------------ set-up
+
+    def configure_optimizers(self) -> Optimizer:
+        """Make the optimizer; schedules are applied here, not by Lightning."""
+        made = self._make_optimizer
+        if not isinstance(made, Optimizer):
+            made = made(parameter_groups(self.model, self.decay_biases))
+        for group in made.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return made
+
+    def setup(self, stage: str) -> None:
+        """Take from the data module the units of the target, and make the metrics.
+
+        Args:
+            stage: Lightning's.
+        """
+        preprocessing = getattr(self.trainer.datamodule, "preprocessing", None)  # type: ignore[attr-defined]
+        self.use_target_scale(getattr(preprocessing, "target_scale", None))
+        for part in ("val", "test"):
+            if part not in self.evaluation:
+                self.evaluation[part] = self._new_metrics()
+
+    def use_target_scale(self, scale: Any) -> None:
+        """Compute the metrics of a regression in the units of the target.
+
+        Args:
+            scale: Standard deviation by which the targets were divided, (K,); None: they were not.
+        """
+        self._target_scale = None if scale is None else torch.as_tensor(scale, dtype=torch.float64)
+
+    def _new_metrics(self) -> nn.ModuleDict:
+        made: dict[str, Metric]
+        if self._metrics is not None:
+            made = {name: metric.clone() for name, metric in self._metrics.items()}
+        elif self.loss.task == "regression":
+            made = {"r2": R2Score(), "mae": MeanAbsoluteError()}
+        else:
+            # Over decided classes, the count of classes does not matter to plain accuracy.
+            made = {"accuracy": MulticlassAccuracy(2, average="micro", validate_args=False)}
+        return nn.ModuleDict({"loss": MeanMetric(), **made})
+
+    def on_fit_start(self) -> None:
+        """Refuse what would be wrong, and bring the examples to the device."""
+        trainer = self.trainer
+        precision = str(trainer.precision)
+        if precision.startswith("16"):
+            raise ValueError(
+                f"precision={precision} needs a gradient scaler, which a sweep of updates does not "
+                f"have. Use trainer.precision=bf16-mixed or 32."
+            )
+        if not trainer.fast_dev_run:
+            for name, neutral in (
+                ("val_check_interval", (1.0, None)),
+                ("limit_train_batches", (1.0, None)),
+                ("overfit_batches", (0.0, 0)),
+            ):
+                value = getattr(trainer, name)
+                if value not in neutral:
+                    raise ValueError(
+                        f"trainer.{name} counts Lightning steps, each of several updates. Received: "
+                        f"{name}={value}. Bound the run with max_epochs or max_steps (which counts "
+                        f"updates), and validate with check_val_every_n_epoch."
+                    )
+        self.stop = None
+
+    def on_train_start(self) -> None:
+        """Go on from the update that the trainer is at."""
+        trainer = self.trainer
+        loader = trainer.train_dataloader
+        self.updates = trainer.global_step
+        if isinstance(loader, IndexLoader):
+            self.total_updates = loader.total
+            self.updates_per_epoch = loader.updates_per_epoch
+            _align_progress(trainer, self.updates // loader.updates_per_epoch)
+            data = cast(Any, trainer).datamodule
+            dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+            inputs, targets = (_to(t, self.device, dtype) for t in data.examples("train"))
+            self._objective = Objective(
+                self.model, self.loss, inputs, targets, data.micro_batch_size
+            )
+            self._check(inputs[:2], targets[:2])
+        else:
+            per_epoch = trainer.num_training_batches
+            if math.isfinite(per_epoch):
+                self.updates_per_epoch = int(per_epoch)
+                epochs = trainer.max_epochs if trainer.max_epochs is not None else -1
+                limits = [n for n in (epochs * self.updates_per_epoch, trainer.max_steps) if n >= 0]
+                self.total_updates = min(limits) if limits else None
+            elif trainer.max_steps >= 0:
+                self.total_updates = trainer.max_steps
+        if self._random_state is not None:
+            _set_random_state(self._random_state)
+            self._random_state = None
+
+    @torch.no_grad()
+    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+        """Run two examples, so that a misfit of model, loss and data is told before training."""
+        self.model.eval()
+        try:
+            prediction = self.model(inputs)
+        except RuntimeError as error:
+            raise ValueError(
+                f"The model does not take examples of shape {tuple(inputs.shape[1:])}: {error}"
+            ) from error
+        finally:
+            self.model.train()
+        self.loss.check(prediction, targets)
+
+    # ------------------------------------------------------------------ training
+
+    def rate_factors(self, first: int, count: int) -> Tensor:
+        """The schedule's factors for updates first … first + count − 1.
+
+        Args:
+            first: Update number, from 0.
+            count: K.
+
+        Returns:
+            (K,), float64.
+        """
+        total = self.total_updates if self.total_updates is not None else first + count
+        return self.schedule(
+            torch.arange(first, first + count), max(total, 1), self.updates_per_epoch
+        )
+
+    def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
+        """Make the updates of one block.
+
+        Args:
+            batch: (K, B) indices, or inputs and targets.
+            batch_idx: Lightning's.
+
+        Returns:
+            "losses" (K,), "first", the number of the first of these updates, and "examples", how
+            many made one update.
+        """
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError("SupervisedModule trains with one optimizer.")
+        if isinstance(batch, Tensor):
+            assert self._objective is not None, "index blocks come with a gdtrain data module"
+            objective, indices = self._objective, batch
+        else:
+            inputs, targets = batch
+            if self.updates == 0:
+                self._check(inputs[:2], targets[:2])
+            objective = Objective(self.model, self.loss, inputs, targets)
+            indices = torch.arange(len(inputs), device=inputs.device).unsqueeze(0)
+        first, count = self.updates, len(indices)
+        losses = eager.run(objective, optimizer, indices, self.rate_factors(first, count))
+        self.updates += count
+        self.examples_seen += indices.numel()
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        progress = epoch_loop.manual_optimization.optim_step_progress
+        for counts in (progress.total, progress.current):
+            counts.ready += count
+            counts.completed += count
+        # What Lightning passes to loggers as the step; it adds 1 for this batch itself.
+        epoch_loop._batches_that_stepped = self.updates - 1
+        return {"losses": losses, "first": first, "examples": indices.shape[1]}
+
+    # ------------------------------------------------------------------ evaluation
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Take one slice of the validation part in.
+
+        Args:
+            batch: Inputs and targets.
+            batch_idx: Lightning's.
+        """
+        self._take(self.evaluation["val"], *batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Take one slice of the test part in.
+
+        Args:
+            batch: Inputs and targets.
+            batch_idx: Lightning's.
+        """
+        self._take(self.evaluation["test"], *batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Publish the validation metrics; tell a plateau schedule."""
+        values = _compute(cast(nn.ModuleDict, self.evaluation["val"]), "val")
+        # Not through loggers: they would get the number of the update before.
+        self.log_dict(values, logger=False)
+        if isinstance(self.schedule, ReduceOnPlateau) and not self.trainer.sanity_checking:
+            self.schedule.observe(values["loss/val"])
+
+    def on_test_epoch_end(self) -> None:
+        """Publish the test metrics."""
+        self.log_dict(_compute(cast(nn.ModuleDict, self.evaluation["test"]), "test"))
+
+    def _take(self, metrics: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        inputs, targets = _to(inputs, self.device, dtype), _to(targets, self.device, dtype)
+        prediction = self.model(inputs)
+        losses = self.loss(prediction, targets)
+        decided = self.loss.decide(prediction)
+        if self.loss.task == "regression":
+            targets = targets.reshape(decided.shape)
+            if self._target_scale is not None:
+                scale = self._target_scale.to(decided)
+                decided, targets = decided * scale, targets * scale
+            decided, targets = decided.squeeze(1), targets.squeeze(1)
+        for name, metric in cast(nn.ModuleDict, metrics).items():
+            if name == "loss":
+                metric.update(losses)
+            else:
+                metric.update(decided, targets)
+
+    @torch.no_grad()
+    def evaluate(
+        self, batches: Iterable[tuple[Tensor, Tensor]], part: str = "train"
+    ) -> dict[str, float]:
+        """Mean loss and metrics, in evaluation mode, outside Lightning's loops.
+
+        Args:
+            batches: Pairs of inputs and targets.
+            part: Last word of the tags.
+
+        Returns:
+            By tag: `loss/<part>`, `metric/<name>/<part>`.
+        """
+        metrics = self._new_metrics().to(self.device)
+        was_training = self.model.training
+        self.model.eval()
+        for inputs, targets in batches:
+            self._take(metrics, inputs, targets)
+        self.model.train(was_training)
+        return _compute(metrics, part)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the next update depends on beside parameters and optimizer.
+
+        Args:
+            checkpoint: Lightning's; changed in place.
+        """
+        checkpoint["gdtrain"] = {
+            "updates": self.updates,
+            "examples_seen": self.examples_seen,
+            "random_state": _random_state(),
+            "schedule": self.schedule.state_dict()
+            if isinstance(self.schedule, ReduceOnPlateau)
+            else None,
+            "description": self.description,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from what `on_save_checkpoint` added.
+
+        Args:
+            checkpoint: Lightning's.
+        """
+        state = checkpoint.get("gdtrain")
+        if state is None:
+            return
+        self.updates = state["updates"]
+        self.examples_seen = state["examples_seen"]
+        self._random_state = state["random_state"]
+        if isinstance(self.schedule, ReduceOnPlateau) and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
+
+
+def _compute(metrics: nn.ModuleDict, part: str) -> dict[str, float]:
+    """Values by tag; the metrics start anew. R² of a single example does not exist."""
+    values = {}
+    for name, metric in metrics.items():
+        tag = f"loss/{part}" if name == "loss" else f"metric/{name}/{part}"
+        if not (isinstance(metric, R2Score) and int(metric.total) < 2):
+            value = cast(Metric, metric).compute()
+            values[tag] = float(value)
+        cast(Metric, metric).reset()
+    return values
+
+
+def _to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """On the device; in the model's dtype if it holds floating-point numbers."""
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def _align_progress(trainer: Any, epoch: int) -> None:
+    """Tell Lightning's loops that `epoch` epochs are done and the next begins or goes on.
+
+    The update number alone says where a run is. Lightning's own counters depend on the hook in
+    which the checkpoint was saved, and would repeat or skip an epoch.
+    """
+    loop = trainer.fit_loop
+    current = loop.epoch_progress.current
+    current.ready = current.started = current.processed = current.completed = epoch
+    loop.restarting = False
+    loop.reset_restart_stage()
+    loop.epoch_loop.restarting = False
+    loop.epoch_loop.reset_restart_stage()
+    loop.epoch_loop.batch_progress.reset_on_run()
+    loop.epoch_loop.val_loop.restarting = False
+    loop.epoch_loop.val_loop.batch_progress.reset_on_run()
+
+
+def _random_state() -> dict[str, Any]:
+    """The generators that a user's layers may draw from, in plain containers."""
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))

@@ -1,0 +1,81 @@
+"""Stochastic gradient descent: each update uses one training example."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gdtrain.optim.base import Descent
+
+__all__ = ["SGD"]
+
+
+class SGD(Descent):
+    """Stochastic gradient descent, one example an update; a drop-in for `torch.optim.SGD`.
+
+        θ ← θ − η ∇f_i(θ),    i drawn from 1 … N
+
+    f_i is the loss of example i. N updates per pass over the data. In a torch loop the loader
+    decides what `p.grad` averages, as with `torch.optim.SGD`, whose arguments, numbers, state
+    and errors this class shares.
+
+    Args:
+        params: Parameters, named parameters, or parameter groups.
+        lr: η, range [0, ∞). A constant η leaves noise of a size in proportion to it; let η decay.
+        momentum: μ, range [0, ∞), customary 0.9.
+        dampening: τ, customary 0.
+        weight_decay: λ of the penalty ½λ‖θ‖², range [0, ∞).
+        nesterov: Nesterov momentum.
+        maximize: Climb instead of descend.
+        foreach: False applies the rule tensor by tensor.
+        differentiable: Let autograd see the step.
+        fused: Use PyTorch's fused kernel.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [4.0], [6.0]])
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = SGD(model.parameters(), lr=0.1)
+        >>> for epoch in range(30):
+        ...     for i in range(3):
+        ...         optimizer.zero_grad()
+        ...         (0.5 * (model(x[i]) - y[i]) ** 2).sum().backward()
+        ...         optimizer.step()
+        >>> round(model.weight.item(), 4)
+        2.0
+
+    References:
+        Robbins and Monro, A Stochastic Approximation Method, 1951.
+        Bottou, Curtis and Nocedal, Optimization Methods for Large-Scale Machine Learning, 2018,
+        arXiv 1606.04838.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )

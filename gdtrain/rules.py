@@ -1,0 +1,189 @@
+"""The update rules of gradient descent, written by hand.
+
+    d = g + λθ                        the gradient, with coupled weight decay (the gradient of ½λ‖θ‖²)
+    θ ← θ − η d                       gradient descent
+
+    b ← μ b + (1 − τ) d               momentum: a decaying sum of past gradients (b = d the first time)
+    θ ← θ − η b
+
+    θ ← θ − η (d + μ b)               Nesterov momentum, with b already updated
+
+θ parameters, g gradient, b momentum buffer, η step size (`lr`), μ `momentum`, τ `dampening`,
+λ `weight_decay`. With `maximize`, −g stands for g. A rule knows nothing else: not where η comes
+from, nor how many examples g averages.
+
+The functions act on lists of tensors of any shape, dtype, layout and device; the k-th entries of
+the lists belong together. `torch._foreach_*` is one call for a whole list: a loop in C++ on CPU,
+one kernel on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["descend_", "fused_descend_"]
+
+
+def descend_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float | Tensor = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> None:
+    """Make one update of every parameter, in place.
+
+    The mathematics stands at the head of this module. `grads` is only read.
+
+    Args:
+        params: θ, changed in place.
+        grads: g, as many as `params`.
+        buffers: b, as many as `params` if `momentum` is not 0, else ignored. Changed in place; a
+            `None` is replaced by a copy of d: momentum starts undampened.
+        lr: η, the length of the step, range [0, ∞).
+        momentum: μ, range [0, ∞), stable below 1.
+        dampening: τ, range (−∞, ∞), customary [0, 1).
+        weight_decay: λ, range [0, ∞).
+        nesterov: Look ahead along the new buffer.
+        maximize: Climb instead of descend.
+
+    Example:
+        >>> theta = [torch.tensor([1.0, 2.0, 3.0, 4.0])]
+        >>> descend_(theta, [torch.tensor([1.0, 6.0, 7.0, 2.0])], [], lr=0.5)
+        >>> theta
+        [tensor([ 0.5000, -1.0000, -0.5000,  3.0000])]
+
+    References:
+        Cauchy, Méthode générale pour la résolution des systèmes d'équations simultanées, 1847.
+        Polyak, Some methods of speeding up the convergence of iteration methods, 1964.
+        Sutskever et al., On the importance of initialization and momentum in deep learning, ICML
+        2013 (momentum and Nesterov in this form, which PyTorch shares: η multiplies the buffer).
+    """
+    if not params:
+        return
+    d: Sequence[Tensor] = torch._foreach_neg(grads) if maximize else grads
+    if isinstance(weight_decay, Tensor):
+        # The product keeps θ for the derivative by λ, and θ is about to change: hence the copy.
+        d = torch._foreach_add(d, torch._foreach_mul([p.clone() for p in params], weight_decay))
+    elif weight_decay != 0:
+        d = torch._foreach_add(d, params, alpha=weight_decay)
+    if momentum != 0:
+        b = _accumulate_(buffers, d, momentum, dampening)
+        d = torch._foreach_add(d, b, alpha=momentum) if nesterov else b
+    if isinstance(lr, Tensor) and (lr.requires_grad or torch.compiler.is_compiling()):
+        torch._foreach_sub_(params, torch._foreach_mul(d, lr.reshape(())))
+    else:
+        torch._foreach_add_(params, d, alpha=-lr)  # type: ignore[arg-type]
+
+
+def _accumulate_(
+    buffers: list[Tensor | None], d: Sequence[Tensor], momentum: float, dampening: float
+) -> list[Tensor]:
+    """b ← μ b + (1 − τ) d where b exists, b = d where it does not yet."""
+    old = [i for i, b in enumerate(buffers) if b is not None]
+    b = [buffers[i] for i in old]
+    torch._foreach_mul_(b, momentum)  # type: ignore[arg-type]
+    torch._foreach_add_(b, [d[i] for i in old], alpha=1 - dampening)  # type: ignore[arg-type]
+    for i, buffer in enumerate(buffers):
+        if buffer is None:
+            buffers[i] = d[i].detach().clone()
+    return buffers  # type: ignore[return-value]
+
+
+def fused_descend_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`descend_` in one kernel of PyTorch's, for tensors of one device and floating-point dtype.
+
+    The kernel walks over memory, blind to strides, and takes all buffers as new or none: so
+    gradients are first laid out as their parameters, parameters with gaps or overlaps go to
+    `descend_`, and new buffers go in a call of their own.
+
+    Args:
+        params: θ, changed in place.
+        grads: g. Not written into, unless `grad_scale` is given: the kernel then unscales them.
+        buffers: b; a `None` becomes a buffer, unless `found_inf` says that the update is skipped.
+        lr: η, range [0, ∞).
+        momentum: μ, range [0, ∞).
+        dampening: τ.
+        weight_decay: λ, range [0, ∞).
+        nesterov: Look ahead along the new buffer.
+        maximize: Climb instead of descend.
+        grad_scale: A scaler's factor, by which the kernel divides the gradients.
+        found_inf: 1 where a scaler saw an overflow: nothing is then changed.
+
+    Example:
+        >>> theta = [torch.tensor([1.0, 2.0])]
+        >>> fused_descend_(theta, [torch.tensor([1.0, 6.0])], [], lr=0.5)
+        >>> theta
+        [tensor([ 0.5000, -1.0000])]
+    """
+    rule = {
+        "lr": lr,
+        "momentum": momentum,
+        "dampening": dampening,
+        "weight_decay": weight_decay,
+        "nesterov": nesterov,
+        "maximize": maximize,
+    }
+    fresh = momentum != 0 and any(b is None for b in buffers)
+    if fresh and found_inf is not None and found_inf.item():
+        return  # else a buffer would be made for a gradient that overflowed
+    new, old, plain = [], [], []
+    for i, p in enumerate(params):
+        if not torch._prims_common.is_non_overlapping_and_dense_or_false(p):
+            plain.append(i)
+        elif momentum != 0 and buffers[i] is None:
+            new.append(i)
+        else:
+            old.append(i)
+    for part, first in ((new, True), (old, False)):
+        if not part:
+            continue
+        ps = [params[i] for i in part]
+        gs = [_laid_out_as(params[i], grads[i]) for i in part]
+        if first:
+            bs = [torch.zeros_like(p) for p in ps]
+        else:
+            bs = [_laid_out_as(params[i], buffers[i]) for i in part] if momentum != 0 else []
+        torch._fused_sgd_(
+            ps, gs, bs, is_first_step=first, grad_scale=grad_scale, found_inf=found_inf, **rule
+        )
+        if momentum != 0:
+            for i, b in zip(part, bs, strict=True):
+                buffers[i] = b
+    if plain:
+        if found_inf is not None and bool(found_inf.item()):
+            return
+        gs = [grads[i] if grad_scale is None else grads[i] / grad_scale for i in plain]
+        bs_plain = [buffers[i] for i in plain] if momentum != 0 else []
+        descend_([params[i] for i in plain], gs, bs_plain, **rule)  # type: ignore[arg-type]
+        for i, buffer in zip(plain, bs_plain, strict=False):
+            buffers[i] = buffer
+
+
+def _laid_out_as(param: Tensor, other: Tensor | None) -> Tensor:
+    """`other`, in memory as `param` is: itself where it already is."""
+    assert other is not None
+    if other.stride() == param.stride() and other.dtype == param.dtype:
+        return other
+    return torch.empty_like(param).copy_(other)

@@ -1,0 +1,554 @@
+"""One training run from built objects: fit, evaluate, summarise. The command and `fit` share it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+from gdtrain.callbacks import BestAndLast, Divergence, History, Interrupt, LossCurves, ProgressLine
+from gdtrain.configuration import read_defaults
+from gdtrain.data import ArrayDataModule, DataModule, EvaluationLoader
+from gdtrain.losses import CrossEntropy, Loss, SquaredError
+from gdtrain.models import CNN, MLP, Linear
+from gdtrain.module import SupervisedModule
+from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.schedules import Cosine, Schedule
+from gdtrain.stopping import Stop, StopReason
+
+__all__ = ["Result", "default_loss", "fit", "load_checkpoint", "predict", "run"]
+
+Variant = Literal["gd", "sgd", "minibatch"]
+_OPTIMIZERS = {"gd": GD, "sgd": SGD, "minibatch": MiniBatchSGD}
+_MODELS = {"linear": Linear, "mlp": MLP, "cnn": CNN}
+
+
+@dataclass
+class Result:
+    """A finished run.
+
+    Args:
+        module: The trained module; `model` is the trained model.
+        data: The data module, with the preprocessing.
+        history: The curves.
+        stop: Why it ended.
+        summary: What `summary.json` holds.
+        directory: The run's folder, if it has one.
+
+    Example:
+        >>> import gdtrain
+        >>> from sklearn.datasets import load_iris
+        >>> result = gdtrain.fit("linear", *load_iris(return_X_y=True), variant="gd", epochs=200)
+        >>> result.stop.reason.value, result.summary["updates"]
+        ('BUDGET', 200)
+        >>> result.predict([[5.1, 3.5, 1.4, 0.2]])
+        array([0])
+    """
+
+    module: SupervisedModule
+    data: DataModule
+    history: History
+    stop: Stop
+    summary: dict[str, Any]
+    directory: Path | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, on standardised inputs."""
+        return self.module.model
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Final losses and metrics by tag."""
+        return self.summary["metrics"]
+
+    def predict(self, inputs: ArrayLike) -> NDArray[Any]:
+        """Labels, or numbers in the target's units, for raw examples.
+
+        Args:
+            inputs: (N, D) or (N, C, H, W), not standardised.
+
+        Returns:
+            (N,), or (N, K) for several targets.
+        """
+        return predict(self.module, self.data.preprocessing, np.asarray(inputs))
+
+    def plot(self, by: Literal["update", "examples", "seconds"] = "update") -> Any:
+        """Training and validation loss.
+
+        Args:
+            by: The horizontal axis.
+
+        Returns:
+            A matplotlib figure; `.savefig(path)` keeps it.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for part, tag, style in (("train", "loss", "-"), ("val", "loss/val", "--")):
+            x, y = self.history.array(part, by), self.history.array(part, tag)
+            if len(y):
+                axes.plot(x, y, style, label={"train": "training", "val": "validation"}[part])
+        labels = {"update": "updates", "examples": "examples seen", "seconds": "seconds"}
+        axes.set(xlabel=labels[by], ylabel="loss", title=f"{self.summary['variant']}: loss")
+        losses = self.history.array("train", "loss")
+        if len(losses) and (losses > 0).all():
+            axes.set_yscale("log")
+        axes.legend()
+        return figure
+
+
+def fit(
+    model: str | nn.Module | Callable[[Sequence[int], int], nn.Module],
+    X: ArrayLike,  # noqa: N803 (scikit-learn's name)
+    y: ArrayLike,
+    *,
+    variant: Variant = "sgd",
+    lr: float | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    loss: Loss | None = None,
+    schedule: Schedule | None = None,
+    seed: int = 0,
+    directory: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    progress: bool = True,
+    **data_options: Any,
+) -> Result:
+    """Train a model on arrays: the same run as the command, without Hydra.
+
+    Args:
+        model: "linear", "mlp" or "cnn", sized from the data; a module; or a function from
+            (input_shape, num_outputs) to one.
+        X: (N, D), or images (N, C, H, W).
+        y: (N,) classes or numbers, or (N, K) numbers.
+        variant: "gd" (an update averages all examples), "sgd" (one) or "minibatch".
+        lr: η, range (0, ∞); None: the variant's in `conf/optimizer`.
+        epochs: Passes over the data, range [1, ∞); None: the variant's.
+        batch_size: For "minibatch", range [1, N]; None: the variant's.
+        momentum: μ, range [0, ∞).
+        nesterov: Nesterov momentum.
+        weight_decay: λ, range [0, ∞); not on biases.
+        loss: None: cross-entropy for classes, squared error for numbers.
+        schedule: None: cosine, as in the command.
+        seed: Of initial weights (if the model is built here), order and dropout.
+        directory: Folder for TensorBoard events, `metrics.csv`, checkpoints and `summary.json`;
+            None: nothing is written.
+        checkpoint: Go on from this checkpoint.
+        progress: Whether to draw a progress bar on a terminal.
+        **data_options: As for `ArrayDataModule`: `val_fraction`, `test_fraction`, `task`, `test`,
+            `sampling`, `standardize`, …
+
+    Returns:
+        The trained model, the history, the reason for the end, `predict` and `plot`.
+
+    Raises:
+        ValueError: An argument is out of range, or contradicts the variant.
+
+    Example:
+        >>> import gdtrain
+        >>> from sklearn.datasets import load_wine
+        >>> result = gdtrain.fit("mlp", *load_wine(return_X_y=True), variant="minibatch")
+        >>> result.metrics["metric/accuracy/test"] > 0.9
+        True
+    """
+    if variant not in _OPTIMIZERS:
+        raise ValueError(f"variant must be gd, sgd or minibatch. Received: variant={variant!r}.")
+    defaults = read_defaults(f"optimizer/{variant}")
+    own_size = defaults["data"]["batch_size"]
+    if batch_size is not None and variant != "minibatch" and batch_size != own_size:
+        raise ValueError(
+            f"variant={variant!r} averages {'all examples' if variant == 'gd' else 'one example'} "
+            f"in each update. Received: batch_size={batch_size}. Use variant='minibatch'."
+        )
+    data = ArrayDataModule(
+        X,
+        y,
+        batch_size=own_size if batch_size is None else batch_size,
+        seed=seed,
+        **data_options,
+    )
+    data.setup()
+    loss = loss if loss is not None else default_loss(data)
+    outputs = loss.outputs(data.num_classes, data.num_targets)
+    seed_everything(seed, verbose=False)
+    if isinstance(model, str):
+        if model not in _MODELS:
+            raise ValueError(f"model must be one of {', '.join(_MODELS)}. Received: {model!r}.")
+        model = _MODELS[model](data.input_shape, outputs)
+    elif not isinstance(model, nn.Module):
+        model = model(data.input_shape, outputs)
+    rate = defaults["optimizer"]["lr"] if lr is None else lr
+    if not 0 < rate < math.inf:
+        raise ValueError(f"lr must be finite and > 0. Received: lr={lr}.")
+    module = SupervisedModule(
+        model,
+        loss,
+        partial(
+            _OPTIMIZERS[variant],
+            lr=rate,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+        ),
+        schedule if schedule is not None else Cosine(),
+    )
+    arguments = {**read_defaults("trainer/default"), **defaults["trainer"]}
+    arguments.pop("_target_"), arguments.pop("_partial_")
+    if epochs is not None:
+        if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+            raise ValueError(f"epochs must be a whole number of at least 1. Received: {epochs!r}.")
+        arguments["max_epochs"] = epochs
+    callbacks: list[Any] = [LossCurves(), Divergence(), Interrupt()]
+    loggers: list[Any] = []
+    if progress:
+        callbacks.append(ProgressLine())
+    if directory is not None:
+        from lightning.pytorch.loggers import CSVLogger
+
+        callbacks.append(BestAndLast)
+        loggers = [partial(c, name="", version="") for c in (TensorBoardLogger, CSVLogger)]
+        loggers[0].keywords["default_hp_metric"] = False
+    return run(
+        module,
+        data,
+        trainer=partial(Trainer, **arguments),
+        callbacks=callbacks,
+        loggers=loggers,
+        directory=directory,
+        variant=variant,
+        seed=seed,
+        checkpoint=checkpoint,
+        hyperparameters={"variant": variant, "lr": rate, "momentum": momentum, "seed": seed},
+    )
+
+
+def default_loss(data: DataModule) -> Loss:
+    """Cross-entropy for classes, squared error for numbers.
+
+    Args:
+        data: Set up.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> data = EmbeddedDataModule("diabetes")
+        >>> data.setup()
+        >>> default_loss(data)
+        SquaredError()
+    """
+    return SquaredError() if data.num_classes is None else CrossEntropy()
+
+
+def run(
+    module: SupervisedModule,
+    data: DataModule,
+    *,
+    trainer: Callable[..., Trainer],
+    callbacks: Sequence[Any] = (),
+    loggers: Sequence[Callable[..., Logger]] = (),
+    directory: str | Path | None = None,
+    variant: str = "",
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    hyperparameters: Mapping[str, Any] | None = None,
+    description: dict[str, Any] | None = None,
+) -> Result:
+    """Fit, evaluate on every part, and leave a summary.
+
+    Args:
+        module: To train.
+        data: To train on.
+        trainer: From `callbacks=` and `logger=` to a trainer.
+        callbacks: Callbacks, or functions from `directory=` (for checkpoints) to one.
+        loggers: Functions from `save_dir=` to a logger.
+        directory: The run's folder; None: nothing is written.
+        variant: For the summary.
+        seed: Of dropout and whatever else draws while training.
+        checkpoint: Go on from this checkpoint.
+        hyperparameters: Shown in TensorBoard's HParams tab.
+        description: Kept in checkpoints, so that a model can be built again from them.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The checkpoint, or the data, does not fit.
+
+    Example:
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> data = EmbeddedDataModule("iris", batch_size="full")
+        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(GD, lr=0.5))
+        >>> result = run(module, data, callbacks=[LossCurves()],
+        ...     trainer=partial(Trainer, max_epochs=100, accelerator="cpu",
+        ...         enable_checkpointing=False, enable_progress_bar=False,
+        ...         enable_model_summary=False))
+        >>> result.summary["updates"]
+        100
+    """
+    folder = None if directory is None else Path(directory)
+    data.setup()
+    if checkpoint is not None:
+        state = load_checkpoint(checkpoint)
+        _check_fits(state["state_dict"], module, checkpoint)
+    module.description = description
+    built = _build_callbacks(callbacks, folder)
+    curves = next((c for c in built if isinstance(c, LossCurves)), None)
+    if curves is None:
+        curves = LossCurves()
+        built.append(curves)
+    with _quiet():
+        made_loggers = [] if folder is None else [make(save_dir=folder) for make in loggers]
+        lightning = trainer(callbacks=built, logger=made_loggers or False)
+        seed_everything(seed, verbose=False)
+        lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
+        seconds = curves.seconds
+        stop = _why(lightning, module)
+        metrics = {}
+        for part in ("train", "val", "test"):
+            examples = data.examples(cast(Any, part))
+            if len(examples[0]):
+                metrics.update(module.evaluate(EvaluationLoader(*examples), part))
+        if lightning.is_global_zero:
+            _log_final(lightning, module, metrics, hyperparameters or {})
+        for logger in made_loggers:
+            logger.finalize("success")
+    summary = _summary(lightning, module, data, stop, metrics, seconds, variant, seed)
+    if folder is not None and lightning.is_global_zero:
+        _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        np.savez_compressed(folder / "split.npz", allow_pickle=False, **data.split)
+    return Result(module, data, curves.history, stop, summary, folder)
+
+
+def predict(
+    module: SupervisedModule, preprocessing: Any, inputs: NDArray[Any], batch_size: int = 1024
+) -> NDArray[Any]:
+    """Answers of a trained module for raw examples.
+
+    Args:
+        module: Trained.
+        preprocessing: Learnt with it.
+        inputs: (N, D) or (N, C, H, W), not standardised. Flat images (N, C·H·W) are taken too.
+        batch_size: Examples in one pass, range [1, ∞).
+
+    Returns:
+        (N,) labels or numbers, or (N, K) numbers.
+
+    Raises:
+        ValueError: The examples do not have the training data's shape.
+
+    Example:
+        >>> import gdtrain
+        >>> from sklearn.datasets import load_diabetes
+        >>> X, y = load_diabetes(return_X_y=True)
+        >>> result = gdtrain.fit("linear", X, y, variant="gd", epochs=300)
+        >>> bool(abs(predict(result.module, result.data.preprocessing, X) - y).mean() < 60)
+        True
+    """
+    model = module.model
+    parameter = next(model.parameters())
+    x = preprocessing.inputs(inputs, parameter.dtype)
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        decided = [module.loss.decide(model(part.to(parameter.device))) for part in x.split(batch_size)]
+    model.train(was_training)
+    return preprocessing.answers(torch.cat(decided))
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running anything that it may hold.
+
+    Args:
+        path: Of a checkpoint of gdtrain.
+
+    Returns:
+        Its content: tensors and plain containers.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint of gdtrain.
+
+    Example:
+        >>> load_checkpoint("missing.ckpt")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no checkpoint missing.ckpt. …
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no checkpoint {path}. A run keeps its own in <its folder>/checkpoints/."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+    if not isinstance(state, dict) or not {"state_dict", "gdtrain"} <= state.keys():
+        raise ValueError(f"{path} is no checkpoint of gdtrain.")
+    return state
+
+
+def _check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
+    own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
+    saved = {k: tuple(v.shape) for k, v in state.items()}
+    for name in sorted(own.keys() | saved.keys()):
+        if own.get(name) != saved.get(name):
+            raise ValueError(
+                f"The checkpoint {path} does not match the model: expected {name} of shape "
+                f"{own.get(name, '(none)')}, received {saved.get(name, '(none)')}. Resume with the "
+                f"model that it was trained with."
+            )
+
+
+def _build_callbacks(callbacks: Sequence[Any], folder: Path | None) -> list[Callback]:
+    built: list[Callback] = []
+    for callback in callbacks:
+        if isinstance(callback, Callback):
+            built.append(callback)
+        elif folder is not None:  # a factory: what it makes writes files
+            built.append(callback(directory=folder / "checkpoints"))
+    return built
+
+
+def _why(trainer: Trainer, module: SupervisedModule) -> Stop:
+    if module.stop is not None:
+        return module.stop
+    if module.total_updates is not None and module.updates >= module.total_updates:
+        return Stop(StopReason.BUDGET, f"All {module.updates} planned updates were made.")
+    for callback in trainer.early_stopping_callbacks:
+        if callback.stopped_epoch:
+            return Stop(
+                StopReason.STALLED,
+                f"{callback.monitor} did not improve for {callback.patience} validations.",
+            )
+    return Stop(StopReason.BUDGET, f"The trainer's budget ended after {module.updates} updates.")
+
+
+def _log_final(
+    trainer: Trainer,
+    module: SupervisedModule,
+    metrics: Mapping[str, float],
+    hyperparameters: Mapping[str, Any],
+) -> None:
+    final = {tag: value for tag, value in metrics.items() if not tag.startswith("loss/train")}
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_metrics(
+                {t: v for t, v in final.items() if t.endswith("/test")}, step=module.updates
+            )
+            shown = {t: v for t, v in metrics.items() if t.endswith(("/val", "/test"))}
+            logger.log_hyperparams(dict(hyperparameters), shown)
+        else:
+            logger.log_metrics(
+                {
+                    "examples": module.examples_seen,
+                    "epoch": module.updates / module.updates_per_epoch,
+                    **{t: v for t, v in final.items() if t.endswith("/test")},
+                },
+                step=module.updates,
+            )
+            logger.log_hyperparams(dict(hyperparameters))
+
+
+def _summary(
+    trainer: Trainer,
+    module: SupervisedModule,
+    data: DataModule,
+    stop: Stop,
+    metrics: Mapping[str, float],
+    seconds: float,
+    variant: str,
+    seed: int,
+) -> dict[str, Any]:
+    return {
+        "variant": variant,
+        "updates": module.updates,
+        "examples_seen": module.examples_seen,
+        "epochs": module.updates / module.updates_per_epoch,
+        "fit_seconds": round(seconds, 3),
+        "stop_reason": stop.reason.value,
+        "stop_message": stop.message,
+        "metrics": {tag: value if math.isfinite(value) else None for tag, value in metrics.items()},
+        "seed": seed,
+        "batch_size": data.examples_per_update,
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "data": {
+            "train": data.num_train,
+            "val": len(data.examples("val")[0]),
+            "test": len(data.examples("test")[0]),
+            "split_seed": data.split_seed,
+            "split_fingerprint": data.split_fingerprint,
+        },
+        "device": str(module.device),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    names = ("gdtrain", "torch", "lightning", "torchvision", "hydra-core", "tensorboard", "numpy")
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    """All of a file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    Path(name).chmod(0o644)
+    os.replace(name, path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep from the screen what a user of gdtrain cannot act on."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for message in (
+            r".*isinstance\(treespec, LeafSpec\).*",  # Lightning with a newer torch
+            r".*Experiment logs directory .* exists and is not empty.*",  # holds config.yaml
+            r".*does not have many workers.*",  # resident tensors need none
+            r".*is already configured with.*",  # devices=1 beside a GPU that is not used
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
