@@ -125,8 +125,9 @@ def _explain(error: BaseException) -> str:
         return text
     group = re.search(r"Could not find '([^']+)'", text)
     if group:
-        choice, _, options = group.group(1), None, re.findall(r"^\t(\S+)", text, re.MULTILINE)
-        name, _, value = choice.rpartition("/")
+        name, _, value = group.group(1).rpartition("/")
+        listed = text.partition("Config search path")[0]
+        options = re.findall(r"^\t(\S+)", listed, re.MULTILINE)
         hint = closest(value, options)
         return f"There is no {name}={value}.{hint} There are: {', '.join(sorted(options))}."
     key = re.search(r"Could not override '([^']+)'", text)
@@ -139,10 +140,10 @@ def _explain(error: BaseException) -> str:
             f"{syntax.group(1)!r} is not of the form key=value: "
             f"{syntax.group(2).strip().splitlines()[0]}"
         )
-    cause = error.__cause__ or error.__context__
     detail = text.splitlines()[0] if text else type(error).__name__
-    if cause is not None and str(cause).strip() and str(cause).strip().splitlines()[0] not in detail:
-        detail += f" ({str(cause).strip().splitlines()[0]})"
+    cause = str(error.__cause__ or error.__context__ or "").strip()
+    if cause and cause not in detail:
+        detail += f" ({cause.splitlines()[0]})"
     return detail
 
 
@@ -170,18 +171,19 @@ def _show(result: Result) -> None:
     table.add_column("")
     for part in parts:
         table.add_column(part, justify="right")
-    names = ["loss"] + sorted({t.split("/")[1] for t in metrics if t.startswith("metric/")})
+    names = ["loss", *sorted({t.split("/")[1] for t in metrics if t.startswith("metric/")})]
     for name in names:
         tags = [f"loss/{p}" if name == "loss" else f"metric/{name}/{p}" for p in parts]
         values = [metrics.get(tag) for tag in tags]
         table.add_row(name, *("–" if v is None else f"{v:.4g}" for v in values))
     console = Console()
     console.print(table)
-    seconds = max(summary["fit_seconds"], 1e-9)
+    updates, seconds = summary["updates"], max(summary["fit_seconds"], 1e-9)
     console.print(
-        f"{summary['updates']:,} updates in {seconds:.1f} s ({summary['updates'] / seconds:,.0f}/s), "
+        f"{updates:,} updates in {seconds:.1f} s ({updates / seconds:,.0f}/s), "
         f"{summary['examples_seen']:,} examples seen. {result.stop.message}",
         highlight=False,
+        soft_wrap=True,
     )
     if result.directory is not None:
         shown = os.path.relpath(result.directory)
@@ -254,7 +256,10 @@ def predict_main() -> None:
         ...
         SystemExit: 2
     """
-    usage = "usage: predict.py ckpt_path=CHECKPOINT input=FILE.csv|FILE.npy output=FILE.csv [trust=PACKAGE]"
+    usage = (
+        "usage: predict.py ckpt_path=CHECKPOINT input=FILE.csv|FILE.npy output=FILE.csv "
+        "[trust=PACKAGE]"
+    )
     try:
         found = _key_values(usage, ("ckpt_path", "input", "output"), ("trust",))
         from gdtrain.experiment import predict_file

@@ -67,7 +67,6 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "data.updates_per_sweep": (int, 1, math.inf, True),
     "data.split_seed": (int, 0, 2**32, True),
     "trainer.max_epochs": (int, 1, math.inf, True),
-    "trainer.max_steps": (int, -1, math.inf, True),
     "trainer.check_val_every_n_epoch": (int, 1, math.inf, True),
     "schedule.warmup": (float, 0, math.inf, True),
     "seed": (int, 0, 2**32, True),
@@ -92,7 +91,7 @@ def check(config: Mapping[str, Any]) -> None:
         >>> check({"variant": "sgd", "data": {"batch_size": 32}})
         Traceback (most recent call last):
         ...
-        gdtrain.configuration.ConfigurationError: optimizer=sgd updates from one example …
+        gdtrain.configuration.ConfigurationError: optimizer=sgd updates from one example ...
     """
     flat = dict(_flatten(config))
     for key, (kind, low, high, closed) in _NUMBERS.items():
@@ -103,6 +102,12 @@ def check(config: Mapping[str, Any]) -> None:
         if key in flat and not isinstance(flat[key], bool):
             raise ConfigurationError(f"{key} must be true or false. Received: {flat[key]!r}.")
     _check_batch_size(flat)
+    steps = flat.get("trainer.max_steps", -1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or (steps != -1 and steps < 1):
+        raise ConfigurationError(
+            f"trainer.max_steps must be a whole number of updates at least 1, or -1 for as many as "
+            f"the epochs have. Received: trainer.max_steps={steps}"
+        )
     missing = [key for key, value in flat.items() if value == "???"]
     if missing:
         raise ConfigurationError(f"{missing[0]} has no default and must be set: {missing[0]}=…")
@@ -112,9 +117,7 @@ def check(config: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"{key} must name a file that exists. Received: {path}")
 
 
-def _check_number(
-    key: str, value: Any, kind: type, low: float, high: float, closed: bool
-) -> None:
+def _check_number(key: str, value: Any, kind: type, low: float, high: float, closed: bool) -> None:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int and number:
         number = value == int(value) if math.isfinite(value) else False

@@ -30,7 +30,13 @@ from gdtrain.training import Result, default_loss, load_checkpoint, predict, run
 __all__ = ["Trained", "evaluate", "load_trained", "predict_file", "train"]
 
 # What a checkpoint may name as the class of a model or loss, or of its data.
-_TRUSTED = ("gdtrain.models.", "gdtrain.losses.", "gdtrain.data.", "torch.nn.", "torchvision.models.")
+_TRUSTED = (
+    "gdtrain.models.",
+    "gdtrain.losses.",
+    "gdtrain.data.",
+    "torch.nn.",
+    "torchvision.models.",
+)
 
 
 def train(config: DictConfig, directory: str | Path) -> Result:
@@ -258,7 +264,7 @@ def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
         >>> load_trained("missing.ckpt")
         Traceback (most recent call last):
         ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. …
+        FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
     state = load_checkpoint(path)
     description = state["gdtrain"].get("description")
@@ -280,7 +286,9 @@ def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
     outputs = loss.outputs(data["num_classes"], data["num_targets"])
     make = instantiate(config.model, _convert_="all")
     module = SupervisedModule(
-        _sized(make, tuple(data["input_shape"]), outputs), loss, lambda params: None  # type: ignore[arg-type,return-value]
+        _sized(make, tuple(data["input_shape"]), outputs),
+        loss,
+        lambda params: None,  # type: ignore[arg-type,return-value]
     )
     weights = {k: v for k, v in state["state_dict"].items() if k.startswith("model.")}
     module.load_state_dict(weights, strict=False)
@@ -294,8 +302,8 @@ def _distrust(node: Any, trust: tuple[str, ...], path: str | Path) -> None:
         allowed = (*_TRUSTED, *(f"{name}." for name in trust))
         if target is not None and not str(target).startswith(allowed):
             raise ValueError(
-                f"{path} asks to call {target}, which is neither of gdtrain nor of torch.nn. If you "
-                f"know where the checkpoint comes from: trust={str(target).split('.')[0]}"
+                f"{path} asks to call {target}, which is neither of gdtrain nor of torch.nn. If "
+                f"you know where the checkpoint comes from: trust={str(target).split('.')[0]}"
             )
         for value in node.values():
             _distrust(value, trust, path)
@@ -332,7 +340,7 @@ def evaluate(
         >>> evaluate("missing.ckpt")
         Traceback (most recent call last):
         ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. …
+        FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
     trained = load_trained(path, trust)
     config = {**trained.state["gdtrain"]["description"]["data"], **(overrides or {})}
@@ -375,7 +383,7 @@ def predict_file(
         >>> predict_file("missing.ckpt", "new.csv", "predictions.csv")
         Traceback (most recent call last):
         ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. …
+        FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
     import pandas as pd
 
@@ -383,9 +391,11 @@ def predict_file(
     inputs = read_features(input_path, trained.preprocessing.feature_names)
     answers = predict(trained.module, trained.preprocessing, inputs)
     columns = answers.reshape(len(answers), -1)
-    names = ["prediction"] if columns.shape[1] == 1 else [
-        f"prediction_{i}" for i in range(columns.shape[1])
-    ]
+    names = (
+        ["prediction"]
+        if columns.shape[1] == 1
+        else [f"prediction_{i}" for i in range(columns.shape[1])]
+    )
     table = pd.DataFrame({name: columns[:, i] for i, name in enumerate(names)})
     output = Path(output_path)
     output.parent.mkdir(parents=True, exist_ok=True)

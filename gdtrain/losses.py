@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,6 +28,7 @@ class Loss(nn.Module):
     A subclass defines `forward(prediction, target) -> (B,)` and `task`.
 
     Example:
+        >>> import torch
         >>> class AbsoluteError(Loss):
         ...     task = "regression"
         ...     def forward(self, prediction, target):
@@ -127,6 +127,7 @@ class SquaredError(Loss):
     """½ Σ_c (p_c − y_c)², gradient p − y.
 
     Example:
+        >>> import torch
         >>> SquaredError()(torch.tensor([[3.0]]), torch.tensor([1.0]))
         tensor([2.])
     """
@@ -148,6 +149,7 @@ class Huber(Loss):
         ValueError: delta is out of range.
 
     Example:
+        >>> import torch
         >>> Huber(delta=1.0)(torch.tensor([[3.0], [0.5]]), torch.tensor([0.0, 0.0]))
         tensor([2.5000, 0.1250])
 
@@ -173,6 +175,7 @@ class CrossEntropy(Loss):
     """log Σ_c exp(p_c) − p_y for classes y = 0 … C−1; softmax regression with a linear model.
 
     Example:
+        >>> import torch
         >>> CrossEntropy()(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
         tensor([0.6931])
     """
@@ -188,6 +191,7 @@ class Logistic(Loss):
     """log(1 + exp(−s p)) with s = +1 for class 1, −1 for class 0, and one output p.
 
     Example:
+        >>> import torch
         >>> Logistic()(torch.tensor([[0.0], [2.0]]), torch.tensor([1, 0]))
         tensor([0.6931, 2.1269])
     """
@@ -205,6 +209,7 @@ class Hinge(Loss):
     Not differentiable at s p = 1, where the subgradient 0 is used.
 
     Example:
+        >>> import torch
         >>> Hinge()(torch.tensor([[0.5], [2.0]]), torch.tensor([1, 1]))
         tensor([0.5000, 0.0000])
 
@@ -223,6 +228,7 @@ class SquaredHinge(Loss):
     """max(0, 1 − s p)² with s = ±1 for classes 1, 0; smooth.
 
     Example:
+        >>> import torch
         >>> SquaredHinge()(torch.tensor([[0.5], [2.0]]), torch.tensor([1, 1]))
         tensor([0.2500, 0.0000])
     """

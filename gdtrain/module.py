@@ -196,7 +196,7 @@ class SupervisedModule(LightningModule):
                 f"precision={precision} needs a gradient scaler, which a sweep of updates does not "
                 f"have. Use trainer.precision=bf16-mixed or 32."
             )
-        if not trainer.fast_dev_run:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for name, neutral in (
                 ("val_check_interval", (1.0, None)),
                 ("limit_train_batches", (1.0, None)),
@@ -205,9 +205,9 @@ class SupervisedModule(LightningModule):
                 value = getattr(trainer, name)
                 if value not in neutral:
                     raise ValueError(
-                        f"trainer.{name} counts Lightning steps, each of several updates. Received: "
-                        f"{name}={value}. Bound the run with max_epochs or max_steps (which counts "
-                        f"updates), and validate with check_val_every_n_epoch."
+                        f"trainer.{name} counts Lightning steps, each of several updates. "
+                        f"Received: {name}={value}. Bound the run with max_epochs or max_steps "
+                        f"(which counts updates), and validate with check_val_every_n_epoch."
                     )
         self.stop = None
 
@@ -271,7 +271,9 @@ class SupervisedModule(LightningModule):
             torch.arange(first, first + count), max(total, 1), self.updates_per_epoch
         )
 
-    def training_step(self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Any]:
+    def training_step(
+        self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int
+    ) -> dict[str, Any]:
         """Make the updates of one block.
 
         Args:
@@ -352,10 +354,8 @@ class SupervisedModule(LightningModule):
                 decided, targets = decided * scale, targets * scale
             decided, targets = decided.squeeze(1), targets.squeeze(1)
         for name, metric in cast(nn.ModuleDict, metrics).items():
-            if name == "loss":
-                metric.update(losses)
-            else:
-                metric.update(decided, targets)
+            values = (losses,) if name == "loss" else (decided, targets)
+            cast(Metric, metric).update(*values)
 
     @torch.no_grad()
     def evaluate(
@@ -450,12 +450,18 @@ def _align_progress(trainer: Any, epoch: int) -> None:
 def _random_state() -> dict[str, Any]:
     """The generators that a user's layers may draw from, in plain containers."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (user code may draw from it)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
     }
 
 
@@ -466,4 +472,4 @@ def _set_random_state(state: dict[str, Any]) -> None:
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002

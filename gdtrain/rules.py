@@ -1,9 +1,9 @@
 """The update rules of gradient descent, written by hand.
 
-    d = g + λθ                        the gradient, with coupled weight decay (the gradient of ½λ‖θ‖²)
+    d = g + λθ                        the gradient, plus that of ½λ‖θ‖² (weight decay)
     θ ← θ − η d                       gradient descent
 
-    b ← μ b + (1 − τ) d               momentum: a decaying sum of past gradients (b = d the first time)
+    b ← μ b + (1 − τ) d               momentum: a decaying sum of gradients (b = d at first)
     θ ← θ − η b
 
     θ ← θ − η (d + μ b)               Nesterov momentum, with b already updated
@@ -20,6 +20,7 @@ one kernel on a GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ __all__ = ["descend_", "fused_descend_"]
 
 
 def descend_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
     buffers: list[Tensor | None],
     *,
     lr: float | Tensor,
@@ -69,7 +70,7 @@ def descend_(
     """
     if not params:
         return
-    d: Sequence[Tensor] = torch._foreach_neg(grads) if maximize else grads
+    d: tuple[Tensor, ...] | list[Tensor] = torch._foreach_neg(grads) if maximize else grads
     if isinstance(weight_decay, Tensor):
         # The product keeps θ for the derivative by λ, and θ is about to change: hence the copy.
         d = torch._foreach_add(d, torch._foreach_mul([p.clone() for p in params], weight_decay))
@@ -90,8 +91,9 @@ def _accumulate_(
     """b ← μ b + (1 − τ) d where b exists, b = d where it does not yet."""
     old = [i for i, b in enumerate(buffers) if b is not None]
     b = [buffers[i] for i in old]
-    torch._foreach_mul_(b, momentum)  # type: ignore[arg-type]
-    torch._foreach_add_(b, [d[i] for i in old], alpha=1 - dampening)  # type: ignore[arg-type]
+    if old:
+        torch._foreach_mul_(b, momentum)  # type: ignore[arg-type]
+        torch._foreach_add_(b, [d[i] for i in old], alpha=1 - dampening)  # type: ignore[arg-type]
     for i, buffer in enumerate(buffers):
         if buffer is None:
             buffers[i] = d[i].detach().clone()
@@ -99,8 +101,8 @@ def _accumulate_(
 
 
 def fused_descend_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
     buffers: list[Tensor | None],
     *,
     lr: float | Tensor,
@@ -137,7 +139,7 @@ def fused_descend_(
         >>> theta
         [tensor([ 0.5000, -1.0000])]
     """
-    rule = {
+    rule: dict[str, Any] = {
         "lr": lr,
         "momentum": momentum,
         "dampening": dampening,
@@ -176,7 +178,7 @@ def fused_descend_(
             return
         gs = [grads[i] if grad_scale is None else grads[i] / grad_scale for i in plain]
         bs_plain = [buffers[i] for i in plain] if momentum != 0 else []
-        descend_([params[i] for i in plain], gs, bs_plain, **rule)  # type: ignore[arg-type]
+        descend_([params[i] for i in plain], gs, bs_plain, **rule)
         for i, buffer in zip(plain, bs_plain, strict=False):
             buffers[i] = buffer
 

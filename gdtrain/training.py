@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
@@ -194,17 +195,15 @@ def fit(
     loss = loss if loss is not None else default_loss(data)
     outputs = loss.outputs(data.num_classes, data.num_targets)
     seed_everything(seed, verbose=False)
-    if isinstance(model, str):
-        if model not in _MODELS:
-            raise ValueError(f"model must be one of {', '.join(_MODELS)}. Received: {model!r}.")
-        model = _MODELS[model](data.input_shape, outputs)
-    elif not isinstance(model, nn.Module):
-        model = model(data.input_shape, outputs)
+    if isinstance(model, str) and model not in _MODELS:
+        raise ValueError(f"model must be one of {', '.join(_MODELS)}. Received: {model!r}.")
+    make = _MODELS[model] if isinstance(model, str) else model
+    built = make if isinstance(make, nn.Module) else make(data.input_shape, outputs)
     rate = defaults["optimizer"]["lr"] if lr is None else lr
     if not 0 < rate < math.inf:
         raise ValueError(f"lr must be finite and > 0. Received: lr={lr}.")
     module = SupervisedModule(
-        model,
+        built,
         loss,
         partial(
             _OPTIMIZERS[variant],
@@ -283,7 +282,7 @@ def run(
     Args:
         module: To train.
         data: To train on.
-        trainer: From `callbacks=` and `logger=` to a trainer.
+        trainer: From `callbacks=`, `logger=` and `enable_checkpointing=` to a trainer.
         callbacks: Callbacks, or functions from `directory=` (for checkpoints) to one.
         loggers: Functions from `save_dir=` to a logger.
         directory: The run's folder; None: nothing is written.
@@ -306,8 +305,7 @@ def run(
         >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(GD, lr=0.5))
         >>> result = run(module, data, callbacks=[LossCurves()],
         ...     trainer=partial(Trainer, max_epochs=100, accelerator="cpu",
-        ...         enable_checkpointing=False, enable_progress_bar=False,
-        ...         enable_model_summary=False))
+        ...         enable_progress_bar=False, enable_model_summary=False))
         >>> result.summary["updates"]
         100
     """
@@ -324,7 +322,16 @@ def run(
         built.append(curves)
     with _quiet():
         made_loggers = [] if folder is None else [make(save_dir=folder) for make in loggers]
-        lightning = trainer(callbacks=built, logger=made_loggers or False)
+        lightning = trainer(
+            callbacks=built,
+            logger=made_loggers or False,
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in built),
+        )
+        if lightning.world_size > 1:
+            raise ValueError(
+                f"A run trains on one device. Received: devices for {lightning.world_size} "
+                f"processes. Set trainer.devices=1."
+            )
         seed_everything(seed, verbose=False)
         lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
         seconds = curves.seconds
@@ -376,7 +383,9 @@ def predict(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        decided = [module.loss.decide(model(part.to(parameter.device))) for part in x.split(batch_size)]
+        decided = [
+            module.loss.decide(model(part.to(parameter.device))) for part in x.split(batch_size)
+        ]
     model.train(was_training)
     return preprocessing.answers(torch.cat(decided))
 
@@ -398,7 +407,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         >>> load_checkpoint("missing.ckpt")
         Traceback (most recent call last):
         ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. …
+        FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
     path = Path(path)
     if not path.is_file():

@@ -28,8 +28,7 @@ class BestAndLast(Checkpoint):
         directory: Where to; made when the first is saved.
         monitor: Metric that the best has lowest.
         seconds_between: `last.ckpt` is renewed at the end of an epoch if it is older, range
-            [0, ∞); and at the end of the run. The best likewise is saved at most so often before
-            the end of the run's first save of it.
+            [0, ∞); and at the end of the run.
 
     Raises:
         ValueError: `seconds_between` is negative.

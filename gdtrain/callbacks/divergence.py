@@ -44,7 +44,7 @@ class Divergence(Callback):
         rate = float(module.rate_factors(update, 1)) * float(groups[0]["initial_lr"])
         module.stop = Stop(
             StopReason.NON_FINITE,
-            f"The loss was {losses[k].item()} at update {update} (counted from 0) with lr={rate:.4g}: "
-            f"the steps are too long. Set optimizer.lr to a tenth of it.",
+            f"The loss was {losses[k].item()} at update {update} (counted from 0) with "
+            f"lr={rate:.4g}: the steps are too long. Set optimizer.lr to a tenth of it.",
         )
         trainer.should_stop = True

@@ -79,9 +79,7 @@ class ProgressLine(Callback):
         module = cast(SupervisedModule, pl_module)
         speed = (module.updates - self._updates) / elapsed
         self._loss = float(outputs["losses"].mean())
-        self._progress.update(
-            self._task, completed=module.updates, **self._fields(module, speed)
-        )
+        self._progress.update(self._task, completed=module.updates, **self._fields(module, speed))
         self._looked, self._updates = time.monotonic(), module.updates
 
     def _fields(self, module: SupervisedModule, speed: float) -> dict[str, Any]:

@@ -109,10 +109,11 @@ class Preprocessing:
             )
         x = np.array(raw, dtype=np.float64 if dtype == torch.float64 else np.float32)
         if not np.isfinite(x).all():
-            row, *column = (int(i) for i in np.argwhere(~np.isfinite(x))[0])
-            name = self.feature_names[column[0]] if self.feature_names and column else column
+            place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+            feature = place[1] if len(place) == 2 else place[1:]
+            name = self.feature_names[place[1]] if self.feature_names else feature
             raise ValueError(
-                f"Features must be finite numbers. Received: {x[(row, *column)]} in example {row} "
+                f"Features must be finite numbers. Received: {x[place]} in example {place[0]} "
                 f"(counted from 0), feature {name}. Fill in or drop missing values first."
             )
         if self.mean is not None and self.scale is not None:
@@ -174,7 +175,8 @@ class Preprocessing:
             for name in ("mean", "scale", "target_mean", "target_scale")
             for value in [getattr(self, name)]
         }
-        return {**arrays, "classes": self.classes, "feature_names": self.feature_names}
+        lists = {name: getattr(self, name) for name in ("classes", "feature_names", "input_shape")}
+        return {**arrays, **lists}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Preprocessing:
@@ -183,12 +185,11 @@ class Preprocessing:
         Args:
             state: What `state_dict` returned.
         """
-        return cls(
-            **{
-                name: value.numpy() if isinstance(value, Tensor) else value
-                for name, value in state.items()
-            }
-        )
+        plain: dict[str, Any] = {
+            name: value.numpy() if isinstance(value, Tensor) else value
+            for name, value in state.items()
+        }
+        return cls(**plain)
 
 
 def _nonzero(scale: NDArray[Any], mean: NDArray[Any]) -> NDArray[Any]:

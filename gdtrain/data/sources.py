@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -180,7 +180,7 @@ class ArrayDataModule(DataModule):
 
 
 class CSVDataModule(DataModule):
-    """A CSV file with a header; numeric features and one target column.
+    r"""A CSV file with a header; numeric features and one target column.
 
     Args:
         path: The file.
@@ -197,8 +197,8 @@ class CSVDataModule(DataModule):
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "table.csv"
-        ...     _ = path.write_text("a,b,kind\\n" + "1,2,yes\\n3,4,no\\n" * 10)
-        ...     data = CSVDataModule(path, target="kind")
+        ...     _ = path.write_text("a,b,kind\n" + "1,2,yes\n3,4,no\n" * 10)
+        ...     data = CSVDataModule(path, target="kind", batch_size=4)
         ...     data.setup()
         >>> data.preprocessing.classes
         ['no', 'yes']
@@ -226,7 +226,7 @@ class CSVDataModule(DataModule):
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} could not be read as CSV: {error}") from None
         target = self.target if self.target is not None else str(table.columns[-1])
-        names = self.columns if self.columns is not None else [c for c in table if c != target]
+        names = self.columns or [str(name) for name in table.columns if name != target]
         unknown = [name for name in [target, *names] if name not in table.columns]
         if unknown:
             raise ValueError(
@@ -241,7 +241,7 @@ class CSVDataModule(DataModule):
             )
         targets = table[target].to_numpy()
         features = _numeric(table, names, self.path)
-        return Raw(features, targets, _is_classification(targets, self.task), list(names))
+        return Raw(features, targets, _is_classification(targets, self.task), names)
 
 
 class NPYDataModule(DataModule):
@@ -263,7 +263,7 @@ class NPYDataModule(DataModule):
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     np.save(Path(folder) / "table.npy", np.random.rand(20, 3))
-        ...     data = NPYDataModule(Path(folder) / "table.npy")
+        ...     data = NPYDataModule(Path(folder) / "table.npy", batch_size=4)
         ...     data.setup()
         >>> data.input_shape, data.num_classes
         ((2,), None)
@@ -299,7 +299,7 @@ class NPYDataModule(DataModule):
 
 
 class LIBSVMDataModule(DataModule):
-    """A LIBSVM (svmlight) file, plain or compressed; held as a dense array.
+    r"""A LIBSVM (svmlight) file, plain or compressed; held as a dense array.
 
     Features are divided by their standard deviation and centred like others; pass
     `standardize=False` for one-hot data such as a9a.
@@ -318,8 +318,8 @@ class LIBSVMDataModule(DataModule):
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "table.svm"
-        ...     _ = path.write_text("+1 1:0.5 3:2\\n-1 2:1\\n" * 10)
-        ...     data = LIBSVMDataModule(path)
+        ...     _ = path.write_text("+1 1:0.5 3:2\n-1 2:1\n" * 10)
+        ...     data = LIBSVMDataModule(path, batch_size=4)
         ...     data.setup()
         >>> data.input_shape, data.preprocessing.classes
         ((3,), [-1.0, 1.0])
@@ -363,8 +363,8 @@ class TorchvisionDataModule(DataModule):
         64
     """
 
-    _classes = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-    _places = {
+    _classes: ClassVar = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+    _places: ClassVar = {
         "mnist": "MNIST/raw/ (train-images-idx3-ubyte, train-labels-idx1-ubyte, "
         "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte; with .gz if they are compressed)",
         "fashion_mnist": "FashionMNIST/raw/ (train-images-idx3-ubyte, train-labels-idx1-ubyte, "
@@ -381,10 +381,9 @@ class TorchvisionDataModule(DataModule):
     ) -> None:
         super().__init__(**options)
         if name not in self._classes:
-            raise ValueError(
-                f"name must be one of {', '.join(self._classes)}. Received: {name!r}."
-            )
-        self.name, self.root, self.download = name, Path(root), download
+            raise ValueError(f"name must be one of {', '.join(self._classes)}. Received: {name!r}.")
+        self.name: str = name
+        self.root, self.download = Path(root), download
 
     def prepare_data(self) -> None:
         """Fetch what is missing, on one process."""
@@ -411,7 +410,7 @@ class TorchvisionDataModule(DataModule):
                 with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
                     dataset = cls(root=self.root, train=train, download=True)
             except (OSError, RuntimeError) as error:
-                problem = str(error) or type(error).__name__
+                problem = " ".join(str(error).split()) or type(error).__name__
                 raise FileNotFoundError(
                     f"The files of {self.name} are not in {self.root} and could not be fetched "
                     f"({problem}). Put them into {self.root}/{self._places[self.name]}, or set "
@@ -426,7 +425,7 @@ class TorchvisionDataModule(DataModule):
 
 
 def read_features(path: str | Path, feature_names: list[str] | None = None) -> NDArray[Any]:
-    """Examples without targets, to predict from.
+    r"""Examples without targets, to predict from.
 
     Args:
         path: `.csv` with a header, or `.npy`.
@@ -443,7 +442,7 @@ def read_features(path: str | Path, feature_names: list[str] | None = None) -> N
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "new.csv"
-        ...     _ = path.write_text("b,a\\n2,1\\n4,3\\n")
+        ...     _ = path.write_text("b,a\n2,1\n4,3\n")
         ...     read_features(path, ["a", "b"])
         array([[1., 2.],
                [3., 4.]])
@@ -503,8 +502,8 @@ def _numeric(table: Any, names: list[str], path: Path) -> NDArray[Any]:
         if column.isna().any():
             row = int(column.isna().to_numpy().argmax())
             raise ValueError(
-                f"{path}: the feature {name!r} is missing in row {row} (the first is 0). Fill in or "
-                f"drop missing values first."
+                f"{path}: the feature {name!r} is missing in row {row} (the first is 0). Fill in "
+                f"or drop missing values first."
             )
     return table[names].to_numpy(dtype=np.float64)
 

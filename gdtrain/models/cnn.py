@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from gdtrain.models.initialisation import Init, initialise_
@@ -32,6 +31,7 @@ class CNN(nn.Module):
             range.
 
     Example:
+        >>> import torch
         >>> CNN((1, 28, 28), 10)(torch.zeros(5, 1, 28, 28)).shape
         torch.Size([5, 10])
     """
@@ -111,6 +111,7 @@ def resnet18(
         ValueError: The input is no image, or init="zeros".
 
     Example:
+        >>> import torch
         >>> model = resnet18((3, 32, 32), 10).eval()
         >>> model(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])

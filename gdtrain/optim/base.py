@@ -127,7 +127,9 @@ class Descent(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:  # also reached from load_state_dict: states of older classes
+        for (
+            group
+        ) in self.param_groups:  # also reached from load_state_dict: states of older classes
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
@@ -245,9 +247,9 @@ class Descent(Optimizer):
             self._update_fused(params, grads, buffers, rule)
         elif group["foreach"] is False:
             for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-                buffer = buffers[i : i + 1]
-                descend_([p], [g], buffer, **rule)
-                buffers[i : i + 1] = buffer
+                own = buffers[i : i + 1]
+                descend_([p], [g], own, **rule)
+                buffers[i : i + 1] = own
         else:
             descend_(params, grads, buffers, **rule)
         if group["momentum"] != 0:
@@ -270,7 +272,7 @@ class Descent(Optimizer):
             kinds.setdefault((p.device, p.dtype), []).append(i)
         for (device, _), part in kinds.items():
             part_buffers = [buffers[i] for i in part] if buffers else []
-            scaler = {
+            scaler: dict[str, Any] = {
                 name: None if value is None else value.to(device, non_blocking=True)
                 for name in ("grad_scale", "found_inf")
                 for value in [getattr(self, name, None)]
@@ -342,7 +344,8 @@ class Descent(Optimizer):
 
     @property
     def _examples(self) -> int | None:
-        return self.defaults.get(self._examples_argument, None)
+        name = self._examples_argument
+        return None if name is None else self.defaults[name]
 
     @property
     def _gathered(self) -> int:
@@ -426,11 +429,13 @@ class Descent(Optimizer):
 
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of examples, at least 1. Received: {value!r}.")
+        raise ValueError(
+            f"{name} must be a whole number of examples, at least 1. Received: {value!r}."
+        )
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
-    """One message per range; the first words are those of torch.optim, whose tests look for them."""
+    """One message per range, opening with the words of torch.optim."""
     lr, momentum = group["lr"], group["momentum"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")

@@ -14,9 +14,7 @@ from gdtrain.objective import Objective
 __all__ = ["run"]
 
 
-def run(
-    objective: Objective, optimizer: Optimizer, indices: Tensor, factors: Tensor
-) -> Tensor:
+def run(objective: Objective, optimizer: Optimizer, indices: Tensor, factors: Tensor) -> Tensor:
     """Make K updates.
 
         for k in 0 … K−1:  g = ∇J(θ; indices[k]),  η = η₀ factors[k],  θ ← rule(θ, g, η)
