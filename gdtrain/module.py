@@ -185,7 +185,7 @@ class SupervisedModule(LightningModule):
         else:
             # Over decided classes, the count of classes does not matter to plain accuracy.
             made = {"accuracy": MulticlassAccuracy(2, average="micro", validate_args=False)}
-        return nn.ModuleDict({"loss": MeanMetric(), **made})
+        return nn.ModuleDict({"loss": MeanMetric(nan_strategy="disable"), **made})
 
     def on_fit_start(self) -> None:
         """Refuse what would be wrong, and bring the examples to the device."""
@@ -196,19 +196,6 @@ class SupervisedModule(LightningModule):
                 f"precision={precision} needs a gradient scaler, which a sweep of updates does not "
                 f"have. Use trainer.precision=bf16-mixed or 32."
             )
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            for name, neutral in (
-                ("val_check_interval", (1.0, None)),
-                ("limit_train_batches", (1.0, None)),
-                ("overfit_batches", (0.0, 0)),
-            ):
-                value = getattr(trainer, name)
-                if value not in neutral:
-                    raise ValueError(
-                        f"trainer.{name} counts Lightning steps, each of several updates. "
-                        f"Received: {name}={value}. Bound the run with max_epochs or max_steps "
-                        f"(which counts updates), and validate with check_val_every_n_epoch."
-                    )
         self.stop = None
 
     def on_train_start(self) -> None:
@@ -217,6 +204,7 @@ class SupervisedModule(LightningModule):
         loader = trainer.train_dataloader
         self.updates = trainer.global_step
         if isinstance(loader, IndexLoader):
+            self._refuse_counts_of_steps()
             self.total_updates = loader.total
             self.updates_per_epoch = loader.updates_per_epoch
             _align_progress(trainer, self.updates // loader.updates_per_epoch)
@@ -226,7 +214,7 @@ class SupervisedModule(LightningModule):
             self._objective = Objective(
                 self.model, self.loss, inputs, targets, data.micro_batch_size
             )
-            self._check(inputs[:2], targets[:2])
+            self._check(inputs, targets)
         else:
             per_epoch = trainer.num_training_batches
             if math.isfinite(per_epoch):
@@ -240,9 +228,45 @@ class SupervisedModule(LightningModule):
             _set_random_state(self._random_state)
             self._random_state = None
 
+    def _refuse_counts_of_steps(self) -> None:
+        trainer = self.trainer
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            for name, neutral in (
+                ("val_check_interval", (1.0, None)),
+                ("overfit_batches", (0.0, 0)),
+                ("limit_train_batches", (1.0, None)),
+            ):
+                value = getattr(trainer, name)
+                if value not in neutral:
+                    raise ValueError(
+                        f"trainer.{name} counts Lightning steps, each of several updates. "
+                        f"Received: {name}={value}. Bound the run with max_epochs or max_steps "
+                        f"(which counts updates), and validate with check_val_every_n_epoch."
+                    )
+
+    @property
+    def validation_is_planned(self) -> bool:
+        """Whether the validation at hand belongs to the run, or only to its interruption.
+
+        Lightning validates once more where a run is stopped between two planned validations. What
+        depends on validations (a plateau schedule, the history, the best checkpoint) leaves that
+        one out, so that the resumed run is the same run.
+        """
+        if not isinstance(self.trainer.train_dataloader, IndexLoader):
+            return True
+        epoch, position = divmod(self.updates, self.updates_per_epoch)
+        every = self.trainer.check_val_every_n_epoch or 1
+        return self.updates == self.total_updates or (position == 0 and epoch % every == 0)
+
     @torch.no_grad()
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
-        """Run two examples, so that a misfit of model, loss and data is told before training."""
+        """Run two examples, so that a misfit of model, loss and data is told before training.
+
+        They are those of the lowest and the highest label.
+        """
+        flat = targets.reshape(len(targets), -1)[:, 0]
+        extremes = torch.stack([flat.argmin(), flat.argmax()])
+        inputs, targets = inputs[extremes], targets[extremes]
         self.model.eval()
         try:
             prediction = self.model(inputs)
@@ -293,7 +317,7 @@ class SupervisedModule(LightningModule):
         else:
             inputs, targets = batch
             if self.updates == 0:
-                self._check(inputs[:2], targets[:2])
+                self._check(inputs, targets)
             objective = Objective(self.model, self.loss, inputs, targets)
             indices = torch.arange(len(inputs), device=inputs.device).unsqueeze(0)
         first, count = self.updates, len(indices)
@@ -334,7 +358,8 @@ class SupervisedModule(LightningModule):
         values = _compute(cast(nn.ModuleDict, self.evaluation["val"]), "val")
         # Not through loggers: they would get the number of the update before.
         self.log_dict(values, logger=False)
-        if isinstance(self.schedule, ReduceOnPlateau) and not self.trainer.sanity_checking:
+        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if isinstance(self.schedule, ReduceOnPlateau) and fitting and self.validation_is_planned:
             self.schedule.observe(values["loss/val"])
 
     def on_test_epoch_end(self) -> None:

@@ -554,6 +554,8 @@ def _quiet() -> Iterator[None]:
             r".*Experiment logs directory .* exists and is not empty.*",  # holds config.yaml
             r".*does not have many workers.*",  # resident tensors need none
             r".*is already configured with.*",  # devices=1 beside a GPU that is not used
+            r".*callbacks used to create the checkpoint need to be provided.*",  # only ours were
+            r".*Total length of `list` across ranks is zero.*",  # no validation part: as asked
         ):
             warnings.filterwarnings("ignore", message=message)
         try:

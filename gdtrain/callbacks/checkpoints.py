@@ -70,6 +70,8 @@ class BestAndLast(Checkpoint):
         if _spoilt(pl_module):
             return
         value = trainer.callback_metrics.get(self.monitor)
+        if not cast(SupervisedModule, pl_module).validation_is_planned:
+            value = None
         if value is not None and float(value) < self.best_value:
             self.best_value = float(value)
             self._save(trainer, self.best_path)

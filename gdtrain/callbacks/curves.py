@@ -157,9 +157,11 @@ class LossCurves(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the validation metrics."""
-        if trainer.sanity_checking or (not trainer.training and trainer.state.fn != "fit"):
-            return
         module = cast(SupervisedModule, pl_module)
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if not module.validation_is_planned:
+            return
         values = {
             tag: float(value)
             for tag, value in trainer.callback_metrics.items()
