@@ -1,0 +1,65 @@
+"""The public surface: sorted, documented, with an example each; imports point one way."""
+
+import ast
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+import gdtrain
+
+PACKAGE = Path(gdtrain.__file__).parent
+MODULES = ["gdtrain", *(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "gdtrain."))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    public = module.__all__
+    assert list(public) == sorted(public, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+    for entry in public:
+        item = getattr(module, entry)
+        if isinstance(item, type) or (callable(item) and hasattr(item, "__module__")):
+            if not str(getattr(item, "__module__", "")).startswith("gdtrain"):
+                continue  # a type alias
+            assert item.__doc__, f"{name}.{entry}"
+            assert ">>>" in item.__doc__, f"{name}.{entry} has no example"
+
+
+LAYERS = [
+    ["rules", "schedules", "losses", "stopping", "configuration"],
+    ["objective", "optim"],
+    ["models", "data", "sweep", "minimization"],
+    ["module"],
+    ["callbacks"],
+    ["training"],
+    ["experiment"],
+    ["cli"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_point_up_the_map_only(path):
+    if path == PACKAGE / "__init__.py":
+        return
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "gdtrain" and rest:
+            other = rest.split(".")[0]
+            assert other == own or LEVEL[other] < LEVEL[own], f"{path.name} imports {name}"
+        if own in ("rules", "schedules", "losses", "objective", "optim", "models", "sweep"):
+            assert top not in ("lightning", "hydra", "omegaconf", "sklearn", "tensorboard")
+        if own not in ("experiment", "cli"):
+            assert top not in ("hydra", "omegaconf")
