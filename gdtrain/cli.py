@@ -65,7 +65,10 @@ def train_main() -> None:
     def job(config: DictConfig) -> None:
         codes.append(_run(config, several))
 
-    job()
+    try:
+        job()
+    except KeyboardInterrupt:  # before or after the training itself, which ends in good order
+        sys.exit(_EXIT_CODES["INTERRUPTED"])
     sys.exit(max(codes, default=0))
 
 
@@ -86,7 +89,10 @@ def _run(config: DictConfig, several: bool) -> int:
         overrides = HydraConfig.get().overrides.task
         return _complain(error, f" in {' '.join(overrides)}" if several else "")
     _show(result)
-    return _EXIT_CODES.get(result.stop.reason.value, 0)
+    code = _EXIT_CODES.get(result.stop.reason.value, 0)
+    if several and result.stop.reason.value == "INTERRUPTED":
+        sys.exit(code)  # the whole sweep is meant
+    return code
 
 
 def _jobs(arguments: Any) -> list[list[str]]:

@@ -189,7 +189,7 @@ def _leave(folder: Path, before: set[str] | None) -> None:
 
 
 def discard_empty(folder: Path) -> None:
-    """Remove a folder if it is empty, and what is then empty above it, up to three levels.
+    """Remove a folder if it is empty, and what is then empty above it, within the working folder.
 
     Args:
         folder: Of a run that did not start.
@@ -201,14 +201,15 @@ def discard_empty(folder: Path) -> None:
         ...     folder = Path(root) / "a" / "b"
         ...     folder.mkdir(parents=True)
         ...     discard_empty(folder)
-        ...     sorted(os.listdir(root))
+        ...     os.listdir(root)
         ['keep']
     """
-    for path in (folder, *folder.parents[:2]):
-        try:
-            path.rmdir()
-        except OSError:
+    here = Path.cwd()
+    for path in (folder.absolute(), *folder.absolute().parents):
+        if path == here or path in here.parents or (path.is_dir() and any(path.iterdir())):
             return
+        if path.is_dir():
+            path.rmdir()
 
 
 def _message(error: BaseException) -> str:

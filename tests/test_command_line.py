@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -355,9 +357,8 @@ def test_the_command_and_fit_give_the_same_result(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_ends_in_good_order(tmp_path):
-    import signal
-    import time
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_in_good_order(tmp_path, number):
 
     process = subprocess.Popen(
         [
@@ -377,7 +378,7 @@ def test_an_interrupted_run_ends_in_good_order(tmp_path):
         if metrics.exists():
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "ckpt_path=" in out

@@ -1,7 +1,9 @@
 """Every YAML file composes, names something that exists, and trains."""
 
+import gzip
 import json
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from gdtrain.configuration import check, conf_directory
 from gdtrain.experiment import train
 
 CONF = conf_directory()
+MNIST = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "mnist"
 GROUPS = {
     "callbacks": 3,
     "data": 12,
@@ -84,19 +87,48 @@ def test_each_file_opens_with_its_purpose_and_a_command_that_composes(group, cho
         assert composed(*words).variant in ("gd", "sgd", "minibatch", "adam")
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [choice for group, choice in CHOICES if group == "experiment" and "mnist" not in choice],
-)
+def tiny_mnist(root):
+    """A hundred random images in MNIST's files."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("train", "t10k"):
+        images = rng.integers(0, 256, (100, 28, 28), dtype=np.uint8)
+        labels = (np.arange(100) % 10).astype(np.uint8)
+        head = struct.pack(">IIII", 2051, 100, 28, 28)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        head = struct.pack(">II", 2049, 100)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+
+
+@pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "experiment"])
 def test_each_experiment_trains(choice, tmp_path):
-    config = composed(
-        f"experiment={choice}", "trainer.max_epochs=1", "callbacks=none", "logger=csv"
-    )
-    result = train(config, tmp_path / "run")
+    overrides = [f"experiment={choice}", "trainer.max_epochs=1", "callbacks=none", "logger=csv"]
+    if "mnist" in choice:
+        tiny_mnist(tmp_path)
+        overrides.append(f"data.root={tmp_path}")
+    result = train(composed(*overrides), tmp_path / "run")
     assert result.summary["stop_reason"] == "BUDGET"
-    variant = choice.rsplit("_", 1)[-1]
-    assert result.summary["variant"] == variant
+    assert result.summary["variant"] == choice.rsplit("_", 1)[-1]
     assert result.summary["updates"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MNIST.is_dir(), reason="the real MNIST is not beside the checkout")
+@pytest.mark.parametrize(
+    ("choice", "least"), [("mnist_mlp_minibatch", 0.975), ("mnist_cnn_minibatch", 0.985)]
+)
+def test_real_mnist_is_learnt(choice, least, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in MNIST.glob("*.gz"):
+        (raw / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+    overrides = [f"experiment={choice}", f"data.root={tmp_path}", "data.download=false"]
+    if "cnn" in choice:
+        overrides.append("trainer.max_epochs=2")  # of 5: enough
+    config = composed(*overrides)
+    result = train(config, tmp_path / "run")
+    assert result.metrics["metric/accuracy/test"] >= least
 
 
 @pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "schedule"])

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run in good order."""
+"""Ctrl-C, or a polite kill, ends a run in good order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Interrupt"]
 
 
 class Interrupt(Callback):
-    """At the first SIGINT, stops after the sweep at hand, so that the run can be resumed.
+    """At the first SIGINT or SIGTERM, stops after the sweep at hand: the run can go on later.
 
     The second ends it at once. No state.
 
@@ -27,16 +27,16 @@ class Interrupt(Callback):
     """
 
     def __init__(self) -> None:
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signal."""
+        """Take over the signals."""
         if threading.current_thread() is not threading.main_thread():
             return
-        self._before = signal.getsignal(signal.SIGINT)
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
         def stop(number: int, frame: FrameType | None) -> None:
-            signal.signal(signal.SIGINT, self._before)
+            self._give_back()
             module = cast(SupervisedModule, pl_module)
             module.stop = Stop(
                 StopReason.INTERRUPTED,
@@ -44,19 +44,20 @@ class Interrupt(Callback):
             )
             trainer.should_stop = True
 
-        signal.signal(signal.SIGINT, stop)
+        for number in self._before:
+            signal.signal(number, stop)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signal back."""
+        """Give the signals back."""
         self._give_back()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Give the signal back."""
+        """Give the signals back."""
         self._give_back()
 
     def _give_back(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -58,10 +58,8 @@ class ProgressLine(Callback):
             transient=True,
             refresh_per_second=5,
         )
-        self._task = self._progress.add_task(
-            "", total=module.total_updates, completed=module.updates, **self._fields(module, 0.0)
-        )
-        self._looked, self._updates = time.monotonic(), module.updates
+        self._task = self._progress.add_task("", total=None, **self._fields(module, 0.0))
+        self._looked, self._updates = time.monotonic(), trainer.global_step
         self._progress.start()
 
     def on_train_batch_end(
@@ -79,7 +77,12 @@ class ProgressLine(Callback):
         module = cast(SupervisedModule, pl_module)
         speed = (module.updates - self._updates) / elapsed
         self._loss = float(outputs["losses"].mean())
-        self._progress.update(self._task, completed=module.updates, **self._fields(module, speed))
+        self._progress.update(
+            self._task,
+            total=module.total_updates,  # the module knows it from the first batch on
+            completed=module.updates,
+            **self._fields(module, speed),
+        )
         self._looked, self._updates = time.monotonic(), module.updates
 
     def _fields(self, module: SupervisedModule, speed: float) -> dict[str, Any]:
