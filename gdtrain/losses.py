@@ -167,7 +167,8 @@ class Huber(Loss):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Σ_c h(p_c − y_c)."""
-        target = target.reshape(prediction.shape)
+        # The kernel's gradient wants one dtype; labels of two classes come as whole numbers.
+        target = target.reshape(prediction.shape).to(prediction.dtype)
         return F.huber_loss(prediction, target, reduction="none", delta=self.delta).sum(1)
 
 

@@ -140,7 +140,10 @@ def minimize(
                 + "."
             )
         value.sum().backward()
-        assert x.grad is not None
+        if x.grad is None:
+            raise ValueError(
+                "f must give one number that depends on x. Received: one that does not."
+            )
         norm = float(torch.linalg.vector_norm(x.grad))
         values.append(value.item())
         if t % every == 0:
@@ -152,7 +155,9 @@ def minimize(
             stop = Stop(
                 StopReason.NON_FINITE,
                 f"f or its gradient was not finite after {t} updates with lr={lr:g}: the steps are "
-                f"too long. Try lr={lr / 10:g}.",
+                f"too long. Try lr={lr / 10:g}."
+                if t > 0
+                else "f or its gradient is not finite at x0. Start elsewhere.",
             )
             break
         if norm <= tolerance * max(1.0, first_norm):

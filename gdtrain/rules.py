@@ -71,16 +71,21 @@ def descend_(
     if not params:
         return
     d: tuple[Tensor, ...] | list[Tensor] = torch._foreach_neg(grads) if maximize else grads
+    # Autograd, where it looks on, keeps operands that are about to change: it gets copies.
+    theta = [p.clone() for p in params] if torch.is_grad_enabled() else params
     if isinstance(weight_decay, Tensor):
-        # The product keeps θ for the derivative by λ, and θ is about to change: hence the copy.
-        d = torch._foreach_add(d, torch._foreach_mul([p.clone() for p in params], weight_decay))
+        d = torch._foreach_add(d, torch._foreach_mul(theta, weight_decay))
     elif weight_decay != 0:
-        d = torch._foreach_add(d, params, alpha=weight_decay)
+        d = torch._foreach_add(d, theta, alpha=weight_decay)
     if momentum != 0:
         b = _accumulate_(buffers, d, momentum, dampening)
+        if torch.is_grad_enabled():
+            b = [buffer.clone() for buffer in b]
         d = torch._foreach_add(d, b, alpha=momentum) if nesterov else b
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())
     if isinstance(lr, Tensor) and (lr.requires_grad or torch.compiler.is_compiling()):
-        torch._foreach_sub_(params, torch._foreach_mul(d, lr.reshape(())))
+        torch._foreach_sub_(params, torch._foreach_mul(d, lr))
     else:
         torch._foreach_add_(params, d, alpha=-lr)  # type: ignore[arg-type]
 
@@ -96,7 +101,7 @@ def _accumulate_(
         torch._foreach_add_(b, [d[i] for i in old], alpha=1 - dampening)  # type: ignore[arg-type]
     for i, buffer in enumerate(buffers):
         if buffer is None:
-            buffers[i] = d[i].detach().clone()
+            buffers[i] = d[i].clone()
     return buffers  # type: ignore[return-value]
 
 

@@ -210,7 +210,7 @@ class Step(Schedule):
     """s(t) = γ^⌊t / every⌋.
 
     Args:
-        every: Updates between two drops, or a fraction of T, range (0, ∞).
+        every: Updates between two drops, or a fraction of what follows the warm-up, range (0, ∞).
         gamma: γ, range (0, 1].
         warmup: Updates of linear warm-up, range [0, ∞).
         per: What t counts: "update" or "epoch".
@@ -502,7 +502,8 @@ class ReduceOnPlateau(Schedule):
         Args:
             value: The loss; lower is better.
         """
-        if math.isinf(self.best) or value < self.best - self.threshold * abs(self.best):
+        margin = 0.0 if math.isinf(self.best) else self.threshold * abs(self.best)
+        if value < self.best - margin:
             self.best, self.bad_looks = value, 0
             return
         self.bad_looks += 1

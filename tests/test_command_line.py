@@ -181,7 +181,7 @@ BAD_AT_BUILD = [
     ("schedule.final=7", "final must lie in [0, 1]"),
     ("schedule=one_cycle +schedule.warmup=5", "set rise instead of warmup"),
     ("optimizer.nesterov=true", "Nesterov momentum requires a momentum"),
-    ("data=mnist data.download=false data.root=none", "Put them into none/MNIST/raw/"),
+    ("data=mnist data.download=false data.root=none", "into none/MNIST/raw/"),
     ("optimizer=minibatch trainer.devices=2", "A run trains on one device"),
     ("+trainer.no_such_argument=1", "no_such_argument"),
     ("callbacks.curves.points=0", "points must be"),

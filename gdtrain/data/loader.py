@@ -72,6 +72,8 @@ class IndexLoader:
             raise ValueError(
                 f"updates_per_sweep must be at least 1. Received: {updates_per_sweep}."
             )
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0. Received: seed={seed}.")
         self.num_examples = num_examples
         self.batch_size = batch_size
         self.sampling = sampling

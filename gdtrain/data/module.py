@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gdtrain.data.loader import EvaluationLoader, IndexLoader, Sampling
-from gdtrain.data.preprocessing import Preprocessing
+from gdtrain.data.preprocessing import Preprocessing, check_features, check_targets
 
 __all__ = ["DataModule", "Raw"]
 
@@ -117,6 +117,11 @@ class DataModule(LightningDataModule):
                     f"{name} must be a fraction in [0, 1) or a whole number of examples. "
                     f"Received: {name}={fraction!r}."
                 )
+        for name, value in (("seed", seed), ("split_seed", split_seed)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(
+                    f"{name} must be a whole number of at least 0. Received: {name}={value!r}."
+                )
         if dtype not in ("float32", "float64"):
             raise ValueError(f"dtype must be float32 or float64. Received: dtype={dtype!r}.")
         self.batch_size = batch_size
@@ -158,6 +163,16 @@ class DataModule(LightningDataModule):
                 f"Expected one target for each example. Received: {n} examples and "
                 f"{len(raw.targets)} targets."
             )
+        # Before the split, while rows have the numbers that the user knows them by.
+        check_features(raw.inputs, raw.feature_names)
+        if not raw.classify:
+            check_targets(raw.targets)
+        elif raw.targets.ndim > 1:
+            if raw.targets.size != n:
+                raise ValueError(
+                    f"Classes must be one column. Received: targets of shape {raw.targets.shape}."
+                )
+            raw.targets = raw.targets.reshape(n)
         self.split = self._split(raw)
         train = self.split["train"]
         classes = np.unique(raw.targets).tolist() if raw.classify else None

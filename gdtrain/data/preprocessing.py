@@ -108,14 +108,7 @@ class Preprocessing:
                 f"each). Received: {raw.shape[1:]}."
             )
         x = np.array(raw, dtype=np.float64 if dtype == torch.float64 else np.float32)
-        if not np.isfinite(x).all():
-            place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
-            feature = place[1] if len(place) == 2 else place[1:]
-            name = self.feature_names[place[1]] if self.feature_names else feature
-            raise ValueError(
-                f"Features must be finite numbers. Received: {x[place]} in example {place[0]} "
-                f"(counted from 0), feature {name}. Fill in or drop missing values first."
-            )
+        check_features(x, self.feature_names)
         if self.mean is not None and self.scale is not None:
             x -= self.mean.astype(x.dtype)
             x /= self.scale.astype(x.dtype)
@@ -134,19 +127,16 @@ class Preprocessing:
         if self.classes is not None:
             number = {label: i for i, label in enumerate(self.classes)}
             try:
-                return torch.tensor([number[label] for label in raw.tolist()], dtype=torch.int64)
+                return torch.tensor(
+                    [number[label] for label in raw.ravel().tolist()], dtype=torch.int64
+                )
             except KeyError as error:
                 raise ValueError(
                     f"Labels must be among those of the training data, "
                     f"{_shortened(self.classes)}. Received: {error.args[0]!r}."
                 ) from None
         y = np.array(raw, dtype=np.float64)
-        if not np.isfinite(y).all():
-            row = int(np.argwhere(~np.isfinite(y))[0][0])
-            raise ValueError(
-                f"Targets must be finite numbers. Received: {y[row]} in example {row} "
-                f"(counted from 0)."
-            )
+        check_targets(y)
         if self.target_mean is not None and self.target_scale is not None:
             shape = (1,) * (y.ndim - 1) + (-1,) if y.ndim > 1 else (-1,)
             y = (y - self.target_mean.reshape(shape)) / self.target_scale.reshape(shape)
@@ -190,6 +180,43 @@ class Preprocessing:
             for name, value in state.items()
         }
         return cls(**plain)
+
+
+def check_features(x: NDArray[Any], feature_names: list[str] | None = None) -> None:
+    """Raise, with its place, on a feature that is not finite.
+
+    Args:
+        x: (N, D) or (N, C, H, W).
+        feature_names: Names of the D columns.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if x.dtype.kind != "f" or np.isfinite(x).all():
+        return
+    place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+    feature = place[1] if len(place) == 2 else place[1:]
+    name = feature_names[place[1]] if feature_names else feature
+    raise ValueError(
+        f"Features must be finite numbers. Received: {x[place]} in example {place[0]} "
+        f"(counted from 0), feature {name}. Fill in or drop missing values first."
+    )
+
+
+def check_targets(y: NDArray[Any]) -> None:
+    """Raise, with its row, on a number that is not finite.
+
+    Args:
+        y: (N,) or (N, K).
+
+    Raises:
+        ValueError: There is one.
+    """
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        row = int(np.argwhere(~np.isfinite(y))[0][0])
+        raise ValueError(
+            f"Targets must be finite numbers. Received: {y[row]} in example {row} (counted from 0)."
+        )
 
 
 def _nonzero(scale: NDArray[Any], mean: NDArray[Any]) -> NDArray[Any]:

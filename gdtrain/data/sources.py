@@ -73,7 +73,8 @@ class EmbeddedDataModule(DataModule):
             return Raw(bunch.images[:, None], bunch.target, classify=True)
         classify = self.name != "diabetes"
         targets = bunch.target_names[bunch.target] if classify else bunch.target
-        return Raw(bunch.data, targets, classify, list(bunch.feature_names))
+        names = [str(name) for name in bunch.feature_names]  # NumPy's str_ would not unpickle
+        return Raw(bunch.data, targets, classify, names)
 
 
 class SyntheticDataModule(DataModule):
@@ -227,6 +228,8 @@ class CSVDataModule(DataModule):
             raise ValueError(f"{self.path} could not be read as CSV: {error}") from None
         target = self.target if self.target is not None else str(table.columns[-1])
         names = self.columns or [str(name) for name in table.columns if name != target]
+        if not names:
+            raise ValueError(f"{self.path} has no feature column beside the target {target!r}.")
         unknown = [name for name in [target, *names] if name not in table.columns]
         if unknown:
             raise ValueError(
@@ -339,9 +342,17 @@ class LIBSVMDataModule(DataModule):
 
     def load(self) -> Raw:
         """Read it with scikit-learn."""
-        x, y = _load_libsvm(self.path, None)
-        test = None if self.test_path is None else _load_libsvm(self.test_path, x.shape[1])
+        (x, y), *more = _load_libsvm(
+            [self.path] if self.test_path is None else [self.path, self.test_path]
+        )
+        test = more[0] if more else None
         return Raw(x, y, _is_classification(y, self.task, whole=True), test=test)
+
+
+_IDX = (
+    "train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+    "t10k-labels-idx1-ubyte (or these with .gz)"
+)
 
 
 class TorchvisionDataModule(DataModule):
@@ -365,12 +376,11 @@ class TorchvisionDataModule(DataModule):
 
     _classes: ClassVar = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
     _places: ClassVar = {
-        "mnist": "MNIST/raw/ (train-images-idx3-ubyte, train-labels-idx1-ubyte, "
-        "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte; with .gz if they are compressed)",
-        "fashion_mnist": "FashionMNIST/raw/ (train-images-idx3-ubyte, train-labels-idx1-ubyte, "
-        "t10k-images-idx3-ubyte, t10k-labels-idx1-ubyte; with .gz if they are compressed)",
-        "cifar10": "(cifar-10-python.tar.gz, or the folder cifar-10-batches-py that is in it)",
+        "mnist": _IDX,
+        "fashion_mnist": _IDX,
+        "cifar10": "cifar-10-python.tar.gz, or the folder cifar-10-batches-py that is in it,",
     }
+    _folders: ClassVar = {"mnist": "MNIST/raw", "fashion_mnist": "FashionMNIST/raw", "cifar10": ""}
 
     def __init__(
         self,
@@ -399,10 +409,17 @@ class TorchvisionDataModule(DataModule):
         from torchvision import datasets
 
         cls = getattr(datasets, self._classes[self.name])
+        for packed in (self.root / cls.__name__ / "raw").glob("*-ubyte.gz"):
+            if not packed.with_suffix("").exists():
+                datasets.utils.extract_archive(str(packed), str(packed.parent))
         noise = io.StringIO()  # torchvision prints while it downloads
         try:
             dataset = cls(root=self.root, train=train, download=False)
-        except RuntimeError:
+        except (RuntimeError, ValueError, AssertionError) as error:
+            if not str(error).startswith("Dataset not found"):
+                raise ValueError(
+                    f"The files of {self.name} in {self.root} could not be read: {error}"
+                ) from None
             problem = "download is off"
             try:
                 if not self.download:
@@ -413,8 +430,9 @@ class TorchvisionDataModule(DataModule):
                 problem = " ".join(str(error).split()) or type(error).__name__
                 raise FileNotFoundError(
                     f"The files of {self.name} are not in {self.root} and could not be fetched "
-                    f"({problem}). Put them into {self.root}/{self._places[self.name]}, or set "
-                    f"data.root to the folder that has them."
+                    f"({problem}). Put {self._places[self.name]} into "
+                    f"{self.root / self._folders[self.name]}/, or set data.root to the folder that "
+                    f"has them."
                 ) from None
         images = np.asarray(dataset.data)
         images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
@@ -481,9 +499,9 @@ def _features(inputs: ArrayLike) -> NDArray[Any]:
     x = np.asarray(inputs)
     if x.ndim == 1:
         x = x[:, None]
-    if x.ndim < 2 or x.dtype.kind not in "fiub" or not len(x):
+    if x.ndim < 2 or x.dtype.kind not in "fiub" or not x.size:
         raise ValueError(
-            f"Inputs must be numbers of shape (N, D) or (N, C, H, W), N >= 1. Received: "
+            f"Inputs must be numbers of shape (N, D) or (N, C, H, W), N and D >= 1. Received: "
             f"shape {x.shape}, dtype {x.dtype}."
         )
     return x
@@ -491,10 +509,13 @@ def _features(inputs: ArrayLike) -> NDArray[Any]:
 
 def _numeric(table: Any, names: list[str], path: Path) -> NDArray[Any]:
     """The named columns of a pandas table, as (N, D); raises on text and missing values."""
+    import pandas as pd
+
     for name in names:
         column = table[name]
         if column.dtype.kind not in "fiub":
-            example = column.dropna().iloc[0] if column.notna().any() else None
+            text = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
+            example = text.iloc[0] if len(text) else None
             raise ValueError(
                 f"{path}: the feature {name!r} is not numeric (it has {example!r}). Encode it, or "
                 f"name the columns to use: data.columns=[…]."
@@ -542,16 +563,30 @@ def _load_npy(path: Path) -> NDArray[Any]:
     return loaded
 
 
-def _load_libsvm(path: Path, num_features: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
+def _load_libsvm(paths: list[Path]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+    """Files with features counted alike: from 0 if one of them has a feature 0, else from 1."""
     from sklearn.datasets import load_svmlight_file
 
-    try:
-        x, y = load_svmlight_file(str(path), n_features=num_features, dtype=np.float32)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} could not be read as LIBSVM: {error}") from None
-    if x.shape[0] * x.shape[1] * 4 > 8e9:
-        raise ValueError(
-            f"{path} has {x.shape[0]} examples of {x.shape[1]} features, more than 8 GB as a dense "
-            f"array. Select features first."
-        )
-    return x.toarray(), y
+    loaded = []
+    for path in paths:
+        try:
+            loaded.append(load_svmlight_file(str(path), zero_based=True, dtype=np.float32))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{path} could not be read as LIBSVM: {error}") from None
+    first = 0 if any((x.indices == 0).any() for x, _ in loaded) else 1
+    width = loaded[0][0].shape[1]
+    dense = []
+    for path, (x, y) in zip(paths, loaded, strict=True):
+        if x.shape[1] > width:
+            raise ValueError(
+                f"{path} could not be read as LIBSVM: it has {x.shape[1] - first} features, and "
+                f"{paths[0]} has {width - first}."
+            )
+        if x.shape[0] * width * 4 > 8e9:
+            raise ValueError(
+                f"{path} has {x.shape[0]} examples of {width - first} features, more than 8 GB as "
+                f"a dense array. Select features first."
+            )
+        x.resize((x.shape[0], width))
+        dense.append((x.toarray()[:, first:], y))
+    return dense

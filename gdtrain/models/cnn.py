@@ -49,8 +49,13 @@ class CNN(nn.Module):
     ) -> None:
         super().__init__()
         depth, height, width = _image_shape(input_shape, "cnn")
-        if any(isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in channels):
-            raise ValueError(f"channels must be whole numbers of at least 1. Received: {channels}.")
+        if isinstance(channels, int | str) or any(
+            isinstance(c, bool) or not isinstance(c, int) or c < 1 for c in channels
+        ):
+            raise ValueError(
+                f"channels must be whole numbers of at least 1, in a list such as [16, 32]. "
+                f"Received: channels={channels!r}."
+            )
         if min(height, width) < 2 ** len(channels):
             raise ValueError(
                 f"{len(channels)} blocks halve the image {len(channels)} times and need at least "

@@ -24,6 +24,7 @@ from gdtrain.rules import descend_, fused_descend_
 __all__ = ["Descent"]
 
 _SUM = "gathered_sum"  # Σ m·g over the micro-batches so far, in state[p]
+_EXAMPLES_ARGUMENTS = ("num_samples", "batch_size")  # of the subclasses
 _COUNT = "gathered"  # Σ m, in each group
 
 
@@ -123,13 +124,14 @@ class Descent(Optimizer):
                 f"({self._gathered} of {self._examples} examples are in): "
                 f"finish the update, or call flush(), first."
             )
+        if isinstance(param_group, dict) and self._examples_argument is not None:
+            # A copy, for the group may be another optimizer's, in the middle of its update.
+            param_group = {**param_group, self._examples_argument: self._examples, _COUNT: 0}
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for (
-            group
-        ) in self.param_groups:  # also reached from load_state_dict: states of older classes
+        for group in self.param_groups:  # reached from load_state_dict too, whose states may be old
             group.setdefault("nesterov", False)
             group.setdefault("maximize", False)
             group.setdefault("foreach", None)
@@ -156,23 +158,42 @@ class Descent(Optimizer):
             >>> optimizer.param_groups[0]["lr"]
             0.2
         """
-        groups = state_dict["param_groups"]
-        count = groups[0].get(_COUNT, 0) if groups else 0
-        saved = groups[0].get(self._examples_argument, None) if groups else None
-        if count and saved != self._examples:
-            raise ValueError(
-                f"This state holds {count} of {saved} examples of an unfinished update, "
-                f"but the optimizer updates every {self._examples}: construct it with "
-                f"{self._examples_argument}={saved} to go on with that update."
-            )
-        super().load_state_dict(state_dict)
+        loaded: dict[str, Any] = {}
+
+        def last_hook(_: Optimizer, state: dict[str, Any]) -> None:  # sees what the others made
+            self._check_resumable(state["param_groups"])
+            loaded.update(state)
+
+        handle = self.register_load_state_dict_pre_hook(last_hook)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        if self._examples_argument is not None:
+            for group in self.param_groups:
+                group[self._examples_argument] = self._examples
         # The base class casts all state to the parameter's dtype; a half-precision sum is no sum.
-        ours = [p for group in self.param_groups for p in group["params"]]
-        theirs = [i for group in groups for i in group["params"]]
-        for p, i in zip(ours, theirs, strict=True):
-            total = state_dict["state"].get(i, {}).get(_SUM)
+        theirs = [i for group in loaded["param_groups"] for i in group["params"]]
+        for p, i in zip(self._parameters(), theirs, strict=True):
+            total = loaded["state"].get(i, {}).get(_SUM)
             if total is not None:
                 self.state[p][_SUM] = total.to(p.device, copy=True)
+
+    def _check_resumable(self, groups: list[dict[str, Any]]) -> None:
+        count = groups[0].get(_COUNT, 0) if groups else 0
+        saved = next((groups[0][n] for n in _EXAMPLES_ARGUMENTS if groups and n in groups[0]), None)
+        if count and saved != self._examples:
+            name = self._examples_argument
+            raise ValueError(
+                f"This state holds {count} of {saved} examples of an unfinished update, but this "
+                + (
+                    f"optimizer has {name}={self._examples}: construct it with {name}={saved}"
+                    if name
+                    else f"optimizer gathers nothing: load it into GD(num_samples={saved}) or "
+                    f"MiniBatchSGD(batch_size={saved})"
+                )
+                + " to go on with that update."
+            )
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -436,7 +457,10 @@ def _check_count(name: str, value: Any) -> None:
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     """One message per range, opening with the words of torch.optim."""
-    lr, momentum = group["lr"], group["momentum"]
+    lr, momentum, weight_decay = (
+        value.detach() if isinstance(value, Tensor) else value
+        for value in (group["lr"], group["momentum"], group["weight_decay"])
+    )
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not (0 <= float(lr) < math.inf):
@@ -445,9 +469,9 @@ def _check_hyperparameters(group: dict[str, Any]) -> None:
         raise ValueError(f"Invalid momentum value: {momentum}. Expected it finite and >= 0.")
     if not math.isfinite(group["dampening"]):
         raise ValueError(f"Invalid dampening value: {group['dampening']}. Expected it finite.")
-    if not (0 <= float(group["weight_decay"]) < math.inf):
+    if not (0 <= float(weight_decay) < math.inf):
         raise ValueError(
-            f"Invalid weight_decay value: {group['weight_decay']}. Expected it finite and >= 0."
+            f"Invalid weight_decay value: {weight_decay}. Expected it finite and >= 0."
         )
     if group["nesterov"] and (momentum <= 0 or group["dampening"] != 0):
         raise ValueError("Nesterov momentum requires a momentum and zero dampening")

@@ -44,13 +44,15 @@ def run(objective: Objective, optimizer: Optimizer, indices: Tensor, factors: Te
         >>> model.weight.item()  # 0.5·1·1, then 0.5 + 0.25·1·2
         1.0
     """
-    losses = torch.empty(len(indices), device=objective.inputs.device)
+    losses = []
     groups = optimizer.param_groups
     for k, factor in enumerate(factors.tolist()):
         for group in groups:
             group["lr"] = group["initial_lr"] * factor
-        losses[k], gradient = objective.value_and_grad(indices[k])
+        value, gradient = objective.value_and_grad(indices[k])
+        losses.append(value)
         for p, g in zip(objective.params, gradient, strict=True):
             p.grad = g
         optimizer.step()
-    return losses
+    made = torch.stack(losses)
+    return made.to(torch.promote_types(made.dtype, torch.float32))

@@ -1,0 +1,925 @@
+"""Data modules: where examples come from, the split, the preprocessing."""
+
+import gzip
+import io
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import dump_svmlight_file, load_breast_cancer, load_diabetes, load_iris
+from torchvision import datasets
+
+from gdtrain.data import (
+    ArrayDataModule,
+    CSVDataModule,
+    EmbeddedDataModule,
+    LIBSVMDataModule,
+    NPYDataModule,
+    Preprocessing,
+    SyntheticDataModule,
+    TorchvisionDataModule,
+    read_features,
+)
+
+PARTS = ("train", "val", "test")
+SETS = ["digits", "breast_cancer", "wine", "iris", "diabetes"]
+RAW = {"standardize": False, "standardize_targets": False, "dtype": "float64", "batch_size": 1}
+WHOLE = {**RAW, "val_fraction": 0, "test_fraction": 0}
+
+
+def ready(data):
+    data.setup()
+    return data
+
+
+def reloaded(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def table(n=40, d=3, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(n, d)), np.arange(n) % 2
+
+
+# --------------------------------------------------------------------- embedded sets
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "shape", "classes"),
+    [
+        ("digits", 1797, (1, 8, 8), list(range(10))),
+        ("breast_cancer", 569, (30,), ["benign", "malignant"]),
+        ("wine", 178, (13,), ["class_0", "class_1", "class_2"]),
+        ("iris", 150, (4,), ["setosa", "versicolor", "virginica"]),
+        ("diabetes", 442, (10,), None),
+    ],
+)
+def test_embedded_sets_have_their_known_sizes_and_classes(name, total, shape, classes):
+    data = ready(EmbeddedDataModule(name))
+    sizes = {part: len(data.examples(part)[0]) for part in PARTS}
+    assert sizes["test"] == round(0.2 * total)
+    assert sizes["val"] == round(0.1 * total)
+    assert sum(sizes.values()) == total
+    assert data.num_train == sizes["train"]
+    assert data.input_shape == shape
+    assert data.preprocessing.classes == classes
+    assert data.num_classes == (None if classes is None else len(classes))
+    assert data.num_targets == 1
+    x, y = data.examples("train")
+    assert x.dtype == torch.float32
+    assert y.dtype == (torch.float32 if classes is None else torch.int64)
+
+
+def test_an_unknown_embedded_set_is_named():
+    with pytest.raises(ValueError, match=r"name must be one of digits.*Received: 'boston'"):
+        EmbeddedDataModule("boston")
+
+
+def test_embedded_labels_stay_with_their_examples():
+    x, y = load_iris(return_X_y=True)
+    data = ready(EmbeddedDataModule("iris", **RAW))
+    for part in PARTS:
+        inputs, targets = data.examples(part)
+        np.testing.assert_array_equal(inputs.numpy(), x[data.split[part]])
+        np.testing.assert_array_equal(targets.numpy(), y[data.split[part]])
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_state_of_every_embedded_set_loads_with_weights_only(name):
+    data = ready(EmbeddedDataModule(name))
+    state = reloaded(data.state_dict())
+    data.load_state_dict(state)
+    assert Preprocessing.from_state_dict(state["preprocessing"]).classes == (
+        data.preprocessing.classes
+    )
+
+
+# ----------------------------------------------------------------------------- split
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_split_is_complete_and_disjoint_and_sorted(name):
+    data = ready(EmbeddedDataModule(name))
+    assert sorted(data.split) == sorted(PARTS)
+    together = np.concatenate([data.split[part] for part in PARTS])
+    assert sorted(together.tolist()) == list(range(len(together)))
+    for part in PARTS:
+        assert (np.diff(data.split[part]) > 0).all()
+
+
+def test_the_split_depends_on_split_seed_alone():
+    def split(**options):
+        data = ready(EmbeddedDataModule("wine", **options))
+        return data.split_fingerprint, {k: v.tolist() for k, v in data.split.items()}
+
+    assert split() == split(seed=5, batch_size=1, standardize=False, dtype="float64")
+    assert split(split_seed=1) == split(split_seed=1)
+    assert split(split_seed=1)[0] != split()[0]
+    assert split(split_seed=1)[1] != split()[1]
+    assert split(val_fraction=0.2)[0] != split()[0]
+
+
+@pytest.mark.parametrize("name", ["digits", "breast_cancer", "wine", "iris"])
+def test_each_part_has_its_share_of_each_class(name):
+    data = ready(EmbeddedDataModule(name, split_seed=3))
+    counts = {
+        part: torch.bincount(data.examples(part)[1], minlength=data.num_classes) for part in PARTS
+    }
+    total = sum(counts.values())
+    for part in PARTS:
+        share = counts[part].sum() / total.sum()
+        assert (counts[part] - share * total).abs().max() < 2
+
+
+def test_fractions_and_counts_set_the_sizes():
+    x, y = table(100)
+
+    def sizes(val, test):
+        data = ready(ArrayDataModule(x, y, batch_size=1, val_fraction=val, test_fraction=test))
+        return tuple(len(data.examples(part)[0]) for part in PARTS)
+
+    assert sizes(0.1, 0.2) == (70, 10, 20)
+    assert sizes(0.25, 0) == (75, 25, 0)
+    assert sizes(0, 0) == (100, 0, 0)
+    assert sizes(7, 13) == (80, 7, 13)
+    assert sizes(1, 1) == (98, 1, 1)
+    assert sizes(49, 50) == (1, 49, 50)
+
+
+def test_parts_that_are_empty_have_empty_loaders():
+    data = ready(ArrayDataModule(*table(), **WHOLE))
+    assert list(data.val_dataloader()) == []
+    assert list(data.test_dataloader()) == []
+
+
+def test_a_class_of_one_example_is_split_all_the_same():
+    x, y = table(30)
+    y = np.where(np.arange(30) == 4, 2, y)
+    data = ready(ArrayDataModule(x, y, batch_size=1))
+    assert data.num_classes == 3
+    assert sum(len(data.examples(part)[0]) for part in PARTS) == 30
+
+
+def test_set_up_twice_is_set_up_once():
+    data = ready(ArrayDataModule(*table(), batch_size=4))
+    first = data.examples("train")[0]
+    data.setup("fit")
+    assert data.examples("train")[0] is first
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be a whole number of examples.*batch_size=0"),
+        ({"batch_size": 2.0}, "Received: batch_size=2.0"),
+        ({"batch_size": True}, "Received: batch_size=True"),
+        ({"batch_size": "all"}, "or 'full'. Received: batch_size='all'"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be a whole number"),
+        ({"val_fraction": -0.1}, "val_fraction must be a fraction.*val_fraction=-0.1"),
+        ({"test_fraction": 1.5}, "Received: test_fraction=1.5"),
+        ({"test_fraction": float("nan")}, "Received: test_fraction=nan"),
+        ({"dtype": "float16"}, "dtype must be float32 or float64. Received: dtype='float16'"),
+    ],
+)
+def test_an_option_out_of_range_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ArrayDataModule(*table(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 29}, "at most 28, the number of training examples.*batch_size=29"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing of 40 examples to train on"),
+        ({"val_fraction": 50}, "val_fraction=50 and test_fraction=0.2 leave nothing"),
+    ],
+)
+def test_data_too_few_for_the_options_are_refused(options, message):
+    data = ArrayDataModule(*table(), **options)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            data.setup()
+
+
+def test_full_is_the_whole_training_part():
+    data = ready(ArrayDataModule(*table(), batch_size="full"))
+    assert data.examples_per_update == data.num_train == 28
+
+
+def test_another_split_or_order_is_refused_on_resuming():
+    def state(**options):
+        data = ready(EmbeddedDataModule("iris", **{"batch_size": 4, **options}))
+        return data, data.state_dict()
+
+    _, saved = state()
+    for options in ({"split_seed": 1}, {"val_fraction": 0.2}):
+        with pytest.raises(ValueError, match="another split of the data"):
+            state(**options)[0].load_state_dict(saved)
+    for options in ({"batch_size": 5}, {"seed": 1}, {"sampling": "sequential"}):
+        with pytest.raises(ValueError, match="batch_size=4, sampling=reshuffle and seed=0"):
+            state(**options)[0].load_state_dict(saved)
+    state(updates_per_sweep=3, micro_batch_size=2)[0].load_state_dict(saved)
+
+
+# --------------------------------------------------------------------- preprocessing
+
+
+def test_features_are_standardised_with_the_training_part_alone():
+    bunch = load_breast_cancer()
+    x, y = bunch.data, bunch.target_names[bunch.target]
+    data = ready(EmbeddedDataModule("breast_cancer", dtype="float64"))
+    train = x[data.split["train"]]
+    for part in PARTS:
+        wanted = (x[data.split[part]] - train.mean(0)) / train.std(0)
+        np.testing.assert_allclose(data.examples(part)[0].numpy(), wanted, rtol=1e-10, atol=1e-12)
+    changed = x.copy()
+    held_out = np.concatenate([data.split["val"], data.split["test"]])
+    changed[held_out] *= 100
+    other = ready(ArrayDataModule(changed, y, dtype="float64"))
+    np.testing.assert_array_equal(other.split["train"], data.split["train"])
+    assert torch.equal(other.examples("train")[0], data.examples("train")[0])
+
+
+def test_images_are_standardised_by_channel():
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(20, 3, 4, 5)) * [[[1]], [[10]], [[100]]] + [[[0]], [[5]], [[-50]]]
+    data = ready(ArrayDataModule(images, np.arange(20) % 2, batch_size=1, dtype="float64"))
+    assert data.preprocessing.mean.shape == (3, 1, 1)
+    x = data.examples("train")[0]
+    torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        x.std((0, 2, 3), correction=0), torch.ones(3).double(), atol=1e-12, rtol=0
+    )
+
+
+def test_a_constant_feature_becomes_zero():
+    x, y = table()
+    x[:, 1] = 1e6 + 0.1
+    data = ready(ArrayDataModule(x, y, batch_size=1))
+    inputs = data.examples("train")[0]
+    assert inputs[:, 1].abs().max() < 1
+    assert torch.isfinite(inputs).all()
+    assert data.preprocessing.scale[1] == 1.0
+
+
+def test_without_standardising_features_stay_as_they_are():
+    x, y = table()
+    data = ready(ArrayDataModule(x, y, **WHOLE))
+    np.testing.assert_array_equal(data.examples("train")[0].numpy(), x)
+
+
+def test_regression_targets_are_standardised_and_answers_undoes_it():
+    _, y = load_diabetes(return_X_y=True)
+    data = ready(EmbeddedDataModule("diabetes", dtype="float64"))
+    targets = data.examples("train")[1]
+    assert targets.mean().item() == pytest.approx(0, abs=1e-12)
+    assert targets.std(correction=0).item() == pytest.approx(1)
+    for part in PARTS:
+        answers = data.preprocessing.answers(data.examples(part)[1].unsqueeze(1))
+        np.testing.assert_allclose(answers, y[data.split[part]], rtol=1e-12)
+
+
+def test_several_target_columns_are_standardised_each():
+    x, _ = table()
+    y = np.c_[x @ [1.0, 2.0, 3.0] * 10 + 5, x[:, 0] - 100]
+    data = ready(ArrayDataModule(x, y, batch_size=1, dtype="float64"))
+    targets = data.examples("train")[1]
+    assert data.num_targets == 2
+    torch.testing.assert_close(targets.mean(0), torch.zeros(2).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        targets.std(0, correction=0), torch.ones(2).double(), atol=1e-12, rtol=0
+    )
+    np.testing.assert_allclose(
+        data.preprocessing.answers(data.examples("test")[1]), y[data.split["test"]], rtol=1e-12
+    )
+
+
+def test_targets_left_alone_come_back_as_they_are():
+    x, _ = table()
+    data = ready(ArrayDataModule(x, x[:, 0] * 7, **WHOLE))
+    targets = data.examples("train")[1]
+    np.testing.assert_array_equal(targets.numpy(), x[:, 0] * 7)
+    np.testing.assert_array_equal(data.preprocessing.answers(targets.unsqueeze(1)), x[:, 0] * 7)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["no", "yes"],
+        [False, True],
+        [-1, 1],
+        [3, 7],
+    ],
+    ids=["text", "booleans", "signs", "numbers"],
+)
+def test_labels_of_any_kind_become_class_numbers_and_back(labels):
+    x, _ = table()
+    y = np.asarray(labels)[np.arange(40) % 2]
+    data = ready(ArrayDataModule(x, y, **WHOLE))
+    assert data.preprocessing.classes == labels
+    assert data.examples("train")[1].tolist() == [0, 1] * 20
+    assert data.preprocessing.answers(torch.tensor([1, 0, 1])).tolist() == [
+        labels[1], labels[0], labels[1],
+    ]  # fmt: skip
+    restored = Preprocessing.from_state_dict(reloaded(data.preprocessing.state_dict()))
+    assert restored.targets(y).tolist() == [0, 1] * 20
+
+
+def test_a_class_that_only_held_out_examples_have_is_a_class():
+    x, y = table(30)
+    for seed in range(30):
+        y = np.where(np.arange(30) == seed, 2, np.arange(30) % 2)
+        assert ready(ArrayDataModule(x, y, batch_size=1)).num_classes == 3
+
+
+def test_a_label_that_training_did_not_have_is_named():
+    x, y = table()
+    data = ArrayDataModule(x, y, test=(x[:2], np.array([0, 5])), batch_size=1)
+    with pytest.raises(ValueError, match=r"among those of the training data, 0, 1\. Received: 5"):
+        data.setup()
+
+
+@pytest.mark.parametrize("make", ["features", "images", "regression"])
+def test_preprocessing_comes_back_from_plain_containers(make):
+    rng = np.random.default_rng(0)
+    shape = (12, 2, 3, 3) if make == "images" else (12, 4)
+    x = rng.normal(2, 3, size=shape)
+    y = rng.normal(size=12) if make == "regression" else np.array(["a", "b", "c"] * 4)
+    learnt = Preprocessing.learn(
+        x, y, classify=make != "regression", feature_names=list("abcd") if x.ndim == 2 else None
+    )
+    state = learnt.state_dict()
+    for value in state.values():
+        assert value is None or isinstance(value, list | torch.Tensor)
+    other = Preprocessing.from_state_dict(reloaded(state))
+    assert torch.equal(other.inputs(x, torch.float64), learnt.inputs(x, torch.float64))
+    assert torch.equal(other.targets(y), learnt.targets(y))
+    assert other.classes == learnt.classes
+    assert other.feature_names == learnt.feature_names
+    decided = torch.zeros(2, 1) if make == "regression" else torch.tensor([0, 1])
+    np.testing.assert_array_equal(other.answers(decided), learnt.answers(decided))
+
+
+def test_preprocessing_keeps_the_raw_array():
+    x = np.array([[1.0, 2.0], [3.0, 6.0]])
+    learnt = Preprocessing.learn(x, np.array([0, 1]), classify=True)
+    learnt.inputs(x, torch.float64)
+    assert x.tolist() == [[1.0, 2.0], [3.0, 6.0]]
+
+
+def test_flat_images_are_taken_as_images():
+    images = np.arange(24.0).reshape(2, 1, 3, 4)
+    learnt = Preprocessing.learn(images, np.array([0, 1]), classify=True)
+    assert torch.equal(learnt.inputs(images.reshape(2, 12)), learnt.inputs(images))
+
+
+def test_examples_of_another_shape_are_refused():
+    learnt = Preprocessing.learn(np.zeros((2, 3)), np.array([0, 1]), classify=True)
+    with pytest.raises(ValueError, match=r"Expected examples of shape \(3,\).*Received: \(4,\)"):
+        learnt.inputs(np.zeros((5, 4)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_feature_that_is_no_number_is_named_by_row_and_column_of_the_source(bad):
+    x, y = table()
+    for row in (0, 17, 39):
+        spoilt = x.copy()
+        spoilt[row, 1] = bad
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's, tested below
+            with pytest.raises(ValueError, match=rf"{bad} in example {row} \(.*feature 1"):
+                ready(ArrayDataModule(spoilt, y, batch_size=1))
+
+
+def test_an_infinite_feature_gives_an_error_and_no_warning_before_it():
+    x, y = table()
+    for row in range(0, 40, 5):
+        spoilt = x.copy()
+        spoilt[row, 1] = np.inf
+        with pytest.raises(ValueError, match="Features must be finite numbers"):
+            ready(ArrayDataModule(spoilt, y, batch_size=1))
+
+
+def test_a_target_that_is_no_number_is_named_by_its_row_of_the_source():
+    x, _ = table()
+    for row in (0, 17, 39):
+        y = x[:, 0].copy()
+        y[row] = np.nan
+        with pytest.raises(ValueError, match=rf"Targets must be finite.*nan in example {row} "):
+            ready(ArrayDataModule(x, y, batch_size=1))
+
+
+# ------------------------------------------------------------------------- synthetic
+
+
+def test_without_noise_least_squares_gives_the_true_weights():
+    data = ready(SyntheticDataModule(200, 6, noise=0, condition=100, dtype="float64"))
+    for part in ("train", "test"):
+        x, y = (t.numpy() for t in data.examples(part))
+        found = np.linalg.lstsq(np.c_[x, np.ones(len(x))], y, rcond=None)[0]
+        np.testing.assert_allclose(found[:-1], data.true_weights.numpy(), atol=1e-12)
+        assert found[-1] == pytest.approx(data.true_bias, abs=1e-12)
+
+
+def test_the_covariance_has_the_condition_that_was_asked():
+    data = ready(SyntheticDataModule(40_000, 4, condition=1000, dtype="float64", val_fraction=0))
+    eigenvalues = np.linalg.eigvalsh(np.cov(data.examples("train")[0].numpy().T))
+    np.testing.assert_allclose(eigenvalues, [1e-3, 1e-2, 1e-1, 1], rtol=0.05)
+
+
+def test_noise_has_the_deviation_that_was_asked():
+    data = ready(SyntheticDataModule(20_000, 3, noise=0.5, dtype="float64"))
+    x, y = data.examples("train")
+    residual = y - x @ data.true_weights - data.true_bias
+    assert residual.std().item() == pytest.approx(0.5, rel=0.03)
+
+
+def test_synthetic_data_depend_on_data_seed_alone():
+    def draw(**options):
+        return ready(SyntheticDataModule(50, 3, **options)).examples("train")[0]
+
+    assert torch.equal(draw(), draw(seed=4))
+    assert not torch.equal(draw(), draw(data_seed=1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_examples": 0}, "must be at least 1. Received: 0 and 10"),
+        ({"num_features": 0}, "Received: 1000 and 0"),
+        ({"noise": -1.0}, "noise must be >= 0 and condition >= 1. Received: -1.0"),
+        ({"condition": 0.5}, "Received: 0.1 and 0.5"),
+        ({"noise": float("nan")}, "noise must be >= 0"),
+    ],
+)
+def test_synthetic_arguments_out_of_range_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SyntheticDataModule(**arguments)
+
+
+# ---------------------------------------------------------------------------- arrays
+
+
+def test_tensors_lists_and_single_columns_are_arrays_too():
+    x, y = table()
+    wanted = ready(ArrayDataModule(x, y, **WHOLE)).examples("train")
+    for inputs, targets in (
+        (torch.from_numpy(x), torch.from_numpy(y)),
+        (x.tolist(), y.tolist()),
+    ):
+        got = ready(ArrayDataModule(inputs, targets, **WHOLE)).examples("train")
+        assert torch.equal(got[0], wanted[0])
+        assert torch.equal(got[1], wanted[1])
+    assert ready(ArrayDataModule(x[:, 0], y, **WHOLE)).input_shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("targets", "task", "classes"),
+    [
+        (np.arange(40) % 3, "auto", 3),
+        (np.arange(40) % 3, "regression", None),
+        (np.arange(40.0) % 3, "auto", None),
+        (np.arange(40.0) % 3, "classification", 3),
+        (np.arange(40) * 11, "auto", None),
+        (np.array(["a", "b"])[np.arange(40) % 2], "auto", 2),
+        (np.arange(40) % 2 == 0, "auto", 2),
+    ],
+    ids=["ints", "ints as numbers", "floats", "floats as classes", "counts", "text", "booleans"],
+)
+def test_the_kind_of_the_targets_decides_the_task(targets, task, classes):
+    data = ready(ArrayDataModule(table()[0], targets, task=task, batch_size=1))
+    assert data.num_classes == classes
+
+
+def test_a_test_set_of_its_own_takes_nothing_from_the_others():
+    x, y = table()
+    more, labels = table(15, seed=1)
+    data = ready(ArrayDataModule(x, y, test=(more, labels), **{**RAW, "val_fraction": 0.1}))
+    assert [len(data.examples(part)[0]) for part in PARTS] == [36, 4, 15]
+    np.testing.assert_array_equal(data.examples("test")[0].numpy(), more)
+    np.testing.assert_array_equal(data.examples("test")[1].numpy(), labels)
+
+
+def test_classes_in_a_single_column_are_classes():
+    x, y = table()
+    data = ready(ArrayDataModule(x, y[:, None], task="classification", **WHOLE))
+    assert data.num_classes == 2
+    assert data.examples("train")[1].tolist() == y.tolist()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "options", "message"),
+    [
+        (np.zeros((4, 2)), np.zeros(3), {}, "4 examples and 3 targets"),
+        (np.array([["a"], ["b"]]), np.zeros(2), {}, r"Inputs must be numbers.*dtype <U1"),
+        (np.zeros((0, 2)), np.zeros(0), {}, r">= 1\. Received: shape \(0, 2\)"),
+        (np.float64(3), np.zeros(1), {}, r"Received: shape \(\)"),
+        (np.zeros((4, 0)), np.zeros(4), {}, r"Inputs must be numbers.*shape \(4, 0\)"),
+        (np.zeros((4, 2)), np.zeros(4), {"task": "ranking"}, "task must be auto.*'ranking'"),
+        (
+            np.zeros((2, 2)),
+            np.array(["a", "b"]),
+            {"task": "regression"},
+            "A regression needs numbers as targets",
+        ),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(inputs, targets, options, message):
+    with pytest.raises(ValueError, match=message):
+        ready(ArrayDataModule(inputs, targets, **WHOLE, **options))
+
+
+# ------------------------------------------------------------------------------- CSV
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+def test_csv_comes_back_as_it_was_written(tmp_path):
+    x, _ = table()
+    kinds = ["sun", "rain"]
+    rows = [",".join([*map(repr, row.tolist()), kinds[i % 2]]) for i, row in enumerate(x)]
+    path = write(tmp_path / "t.csv", "a,b,c,kind\n" + "\n".join(rows) + "\n")
+    data = ready(CSVDataModule(path, target="kind", **WHOLE))
+    np.testing.assert_array_equal(data.examples("train")[0].numpy(), x)
+    assert data.preprocessing.classes == ["rain", "sun"]
+    assert data.examples("train")[1].tolist() == [1, 0] * 20
+    assert data.preprocessing.feature_names == ["a", "b", "c"]
+    state = reloaded(data.state_dict())
+    assert state["preprocessing"]["feature_names"] == ["a", "b", "c"]
+
+
+def test_csv_takes_the_last_column_as_target_and_the_columns_that_are_named(tmp_path):
+    path = write(tmp_path / "t.csv", "a,b,c\n" + "1,2,0.5\n3,4,1.5\n" * 5)
+    data = ready(CSVDataModule(path, **WHOLE))
+    assert data.num_classes is None
+    assert data.examples("train")[1].tolist() == [0.5, 1.5] * 5
+    picked = ready(CSVDataModule(path, target="a", columns=["c", "b"], **WHOLE))
+    assert picked.examples("train")[0][:2].tolist() == [[0.5, 2.0], [1.5, 4.0]]
+    assert picked.examples("train")[1].tolist() == [0, 1] * 5
+    assert ready(CSVDataModule(path, target="a", task="regression", **WHOLE)).num_classes is None
+
+
+def test_csv_takes_booleans_as_features(tmp_path):
+    path = write(tmp_path / "t.csv", "a,y\nTrue,1\nFalse,0\n")
+    data = ready(CSVDataModule(path, **WHOLE))
+    assert data.examples("train")[0].tolist() == [[1.0], [0.0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("a,y\n1,0\n", {"target": "z"}, r"t\.csv has no column 'z'\. It has: a, y"),
+        ("a,y\n1,0\n", {"columns": ["b"]}, "has no column 'b'"),
+        ("a,y\n1,0\nred,1\n", {}, r"feature 'a' is not numeric \(it has 'red'\)"),
+        ("a,y\n1,0\n2,1\n,0\n", {}, "feature 'a' is missing in row 2 "),
+        ("a,y\n1,0\n2,\n3,0\n", {}, "target 'y' is missing in row 1 "),
+        ("a,y\n1,up\n2,\n3,up\n", {}, "target 'y' is missing in row 1 "),
+        ("a,y\n1,0\n1,2,3,4\n1\n", {}, r"t\.csv could not be read as CSV"),
+        ("", {}, r"t\.csv could not be read as CSV"),
+        ("y\n1\n0\n1\n", {}, "no feature|[Ff]eature.*column"),
+        ("a,y\n1,up\n2,down\n", {"task": "regression"}, "A regression needs numbers"),
+    ],
+    ids=[
+        "no target",
+        "no column",
+        "text",
+        "missing feature",
+        "missing target",
+        "missing label",
+        "ragged",
+        "empty",
+        "target alone",
+        "text as numbers",
+    ],
+)
+def test_csv_says_what_is_wrong_with_a_file(tmp_path, text, options, message):
+    path = write(tmp_path / "t.csv", text)
+    with pytest.raises(ValueError, match=message):
+        ready(CSVDataModule(path, **WHOLE, **options))
+
+
+def test_csv_of_bytes_that_are_no_text_is_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"a,y\n\xff\xfe\xfa,1\n")
+    with pytest.raises(ValueError, match="could not be read as CSV"):
+        ready(CSVDataModule(path, **WHOLE))
+
+
+# ------------------------------------------------------------------------------- NPY
+
+
+def test_npy_comes_back_as_it_was_written(tmp_path):
+    x, y = table()
+    np.save(tmp_path / "t.npy", np.c_[x, y])
+    data = ready(NPYDataModule(tmp_path / "t.npy", **WHOLE))
+    np.testing.assert_array_equal(data.examples("train")[0].numpy(), x)
+    assert data.examples("train")[1].tolist() == y.tolist()
+    assert data.preprocessing.classes == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("column", [0, 1, -3, -1])
+def test_npy_takes_the_column_that_is_named_as_target(tmp_path, column):
+    x, _ = table()
+    np.save(tmp_path / "t.npy", x)
+    data = ready(NPYDataModule(tmp_path / "t.npy", target=column, **WHOLE))
+    np.testing.assert_array_equal(data.examples("train")[1].numpy(), x[:, column])
+    np.testing.assert_array_equal(
+        data.examples("train")[0].numpy(), x[:, [i for i in range(3) if i != column % 3]]
+    )
+
+
+def test_npy_images_have_their_targets_in_a_file_of_their_own(tmp_path):
+    images = np.random.default_rng(0).integers(0, 255, (12, 1, 4, 4), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    np.save(tmp_path / "y.npy", np.arange(12) % 4)
+    data = ready(NPYDataModule(tmp_path / "x.npy", target_path=tmp_path / "y.npy", **WHOLE))
+    assert data.input_shape == (1, 4, 4)
+    assert data.num_classes == 4
+    np.testing.assert_array_equal(data.examples("train")[0].numpy(), images)
+
+
+def test_whole_numbers_in_a_float_file_are_classes_if_they_are_few(tmp_path):
+    x, _ = table(60)
+    for y, classes in ((np.arange(60) % 20, 20), (np.arange(60) % 21, None), (x[:, 0], None)):
+        np.save(tmp_path / "t.npy", np.c_[x, y])
+        assert ready(NPYDataModule(tmp_path / "t.npy", batch_size=1)).num_classes == classes
+    np.save(tmp_path / "t.npy", np.c_[x, np.arange(60) % 2])
+    data = NPYDataModule(tmp_path / "t.npy", task="regression", batch_size=1)
+    assert ready(data).num_classes is None
+
+
+@pytest.mark.parametrize(
+    ("array", "options", "message"),
+    [
+        (np.zeros((4, 3)), {"target": 3}, r"a column 3 for the target.*shape \(4, 3\)"),
+        (np.zeros((4, 3)), {"target": -4}, "a column -4 for the target"),
+        (np.zeros((4, 1, 2, 2)), {}, r"target_path must name a file.*shape \(4, 1, 2, 2\)"),
+        (np.zeros(4), {}, r"shape \(4,\)"),
+        (np.zeros((4, 1)), {}, r"Inputs must be numbers.*\(4, 0\)|no feature"),
+        (np.array([["a", "1"]] * 4), {}, "Inputs must be numbers"),
+        (np.array([[1, None]] * 4, dtype=object), {}, "could not be read as a NumPy array"),
+    ],
+    ids=[
+        "no column",
+        "no column from the end",
+        "images",
+        "flat",
+        "target alone",
+        "text",
+        "objects",
+    ],
+)
+def test_npy_says_what_is_wrong_with_an_array(tmp_path, array, options, message):
+    np.save(tmp_path / "t.npy", array)
+    with pytest.raises(ValueError, match=message):
+        ready(NPYDataModule(tmp_path / "t.npy", **WHOLE, **options))
+
+
+def test_npy_refuses_other_files(tmp_path):
+    np.savez(tmp_path / "t.npz", x=np.zeros(3))
+    with pytest.raises(ValueError, match=r"must hold one array \(\.npy\)\. Received: several"):
+        ready(NPYDataModule(tmp_path / "t.npz", **WHOLE))
+    with pytest.raises(ValueError, match="could not be read as a NumPy array"):
+        ready(NPYDataModule(write(tmp_path / "t.npy", "no array"), **WHOLE))
+
+
+def test_npy_with_another_number_of_targets_is_refused(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((4, 2)))
+    np.save(tmp_path / "y.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="4 examples and 3 targets"):
+        ready(NPYDataModule(tmp_path / "x.npy", target_path=tmp_path / "y.npy", **WHOLE))
+
+
+# ---------------------------------------------------------------------------- LIBSVM
+
+
+@pytest.mark.parametrize("zero_based", [False, True])
+def test_libsvm_comes_back_as_it_was_written(tmp_path, zero_based):
+    x, y = table()
+    x = np.round(np.where(x > 0.5, x, 0), 2).astype(np.float32)
+    x[0, 0] = 1.0
+    dump_svmlight_file(x, 2 * y - 1, str(tmp_path / "t.svm"), zero_based=zero_based)
+    data = ready(LIBSVMDataModule(tmp_path / "t.svm", **WHOLE))
+    np.testing.assert_array_equal(data.examples("train")[0].numpy(), x)
+    assert data.preprocessing.classes == [-1.0, 1.0]
+    assert data.examples("train")[1].tolist() == y.tolist()
+
+
+def test_libsvm_reads_compressed_files(tmp_path):
+    with gzip.open(tmp_path / "t.svm.gz", "wt") as file:
+        file.write("1 1:2\n-1 2:3\n" * 3)
+    data = ready(LIBSVMDataModule(tmp_path / "t.svm.gz", **WHOLE))
+    assert data.examples("train")[0][:2].tolist() == [[2.0, 0.0], [0.0, 3.0]]
+
+
+def test_libsvm_numbers_are_a_regression(tmp_path):
+    path = write(tmp_path / "t.svm", "0.5 1:2\n1.25 2:3\n" * 3)
+    data = ready(LIBSVMDataModule(path, **WHOLE))
+    assert data.num_classes is None
+    assert data.examples("train")[1].tolist() == [0.5, 1.25] * 3
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [("1 1:1 3:3\n-1 2:2\n", "1 2:5\n-1 1:6\n"), ("1 0:1 2:3\n-1 1:2\n", "1 1:5\n-1 1:6\n")],
+    ids=["counted from 1", "counted from 0, the test without feature 0"],
+)
+def test_libsvm_counts_the_features_of_both_files_alike(tmp_path, train, test):
+    data = LIBSVMDataModule(
+        write(tmp_path / "train.svm", train * 3),
+        test_path=write(tmp_path / "test.svm", test),
+        **WHOLE,
+    )
+    x, y = ready(data).examples("test")
+    assert data.input_shape == (3,)
+    assert x[0].tolist() == [0.0, 5.0, 0.0]
+    assert y.tolist() == [1, 0]
+
+
+def test_libsvm_says_what_is_wrong_with_a_file(tmp_path):
+    with pytest.raises(ValueError, match=r"t\.svm could not be read as LIBSVM"):
+        ready(LIBSVMDataModule(write(tmp_path / "t.svm", "1 one:two\n"), **WHOLE))
+    train = write(tmp_path / "train.svm", "1 1:1\n-1 2:2\n" * 3)
+    test = write(tmp_path / "test.svm", "1 7:1\n")
+    with pytest.raises(ValueError, match=r"test\.svm could not be read as LIBSVM.*7 features"):
+        ready(LIBSVMDataModule(train, test_path=test, **WHOLE))
+
+
+@pytest.mark.parametrize("make", [CSVDataModule, NPYDataModule, LIBSVMDataModule, read_features])
+def test_a_missing_file_is_named(tmp_path, make):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*away\.csv"):
+        make(tmp_path / "away.csv")
+
+
+@pytest.mark.parametrize("make", [CSVDataModule, NPYDataModule, LIBSVMDataModule])
+def test_a_path_left_out_is_asked_for(make):
+    with pytest.raises(ValueError, match=r"data\.path must name the file"):
+        make(None)
+
+
+def test_missing_second_files_are_named(tmp_path):
+    path = write(tmp_path / "t.svm", "1 1:1\n")
+    with pytest.raises(FileNotFoundError, match=r"away\.npy"):
+        NPYDataModule(path, target_path=tmp_path / "away.npy")
+    with pytest.raises(FileNotFoundError, match=r"away\.svm"):
+        LIBSVMDataModule(path, test_path=tmp_path / "away.svm")
+
+
+# ----------------------------------------------------------------------- torchvision
+
+
+def idx(array):
+    """An IDX file of unsigned bytes."""
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">i4").tobytes()
+    return head + array.astype(np.uint8).tobytes()
+
+
+def write_mnist(folder, compress=False):
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    made = {}
+    for part, prefix, n in (("train", "train", 30), ("test", "t10k", 12)):
+        images = rng.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = np.arange(n) % 10
+        for name, content in (("images-idx3", idx(images)), ("labels-idx1", idx(labels))):
+            path = folder / f"{prefix}-{name}-ubyte"
+            if compress:
+                path.with_name(path.name + ".gz").write_bytes(gzip.compress(content))
+            else:
+                path.write_bytes(content)
+        made[part] = (images, labels)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+)
+def test_idx_files_are_read_where_torchvision_puts_them(tmp_path, name, folder):
+    made = write_mnist(tmp_path / folder / "raw")
+    data = TorchvisionDataModule(
+        name, root=tmp_path, download=False, **{**WHOLE, "val_fraction": 10}
+    )
+    data.prepare_data()
+    data.setup()
+    assert data.input_shape == (1, 28, 28)
+    assert data.num_classes == 10
+    assert [len(data.examples(part)[0]) for part in PARTS] == [20, 10, 12]
+    images, labels = made["train"]
+    np.testing.assert_array_equal(
+        data.examples("train")[0][:, 0].numpy(), images[data.split["train"]]
+    )
+    assert data.examples("train")[1].tolist() == labels[data.split["train"]].tolist()
+    np.testing.assert_array_equal(data.examples("test")[0][:, 0].numpy(), made["test"][0])
+    assert data.examples("test")[1].tolist() == made["test"][1].tolist()
+
+
+def test_idx_files_may_be_compressed(tmp_path):
+    made = write_mnist(tmp_path / "MNIST" / "raw", compress=True)
+    data = ready(TorchvisionDataModule("mnist", root=tmp_path, download=False, **WHOLE))
+    np.testing.assert_array_equal(data.examples("train")[0][:, 0].numpy(), made["train"][0])
+
+
+def test_cifar10_becomes_images_with_channels_first(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    made = {}
+    for name, n in (("data_batch_1", 20), ("test_batch", 10)):
+        made[name] = rng.integers(0, 256, (n, 3072), dtype=np.uint8)
+        content = {"data": made[name], "labels": [i % 10 for i in range(n)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", [["data_batch_1", None]])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", None]])
+    meta = {"filename": "batches.meta", "key": "label_names", "md5": None}
+    monkeypatch.setattr(datasets.CIFAR10, "meta", meta)
+    data = ready(TorchvisionDataModule("cifar10", root=tmp_path, download=False, **WHOLE))
+    assert data.input_shape == (3, 32, 32)
+    assert data.num_classes == 10
+    for part, name in (("train", "data_batch_1"), ("test", "test_batch")):
+        np.testing.assert_array_equal(
+            data.examples(part)[0].flatten(1).numpy(), made[name].astype(float)
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("mnist", r"train-images-idx3-ubyte.*t10k-labels-idx1-ubyte .*into .*/MNIST/raw/"),
+        ("fashion_mnist", r"train-images-idx3-ubyte.*into .*/FashionMNIST/raw/"),
+        ("cifar10", r"cifar-10-python\.tar\.gz"),
+    ],
+)
+def test_missing_files_are_an_error_that_says_where_to_put_them(tmp_path, name, place):
+    data = TorchvisionDataModule(name, root=tmp_path, download=False)
+    with pytest.raises(FileNotFoundError, match=place) as caught:
+        data.prepare_data()
+    assert str(tmp_path) in str(caught.value)
+    assert "download is off" in str(caught.value)
+    with pytest.raises(FileNotFoundError):
+        data.setup()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_download_that_fails_says_why_and_where_to_put_the_files(tmp_path, monkeypatch, capsys):
+    def offline(self):
+        print("Downloading ...")
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(datasets.MNIST, "download", offline)
+    with pytest.raises(FileNotFoundError, match=r"no route to host.*MNIST/raw/"):
+        TorchvisionDataModule("mnist", root=tmp_path).prepare_data()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_broken_file_is_not_reported_as_missing(tmp_path):
+    write_mnist(tmp_path / "MNIST" / "raw")
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"mnist.*could not be read"):
+        ready(TorchvisionDataModule("mnist", root=tmp_path, download=False))
+
+
+def test_an_unknown_torchvision_set_is_named():
+    with pytest.raises(ValueError, match=r"name must be one of mnist, fashion_mnist, cifar10"):
+        TorchvisionDataModule("imagenet")
+
+
+# ---------------------------------------------------------------------- read_features
+
+
+def test_read_features_takes_the_columns_in_the_order_of_training(tmp_path):
+    path = write(tmp_path / "new.csv", "b,extra,a\n2,x,1\n4,y,3\n")
+    np.testing.assert_array_equal(read_features(path, ["a", "b"]), [[1, 2], [3, 4]])
+
+
+def test_read_features_takes_all_columns_and_arrays(tmp_path):
+    path = write(tmp_path / "new.csv", "b,a\n2,1\n4,3\n")
+    np.testing.assert_array_equal(read_features(path), [[2, 1], [4, 3]])
+    images = np.zeros((2, 1, 4, 4))
+    np.save(tmp_path / "new.npy", images)
+    assert read_features(tmp_path / "new.npy").shape == (2, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "names", "message"),
+    [
+        ("new.csv", "a\n1\n", ["a", "b"], r"new\.csv lacks the feature 'b'\. It has: a"),
+        ("new.csv", "a\nred\n", None, "'a' is not numeric"),
+        ("new.csv", "a,b\n1,2\n,3\n", None, "feature 'a' is missing in row 1 "),
+        ("new.csv", "", None, "could not be read as CSV"),
+        ("new.txt", "a\n1\n", None, r"must come as \.csv or \.npy"),
+        ("new.npy", "text", None, "could not be read as a NumPy array"),
+    ],
+)
+def test_read_features_says_what_is_wrong_with_a_file(tmp_path, file, text, names, message):
+    with pytest.raises(ValueError, match=message):
+        read_features(write(tmp_path / file, text), names)

@@ -1,0 +1,641 @@
+import copy
+import io
+import math
+import pickle
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from gdtrain.optim import GD, SGD, MiniBatchSGD
+
+GATHERERS = {
+    "GD": lambda params, count, **more: GD(params, num_samples=count, **more),
+    "MiniBatchSGD": lambda params, count, **more: MiniBatchSGD(params, batch_size=count, **more),
+}
+EITHER = pytest.mark.parametrize("make", GATHERERS.values(), ids=GATHERERS)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def data(N):
+    generator = torch.Generator().manual_seed(N)
+    return torch.randn(N, 3, generator=generator, dtype=torch.float64)
+
+
+def loss_of(theta, x):
+    """A mean over examples, curved in θ."""
+    return torch.log1p(torch.exp(-(x @ theta))).mean()
+
+
+def parameter(*values, grad=None, dtype=torch.float32):
+    p = torch.nn.Parameter(torch.tensor(values, dtype=dtype))
+    p.grad = None if grad is None else torch.tensor(grad, dtype=dtype)
+    return p
+
+
+def three():
+    return parameter(0.3, -0.2, 0.1, dtype=torch.float64)
+
+
+def full_gradient(theta, x):
+    (g,) = torch.autograd.grad(loss_of(theta, x), theta)
+    return g
+
+
+def feed(optimizer, theta, x):
+    """One micro-batch, forward, backward and step."""
+    optimizer.zero_grad()
+    loss_of(theta, x).backward()
+    optimizer.step(num_samples=len(x))
+
+
+def snapshot(optimizer):
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return copy.deepcopy((params, [p.grad for p in params], optimizer.state_dict()))
+
+
+def assert_unchanged(optimizer, before):
+    assert_close(snapshot(optimizer), before, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------ the exact mean
+
+
+@EITHER
+@pytest.mark.parametrize("N", [1, 2, 7, 13, 31])
+def test_the_gathered_gradient_is_that_of_the_whole_mean_for_every_micro_batch_size(make, N):
+    x, theta = data(N), three()
+    expected = full_gradient(theta, x)
+    for M in range(1, N + 1):
+        optimizer = make([theta], N)
+        seen = 0
+        for micro in x.split(M):
+            optimizer.zero_grad()
+            loss_of(theta, micro).backward()
+            seen += len(micro)
+            assert optimizer.gather(num_samples=len(micro)) is (seen == N)
+        assert_close(theta.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@EITHER
+@settings(deadline=None, max_examples=30)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=12))
+def test_an_update_from_micro_batches_of_any_sizes_is_the_update_of_the_whole(make, sizes):
+    x = data(sum(sizes))
+    parts, whole = three(), three()
+    optimizer = make([parts], len(x), lr=0.5)
+    for micro in x.split(sizes):
+        assert torch.equal(parts, whole)
+        feed(optimizer, parts, micro)
+    loss_of(whole, x).backward()
+    SGD([whole], lr=0.5).step()
+    assert not torch.equal(whole, three())
+    assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+    assert not optimizer.state
+
+
+@EITHER
+def test_micro_batches_weigh_by_their_examples_by_hand(make):
+    p = parameter(0.0)
+    optimizer = make([p], 4, lr=1.0)
+    for g, m in ((8.0, 1), (4.0, 3)):
+        p.grad = torch.tensor([g])
+        optimizer.step(num_samples=m)
+    assert p.item() == -(8 * 1 + 4 * 3) / 4
+
+
+@EITHER
+def test_a_batch_that_comes_whole_is_used_as_it_is(make):
+    p = parameter(1.0, grad=[0.1])
+    g = p.grad
+    optimizer = make([p], 7, lr=0.5)
+    optimizer.step(num_samples=7)
+    assert p.grad is g
+    assert p.item() == torch.tensor(1.0).sub(g, alpha=0.5).item()
+    assert not optimizer.state
+
+
+@EITHER
+def test_micro_batches_never_write_into_their_gradients(make):
+    p = parameter(0.0)
+    optimizer = make([p], 6, momentum=0.9, weight_decay=0.1)
+    gradients = [torch.tensor([float(k)]) for k in (1, 2, 3)]
+    for g in gradients:
+        p.grad = g
+        optimizer.step(num_samples=2)
+    assert [g.item() for g in gradients] == [1, 2, 3]
+
+
+@EITHER
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_zeroed_and_absent_gradients_are_both_a_clean_start(make, set_to_none):
+    x, theta, whole = data(7), three(), three()
+    optimizer, sgd = make([theta], 7, lr=0.5), SGD([whole], lr=0.5)
+    for _ in range(3):
+        for micro in x.split(3):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss_of(theta, micro).backward()
+            optimizer.step(num_samples=len(micro))
+        sgd.zero_grad()
+        loss_of(whole, x).backward()
+        sgd.step()
+        assert_close(theta, whole, rtol=1e-12, atol=1e-12)
+
+
+@EITHER
+@pytest.mark.parametrize("mode", [{}, {"foreach": False}, {"fused": True}], ids=str)
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"momentum": 0.9},
+        {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.9, "maximize": True},
+    ],
+    ids=str,
+)
+def test_momentum_sees_updates_and_not_micro_batches(make, rule, mode):
+    x, theta, whole = data(7), three(), three()
+    optimizer, sgd = make([theta], 7, lr=0.2, **rule, **mode), SGD([whole], lr=0.2, **rule)
+    for t in range(12):
+        for micro in x.split(1 + t % 6):
+            feed(optimizer, theta, micro)
+        sgd.zero_grad()
+        loss_of(whole, x).backward()
+        sgd.step()
+        assert_close(theta, whole, rtol=1e-12, atol=1e-12)
+    assert_close(optimizer.state[theta]["momentum_buffer"], sgd.state[whole]["momentum_buffer"])
+
+
+@EITHER
+def test_groups_gather_together_and_step_apart(make):
+    a, b = parameter(0.0), parameter(0.0)
+    optimizer = make([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.5}], 4)
+    for g, m in ((1.0, 1), (5.0, 3)):
+        a.grad, b.grad = torch.tensor([g]), torch.tensor([2 * g])
+        optimizer.step(num_samples=m)
+    assert [a.item(), b.item()] == [-4, -4]
+
+
+@EITHER
+def test_complex_and_sparse_gradients_are_gathered(make):
+    z = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    e = torch.nn.Parameter(torch.zeros(3, 1))
+    optimizer = make([z, e], 4, lr=1.0)
+    for row, m in ((0, 1), (2, 3)):
+        z.grad = torch.full((2,), row + 1j, dtype=torch.complex64)
+        e.grad = torch.sparse_coo_tensor([[row]], torch.ones(1, 1), (3, 1), check_invariants=True)
+        optimizer.step(num_samples=m)
+    assert z.tolist() == [-1.5 - 1j] * 2
+    assert e.flatten().tolist() == [-0.25, 0, -0.75]
+
+
+# ------------------------------------------------------------ half precision
+
+
+@EITHER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reloaded", [False, True])
+def test_half_precision_gradients_are_summed_in_float32(make, dtype, reloaded):
+    # a sum in bfloat16 stops growing at 256, one in float16 at 2048
+    N = 4096
+    p = parameter(0.0, dtype=dtype)
+    optimizer = make([p], N, lr=1.0)
+    for i in range(N):
+        if reloaded and i == N // 2:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = make([p], N, lr=1.0)
+            optimizer.load_state_dict(state)
+        p.grad = torch.ones(1, dtype=dtype)
+        if i == N - 1:
+            (total,) = optimizer.state[p].values()
+            assert total.dtype == torch.float32
+        optimizer.step(num_samples=1)
+    assert p.item() == -1
+    assert p.grad.dtype == dtype
+
+
+# ------------------------------------------------------------ late and missing gradients
+
+
+@EITHER
+@pytest.mark.parametrize(
+    ("gradients", "mean"),
+    [
+        ([4.0, None], 4.0 / 4),
+        ([None, 4.0], 4.0 * 3 / 4),
+        ([4.0, 8.0], (4.0 + 8.0 * 3) / 4),
+    ],
+)
+def test_a_micro_batch_without_a_gradient_counts_as_zero(make, gradients, mean):
+    p, other = parameter(0.0), parameter(0.0)
+    optimizer = make([p, other], 4, lr=1.0)
+    for g, m in zip(gradients, (1, 3), strict=True):
+        p.grad = None if g is None else torch.tensor([g])
+        other.grad = torch.ones(1)
+        optimizer.step(num_samples=m)
+    assert p.item() == -mean
+    assert other.item() == -1
+
+
+@EITHER
+@pytest.mark.parametrize("mode", [{}, {"foreach": False}, {"fused": True}], ids=str)
+def test_a_parameter_without_any_gradient_is_left_alone(make, mode):
+    frozen, moving = parameter(1.0), parameter(1.0)
+    optimizer = make([frozen, moving], 4, lr=1.0, momentum=0.9, weight_decay=0.1, **mode)
+    for _ in range(2):
+        moving.grad = torch.ones(1)
+        optimizer.step(num_samples=2)
+    assert frozen.item() == 1
+    assert frozen.grad is None
+    assert set(optimizer.state) == {moving}
+
+
+@EITHER
+@pytest.mark.parametrize("mode", [{}, {"foreach": False}, {"fused": True}], ids=str)
+def test_a_parameter_unfrozen_later_starts_its_momentum_then(make, mode):
+    late, early = parameter(0.0), parameter(0.0)
+    optimizer = make([late, early], 4, lr=1.0, momentum=0.5, **mode)
+    for update in range(3):
+        for _ in range(2):
+            late.grad = None if update == 0 else torch.ones(1)
+            early.grad = torch.ones(1)
+            optimizer.step(num_samples=2)
+    assert early.item() == -(1 + 1.5 + 1.75)
+    assert late.item() == -(1 + 1.5)
+
+
+# ------------------------------------------------------------ what is refused
+
+COUNTS = [0, -1, True, False, 1.0, 2.5, math.nan, "3", None]
+
+
+@pytest.mark.parametrize("count", [c for c in COUNTS if c is not None], ids=repr)
+@EITHER
+def test_a_number_of_examples_that_is_no_count_is_refused_at_construction(make, count):
+    with pytest.raises(ValueError, match=r"must be a whole number.*Received: "):
+        make([parameter(1.0)], count)
+
+
+@EITHER
+@pytest.mark.parametrize("already", [0, 2])
+@pytest.mark.parametrize("count", COUNTS, ids=repr)
+@pytest.mark.parametrize("method", ["step", "gather"])
+def test_num_samples_that_is_no_count_is_refused_and_nothing_changes(make, already, count, method):
+    p = parameter(1.0, grad=[1.0])
+    optimizer = make([p], 5, momentum=0.9)
+    if already:
+        optimizer.step(num_samples=already)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match="num_samples"):
+        getattr(optimizer, method)(num_samples=count)
+    assert_unchanged(optimizer, before)
+    optimizer.step(num_samples=5 - already)
+    assert p.item() != 1
+
+
+@EITHER
+def test_a_step_without_num_samples_is_refused_and_says_what_is_missing(make):
+    optimizer = make([parameter(1.0, grad=[1.0])], 5)
+    optimizer.step(num_samples=2)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=r"needs num_samples.* 5 .*2 are in"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@EITHER
+@pytest.mark.parametrize("method", ["step", "gather"])
+@pytest.mark.parametrize(("already", "count"), [(0, 6), (2, 4), (4, 2), (4, 5)])
+def test_overshooting_is_refused_and_says_what_is_left(make, method, already, count):
+    p = parameter(1.0, grad=[1.0])
+    optimizer = make([p], 5, lr=1.0)
+    if already:
+        optimizer.step(num_samples=already)
+    before = snapshot(optimizer)
+    with pytest.raises(ValueError, match=f"at most {5 - already}.*Received: {count}"):
+        getattr(optimizer, method)(num_samples=count)
+    assert_unchanged(optimizer, before)
+    optimizer.step(num_samples=5 - already)
+    assert p.item() == 0
+
+
+@EITHER
+def test_gathering_on_before_the_update_is_made_is_refused(make):
+    optimizer = make([parameter(1.0, grad=[1.0])], 5)
+    assert optimizer.gather(num_samples=5)
+    before = snapshot(optimizer)
+    for method in (optimizer.gather, lambda m: optimizer.step(num_samples=m)):
+        with pytest.raises(ValueError, match=r"All 5 examples .* are in"):
+            method(1)
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, GD, MiniBatchSGD])
+@pytest.mark.parametrize("count", [1, 0, None])
+def test_an_optimizer_that_gathers_nothing_refuses_to(optimizer, count):
+    opt = optimizer([parameter(1.0, grad=[1.0])])
+    before = snapshot(opt)
+    with pytest.raises(ValueError, match="gathers nothing"):
+        opt.gather(count)
+    if count is not None:
+        with pytest.raises(ValueError, match=f"num_samples={count}.*gathers nothing"):
+            opt.step(num_samples=count)
+    assert_unchanged(opt, before)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, GD, MiniBatchSGD])
+def test_without_a_number_of_examples_every_step_is_an_update(optimizer):
+    p = parameter(1.0, grad=[1.0])
+    opt = optimizer([p], lr=0.25)
+    opt.step()
+    opt.step()
+    assert p.item() == 0.5
+    assert opt.flush() is False
+    assert p.item() == 0.5
+
+
+@EITHER
+def test_parameters_are_not_added_in_the_middle_of_an_update(make):
+    p, q = parameter(1.0, grad=[1.0]), parameter(1.0, grad=[1.0])
+    optimizer = make([p], 4, lr=1.0)
+    optimizer.step(num_samples=2)
+    with pytest.raises(ValueError, match="2 of 4 examples are in"):
+        optimizer.add_param_group({"params": [q]})
+    assert len(optimizer.param_groups) == 1
+    optimizer.step(num_samples=2)
+    optimizer.add_param_group({"params": [q]})
+    optimizer.step(num_samples=2)
+    optimizer.step(num_samples=2)
+    assert [p.item(), q.item()] == [-1, 0]
+
+
+# ------------------------------------------------------------ closures
+
+
+@EITHER
+def test_closures_are_called_once_for_each_micro_batch(make):
+    x, theta = data(7), three()
+    expected = theta.detach() - 0.5 * full_gradient(theta, x)
+    optimizer, losses = make([theta], 7, lr=0.5), []
+    for micro in x.split(3):
+
+        def closure(micro=micro):
+            optimizer.zero_grad()
+            loss = loss_of(theta, micro)
+            loss.backward()
+            losses.append(loss.item())
+            return loss
+
+        returned = optimizer.step(closure, num_samples=len(micro))
+        assert returned.item() == losses[-1]
+    assert len(losses) == 3
+    assert_close(theta.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+@EITHER
+@pytest.mark.parametrize("arguments", [{}, {"num_samples": 6}, {"num_samples": 0}], ids=str)
+def test_a_refused_step_does_not_call_its_closure(make, arguments):
+    optimizer = make([parameter(1.0)], 5)
+    with pytest.raises(ValueError, match="num_samples"):
+        optimizer.step(lambda: pytest.fail("called"), **arguments)
+
+
+@EITHER
+def test_a_closure_that_raises_takes_nothing_in(make):
+    optimizer = make([parameter(1.0, grad=[1.0])], 5)
+    optimizer.step(num_samples=2)
+    before = snapshot(optimizer)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0, num_samples=3)
+    assert_unchanged(optimizer, before)
+
+
+# ------------------------------------------------------------ gather, flush
+
+
+@EITHER
+def test_the_whole_mean_can_be_clipped_between_gather_and_step(make):
+    p = parameter(0.0, 0.0)
+    optimizer = make([p], 4, lr=1.0)
+    for g, m in (([0.0, 16.0], 1), ([4.0, 0.0], 3)):
+        p.grad = torch.tensor(g)
+        if optimizer.gather(num_samples=m):
+            assert p.grad.tolist() == [3, 4]
+            torch.nn.utils.clip_grad_norm_([p], max_norm=1.0)
+            optimizer.step()
+    assert_close(p.detach(), torch.tensor([-0.6, -0.8]))
+    optimizer.step(num_samples=3)  # the next update has begun
+
+
+@EITHER
+def test_flush_updates_from_the_mean_of_what_is_in(make):
+    p = parameter(0.0)
+    optimizer = make([p], 100, lr=1.0)
+    for g, m in ((8.0, 1), (4.0, 3)):
+        p.grad = torch.tensor([g])
+        optimizer.step(num_samples=m)
+    assert optimizer.flush() is True
+    assert p.item() == -5
+    assert optimizer.flush() is False
+    assert p.item() == -5
+    p.grad = torch.ones(1)
+    optimizer.step(num_samples=100)
+    assert p.item() == -6
+
+
+@EITHER
+def test_flush_after_a_complete_gather_makes_the_update_once(make):
+    p = parameter(0.0, grad=[2.0])
+    optimizer = make([p], 4, lr=1.0)
+    assert optimizer.gather(num_samples=4)
+    assert optimizer.flush() is True
+    assert optimizer.flush() is False
+    assert p.item() == -2
+
+
+@EITHER
+def test_flush_ignores_a_gradient_that_is_not_in(make):
+    p, q = parameter(0.0, grad=[2.0]), parameter(0.0)
+    optimizer = make([p, q], 4, lr=1.0)
+    optimizer.step(num_samples=3)
+    p.grad, q.grad = torch.tensor([100.0]), torch.tensor([100.0])
+    optimizer.flush()
+    assert [p.item(), q.item()] == [-2, 0]
+
+
+@EITHER
+def test_an_epoch_of_batches_with_a_smaller_last_one(make):
+    x, theta, twin = data(13), three(), three()
+    optimizer, sgd = make([theta], 5, lr=0.5, momentum=0.9), SGD([twin], lr=0.5, momentum=0.9)
+    for _ in range(3):
+        for batch in x.split(5):
+            for micro in batch.split(2):
+                feed(optimizer, theta, micro)
+            sgd.zero_grad()
+            loss_of(twin, batch).backward()
+            sgd.step()
+        assert optimizer.flush() is True
+        assert_close(theta, twin, rtol=1e-12, atol=1e-12)
+
+
+# ------------------------------------------------------------ saved in the middle
+
+
+def through_a_file(optimizer, theta, make, **more):
+    file = io.BytesIO()
+    torch.save({"theta": theta, "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = make([saved["theta"]], 7, **more)
+    other.load_state_dict(saved["optimizer"])
+    return other, saved["theta"]
+
+
+def deep_copied(optimizer, theta, make, **more):
+    return copy.deepcopy((optimizer, theta))
+
+
+def pickled(optimizer, theta, make, **more):
+    return pickle.loads(pickle.dumps((optimizer, theta)))
+
+
+@EITHER
+@pytest.mark.parametrize("copied", [through_a_file, deep_copied, pickled])
+@pytest.mark.parametrize("rule", [{}, {"momentum": 0.9, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_a_run_saved_in_the_middle_of_an_update_goes_on_bit_for_bit(make, copied, rule, stop):
+    rule = {"lr": 0.3, **rule}
+    micros = data(7).split(2) * 3
+    theta = three()
+    optimizer = make([theta], 7, **rule)
+    for micro in micros[:stop]:
+        feed(optimizer, theta, micro)
+    other, twin = copied(optimizer, theta, make, **rule)
+    assert torch.equal(theta, twin)
+    for micro in micros[stop:]:
+        feed(optimizer, theta, micro)
+        feed(other, twin, micro)
+        assert torch.equal(theta, twin)
+    assert_close(optimizer.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(theta, three())
+
+
+@EITHER
+def test_a_loaded_sum_is_apart_from_the_one_it_was_loaded_from(make):
+    p, q = parameter(0.0, grad=[1.0]), parameter(0.0, grad=[1.0])
+    first, second = make([p], 4, lr=1.0), make([q], 4, lr=1.0)
+    first.step(num_samples=2)
+    second.load_state_dict(first.state_dict())
+    second.step(num_samples=1)
+    first.step(num_samples=2)
+    second.step(num_samples=1)
+    assert [p.item(), q.item()] == [-1, -1]
+
+
+@EITHER
+@pytest.mark.parametrize("other", [3, 8, None])
+def test_an_unfinished_update_of_another_size_is_refused(make, other):
+    optimizer = make([parameter(1.0, grad=[1.0])], 7)
+    optimizer.step(num_samples=2)
+    target = make([parameter(1.0, grad=[1.0])], other)
+    before = snapshot(target)
+    with pytest.raises(ValueError, match="2 of 7 examples of an unfinished update"):
+        target.load_state_dict(optimizer.state_dict())
+    assert_unchanged(target, before)
+
+
+@EITHER
+def test_an_unfinished_update_is_refused_by_an_sgd(make):
+    optimizer = make([parameter(1.0, grad=[1.0])], 7)
+    optimizer.step(num_samples=2)
+    target = SGD([parameter(1.0)])
+    with pytest.raises(ValueError, match="2 of 7 examples of an unfinished update"):
+        target.load_state_dict(optimizer.state_dict())
+
+
+@EITHER
+def test_a_state_between_updates_moves_to_another_size_and_is_saved_there(make):
+    first = make([parameter(1.0, grad=[1.0])], 7)
+    first.step(num_samples=7)
+    second = make([parameter(0.0, grad=[1.0])], 4, lr=1.0)
+    second.load_state_dict(first.state_dict())
+    second.step(num_samples=3)
+    p = parameter(0.0, grad=[5.0])
+    third = make([p], 4)
+    third.load_state_dict(second.state_dict())
+    third.param_groups[0]["lr"] = 1.0
+    third.step(num_samples=1)
+    assert p.item() == -(3 * 1 + 5) / 4
+
+
+@EITHER
+def test_a_run_of_torch_is_taken_over_and_saved_in_the_middle_of_an_update(make):
+    torch_sgd = torch.optim.SGD([parameter(0.0, grad=[1.0])], lr=1.0)
+    torch_sgd.step()
+    second = make([parameter(0.0, grad=[1.0])], 4)
+    second.load_state_dict(torch_sgd.state_dict())
+    second.step(num_samples=3)
+    p = parameter(0.0, grad=[5.0])
+    third = make([p], 4)
+    third.load_state_dict(second.state_dict())
+    third.step(num_samples=1)
+    assert p.item() == -(3 * 1 + 5) / 4
+
+
+@EITHER
+def test_groups_taken_from_an_optimizer_in_the_middle_start_a_new_update(make):
+    p = parameter(0.0, grad=[1.0])
+    first = make([p], 4, lr=1.0)
+    first.step(num_samples=2)
+    second = make(first.param_groups, 4, lr=1.0)
+    second.step(num_samples=2)
+    assert p.item() == 0
+    second.step(num_samples=2)
+    assert p.item() == -1
+
+
+# ------------------------------------------------------------ beside torch's tools
+
+
+@EITHER
+def test_state_between_updates_is_that_of_sgd(make):
+    x, theta, whole = data(7), three(), three()
+    optimizer, sgd = make([theta], 7, momentum=0.9), SGD([whole], momentum=0.9)
+    for micro in x.split(3):
+        feed(optimizer, theta, micro)
+    loss_of(whole, x).backward()
+    sgd.step()
+    assert_close(optimizer.state_dict()["state"], sgd.state_dict()["state"])
+
+
+@EITHER
+@pytest.mark.parametrize("mode", [{}, {"fused": True}], ids=str)
+def test_scaled_gradients_are_gathered_unscaled(make, mode):
+    p = parameter(0.0)
+    optimizer = make([p], 4, lr=1.0, **mode)
+    # every micro-batch has another scale
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    for g, m in ((8.0, 1), (4.0, 3)):
+        optimizer.zero_grad()
+        scaler.scale((g * p).sum()).backward()
+        scaler.step(optimizer, num_samples=m)
+        scaler.update()
+    assert scaler.get_scale() == 32
+    assert p.item() == -5
+
+
+@EITHER
+def test_a_count_may_be_as_large_as_a_machine_word(make):
+    p = parameter(0.0, grad=[3.0])
+    optimizer = make([p], sys.maxsize, lr=1.0)
+    optimizer.step(num_samples=1)
+    assert optimizer.flush()
+    assert p.item() == -3

@@ -1,0 +1,353 @@
+"""Losses against closed forms in float64, and their mean over examples."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from gdtrain.losses import (
+    CrossEntropy,
+    Hinge,
+    Huber,
+    Logistic,
+    Loss,
+    SquaredError,
+    SquaredHinge,
+)
+from gdtrain.models import MLP
+from gdtrain.objective import Objective
+
+REGRESSION = [SquaredError(), Huber(), Huber(delta=0.25)]
+BINARY = [Logistic(), Hinge(), SquaredHinge()]
+
+
+def name(loss):
+    return f"{type(loss).__name__}{getattr(loss, 'delta', '')}"
+
+
+def column(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64).unsqueeze(1)
+
+
+# ---------------------------------------------------------------------- closed forms
+
+
+def squared_error(p, y):
+    return 0.5 * (p - y) ** 2
+
+
+def huber(p, y, delta=1.0):
+    r = abs(p - y)
+    return 0.5 * r * r if r <= delta else delta * (r - 0.5 * delta)
+
+
+def logistic(p, y):
+    return math.log(1 + math.exp(-p if y else p))
+
+
+def hinge(p, y):
+    return max(0.0, 1 - (p if y else -p))
+
+
+def squared_hinge(p, y):
+    return hinge(p, y) ** 2
+
+
+def squared_error_slope(p, y):
+    return p - y
+
+
+def huber_slope(p, y, delta=1.0):
+    return max(-delta, min(delta, p - y))
+
+
+def logistic_slope(p, y):
+    return 1 / (1 + math.exp(-p)) - y
+
+
+def hinge_slope(p, y):
+    s = 1 if y else -1
+    return -s if s * p < 1 else 0.0
+
+
+def squared_hinge_slope(p, y):
+    s = 1 if y else -1
+    return -2 * s * max(0.0, 1 - s * p)
+
+
+NUMBERS = [(0.3, 0.1), (-2.0, 1.5), (4.0, -0.5), (0.0, 0.0), (1.25, 0.25), (7.0, 7.1)]
+SIGNS = [(p, y) for p in (-3.0, -0.7, 0.0, 0.4, 0.99, 2.5) for y in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("loss", "value", "slope", "pairs"),
+    [
+        (SquaredError(), squared_error, squared_error_slope, NUMBERS),
+        (Huber(), huber, huber_slope, NUMBERS),
+        (
+            Huber(delta=0.25),
+            lambda p, y: huber(p, y, 0.25),
+            lambda p, y: huber_slope(p, y, 0.25),
+            NUMBERS,
+        ),
+        (Logistic(), logistic, logistic_slope, SIGNS),
+        (Hinge(), hinge, hinge_slope, SIGNS),
+        (SquaredHinge(), squared_hinge, squared_hinge_slope, SIGNS),
+    ],
+    ids=["squared error", "huber 1", "huber 0.25", "logistic", "hinge", "squared hinge"],
+)
+def test_value_and_gradient_equal_the_closed_form(loss, value, slope, pairs):
+    prediction = column(*[p for p, _ in pairs]).requires_grad_()
+    dtype = torch.float64 if loss.task == "regression" else torch.int64
+    target = torch.tensor([y for _, y in pairs], dtype=dtype)
+    losses = loss(prediction, target)
+    assert losses.shape == (len(pairs),)
+    assert losses.dtype == torch.float64
+    assert losses.tolist() == pytest.approx([value(p, y) for p, y in pairs], abs=1e-14)
+    (gradient,) = torch.autograd.grad(losses.sum(), prediction)
+    assert gradient[:, 0].tolist() == pytest.approx([slope(p, y) for p, y in pairs], abs=1e-14)
+
+
+@pytest.mark.parametrize("loss", REGRESSION, ids=name)
+def test_regression_takes_class_labels_of_two_classes_as_numbers(loss):
+    prediction = column(0.5, 0.9).requires_grad_()
+    loss(prediction, torch.tensor([0, 1])).sum().backward()
+    numbers = prediction.detach().clone().requires_grad_()
+    loss(numbers, torch.tensor([0.0, 1.0], dtype=torch.float64)).sum().backward()
+    torch.testing.assert_close(prediction.grad, numbers.grad)
+
+
+def test_squared_error_and_huber_add_up_over_target_columns():
+    prediction = torch.tensor([[1.0, 2.0, 5.0]])
+    target = torch.tensor([[0.0, 2.5, 1.0]])
+    assert SquaredError()(prediction, target).tolist() == [0.5 + 0.125 + 8.0]
+    assert Huber()(prediction, target).tolist() == [0.5 + 0.125 + 3.5]
+
+
+def test_cross_entropy_is_log_sum_exp_less_the_prediction_of_the_class():
+    generator = torch.Generator().manual_seed(0)
+    prediction = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 3, 1, 2, 3, 0])
+    losses = CrossEntropy()(prediction, target)
+    for row, y, value in zip(prediction.tolist(), target.tolist(), losses.tolist(), strict=True):
+        assert value == pytest.approx(math.log(sum(map(math.exp, row))) - row[y], abs=1e-14)
+    (gradient,) = torch.autograd.grad(losses.sum(), prediction)
+    wanted = prediction.detach().softmax(1) - F.one_hot(target, 4)
+    torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e30])
+def test_extreme_predictions_give_finite_losses(size):
+    prediction = torch.tensor([[size], [-size]])
+    assert Logistic()(prediction, torch.tensor([1, 1])).tolist() == pytest.approx([0.0, size])
+    both = torch.tensor([[size, -size], [-size, size]])
+    assert CrossEntropy()(both, torch.tensor([0, 0])).tolist() == pytest.approx([0.0, 2 * size])
+
+
+def test_hinge_takes_the_subgradient_zero_at_its_corner():
+    for loss in (Hinge(), SquaredHinge()):
+        prediction = column(1.0, -1.0).requires_grad_()
+        loss(prediction, torch.tensor([1, 0])).sum().backward()
+        assert prediction.grad[:, 0].tolist() == [0.0, 0.0]
+
+
+def test_the_losses_of_two_classes_agree():
+    p = column(-1.5, 0.2, 3.0)
+    y = torch.tensor([1, 0, 1])
+    two = torch.cat([torch.zeros_like(p), p], dim=1)
+    torch.testing.assert_close(Logistic()(p, y), CrossEntropy()(two, y), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("delta", [0.0, -1.0, math.inf, math.nan])
+def test_huber_refuses_a_delta_out_of_range(delta):
+    with pytest.raises(ValueError, match=r"delta must be finite and > 0\. Received: delta="):
+        Huber(delta=delta)
+
+
+def test_a_loss_of_ones_own_needs_forward():
+    class Unfinished(Loss):
+        task = "regression"
+
+    with pytest.raises(NotImplementedError):
+        Unfinished()(column(1.0), column(1.0))
+
+
+# ---------------------------------------------------------------- outputs, check, decide
+
+
+@pytest.mark.parametrize("loss", REGRESSION, ids=name)
+def test_regression_needs_one_output_for_each_target_column(loss):
+    assert loss.outputs(None) == 1
+    assert loss.outputs(None, num_targets=3) == 3
+    assert loss.outputs(2) == 1
+    with pytest.raises(ValueError, match=r"targets are 3 classes: use loss=cross_entropy"):
+        loss.outputs(3)
+
+
+@pytest.mark.parametrize("loss", BINARY, ids=name)
+def test_losses_of_two_classes_need_one_output(loss):
+    assert loss.outputs(2) == 1
+    with pytest.raises(
+        ValueError, match=f"{type(loss).__name__} is a loss for two classes.*have 3"
+    ):
+        loss.outputs(3)
+
+
+def test_cross_entropy_needs_an_output_for_each_class():
+    assert [CrossEntropy().outputs(c) for c in (2, 3, 10)] == [2, 3, 10]
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), *BINARY], ids=name)
+def test_losses_for_classes_refuse_numbers(loss):
+    with pytest.raises(ValueError, match=r"targets are numbers: use loss=squared_error"):
+        loss.outputs(None)
+
+
+@pytest.mark.parametrize(
+    ("loss", "prediction", "target"),
+    [
+        (SquaredError(), torch.zeros(3, 1), torch.zeros(3)),
+        (SquaredError(), torch.zeros(3, 1), torch.zeros(3, 1)),
+        (SquaredError(), torch.zeros(3, 2), torch.zeros(3, 2)),
+        (Huber(), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)),
+        (CrossEntropy(), torch.zeros(3, 4), torch.tensor([0, 3, 1])),
+        (Logistic(), torch.zeros(3, 1), torch.tensor([0, 1, 1])),
+        (Hinge(), torch.zeros(3, 1), torch.tensor([1, 1, 1])),
+    ],
+)
+def test_check_lets_fitting_shapes_and_labels_pass(loss, prediction, target):
+    loss.check(prediction, target)
+
+
+@pytest.mark.parametrize(
+    ("loss", "prediction", "target", "message"),
+    [
+        (SquaredError(), torch.zeros(3), torch.zeros(3), r"expects predictions \(B, C\)"),
+        (SquaredError(), torch.zeros(3, 1), torch.zeros(2), r"predictions \(3, 1\), targets \(2,"),
+        (SquaredError(), torch.zeros(3, 2), torch.zeros(3), "one prediction for each target"),
+        (Huber(), torch.zeros(3, 1), torch.zeros(3, 2), "one prediction for each target"),
+        (CrossEntropy(), torch.zeros(2, 3), torch.tensor([0, 3]), r"0 … 2 for 3 outputs.*0 to 3"),
+        (CrossEntropy(), torch.zeros(2, 3), torch.tensor([-1, 1]), r"from -1 to 1"),
+        (CrossEntropy(), torch.zeros(2, 3), torch.tensor([0.0, 1.0]), r"Received: torch.float32"),
+        (Logistic(), torch.zeros(2, 2), torch.tensor([0, 1]), "Logistic expects one output.*2"),
+        (Hinge(), torch.zeros(2, 1), torch.tensor([-1, 1]), "integer labels 0 … 1"),
+        (SquaredHinge(), torch.zeros(2, 1), torch.tensor([0, 2]), "from 0 to 2"),
+    ],
+)
+def test_check_names_what_does_not_fit(loss, prediction, target, message):
+    with pytest.raises(ValueError, match=message):
+        loss.check(prediction, target)
+
+
+def test_decide_reads_a_prediction_as_an_answer():
+    prediction = torch.tensor([[0.1, 0.9, 0.0], [2.0, -1.0, 1.0]])
+    assert CrossEntropy().decide(prediction).tolist() == [1, 0]
+    assert SquaredError().decide(prediction) is prediction
+    for loss in BINARY:
+        decided = loss.decide(torch.tensor([[0.3], [-0.3], [0.0]]))
+        assert decided.tolist() == [1, 0, 0]
+        assert decided.dtype == torch.int64
+
+
+# ------------------------------------------------------------------- the mean, once
+
+N = 23  # a prime: every M < N leaves a ragged last pass
+
+
+def problem(loss):
+    torch.manual_seed(0)
+    x = torch.randn(N, 5, dtype=torch.float64)
+    if loss.task == "regression":
+        outputs, y = 2, torch.randn(N, 2, dtype=torch.float64)
+    elif loss.task == "multiclass":
+        outputs, y = 3, torch.randint(3, (N,))
+    else:
+        outputs, y = 1, torch.randint(2, (N,))
+    model = MLP((5,), outputs, hidden=(4,), activation="tanh").double()
+    return model, x, y
+
+
+@pytest.mark.parametrize("loss", [SquaredError(), Huber(), CrossEntropy(), *BINARY], ids=name)
+def test_the_objective_is_the_mean_over_examples_for_every_micro_batch_size(loss):
+    model, x, y = problem(loss)
+    each = torch.stack([loss(model(x[i : i + 1]), y[i : i + 1]).sum() for i in range(N)])
+    mean = each.sum() / N
+    wanted = torch.autograd.grad(mean, list(model.parameters()))
+    for m in [*range(1, N + 2), None]:
+        objective = Objective(model, loss, x, y, micro_batch_size=m)
+        value, gradient = objective.value_and_grad(torch.arange(N))
+        torch.testing.assert_close(value, mean.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradient, list(wanted), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            objective.value(torch.arange(N)), mean.detach(), rtol=1e-12, atol=1e-12
+        )
+
+
+def test_losses_come_in_the_order_of_the_indices():
+    loss = CrossEntropy()
+    model, x, y = problem(loss)
+    indices = torch.tensor([7, 0, 22, 7, 3])
+    wanted = loss(model(x[indices]), y[indices]).detach()
+    for m in (1, 2, 5, None):
+        losses = Objective(model, loss, x, y, micro_batch_size=m).losses(indices)
+        torch.testing.assert_close(losses, wanted, rtol=0, atol=1e-14)
+        assert not losses.requires_grad
+
+
+def test_repeated_indices_count_as_often_as_they_come():
+    loss = SquaredError()
+    model, x, y = problem(loss)
+    objective = Objective(model, loss, x, y, micro_batch_size=2)
+    one, other = (objective.losses(torch.tensor([i])).item() for i in (4, 9))
+    value, _ = objective.value_and_grad(torch.tensor([4, 4, 9]))
+    assert value.item() == pytest.approx((2 * one + other) / 3, rel=1e-13)
+
+
+def test_the_gradient_leaves_grad_and_frozen_parameters_alone():
+    loss = CrossEntropy()
+    model, x, y = problem(loss)
+    first, last = model.layers[1], model.layers[3]
+    first.weight.requires_grad_(False)
+    objective = Objective(model, loss, x, y)
+    _, gradient = objective.value_and_grad(torch.arange(N))
+    assert [g.shape for g in gradient] == [first.bias.shape, last.weight.shape, last.bias.shape]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_parameter_that_the_objective_does_not_depend_on_has_no_gradient():
+    class Spare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = nn.Linear(5, 3), nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.used(x)
+
+    _, x, y = problem(CrossEntropy())
+    objective = Objective(Spare().double(), CrossEntropy(), x, y, micro_batch_size=4)
+    _, gradient = objective.value_and_grad(torch.arange(N))
+    assert [g is None for g in gradient] == [False, False, True, True]
+
+
+def test_a_parameter_used_by_only_some_micro_batches_has_their_share_of_the_gradient():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(1, dtype=torch.float64))
+            self.v = nn.Parameter(torch.ones(1, dtype=torch.float64))
+
+        def forward(self, x):
+            return x * (self.v if (x < 0).all() else self.w)
+
+    x = column(1.0, 2.0, -3.0)
+    objective = Objective(Gated(), SquaredError(), x, torch.zeros(3), micro_batch_size=2)
+    _, (w, v) = objective.value_and_grad(torch.arange(3))
+    assert w.item() == pytest.approx((1.0 + 4.0) / 3)
+    assert v.item() == pytest.approx(9.0 / 3)
+
+
+def test_the_objective_refuses_inputs_without_their_targets():
+    with pytest.raises(ValueError, match="Received: 3 examples and 2 targets"):
+        Objective(nn.Linear(1, 1), SquaredError(), torch.zeros(3, 1), torch.zeros(2))
