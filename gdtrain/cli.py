@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from gdtrain.configuration import ConfigurationError, check, closest, conf_directory
 
@@ -56,17 +58,29 @@ def train_main() -> None:
             if runs and not arguments.multirun:
                 check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
     except (ConfigurationError, HydraException, OmegaConfBaseException) as error:
-        sys.exit(_complain(error))
+        sys.exit(_complain(error, words=arguments.overrides))
+    except ValueError as error:
+        if "override must be a string or a list" not in str(error):
+            raise
+        sys.exit(_complain(ConfigurationError("A group takes a choice, not null: see --help.")))
 
+    started: list[str] = []
     codes: list[int] = []
     several = bool(arguments.multirun)
 
     @hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="train")
     def job(config: DictConfig) -> None:
+        started.append(config.variant)
         codes.append(_run(config, several))
 
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions out: what is not said below is a fault
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         job()
+    except OSError as error:
+        if started:
+            raise
+        sys.exit(_complain(ConfigurationError(f"The run's folder cannot be made: {error}")))
     except KeyboardInterrupt:  # before or after the training itself, which ends in good order
         sys.exit(_EXIT_CODES["INTERRUPTED"])
     sys.exit(max(codes, default=0))
@@ -77,18 +91,29 @@ def _run(config: DictConfig, several: bool) -> int:
     directory = Path(HydraConfig.get().runtime.output_dir)
     try:
         check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        if several and config.trainer.get("strategy") is not None:
+            raise ConfigurationError(
+                "A sweep (-m) runs its jobs in one process, and trainer=ddp needs several for "
+                "each. Start such runs one by one."
+            )
         from gdtrain.experiment import train
 
         result = train(config, directory)
     except ConfigurationError as error:
+        from gdtrain.experiment import discard_empty, is_first_process
+
+        if not is_first_process():
+            return 2  # the first says it
+        discard_empty(directory)
+        overrides = HydraConfig.get().overrides.task
+        return _complain(error, f" in {' '.join(overrides)}" if several else "")
+    except KeyboardInterrupt:
         from gdtrain.experiment import discard_empty
 
         discard_empty(directory)
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        overrides = HydraConfig.get().overrides.task
-        return _complain(error, f" in {' '.join(overrides)}" if several else "")
-    _show(result)
+        raise
+    if result.module.trainer.is_global_zero:
+        _show(result)
     code = _EXIT_CODES.get(result.stop.reason.value, 0)
     if several and result.stop.reason.value == "INTERRUPTED":
         sys.exit(code)  # the whole sweep is meant
@@ -119,12 +144,12 @@ def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
 # ---------------------------------------------------------------------- what the user reads
 
 
-def _complain(error: BaseException, where: str = "") -> int:
-    print(f"error{where}: {_explain(error)}", file=sys.stderr)
+def _complain(error: BaseException, where: str = "", words: list[str] | None = None) -> int:
+    print(f"error{where}: {_explain(error, words or [])}", file=sys.stderr)
     return 2
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, words: list[str]) -> str:
     """Hydra's message, said for a user: what was wrong, and what there is."""
     text = str(error).strip()
     if isinstance(error, ConfigurationError):
@@ -139,7 +164,7 @@ def _explain(error: BaseException) -> str:
     key = re.search(r"Could not override '([^']+)'", text)
     if key:
         name = key.group(1).split("@")[0]
-        return f"Unknown key {name}.{closest(name, _known_keys())} `--cfg job` shows all keys."
+        return f"Unknown key {name}.{closest(name, _known_keys(words))} `--cfg job` shows all keys."
     syntax = re.search(r"Error parsing override '([^']*)'\s*(.*)", text, re.DOTALL)
     if syntax:
         return (
@@ -147,13 +172,20 @@ def _explain(error: BaseException) -> str:
             f"{syntax.group(2).strip().splitlines()[0]}"
         )
     detail = text.splitlines()[0] if text else type(error).__name__
-    cause = str(error.__cause__ or error.__context__ or "").strip()
+    context = None if error.__suppress_context__ else error.__context__
+    cause = str(error.__cause__ or context or "").strip()
     if cause and cause not in detail:
         detail += f" ({cause.splitlines()[0]})"
     return detail
 
 
-def _known_keys() -> list[str]:
+def _known_keys(words: list[str]) -> list[str]:
+    """Of the configuration with the groups that were chosen, where they can be composed."""
+    groups = [w for w in words if "." not in w.partition("=")[0] and "," not in w]
+    try:
+        config = _compose(groups, None)
+    except (HydraException, OmegaConfBaseException):
+        config = _compose([], None)
     keys: list[str] = []
 
     def walk(node: Any, prefix: str) -> None:
@@ -162,7 +194,7 @@ def _known_keys() -> list[str]:
             if isinstance(value, dict):
                 walk(value, f"{prefix}{name}.")
 
-    walk(OmegaConf.to_container(_compose([], None), resolve=False), "")
+    walk(OmegaConf.to_container(config, resolve=False), "")
     return [*keys, "experiment"]
 
 
@@ -246,7 +278,14 @@ def evaluate_main() -> None:
         dots = [f"{k[5:]}={v}" for k, v in found.items() if k.startswith("data.")]
         overrides = OmegaConf.to_container(OmegaConf.from_dotlist(dots))
         metrics = evaluate(found["ckpt_path"], overrides, _trust(found))  # type: ignore[arg-type]
-    except (ValueError, OSError, TypeError, HydraException, OmegaConfBaseException) as error:
+    except (
+        ValueError,
+        OSError,
+        TypeError,
+        HydraException,
+        OmegaConfBaseException,
+        YAMLError,
+    ) as error:
         sys.exit(_complain(_innermost(error)))
     for tag, value in metrics.items():
         print(f"{tag} {value:.6g}")

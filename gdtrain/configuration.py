@@ -71,6 +71,20 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "schedule.warmup": (float, 0, math.inf, True),
     "seed": (int, 0, 2**32, True),
 }
+_KEYS = (
+    "variant",
+    "seed",
+    "ckpt_path",
+    "decay_biases",
+    "data",
+    "model",
+    "loss",
+    "schedule",
+    "trainer",
+    "optimizer",
+    "logger",
+    "callbacks",
+)
 _SWITCHES = ("optimizer.nesterov", "optimizer.maximize", "data.standardize", "decay_biases")
 _OPTIONAL = ("data.micro_batch_size", "trainer.max_epochs")
 
@@ -88,14 +102,29 @@ def check(config: Mapping[str, Any]) -> None:
         ConfigurationError: With the key, what was expected and what came.
 
     Example:
-        >>> check({"variant": "sgd", "data": {"batch_size": 32}})
+        >>> check({"variant": "sgd"})
         Traceback (most recent call last):
         ...
-        gdtrain.configuration.ConfigurationError: optimizer=sgd updates from one example ...
+        gdtrain.configuration.ConfigurationError: seed is missing: it cannot be taken away.
     """
+    missing_keys = [key for key in _KEYS if key not in config]
+    if missing_keys:
+        raise ConfigurationError(f"{missing_keys[0]} is missing: it cannot be taken away.")
+    unknown = [key for key in config if key not in _KEYS]
+    if unknown:
+        raise ConfigurationError(f"Unknown key {unknown[0]}.{closest(unknown[0], list(_KEYS))}")
+    for key in ("data", "model", "trainer", "optimizer", "schedule"):
+        if not isinstance(config[key], Mapping) or "_target_" not in config[key]:
+            raise ConfigurationError(f"{key} must be one of its choices. Received: {config[key]}")
     flat = dict(_flatten(config))
+    if flat.get("trainer.max_epochs") is None and flat.get("trainer.max_steps", -1) == -1:
+        raise ConfigurationError(
+            "trainer.max_epochs or trainer.max_steps must bound the run. Received: neither."
+        )
     for key, (kind, low, high, closed) in _NUMBERS.items():
         if key not in flat or (flat[key] is None and key in _OPTIONAL):
+            continue
+        if key == "data.micro_batch_size" and flat[key] == "auto":
             continue
         _check_number(key, flat[key], kind, low, high, closed)
     for key in _SWITCHES:
@@ -118,9 +147,7 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def _check_number(key: str, value: Any, kind: type, low: float, high: float, closed: bool) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int and number:
-        number = value == int(value) if math.isfinite(value) else False
+    number = isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
     inside = number and (value > low or (closed and value == low)) and value < high
     if not inside:
         what = "a whole number" if kind is int else "a finite number"

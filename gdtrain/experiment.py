@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +27,20 @@ from gdtrain.configuration import ConfigurationError, check
 from gdtrain.data import DataModule, EvaluationLoader, Preprocessing, read_features
 from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule
-from gdtrain.training import Result, default_loss, load_checkpoint, predict, run
+from gdtrain.training import (
+    Result,
+    check_fits,
+    claim,
+    default_loss,
+    load_checkpoint,
+    predict,
+    run,
+)
 
 __all__ = ["Trained", "evaluate", "load_trained", "predict_file", "train"]
 
 # What a checkpoint may name as the class of a model or loss, or of its data.
-_TRUSTED = (
-    "gdtrain.models.",
-    "gdtrain.losses.",
-    "gdtrain.data.",
-    "torch.nn.",
-    "torchvision.models.",
-)
+_TRUSTED = ("gdtrain.models", "gdtrain.losses", "gdtrain.data", "torch.nn", "torchvision.models")
 
 
 def train(config: DictConfig, directory: str | Path) -> Result:
@@ -68,7 +72,11 @@ def train(config: DictConfig, directory: str | Path) -> Result:
     plain = _plain(config)
     check(plain)
     before = set(os.listdir(folder)) if folder.is_dir() else None
-    _claim(folder, plain)
+    if is_first_process():
+        try:
+            claim(folder, plain)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from None
     module: SupervisedModule | None = None
     try:
         data, module = _build(config)
@@ -84,7 +92,7 @@ def train(config: DictConfig, directory: str | Path) -> Result:
             seed=config.seed,
             checkpoint=config.ckpt_path,
             hyperparameters=_hyperparameters(plain),
-            description={name: plain[name] for name in ("model", "loss", "data")},
+            description={name: plain.get(name) for name in ("model", "loss", "data")},
         )
     except _USER_ERRORS as error:
         if module is not None and module.total_updates is not None and module.updates > start:
@@ -112,7 +120,7 @@ def _build(config: DictConfig) -> tuple[DataModule, SupervisedModule]:
     data = instantiate(config.data, _convert_="all")
     data.prepare_data()
     data.setup()
-    loss = _loss(config.loss, data)
+    loss = _loss(config.loss, data.num_classes)
     outputs = loss.outputs(data.num_classes, data.num_targets)
     seed_everything(config.seed, verbose=False)
     model = _sized(instantiate(config.model, _convert_="all"), data.input_shape, outputs)
@@ -126,8 +134,14 @@ def _build(config: DictConfig) -> tuple[DataModule, SupervisedModule]:
     return data, module
 
 
-def _loss(config: Any, data: DataModule) -> Loss:
-    return instantiate(config, _convert_="all") if config else default_loss(data)
+def _loss(config: Any, num_classes: int | None) -> Loss:
+    loss = instantiate(config, _convert_="all") if config else default_loss(num_classes)
+    if not isinstance(loss, Loss):
+        raise ValueError(
+            f"The loss must be a gdtrain.losses.Loss, which gives one value per example. Received: "
+            f"{type(loss).__name__}."
+        )
+    return loss
 
 
 def _sized(make: Callable[..., nn.Module] | nn.Module, shape: Any, outputs: int) -> nn.Module:
@@ -136,7 +150,10 @@ def _sized(make: Callable[..., nn.Module] | nn.Module, shape: Any, outputs: int)
         return make
     sizes = {"input_shape": shape, "num_outputs": outputs}
     asked = inspect.signature(make).parameters
-    return make(**{name: value for name, value in sizes.items() if name in asked})
+    try:
+        return make(**{name: value for name, value in sizes.items() if name in asked})
+    except TypeError as error:  # Python's own words do not say which value they are about
+        raise ValueError(f"The model cannot be built from its configuration: {error}") from error
 
 
 def _values(group: DictConfig | None) -> list[Any]:
@@ -165,23 +182,22 @@ def _hyperparameters(plain: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------- the run's folder
 
 
-def _claim(folder: Path, plain: dict[str, Any]) -> None:
-    """Write config.yaml, which makes the folder this run's: no two runs ever share one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(folder / "config.yaml", "x", encoding="utf-8") as file:
-            file.write(OmegaConf.to_yaml(OmegaConf.create(plain)))
-    except FileExistsError:
-        raise ConfigurationError(
-            f"{folder} already holds a run. Choose another folder with hydra.run.dir=…; to go on "
-            f"with that run, set ckpt_path={folder}/checkpoints/last.ckpt."
-        ) from None
+def is_first_process() -> bool:
+    """Whether this process speaks and writes for the run: all but the further ranks do.
+
+    Example:
+        >>> is_first_process()
+        True
+    """
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def _leave(folder: Path, before: set[str] | None) -> None:
     """Take away what a run that did not start has put into its folder."""
     import shutil
 
+    if not is_first_process() or not folder.is_dir():
+        return
     for name in set(os.listdir(folder)) - (before or set()):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -214,10 +230,12 @@ def discard_empty(folder: Path) -> None:
 
 def _message(error: BaseException) -> str:
     """The innermost reason: Hydra and OmegaConf wrap what a constructor said."""
+    key = re.search(r"full_key: (\S+)", str(error))
     while error.__cause__ is not None and isinstance(error, HydraException):
         error = error.__cause__
-    text = str(error).strip()
-    return text if text else type(error).__name__
+    text = str(error).strip() or type(error).__name__
+    # Python's own words do not say which value they are about.
+    return f"{key.group(1)}: {text}" if key and not isinstance(error, ValueError) else text
 
 
 # ---------------------------------------------------------------------- from a checkpoint
@@ -278,12 +296,7 @@ def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
     data = _data_state(state, path)
     preprocessing = Preprocessing.from_state_dict(data["preprocessing"])
     config = OmegaConf.create(description)
-    if config.loss:
-        loss = instantiate(config.loss, _convert_="all")
-    else:
-        from gdtrain.losses import CrossEntropy, SquaredError
-
-        loss = SquaredError() if data["num_classes"] is None else CrossEntropy()
+    loss = _loss(config.loss, data["num_classes"])
     outputs = loss.outputs(data["num_classes"], data["num_targets"])
     make = instantiate(config.model, _convert_="all")
     module = SupervisedModule(
@@ -291,21 +304,20 @@ def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
         loss,
         lambda params: None,  # type: ignore[arg-type,return-value]
     )
-    weights = {k: v for k, v in state["state_dict"].items() if k.startswith("model.")}
-    module.load_state_dict(weights, strict=False)
+    weights = {k: v for k, v in state["state_dict"].items() if not k.startswith("evaluation.")}
+    check_fits(weights, module, path)
+    module.load_state_dict(weights)
+    floating = [v.dtype for v in weights.values() if v.is_floating_point()]
+    module.to(floating[0] if floating else None)
     module.eval()
     return Trained(module, preprocessing, state)
 
 
 def _distrust(node: Any, trust: tuple[str, ...], path: str | Path) -> None:
+    """Raise on a target that is not a layer, model, loss or data module of a trusted package."""
     if isinstance(node, Mapping):
-        target = node.get("_target_")
-        allowed = (*_TRUSTED, *(f"{name}." for name in trust))
-        if target is not None and not str(target).startswith(allowed):
-            raise ValueError(
-                f"{path} asks to call {target}, which is neither of gdtrain nor of torch.nn. If "
-                f"you know where the checkpoint comes from: trust={str(target).split('.')[0]}"
-            )
+        if "_target_" in node:
+            _distrust_target(str(node["_target_"]), trust, path)
         for value in node.values():
             _distrust(value, trust, path)
     elif isinstance(node, list | tuple):
@@ -313,11 +325,41 @@ def _distrust(node: Any, trust: tuple[str, ...], path: str | Path) -> None:
             _distrust(value, trust, path)
 
 
+def _distrust_target(target: str, trust: tuple[str, ...], path: str | Path) -> None:
+    roots = (*_TRUSTED, *trust)
+
+    def within(name: str) -> bool:
+        return any(name == root or name.startswith(f"{root}.") for root in roots)
+
+    # First the name, since looking it up imports; then where what it names was defined, since
+    # packages hold other packages' functions: torch.nn.functional.torch.load is torch.load.
+    if within(target):
+        try:
+            found = pkgutil.resolve_name(target)
+        except (ImportError, AttributeError, ValueError):
+            found = None
+        home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+        kinds = (nn.Module, DataModule)
+        is_model = inspect.isclass(found) and issubclass(found, kinds)
+        makes_model = inspect.isfunction(found) and re.match(
+            r"(gdtrain|torchvision)\.models\.[a-z]", home
+        )
+        trusted = any(home.startswith(f"{root}.") for root in trust)
+        if within(home) and (is_model or makes_model or trusted):
+            return
+    raise ValueError(
+        f"{path} asks to call {target}, which is no model, loss or data module of gdtrain, nor a "
+        f"layer of torch.nn. If you know where the checkpoint comes from: "
+        f"trust={target.split('.')[0]}"
+    )
+
+
 def _data_state(state: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    for value in state.values():
-        if isinstance(value, Mapping) and "preprocessing" in value:
-            return dict(value)
-    raise ValueError(f"{path} holds no preprocessing: it was not trained on a gdtrain data module.")
+    """What the data module has put into the checkpoint, under the name of its class."""
+    name = str(state["gdtrain"]["description"]["data"]["_target_"]).rsplit(".", 1)[-1]
+    if not isinstance(state.get(name), Mapping):
+        raise ValueError(f"{path} holds no preprocessing: no gdtrain data module was trained on.")
+    return dict(state[name])
 
 
 def evaluate(
@@ -348,7 +390,7 @@ def evaluate(
     data: DataModule = instantiate(OmegaConf.create(config), _convert_="all")
     data.prepare_data()
     data.setup()
-    data.load_state_dict(_data_state(trained.state, path))
+    data.check_same_data(_data_state(trained.state, path))
     inputs, targets = data.examples("test")
     if not len(inputs):
         raise ValueError("There is no test part: test_fraction was 0.")

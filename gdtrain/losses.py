@@ -54,7 +54,7 @@ class Loss(nn.Module):
         """
         name = type(self).__name__
         if self.task == "regression":
-            if num_classes is not None and num_classes > 2:
+            if num_classes is not None:
                 raise ValueError(
                     f"{name} is a loss for numbers, and the targets are {num_classes} classes: "
                     f"use loss=cross_entropy."
@@ -164,6 +164,10 @@ class Huber(Loss):
         if not 0 < delta < float("inf"):
             raise ValueError(f"delta must be finite and > 0. Received: delta={delta}.")
         self.delta = delta
+
+    def extra_repr(self) -> str:
+        """For messages, and to tell a resumed run's loss."""
+        return f"delta={self.delta}"
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Σ_c h(p_c − y_c)."""

@@ -5,23 +5,25 @@ B examples per update, K updates per Lightning step, T planned updates, U update
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanAbsoluteError, R2Score
 
 from gdtrain.data.loader import IndexLoader
+from gdtrain.data.mapped import MappedInputs
 from gdtrain.losses import Loss
-from gdtrain.objective import Objective
+from gdtrain.objective import Objective, Rows
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule
 from gdtrain.stopping import Stop
 from gdtrain.sweep import eager
@@ -122,12 +124,20 @@ class SupervisedModule(LightningModule):
             )
         self.model = model
         self.loss = loss
-        self.schedule = schedule if schedule is not None else Constant()
+        # A copy: a plateau schedule has a state, and belongs to one run.
+        self.schedule = copy.deepcopy(schedule) if schedule is not None else Constant()
+        if not isinstance(self.schedule, Schedule):
+            raise ValueError(
+                f"schedule must be a gdtrain.schedules.Schedule, such as Cosine(). Received: "
+                f"{schedule!r}."
+            )
         self.decay_biases = decay_biases
         self._make_optimizer = optimizer
         self._metrics = None if metrics is None else dict(metrics)
         self.evaluation = nn.ModuleDict()
         self.stop: Stop | None = None
+        self.validation: dict[str, float] = {}
+        self.validated_at = -1
         self.description: dict[str, Any] | None = None
         self.examples_seen = 0
         self.updates = 0
@@ -136,6 +146,9 @@ class SupervisedModule(LightningModule):
         self._objective: Objective | None = None
         self._random_state: dict[str, Any] | None = None
         self._target_scale: Tensor | None = None
+        self._micro_batch_size: int | None = None
+        self._draws = 0
+        self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's predictions.
@@ -154,7 +167,19 @@ class SupervisedModule(LightningModule):
             made = made(parameter_groups(self.model, self.decay_biases))
         for group in made.param_groups:
             group.setdefault("initial_lr", group["lr"])
+            if group.get("differentiable"):
+                raise ValueError(
+                    "A sweep's steps are not differentiable: use differentiable=False."
+                )
         return made
+
+    def settings(self) -> dict[str, str]:
+        """What a resumed run must share with the run that it goes on with, beside the optimizer."""
+        return {
+            "loss": repr(self.loss),
+            "schedule": repr(self.schedule),
+            "decay_biases": str(self.decay_biases),
+        }
 
     def setup(self, stage: str) -> None:
         """Take from the data module the units of the target, and make the metrics.
@@ -185,7 +210,7 @@ class SupervisedModule(LightningModule):
         else:
             # Over decided classes, the count of classes does not matter to plain accuracy.
             made = {"accuracy": MulticlassAccuracy(2, average="micro", validate_args=False)}
-        return nn.ModuleDict({"loss": MeanMetric(nan_strategy="disable"), **made})
+        return nn.ModuleDict({"loss": _MeanLoss(), **made})
 
     def on_fit_start(self) -> None:
         """Refuse what would be wrong, and bring the examples to the device."""
@@ -203,6 +228,8 @@ class SupervisedModule(LightningModule):
         trainer = self.trainer
         loader = trainer.train_dataloader
         self.updates = trainer.global_step
+        if self.updates == 0:
+            self.examples_seen = 0
         if isinstance(loader, IndexLoader):
             self._refuse_counts_of_steps()
             self.total_updates = loader.total
@@ -211,9 +238,27 @@ class SupervisedModule(LightningModule):
             data = cast(Any, trainer).datamodule
             dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
             inputs, targets = (_to(t, self.device, dtype) for t in data.examples("train"))
+            micro: int | Literal["auto"] | None = data.micro_batch_size
+            if micro is None and isinstance(inputs, MappedInputs):
+                micro = "auto"
+            if trainer.world_size > loader.batch_size:
+                raise ValueError(
+                    f"The {loader.batch_size} examples of an update cannot be divided over "
+                    f"{trainer.world_size} processes. One-example SGD is sequential: train it on "
+                    f"one device, or use optimizer=minibatch with a larger batch_size."
+                )
             self._objective = Objective(
-                self.model, self.loss, inputs, targets, data.micro_batch_size
+                self.model,
+                self.loss,
+                inputs,
+                targets,
+                micro,
+                rank=trainer.global_rank,
+                ranks=trainer.world_size,
             )
+            if self._micro_batch_size is not None:  # of the run that is resumed
+                self._objective.micro_batch_size = self._micro_batch_size
+            self._draws = data.seed & (2**30 - 1)
             self._check(inputs, targets)
         else:
             per_epoch = trainer.num_training_batches
@@ -232,12 +277,13 @@ class SupervisedModule(LightningModule):
         trainer = self.trainer
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             for name, neutral in (
-                ("val_check_interval", (1.0, None)),
-                ("overfit_batches", (0.0, 0)),
-                ("limit_train_batches", (1.0, None)),
+                ("val_check_interval", 1.0),
+                ("overfit_batches", 0.0),
+                ("limit_train_batches", 1.0),
             ):
                 value = getattr(trainer, name)
-                if value not in neutral:
+                # 1.0 is all of an epoch; the whole number 1 is one step.
+                if value and (value != neutral or not isinstance(value, float)):
                     raise ValueError(
                         f"trainer.{name} counts Lightning steps, each of several updates. "
                         f"Received: {name}={value}. Bound the run with max_epochs or max_steps "
@@ -258,25 +304,31 @@ class SupervisedModule(LightningModule):
         every = self.trainer.check_val_every_n_epoch or 1
         return self.updates == self.total_updates or (position == 0 and epoch % every == 0)
 
+    @property
+    def micro_batch_size(self) -> int | None:
+        """M, once training has begun; None: a whole batch, or a rank's part of it."""
+        return None if self._objective is None else self._objective.micro_batch_size
+
     @torch.no_grad()
-    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+    def _check(self, inputs: Rows, targets: Tensor) -> None:
         """Run two examples, so that a misfit of model, loss and data is told before training.
 
         They are those of the lowest and the highest label.
         """
         flat = targets.reshape(len(targets), -1)[:, 0]
         extremes = torch.stack([flat.argmin(), flat.argmax()])
-        inputs, targets = inputs[extremes], targets[extremes]
+        examples, targets = inputs[extremes], targets[extremes]
         self.model.eval()
         try:
-            prediction = self.model(inputs)
+            prediction = self.model(examples)
         except RuntimeError as error:
             raise ValueError(
-                f"The model does not take examples of shape {tuple(inputs.shape[1:])}: {error}"
+                f"The model does not take examples of shape {tuple(examples.shape[1:])}: {error}"
             ) from error
         finally:
             self.model.train()
         self.loss.check(prediction, targets)
+        self._checked = True
 
     # ------------------------------------------------------------------ training
 
@@ -312,16 +364,27 @@ class SupervisedModule(LightningModule):
         if not isinstance(optimizer, Optimizer):
             raise ValueError("SupervisedModule trains with one optimizer.")
         if isinstance(batch, Tensor):
-            assert self._objective is not None, "index blocks come with a gdtrain data module"
+            if self._objective is None:
+                raise ValueError(
+                    "A batch must be a pair (inputs, targets). Received: one tensor; blocks of "
+                    "indices come from a gdtrain data module."
+                )
             objective, indices = self._objective, batch
         else:
-            inputs, targets = batch
-            if self.updates == 0:
+            if not isinstance(batch, list | tuple) or len(batch) != 2:
+                raise ValueError(
+                    f"A batch must be a pair (inputs, targets) or a block of indices. Received: "
+                    f"{type(batch).__name__}."
+                )
+            dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+            inputs, targets = (_to(t, self.device, dtype) for t in batch)
+            if not self._checked:
                 self._check(inputs, targets)
             objective = Objective(self.model, self.loss, inputs, targets)
             indices = torch.arange(len(inputs), device=inputs.device).unsqueeze(0)
         first, count = self.updates, len(indices)
-        losses = eager.run(objective, optimizer, indices, self.rate_factors(first, count))
+        draw = (self._draws << 32) + first
+        losses = eager.run(objective, optimizer, indices, self.rate_factors(first, count), draw)
         self.updates += count
         self.examples_seen += indices.numel()
         epoch_loop = self.trainer.fit_loop.epoch_loop
@@ -344,6 +407,17 @@ class SupervisedModule(LightningModule):
         """
         self._take(self.evaluation["val"], *batch)
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Classes (B,), or numbers (B, C), for `Trainer.predict`.
+
+        Args:
+            batch: Inputs, alone or first of a tuple; standardised as in training.
+            batch_idx: Lightning's.
+        """
+        inputs = batch[0] if isinstance(batch, list | tuple) else batch
+        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
+        return self.loss.decide(self.model(_to(inputs, self.device, dtype)))
+
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one slice of the test part in.
 
@@ -356,10 +430,39 @@ class SupervisedModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Publish the validation metrics; tell a plateau schedule."""
         values = _compute(cast(nn.ModuleDict, self.evaluation["val"]), "val")
-        # Not through loggers: they would get the number of the update before.
-        self.log_dict(values, logger=False)
-        fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        if isinstance(self.schedule, ReduceOnPlateau) and fitting and self.validation_is_planned:
+        fitting = self.trainer.state.fn == "fit"
+        # Not through loggers while fitting: they would get the number of the update before.
+        self.log_dict(values, logger=False if fitting else None)
+        if fitting and not self.trainer.sanity_checking and self.validation_is_planned:
+            self._note(values)
+
+    def tags(self, part: str) -> list[str]:
+        """Of the loss and the metrics.
+
+        Args:
+            part: "train", "val" or "test".
+        """
+        return [
+            f"loss/{part}" if name == "loss" else f"metric/{name}/{part}"
+            for name in self._new_metrics()
+        ]
+
+    def validate_at_the_end(self) -> bool:
+        """Validate after the last update, unless that was done; says whether there are metrics.
+
+        `check_val_every_n_epoch` need not divide the number of epochs.
+        """
+        if self.updates != self.total_updates:
+            return False
+        if self.validated_at != self.updates:
+            batches = cast(Any, self.trainer).datamodule.val_dataloader()
+            if batches:
+                self._note(self.evaluate(batches, "val"))
+        return self.validated_at == self.updates
+
+    def _note(self, values: dict[str, float]) -> None:
+        self.validation, self.validated_at = values, self.updates
+        if isinstance(self.schedule, ReduceOnPlateau):
             self.schedule.observe(values["loss/val"])
 
     def on_test_epoch_end(self) -> None:
@@ -367,6 +470,8 @@ class SupervisedModule(LightningModule):
         self.log_dict(_compute(cast(nn.ModuleDict, self.evaluation["test"]), "test"))
 
     def _take(self, metrics: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+        if not len(inputs):
+            return
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         inputs, targets = _to(inputs, self.device, dtype), _to(targets, self.device, dtype)
         prediction = self.model(inputs)
@@ -415,6 +520,8 @@ class SupervisedModule(LightningModule):
             "updates": self.updates,
             "examples_seen": self.examples_seen,
             "random_state": _random_state(),
+            "micro_batch_size": self.micro_batch_size,
+            "settings": self.settings(),
             "schedule": self.schedule.state_dict()
             if isinstance(self.schedule, ReduceOnPlateau)
             else None,
@@ -433,23 +540,46 @@ class SupervisedModule(LightningModule):
         self.updates = state["updates"]
         self.examples_seen = state["examples_seen"]
         self._random_state = state["random_state"]
+        self._micro_batch_size = state["micro_batch_size"]
         if isinstance(self.schedule, ReduceOnPlateau) and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
 
 
+class _MeanLoss(Metric):
+    """Mean of losses per example, in their own precision, and NaN where one is."""
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, losses: Tensor) -> None:
+        dtype = torch.promote_types(losses.dtype, torch.float32)
+        self.total = self.total + losses.sum(dtype=dtype)
+        self.count = self.count + losses.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
 def _compute(metrics: nn.ModuleDict, part: str) -> dict[str, float]:
-    """Values by tag; the metrics start anew. R² of a single example does not exist."""
+    """Values by tag, over all ranks; the metrics start anew."""
     values = {}
     for name, metric in metrics.items():
         tag = f"loss/{part}" if name == "loss" else f"metric/{name}/{part}"
-        if not (isinstance(metric, R2Score) and int(metric.total) < 2):
-            value = cast(Metric, metric).compute()
-            values[tag] = float(value)
+        try:
+            values[tag] = float(cast(Metric, metric).compute())
+        except ValueError:
+            if not isinstance(metric, R2Score):
+                raise  # R² of a single example does not exist
         cast(Metric, metric).reset()
     return values
 
 
-def _to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _to(tensor: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """On the device; in the model's dtype if it holds floating-point numbers."""
     return tensor.to(device, dtype if tensor.is_floating_point() else None)
 

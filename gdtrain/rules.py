@@ -71,23 +71,37 @@ def descend_(
     if not params:
         return
     d: tuple[Tensor, ...] | list[Tensor] = torch._foreach_neg(grads) if maximize else grads
+    ours = maximize  # whether d is a temporary, which may change in place, or `grads`
     # Autograd, where it looks on, keeps operands that are about to change: it gets copies.
     theta = [p.clone() for p in params] if torch.is_grad_enabled() else params
     if isinstance(weight_decay, Tensor):
-        d = torch._foreach_add(d, torch._foreach_mul(theta, weight_decay))
+        d, ours = _plus(d, torch._foreach_mul(theta, weight_decay), 1, ours), True
     elif weight_decay != 0:
-        d = torch._foreach_add(d, theta, alpha=weight_decay)
+        d, ours = _plus(d, theta, weight_decay, ours), True
     if momentum != 0:
         b = _accumulate_(buffers, d, momentum, dampening)
         if torch.is_grad_enabled():
             b = [buffer.clone() for buffer in b]
-        d = torch._foreach_add(d, b, alpha=momentum) if nesterov else b
+        d = _plus(d, b, momentum, ours) if nesterov else b
     if isinstance(lr, Tensor):
         lr = lr.reshape(())
     if isinstance(lr, Tensor) and (lr.requires_grad or torch.compiler.is_compiling()):
         torch._foreach_sub_(params, torch._foreach_mul(d, lr))
     else:
         torch._foreach_add_(params, d, alpha=-lr)  # type: ignore[arg-type]
+
+
+def _plus(
+    d: tuple[Tensor, ...] | list[Tensor],
+    other: tuple[Tensor, ...] | list[Tensor],
+    factor: float,
+    in_place: bool,
+) -> tuple[Tensor, ...] | list[Tensor]:
+    """d + factor · other, in place if d is a temporary: one temporary at a time."""
+    if not in_place:
+        return torch._foreach_add(d, other, alpha=factor)
+    torch._foreach_add_(d, other, alpha=factor)
+    return d
 
 
 def _accumulate_(
@@ -97,7 +111,11 @@ def _accumulate_(
     old = [i for i, b in enumerate(buffers) if b is not None]
     b = [buffers[i] for i in old]
     if old:
-        torch._foreach_mul_(b, momentum)  # type: ignore[arg-type]
+        if any(buffer.itemsize < 4 and buffer.is_cpu for buffer in b):  # type: ignore[union-attr]
+            for buffer in b:  # torch._foreach_mul_ rounds the factor to half precision there
+                buffer.mul_(momentum)  # type: ignore[union-attr]
+        else:
+            torch._foreach_mul_(b, momentum)  # type: ignore[arg-type]
         torch._foreach_add_(b, [d[i] for i in old], alpha=1 - dampening)  # type: ignore[arg-type]
     for i, buffer in enumerate(buffers):
         if buffer is None:
@@ -127,7 +145,8 @@ def fused_descend_(
 
     Args:
         params: θ, changed in place.
-        grads: g. Not written into, unless `grad_scale` is given: the kernel then unscales them.
+        grads: g. Not written into, unless `grad_scale` is given: the kernel then unscales those
+            that are laid out as their parameters.
         buffers: b; a `None` becomes a buffer, unless `found_inf` says that the update is skipped.
         lr: η, range [0, ∞).
         momentum: μ, range [0, ∞).

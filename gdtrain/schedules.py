@@ -485,9 +485,9 @@ class ReduceOnPlateau(Schedule):
     patience: int = 5
     threshold: float = 1e-3
     floor: float = 1e-4
-    factor: float = field(default=1.0, init=False)
-    best: float = field(default=math.inf, init=False)
-    bad_looks: int = field(default=0, init=False)
+    factor: float = field(default=1.0, init=False, repr=False)
+    best: float = field(default=math.inf, init=False, repr=False)
+    bad_looks: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,23 +19,34 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+import yaml
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from gdtrain.callbacks import BestAndLast, Divergence, History, Interrupt, LossCurves, ProgressLine
 from gdtrain.configuration import read_defaults
-from gdtrain.data import ArrayDataModule, DataModule, EvaluationLoader
+from gdtrain.data import ArrayDataModule, DataModule, EvaluationLoader, features
+from gdtrain.distributed import ExactDDP
 from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
 from gdtrain.optim import GD, SGD, MiniBatchSGD
-from gdtrain.schedules import Cosine, Schedule
+from gdtrain.schedules import Cosine, ReduceOnPlateau, Schedule
 from gdtrain.stopping import Stop, StopReason
 
-__all__ = ["Result", "default_loss", "fit", "load_checkpoint", "predict", "run"]
+__all__ = [
+    "Result",
+    "check_fits",
+    "claim",
+    "default_loss",
+    "fit",
+    "load_checkpoint",
+    "predict",
+    "run",
+]
 
 Variant = Literal["gd", "sgd", "minibatch"]
 _OPTIMIZERS = {"gd": GD, "sgd": SGD, "minibatch": MiniBatchSGD}
@@ -90,7 +101,7 @@ class Result:
         Returns:
             (N,), or (N, K) for several targets.
         """
-        return predict(self.module, self.data.preprocessing, np.asarray(inputs))
+        return predict(self.module, self.data.preprocessing, inputs)
 
     def plot(self, by: Literal["update", "examples", "seconds"] = "update") -> Any:
         """Training and validation loss.
@@ -192,7 +203,12 @@ def fit(
         **data_options,
     )
     data.setup()
-    loss = loss if loss is not None else default_loss(data)
+    if loss is not None and not isinstance(loss, Loss):
+        raise ValueError(
+            f"loss must be one of gdtrain.losses, such as Hinge(), or a Loss of your own. "
+            f"Received: {loss!r}."
+        )
+    loss = loss if loss is not None else default_loss(data.num_classes)
     outputs = loss.outputs(data.num_classes, data.num_targets)
     seed_everything(seed, verbose=False)
     if isinstance(model, str) and model not in _MODELS:
@@ -200,8 +216,8 @@ def fit(
     make = _MODELS[model] if isinstance(model, str) else model
     built = make if isinstance(make, nn.Module) else make(data.input_shape, outputs)
     rate = defaults["optimizer"]["lr"] if lr is None else lr
-    if not 0 < rate < math.inf:
-        raise ValueError(f"lr must be finite and > 0. Received: lr={lr}.")
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
+        raise ValueError(f"lr must be finite and > 0. Received: lr={rate!r}.")
     module = SupervisedModule(
         built,
         loss,
@@ -224,9 +240,9 @@ def fit(
     loggers: list[Any] = []
     if progress:
         callbacks.append(ProgressLine())
+    hyperparameters = {"variant": variant, "lr": rate, "momentum": momentum, "seed": seed}
     if directory is not None:
-        from lightning.pytorch.loggers import CSVLogger
-
+        claim(Path(directory), {**hyperparameters, "epochs": arguments["max_epochs"]})
         callbacks.append(BestAndLast)
         loggers = [partial(c, name="", version="") for c in (TensorBoardLogger, CSVLogger)]
         loggers[0].keywords["default_hp_metric"] = False
@@ -240,27 +256,24 @@ def fit(
         variant=variant,
         seed=seed,
         checkpoint=checkpoint,
-        hyperparameters={"variant": variant, "lr": rate, "momentum": momentum, "seed": seed},
+        hyperparameters=hyperparameters,
     )
 
 
-def default_loss(data: DataModule) -> Loss:
+def default_loss(num_classes: int | None) -> Loss:
     """Cross-entropy for classes, squared error for numbers.
 
     Args:
-        data: Set up.
+        num_classes: Of the data; None for numbers.
 
     Returns:
         The loss.
 
     Example:
-        >>> from gdtrain.data import EmbeddedDataModule
-        >>> data = EmbeddedDataModule("diabetes")
-        >>> data.setup()
-        >>> default_loss(data)
-        SquaredError()
+        >>> default_loss(num_classes=3), default_loss(num_classes=None)
+        (CrossEntropy(), SquaredError())
     """
-    return SquaredError() if data.num_classes is None else CrossEntropy()
+    return SquaredError() if num_classes is None else CrossEntropy()
 
 
 def run(
@@ -313,7 +326,8 @@ def run(
     data.setup()
     if checkpoint is not None:
         state = load_checkpoint(checkpoint)
-        _check_fits(state["state_dict"], module, checkpoint)
+        check_fits(state["state_dict"], module, checkpoint)
+        _check_settings(state, module, checkpoint)
     module.description = description
     built = _build_callbacks(callbacks, folder)
     curves = next((c for c in built if isinstance(c, LossCurves)), None)
@@ -327,20 +341,34 @@ def run(
             logger=made_loggers or False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in built),
         )
-        if lightning.world_size > 1:
+        if lightning.world_size > 1 and not isinstance(lightning.strategy, ExactDDP):
             raise ValueError(
-                f"A run trains on one device. Received: devices for {lightning.world_size} "
-                f"processes. Set trainer.devices=1."
+                f"Several devices train together with trainer=ddp, which divides each update's "
+                f"examples exactly. Received: {type(lightning.strategy).__name__} for "
+                f"{lightning.world_size} processes."
             )
+        _check_monitors(built, module, data)
+        if checkpoint is not None:
+            planned = data.planned_updates(lightning)
+            if planned is not None and state["gdtrain"]["updates"] >= planned:
+                raise ValueError(
+                    f"The run of {checkpoint} has made all its {planned} updates: there is nothing "
+                    f"left to do. Raise trainer.max_epochs to train on."
+                )
+            for callback in built:
+                if isinstance(callback, BestAndLast) and lightning.is_global_zero:
+                    callback.take_over(Path(checkpoint))
         seed_everything(seed, verbose=False)
         lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
         seconds = curves.seconds
         stop = _why(lightning, module)
         metrics = {}
+        rank, ranks = lightning.global_rank, lightning.world_size
         for part in ("train", "val", "test"):
             examples = data.examples(cast(Any, part))
             if len(examples[0]):
-                metrics.update(module.evaluate(EvaluationLoader(*examples), part))
+                loader = EvaluationLoader(*examples, rank=rank, ranks=ranks)
+                metrics.update(module.evaluate(loader, part))
         if lightning.is_global_zero:
             _log_final(lightning, module, metrics, hyperparameters or {})
         for logger in made_loggers:
@@ -353,7 +381,7 @@ def run(
 
 
 def predict(
-    module: SupervisedModule, preprocessing: Any, inputs: NDArray[Any], batch_size: int = 1024
+    module: SupervisedModule, preprocessing: Any, inputs: ArrayLike, batch_size: int = 1024
 ) -> NDArray[Any]:
     """Answers of a trained module for raw examples.
 
@@ -379,7 +407,7 @@ def predict(
     """
     model = module.model
     parameter = next(model.parameters())
-    x = preprocessing.inputs(inputs, parameter.dtype)
+    x = preprocessing.inputs(features(inputs), parameter.dtype)
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -417,14 +445,33 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
-    if not isinstance(state, dict) or not {"state_dict", "gdtrain"} <= state.keys():
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than numbers, "
+            f"texts and tensors ({type(error).__name__})."
+        ) from None
+    parts = {"state_dict", "gdtrain"}
+    if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
         raise ValueError(f"{path} is no checkpoint of gdtrain.")
     return state
 
 
-def _check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
+def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
+    """Raise where the tensors of a checkpoint and of a module differ in name or shape.
+
+    Args:
+        state: The checkpoint's "state_dict".
+        module: To be filled from it.
+        path: Of the checkpoint, for the message.
+
+    Raises:
+        ValueError: They differ.
+
+    Example:
+        >>> check_fits({"weight": torch.ones(2, 2)}, nn.Linear(2, 1, bias=False), "last.ckpt")
+        Traceback (most recent call last):
+        ...
+        ValueError: The checkpoint last.ckpt does not match the model: expected weight of shape ...
+    """
     own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
     saved = {k: tuple(v.shape) for k, v in state.items()}
     for name in sorted(own.keys() | saved.keys()):
@@ -434,6 +481,87 @@ def _check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path
                 f"{own.get(name, '(none)')}, received {saved.get(name, '(none)')}. Resume with the "
                 f"model that it was trained with."
             )
+
+
+def _check_settings(state: Mapping[str, Any], module: SupervisedModule, path: str | Path) -> None:
+    """A resumed run goes on with the optimizer, schedule and loss that it had."""
+    if not {"optimizer_states", "loops"} <= state.keys():
+        raise ValueError(f"{path} holds weights only: it can be evaluated, but not resumed.")
+    then, now = dict(state["gdtrain"]["settings"]), module.settings()
+    groups = state["optimizer_states"][0]["param_groups"]
+    for i, group in enumerate(module.configure_optimizers().param_groups):
+        saved = groups[i] if i < len(groups) else {}
+        for name in sorted((group.keys() | saved.keys()) - {"params", "lr", "param_names"}):
+            label = "lr" if name == "initial_lr" else name
+            then[label], now[label] = str(saved.get(name)), str(group.get(name))
+            if then[label] != now[label]:
+                break
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise ValueError(
+                f"The run of {path} had {name}={then.get(name)}, and goes on only with that. "
+                f"Received: {name}={value}."
+            )
+
+
+def _check_monitors(
+    callbacks: Sequence[Callback], module: SupervisedModule, data: DataModule
+) -> None:
+    """Early stopping and plateau schedules need a validation metric that will be there."""
+    validated = len(data.examples("val")[0]) > 0
+    tags = module.tags("val")
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is None:
+            continue
+        if monitor not in tags:
+            raise ValueError(
+                f"{type(callback).__name__} can monitor {', '.join(tags)}. Received: "
+                f"monitor={monitor}."
+            )
+        if isinstance(callback, EarlyStopping) and not validated:
+            raise ValueError(
+                "Early stopping needs a validation part. Received: val_fraction=0, or too few "
+                "examples for one."
+            )
+    if isinstance(module.schedule, ReduceOnPlateau) and not validated:
+        raise ValueError(
+            "schedule=reduce_on_plateau needs a validation part. Received: val_fraction=0, or too "
+            "few examples for one."
+        )
+
+
+def claim(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write config.yaml, which makes a folder this run's: no two runs ever share one.
+
+    Args:
+        folder: Of the run; made if it is not there.
+        config: Plain containers.
+
+    Raises:
+        ValueError: The folder holds a run already, or cannot be made.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     claim(Path(folder) / "run", {"lr": 0.1})
+        ...     claim(Path(folder) / "run", {"lr": 0.2})
+        Traceback (most recent call last):
+        ...
+        ValueError: .../run already holds a run. ...
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "config.yaml", "x", encoding="utf-8") as file:
+            yaml.safe_dump(dict(config), file, sort_keys=False, allow_unicode=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is a file, and a run needs a folder.") from None
+        raise ValueError(
+            f"{folder} already holds a run. Choose another folder (hydra.run.dir=…); to go on "
+            f"with that run, set ckpt_path={folder}/checkpoints/last.ckpt."
+        ) from None
+    except OSError as error:
+        raise ValueError(f"The run's folder cannot be made: {error}") from None
 
 
 def _build_callbacks(callbacks: Sequence[Any], folder: Path | None) -> list[Callback]:
@@ -473,7 +601,7 @@ def _log_final(
                 {t: v for t, v in final.items() if t.endswith("/test")}, step=module.updates
             )
             shown = {t: v for t, v in metrics.items() if t.endswith(("/val", "/test"))}
-            logger.log_hyperparams(dict(hyperparameters), shown)
+            logger.log_hyperparams(dict(hyperparameters), shown, step=module.updates)
         else:
             logger.log_metrics(
                 {
@@ -507,6 +635,7 @@ def _summary(
         "metrics": {tag: value if math.isfinite(value) else None for tag, value in metrics.items()},
         "seed": seed,
         "batch_size": data.examples_per_update,
+        "micro_batch_size": module.micro_batch_size,
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "data": {
             "train": data.num_train,
@@ -516,6 +645,7 @@ def _summary(
             "split_fingerprint": data.split_fingerprint,
         },
         "device": str(module.device),
+        "processes": trainer.world_size,
         "versions": _versions(),
     }
 
@@ -553,6 +683,8 @@ def _quiet() -> Iterator[None]:
             r".*isinstance\(treespec, LeafSpec\).*",  # Lightning with a newer torch
             r".*Experiment logs directory .* exists and is not empty.*",  # holds config.yaml
             r".*does not have many workers.*",  # resident tensors need none
+            r".*smaller than the logging interval.*",  # curves are logged by updates
+            r".*sync_dist=True.*",  # metrics are added up over the ranks already
             r".*is already configured with.*",  # devices=1 beside a GPU that is not used
             r".*callbacks used to create the checkpoint need to be provided.*",  # only ours were
             r".*Total length of `list` across ranks is zero.*",  # no validation part: as asked

@@ -140,6 +140,12 @@ BAD = [
     ("optimizer", "is not of the form key=value"),
     ("experiment=nothing", "There is no experiment=nothing"),
     ("-m optimizer=sgd,nothing", "There is no optimizer=nothing"),
+    ("model=null", "A group takes a choice, not null"),
+    ("~model", "model is missing"),
+    ("+lr=1", "Unknown key lr"),
+    ("schedule=one_cycle schedule.warmup=5", "Unknown key schedule.warmup."),
+    ("trainer.max_epochs=1.0", "trainer.max_epochs must be a whole number"),
+    ("trainer.max_epochs=null", "must bound the run"),
     ("--config-dir=nowhere", "there is no folder nowhere"),
     ("--config-name=mine", "--config-dir=FOLDER"),
 ]
@@ -182,7 +188,14 @@ BAD_AT_BUILD = [
     ("schedule=one_cycle +schedule.warmup=5", "set rise instead of warmup"),
     ("optimizer.nesterov=true", "Nesterov momentum requires a momentum"),
     ("data=mnist data.download=false data.root=none", "into none/MNIST/raw/"),
-    ("optimizer=minibatch trainer.devices=2", "A run trains on one device"),
+    ("optimizer=minibatch trainer.devices=2", "Several devices train together with trainer=ddp"),
+    ("callbacks=early_stopping data.val_fraction=0", "needs a validation part"),
+    ("callbacks=early_stopping callbacks.early_stopping.monitor=foo", "can monitor loss/val"),
+    ("schedule=reduce_on_plateau data.val_fraction=0", "needs a validation part"),
+    ("+optimizer.differentiable=true", "steps are not differentiable"),
+    ("+loss._target_=torch.nn.CrossEntropyLoss", "must be a gdtrain.losses.Loss"),
+    ("model.hidden=null", "The model cannot be built from its configuration"),
+    ("+trainer.limit_train_batches=1", "limit_train_batches counts Lightning steps"),
     ("+trainer.no_such_argument=1", "no_such_argument"),
     ("callbacks.curves.points=0", "points must be"),
     ("model._target_=gdtrain.models.Nothing", "Nothing"),
@@ -201,9 +214,26 @@ def test_what_only_the_data_shows_ends_before_training_too(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_diverging_run_ends_with_code_3(tmp_path):
+def test_a_folder_that_cannot_be_made_is_one_message(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/x"):
+        words = f"data=iris optimizer=gd hydra.run.dir={place}"
+        code, said = complain(monkeypatch, capsys, tmp_path, words)
+        assert code == 2
+        assert said.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("callbacks", ["default", "none"])
+def test_a_diverging_run_ends_with_code_3(tmp_path, callbacks):
     done = command(
-        tmp_path, "train", "optimizer=gd", "model=linear", "data=diabetes", "optimizer.lr=1000"
+        tmp_path,
+        "train",
+        "optimizer=gd",
+        "model=linear",
+        "data=diabetes",
+        "optimizer.lr=1000",
+        f"callbacks={callbacks}",
     )
     assert done.returncode == 3
     assert "Set optimizer.lr to a tenth of it" in done.stdout
@@ -313,14 +343,24 @@ def test_a_checkpoint_cannot_call_what_it_likes(tmp_path):
     from gdtrain.experiment import load_trained
 
     path = tmp_path / "evil.ckpt"
-    description = {
-        "model": {"_target_": "pathlib.Path.write_text"},
-        "loss": None,
-        "data": {"_target_": "gdtrain.data.EmbeddedDataModule", "name": "digits"},
-    }
-    torch.save({"state_dict": {}, "gdtrain": {"description": description}}, path)
-    with pytest.raises(ValueError, match=r"asks to call pathlib\.Path\.write_text"):
-        load_trained(path)
+    for target in (
+        "pathlib.Path.write_text",
+        "torch.nn.functional.torch.load",
+        "gdtrain.data.sources.Path.unlink",
+        "gdtrain.data.sources.pd.read_pickle",
+        "torch.nn.modules.module.Module.register_parameter",
+        "torch.nn.NothingOfTheKind",
+        "torchvision.models.get_weight",
+        "torch.nnevil.Layer",
+    ):
+        description = {
+            "model": {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": target}]},
+            "loss": None,
+            "data": {"_target_": "gdtrain.data.EmbeddedDataModule", "name": "digits"},
+        }
+        torch.save({"state_dict": {}, "gdtrain": {"description": description}}, path)
+        with pytest.raises(ValueError, match=f"asks to call {re.escape(target)}"):
+            load_trained(path)
     for words, message in (
         (("ckpt_path=evil.ckpt",), "asks to call"),
         ((), "ckpt_path=… is missing"),

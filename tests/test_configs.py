@@ -19,7 +19,7 @@ from gdtrain.experiment import train
 CONF = conf_directory()
 MNIST = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "mnist"
 GROUPS = {
-    "callbacks": 3,
+    "callbacks": 4,
     "data": 12,
     "experiment": 13,
     "logger": 3,
@@ -27,7 +27,7 @@ GROUPS = {
     "model": 4,
     "optimizer": 4,
     "schedule": 11,
-    "trainer": 1,
+    "trainer": 2,
 }
 CHOICES = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
 

@@ -29,11 +29,11 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 
 
 LAYERS = [
-    ["rules", "schedules", "losses", "stopping", "configuration"],
+    ["rules", "schedules", "losses", "dropout", "stopping", "configuration"],
     ["objective", "optim"],
     ["models", "data", "sweep", "minimization"],
     ["module"],
-    ["callbacks"],
+    ["callbacks", "distributed"],
     ["training"],
     ["experiment"],
     ["cli"],

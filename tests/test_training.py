@@ -19,7 +19,7 @@ from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.models import CNN, MLP, Linear
-from gdtrain.schedules import Cosine, ReduceOnPlateau
+from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
 from gdtrain.training import run
 
 QUIET = {
@@ -167,12 +167,122 @@ def test_a_resumed_run_is_the_same_run(tmp_path, batch_size, stop):
 def test_a_run_resumed_from_its_best_checkpoint_is_the_same_run(tmp_path):
     whole, data = make(16)
     train(whole, data, tmp_path / "whole", max_epochs=6)
-    for name in ("best.ckpt", "last.ckpt"):
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    state = torch.load(checkpoints / "best.ckpt", weights_only=True)
+    if state["gdtrain"]["updates"] < 42:
         again, data = make(16)
-        checkpoint = tmp_path / "whole" / "checkpoints" / name
-        train(again, data, tmp_path / name, checkpoint, max_epochs=6)
-        assert again.updates == 42
+        train(again, data, tmp_path / "again", checkpoints / "best.ckpt", max_epochs=6)
         assert same_state(whole.model.state_dict(), again.model.state_dict())
+    again, data = make(16)
+    with pytest.raises(ValueError, match="has made all its 42 updates"):
+        train(again, data, None, checkpoints / "last.ckpt", max_epochs=6)
+    # Twice as many epochs with the rate that a constant schedule keeps: training goes on.
+    longer, data = make(16, schedule=Constant())
+    train(longer, data, tmp_path / "longer", max_epochs=3)
+    further, data = make(16, schedule=Constant())
+    last = tmp_path / "longer" / "checkpoints" / "last.ckpt"
+    train(further, data, tmp_path / "further", last, max_epochs=6)
+    assert further.updates == 42
+
+
+def test_the_best_checkpoint_of_a_resumed_run_is_the_best_of_the_whole(tmp_path):
+    def climbing():
+        seed_everything(0, verbose=False)
+        data = EmbeddedDataModule("iris", batch_size=16)
+        optimizer = partial(SGD, lr=0.05, maximize=True)  # the first validation is the best
+        return SupervisedModule(Linear((4,), 3), CrossEntropy(), optimizer), data
+
+    for name, callbacks in (("whole", ()), ("half", (StopAt(21),))):
+        train(*climbing(), tmp_path / name, callbacks=callbacks, max_epochs=6)
+    last = tmp_path / "half" / "checkpoints" / "last.ckpt"
+    train(*climbing(), tmp_path / "rest", last, max_epochs=6)
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "best.ckpt", weights_only=True)
+        for name in ("whole", "rest")
+    ]
+    assert states[0]["gdtrain"]["updates"] == states[1]["gdtrain"]["updates"] == 7
+    assert same_state(states[0]["state_dict"], states[1]["state_dict"])
+
+
+def test_the_last_update_is_validated_whatever_the_interval(tmp_path):
+    for epochs, expected in ((5, [5]), (15, [10, 15]), (20, [10, 20])):
+        module, data = make("full")
+        result = train(
+            module, data, tmp_path / str(epochs), max_epochs=epochs, check_val_every_n_epoch=10
+        )
+        assert result.history.val["update"] == expected
+        assert (tmp_path / str(epochs) / "checkpoints" / "best.ckpt").exists()
+
+
+def test_a_run_is_resumed_only_with_its_own_settings(tmp_path):
+    module, data = make(16)
+    train(module, data, tmp_path, callbacks=[StopAt(7)])
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    changes = {
+        "momentum=0.9": partial(SGD, lr=0.05, momentum=0.5),
+        "lr=0.05": partial(SGD, lr=0.01, momentum=0.9),
+        "amsgrad=None": torch.optim.Adam,
+    }
+    for message, optimizer in changes.items():
+        other = SupervisedModule(module.model, CrossEntropy(), optimizer, Cosine())
+        with pytest.raises(ValueError, match=message):
+            train(other, make(16)[1], None, last)
+    optimizer = partial(SGD, lr=0.05, momentum=0.9)
+    with pytest.raises(ValueError, match="had schedule=Cosine"):
+        train(SupervisedModule(module.model, CrossEntropy(), optimizer), make(16)[1], None, last)
+    other, data = make(16, standardize=False)
+    with pytest.raises(ValueError, match="prepared in another way"):
+        train(other, data, None, last)
+
+
+def test_two_runs_of_fit_share_no_folder(tmp_path):
+    X, y = load_iris(return_X_y=True)
+    gdtrain.fit("linear", X, y, variant="gd", epochs=2, directory=tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run"):
+        gdtrain.fit("linear", X, y, variant="gd", epochs=2, directory=tmp_path / "run")
+
+
+def test_a_second_fit_of_a_module_starts_its_counts_anew():
+    module, data = make(16)
+    for _ in range(2):
+        result = train(module, data)
+        assert result.summary["updates"] == 21
+        assert result.summary["examples_seen"] == 315
+
+
+def test_no_point_of_a_curve_is_at_step_0(tmp_path):
+    gdtrain.fit("linear", *load_iris(return_X_y=True), epochs=2, directory=tmp_path)
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert min(steps) > 0
+        assert steps[-1] == 210
+
+
+def test_validate_and_predict_work_outside_fit():
+    module, data = make(16)
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert trainer.validate(module, datamodule=data, verbose=False)[0]["loss/val"] > 0
+    X, y = data.examples("test")
+    answers = trainer.predict(module, DataLoader(TensorDataset(X, y), batch_size=10))
+    assert torch.cat(answers).shape == y.shape
+
+
+def test_double_precision_is_double_throughout():
+    seed_everything(0, verbose=False)
+    data = EmbeddedDataModule("diabetes", batch_size="full", dtype="float64")
+    module = SupervisedModule(Linear((10,), 1, init="zeros"), SquaredError(), partial(SGD, lr=0.1))
+    result = train(module, data, max_epochs=2, precision="64-true")
+    X, y = (t.double() for t in data.examples("train"))
+    w, b, losses = torch.zeros(10).double(), torch.zeros(1).double(), []
+    for _ in range(2):
+        error = X @ w + b - y
+        losses.append(0.5 * error.square().mean().item())
+        w, b = w - 0.1 * X.T @ error / len(y), b - 0.1 * error.mean()
+    assert result.history.train["loss"] == pytest.approx(losses, rel=1e-14)
+    final = 0.5 * (X @ w + b - y).square().mean().item()
+    assert result.metrics["loss/train"] == pytest.approx(final, rel=1e-14)
 
 
 def test_a_plateau_schedule_is_resumed(tmp_path):

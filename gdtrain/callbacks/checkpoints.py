@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -69,13 +72,9 @@ class BestAndLast(Checkpoint):
         """Save the best if it is better, the last if it is old."""
         if _spoilt(pl_module):
             return
-        value = trainer.callback_metrics.get(self.monitor)
-        if not cast(SupervisedModule, pl_module).validation_is_planned:
-            value = None
-        if value is not None and float(value) < self.best_value:
-            self.best_value = float(value)
-            self._save(trainer, self.best_path)
-        if time.monotonic() - self._last_saved > self.seconds_between:
+        self._save_if_best(trainer, pl_module)
+        old = time.monotonic() - self._last_saved > self.seconds_between
+        if trainer.strategy.broadcast(old):  # all ranks save together
             self._save_last(trainer, pl_module)
 
     def on_train_batch_end(
@@ -87,14 +86,45 @@ class BestAndLast(Checkpoint):
         batch_idx: int,
     ) -> None:
         """Save the last if it is old: epochs of one-example descent can be long."""
+        if trainer.world_size > 1:  # not worth an agreement of the ranks at each sweep
+            return
         old = time.monotonic() - self._last_saved > max(self.seconds_between, 1.0)
         if old and not _spoilt(pl_module):
             self._save_last(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last."""
-        if not _spoilt(pl_module) and self._last_update != trainer.global_step:
+        """Save the last, and the best if that is it."""
+        if _spoilt(pl_module):
+            return
+        self._save_if_best(trainer, pl_module)
+        if self._last_update != trainer.global_step:
             self._save_last(trainer, pl_module)
+
+    def _save_if_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(SupervisedModule, pl_module)
+        if module.validated_at != module.updates:
+            return
+        value = module.validation.get(self.monitor, math.nan)
+        if value < self.best_value:
+            self.best_value = value
+            self._save(trainer, self.best_path)
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Keep the best checkpoint of the run that is resumed, until there is a better one.
+
+        Args:
+            checkpoint: From which is resumed, in its run's folder.
+        """
+        best = checkpoint.parent / "best.ckpt"
+        if not best.is_file() or best.resolve() == self.best_path.resolve():
+            return
+        updates = [
+            torch.load(path, map_location="cpu", weights_only=True)["gdtrain"]["updates"]
+            for path in (best, checkpoint)
+        ]
+        if updates[0] <= updates[1]:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(best, self.best_path)
 
     def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer, self.last_path)
@@ -112,7 +142,7 @@ class BestAndLast(Checkpoint):
         return {"best_value": self.best_value}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`; a new folder has no best yet, so the next one is saved."""
+        """Go on from `state_dict`; a folder without a best checkpoint gets the next one."""
         if self.best_path.exists():
             self.best_value = state_dict["best_value"]
 

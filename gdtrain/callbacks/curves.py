@@ -157,16 +157,19 @@ class LossCurves(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the validation metrics."""
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            self._write_validation(trainer, cast(SupervisedModule, pl_module))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate after the last update, if no validation fell there."""
         module = cast(SupervisedModule, pl_module)
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        if not module.validation_is_planned:
-            return
-        values = {
-            tag: float(value)
-            for tag, value in trainer.callback_metrics.items()
-            if tag.endswith("/val")
-        }
+        if module.validated_at != module.updates and module.validate_at_the_end():
+            self._write_validation(trainer, module)
+
+    def _write_validation(self, trainer: Trainer, module: SupervisedModule) -> None:
+        if module.validated_at != module.updates:
+            return  # of an interruption, not of the run
+        values = module.validation
         row = {"update": module.updates, "examples": module.examples_seen, "seconds": self.seconds}
         self.history.append("val", {**row, **values})
         self._log(trainer, module, values, module.updates, module.examples_seen)

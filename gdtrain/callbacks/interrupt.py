@@ -33,6 +33,8 @@ class Interrupt(Callback):
         """Take over the signals."""
         if threading.current_thread() is not threading.main_thread():
             return
+        if trainer.world_size > 1:  # ranks that stop at different updates would wait for each other
+            return
         self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
         def stop(number: int, frame: FrameType | None) -> None:

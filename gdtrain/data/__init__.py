@@ -1,6 +1,7 @@
 """Data: sources, the split, the index loader."""
 
 from gdtrain.data.loader import EvaluationLoader, IndexLoader
+from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.module import DataModule, Raw
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sources import (
@@ -11,6 +12,7 @@ from gdtrain.data.sources import (
     NPYDataModule,
     SyntheticDataModule,
     TorchvisionDataModule,
+    features,
     read_features,
 )
 
@@ -22,10 +24,12 @@ __all__ = [
     "EvaluationLoader",
     "IndexLoader",
     "LIBSVMDataModule",
+    "MappedInputs",
     "NPYDataModule",
     "Preprocessing",
     "Raw",
     "SyntheticDataModule",
     "TorchvisionDataModule",
+    "features",
     "read_features",
 ]

@@ -7,11 +7,13 @@ K updates in one sweep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from gdtrain.objective import own_part
 
 __all__ = ["EvaluationLoader", "IndexLoader", "Sampling"]
 
@@ -112,7 +114,9 @@ class IndexLoader:
             last = min(last, position + self.total - update)
         if position >= last:
             return
-        order = self.order(epoch)
+        whole_batch = self.batch_size == self.num_examples and self.sampling != "replacement"
+        # A mean over all examples has no order: files are then read from front to back.
+        order = torch.arange(self.num_examples) if whole_batch else self.order(epoch)
         whole = min(self.num_examples // self.batch_size, last)  # updates with all B examples
         while position < last:
             if position < whole:
@@ -130,9 +134,11 @@ class EvaluationLoader:
     """Yields (inputs, targets) of all examples in order, as slices that copy nothing.
 
     Args:
-        inputs: (N, …).
+        inputs: (N, …); a tensor, or rows mapped from a file.
         targets: (N, …).
         batch_size: Examples per slice, range [1, ∞).
+        rank: Of this process, which gets its part of the examples.
+        ranks: Number of processes.
 
     Example:
         >>> loader = EvaluationLoader(torch.zeros(5, 2), torch.zeros(5), batch_size=2)
@@ -140,13 +146,18 @@ class EvaluationLoader:
         ([2, 2, 1], 3)
     """
 
-    def __init__(self, inputs: Tensor, targets: Tensor, batch_size: int = 1024) -> None:
+    def __init__(
+        self, inputs: Any, targets: Tensor, batch_size: int = 1024, rank: int = 0, ranks: int = 1
+    ) -> None:
         self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
+        start, end = own_part(len(inputs), rank, ranks)
+        self._slices = [
+            slice(first, min(first + batch_size, end)) for first in range(start, end, batch_size)
+        ] or [slice(start, end)]  # a rank without examples takes part all the same
 
     def __len__(self) -> int:
-        return -(-len(self.inputs) // self.batch_size)
+        return len(self._slices)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(
-            self.inputs.split(self.batch_size), self.targets.split(self.batch_size), strict=True
-        )
+        for part in self._slices:
+            yield self.inputs[part], self.targets[part]

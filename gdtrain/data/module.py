@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gdtrain.data.loader import EvaluationLoader, IndexLoader, Sampling
+from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.preprocessing import Preprocessing, check_features, check_targets
 
 __all__ = ["DataModule", "Raw"]
@@ -55,8 +56,9 @@ class DataModule(LightningDataModule):
 
     Args:
         batch_size: B, examples per update, range [1, N], or "full" for N.
-        micro_batch_size: Examples in one forward and backward pass, range [1, ∞); None: B. It
-            changes memory and speed, not the update.
+        micro_batch_size: Examples in one forward and backward pass, range [1, ∞); "auto":
+            measured (see `Objective`); None: B, or "auto" where the inputs are mapped from a file.
+            It changes memory and speed, not the update (but for rounding).
         sampling: "reshuffle", "shuffle_once", "replacement" or "sequential".
         val_fraction: Share of all examples (or count, if ≥ 1) held out for validation.
         test_fraction: Likewise for the test, where the source has no test set of its own.
@@ -83,7 +85,7 @@ class DataModule(LightningDataModule):
         self,
         *,
         batch_size: int | Literal["full"] = 32,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | Literal["auto"] | None = None,
         sampling: Sampling = "reshuffle",
         val_fraction: float = 0.1,
         test_fraction: float = 0.2,
@@ -102,14 +104,14 @@ class DataModule(LightningDataModule):
                 f"batch_size must be a whole number of examples, at least 1, or 'full'. "
                 f"Received: batch_size={batch_size!r}."
             )
-        if micro_batch_size is not None and (
+        if micro_batch_size not in (None, "auto") and (
             isinstance(micro_batch_size, bool)
             or not isinstance(micro_batch_size, int)
             or micro_batch_size < 1
         ):
             raise ValueError(
-                f"micro_batch_size must be a whole number of examples, at least 1, or null. "
-                f"Received: micro_batch_size={micro_batch_size!r}."
+                f"micro_batch_size must be a whole number of examples, at least 1, auto or "
+                f"null. Received: micro_batch_size={micro_batch_size!r}."
             )
         for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
             if isinstance(fraction, bool) or not fraction >= 0 or (fraction > 1 and fraction % 1):
@@ -137,7 +139,7 @@ class DataModule(LightningDataModule):
         self.dtype = getattr(torch, dtype)
         self.preprocessing = Preprocessing()
         self.split: dict[str, NDArray[np.int64]] = {}
-        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+        self._parts: dict[str, tuple[Tensor | MappedInputs, Tensor]] = {}
 
     @abstractmethod
     def load(self) -> Raw:
@@ -176,24 +178,27 @@ class DataModule(LightningDataModule):
         self.split = self._split(raw)
         train = self.split["train"]
         classes = np.unique(raw.targets).tolist() if raw.classify else None
+        if classes is not None and len(classes) < 2:
+            raise ValueError(
+                f"There must be at least two classes. Received: {n} examples of the class "
+                f"{classes[0]!r}."
+            )
         self.preprocessing = Preprocessing.learn(
-            raw.inputs[train],
-            raw.targets[train],
+            raw.inputs,
+            raw.targets,
             classify=raw.classify,
             classes=classes,
             standardize=self.standardize,
             standardize_targets=self.standardize_targets,
             feature_names=raw.feature_names,
+            rows=train,
         )
-        parts = {name: (raw.inputs[i], raw.targets[i]) for name, i in self.split.items()}
+        everything = {name: (raw.inputs, raw.targets, rows) for name, rows in self.split.items()}
         if raw.test is not None:
-            parts["test"] = raw.test
+            everything["test"] = (*raw.test, np.arange(len(raw.test[0])))
         self._parts = {
-            name: (
-                self.preprocessing.inputs(x, self.dtype),
-                self.preprocessing.targets(y, self.dtype),
-            )
-            for name, (x, y) in parts.items()
+            name: (self._inputs(x, rows), self.preprocessing.targets(y[rows], self.dtype))
+            for name, (x, y, rows) in everything.items()
         }
         if self.batch_size != "full" and self.batch_size > self.num_train:
             size, self._parts = self.batch_size, {}
@@ -201,6 +206,12 @@ class DataModule(LightningDataModule):
                 f"batch_size must be at most {len(train)}, the number of training examples. "
                 f"Received: batch_size={size}. batch_size=full takes them all."
             )
+
+    def _inputs(self, raw: NDArray[Any], rows: NDArray[np.int64]) -> Tensor | MappedInputs:
+        """Resident, unless they are mapped from a file."""
+        if isinstance(raw, np.memmap):
+            return MappedInputs(raw, rows, self.preprocessing, self.dtype)
+        return self.preprocessing.inputs(raw[rows], self.dtype)
 
     def _split(self, raw: Raw) -> dict[str, NDArray[np.int64]]:
         from sklearn.model_selection import train_test_split
@@ -248,14 +259,16 @@ class DataModule(LightningDataModule):
 
     # ------------------------------------------------------------------ what models need to know
 
-    def examples(self, part: Literal["train", "val", "test"]) -> tuple[Tensor, Tensor]:
+    def examples(
+        self, part: Literal["train", "val", "test"]
+    ) -> tuple[Tensor | MappedInputs, Tensor]:
         """Inputs and targets of one part, standardised.
 
         Args:
             part: "train", "val" or "test".
 
         Returns:
-            (N, …) and (N,) or (N, K); on CPU.
+            (N, …) and (N,) or (N, K); on CPU. Inputs that are mapped from a file stay there.
         """
         return self._parts[part]
 
@@ -300,16 +313,41 @@ class DataModule(LightningDataModule):
         )
         if trainer is not None:
             loader.start = lambda: trainer.global_step
-            loader.total = _planned_updates(trainer, loader.updates_per_epoch)
+            loader.total = self.planned_updates(trainer)
         return loader
 
+    def planned_updates(self, trainer: Any) -> int | None:
+        """T, from the epochs and steps that a trainer is allowed.
+
+        Args:
+            trainer: Lightning's.
+
+        Returns:
+            Updates; None: no end.
+        """
+        per_epoch = -(-self.num_train // self.examples_per_update)
+        limits = []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            limits.append(trainer.max_epochs * per_epoch)
+        if trainer.max_steps >= 0:
+            limits.append(trainer.max_steps)
+        return min(limits) if limits else None
+
     def val_dataloader(self) -> EvaluationLoader | list[Any]:
-        """Slices of the validation part; empty without one."""
-        return EvaluationLoader(*self._parts["val"]) if len(self.split["val"]) else []
+        """Slices of the validation part (of this rank); empty without one."""
+        return self._evaluation("val")
 
     def test_dataloader(self) -> EvaluationLoader | list[Any]:
-        """Slices of the test part; empty without one."""
-        return EvaluationLoader(*self._parts["test"]) if len(self._parts["test"][0]) else []
+        """Slices of the test part (of this rank); empty without one."""
+        return self._evaluation("test")
+
+    def _evaluation(self, part: str) -> EvaluationLoader | list[Any]:
+        if not len(self._parts[part][0]):
+            return []
+        rank, ranks = (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
+        return EvaluationLoader(*self._parts[part], rank=rank, ranks=ranks)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -324,6 +362,33 @@ class DataModule(LightningDataModule):
             "order": [self.examples_per_update, self.sampling, self.seed],
         }
 
+    def check_same_data(self, state_dict: dict[str, Any]) -> None:
+        """Raise if the split or the preprocessing is not that of a checkpoint.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: It is another.
+        """
+        if state_dict["split_fingerprint"] != self.split_fingerprint:
+            raise ValueError(
+                "The checkpoint was trained on another split of the data: use the same data, "
+                "val_fraction, test_fraction and split_seed."
+            )
+        then, now = state_dict["preprocessing"], self.preprocessing.state_dict()
+        for name, value in now.items():
+            same = (
+                torch.equal(value, then[name])
+                if _both_tensors(value, then[name])
+                else (type(value) is type(then[name]) and value == then[name])
+            )
+            if not same:
+                raise ValueError(
+                    f"The checkpoint was trained on data prepared in another way ({name} differs): "
+                    f"use the same data and the same standardize and standardize_targets."
+                )
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that a run is resumed on the data that it was training on.
 
@@ -333,11 +398,7 @@ class DataModule(LightningDataModule):
         Raises:
             ValueError: The split, or the order of the examples, is another.
         """
-        if state_dict["split_fingerprint"] != self.split_fingerprint:
-            raise ValueError(
-                "The checkpoint was trained on another split of the data: resume with the same "
-                "data, val_fraction, test_fraction and split_seed."
-            )
+        self.check_same_data(state_dict)
         now, then = [self.examples_per_update, self.sampling, self.seed], state_dict["order"]
         if now != list(then):
             raise ValueError(
@@ -347,11 +408,5 @@ class DataModule(LightningDataModule):
             )
 
 
-def _planned_updates(trainer: Any, updates_per_epoch: int) -> int | None:
-    """T, from the epochs and steps that a trainer is allowed; None: no end."""
-    limits = []
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(trainer.max_epochs * updates_per_epoch)
-    if trainer.max_steps >= 0:
-        limits.append(trainer.max_steps)
-    return min(limits) if limits else None
+def _both_tensors(a: Any, b: Any) -> bool:
+    return isinstance(a, Tensor) and isinstance(b, Tensor)

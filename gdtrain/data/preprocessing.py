@@ -6,6 +6,7 @@ N examples, D features. Statistics come from the training part only.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Preprocessing"]
+
+_CHUNK = 32 * 2**20  # bytes of raw features that are looked at together
 
 
 @dataclass
@@ -59,32 +62,35 @@ class Preprocessing:
         standardize: bool = True,
         standardize_targets: bool = True,
         feature_names: list[str] | None = None,
+        rows: NDArray[np.int64] | None = None,
     ) -> Preprocessing:
         """Learn the statistics of a training set.
 
         Args:
-            inputs: (N, D), or images (N, C, H, W).
+            inputs: (N, D), or images (N, C, H, W); may be memory-mapped.
             targets: (N,) or (N, K).
             classify: Whether the targets are classes.
             classes: All labels; those in `targets` if None.
             standardize: Whether to standardise features.
             standardize_targets: Whether to standardise the targets of a regression.
             feature_names: Names of the D columns.
+            rows: The examples to learn from; None: all.
 
         Returns:
             The transformation.
         """
         made = cls(feature_names=feature_names, input_shape=list(inputs.shape[1:]))
         if standardize:
-            axes = (0, *range(2, inputs.ndim))  # images: per channel
-            mean = inputs.mean(axis=axes, keepdims=True, dtype=np.float64)[0]
-            scale = inputs.std(axis=axes, keepdims=True, dtype=np.float64)[0]
+            mean, scale = _moments(inputs, rows)
             made.mean, made.scale = mean, _nonzero(scale, mean)
+            _check_finite("features", mean, scale)
+        targets = targets if rows is None else targets[rows]
         if classify:
             made.classes = classes if classes is not None else np.unique(targets).tolist()
         elif standardize_targets:
             target_mean = np.atleast_1d(targets.mean(axis=0, dtype=np.float64))
             target_scale = np.atleast_1d(targets.std(axis=0, dtype=np.float64))
+            _check_finite("targets", target_mean, target_scale)
             made.target_mean = target_mean
             made.target_scale = _nonzero(target_scale, target_mean)
         return made
@@ -192,9 +198,17 @@ def check_features(x: NDArray[Any], feature_names: list[str] | None = None) -> N
     Raises:
         ValueError: There is one.
     """
-    if x.dtype.kind != "f" or np.isfinite(x).all():
+    if x.dtype.kind != "f" or not len(x):
         return
-    place = tuple(int(i) for i in np.argwhere(~np.isfinite(x))[0])
+    size = max(1, _CHUNK // max(x[0].nbytes, 1))
+    bad = (
+        (first + place[0], *place[1:])
+        for first in range(0, len(x), size)
+        for place in np.argwhere(~np.isfinite(x[first : first + size])).tolist()
+    )
+    place = next(bad, None)
+    if place is None:
+        return
     feature = place[1] if len(place) == 2 else place[1:]
     name = feature_names[place[1]] if feature_names else feature
     raise ValueError(
@@ -217,6 +231,30 @@ def check_targets(y: NDArray[Any]) -> None:
         raise ValueError(
             f"Targets must be finite numbers. Received: {y[row]} in example {row} (counted from 0)."
         )
+
+
+def _moments(
+    inputs: NDArray[Any], rows: NDArray[np.int64] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and standard deviation per feature (per channel of images), in two passes by chunks."""
+    axes = (0, *range(2, inputs.ndim))
+    rows = np.arange(len(inputs)) if rows is None else rows
+    size = max(1, _CHUNK // max(inputs[0].nbytes, 1))
+
+    def total(f: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[np.float64]:
+        sums = 0.0
+        for first in range(0, len(rows), size):
+            part = np.asarray(inputs[rows[first : first + size]], dtype=np.float64)
+            sums = sums + f(part).sum(axis=axes, keepdims=True)[0]
+        return np.asarray(sums) / (len(rows) * math.prod(inputs.shape[2:]))
+
+    mean = total(lambda part: part)
+    return mean, np.sqrt(total(lambda part: (part - mean) ** 2))
+
+
+def _check_finite(what: str, mean: NDArray[Any], scale: NDArray[Any]) -> None:
+    if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
+        raise ValueError(f"The {what} are too large to be standardised in float64: rescale them.")
 
 
 def _nonzero(scale: NDArray[Any], mean: NDArray[Any]) -> NDArray[Any]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from gdtrain.data.module import DataModule, Raw
 
@@ -20,6 +22,7 @@ __all__ = [
     "NPYDataModule",
     "SyntheticDataModule",
     "TorchvisionDataModule",
+    "features",
     "read_features",
 ]
 
@@ -127,8 +130,6 @@ class SyntheticDataModule(DataModule):
 
     def load(self) -> Raw:
         """Draw it."""
-        import torch
-
         rng = np.random.default_rng(self.data_seed)
         n, d = self.num_examples, self.num_features
         rotation = np.linalg.qr(rng.normal(size=(d, d)))[0]
@@ -144,7 +145,8 @@ class ArrayDataModule(DataModule):
     """Your own arrays or tensors.
 
     Args:
-        inputs: (N, D), or images (N, C, H, W).
+        inputs: (N, D), or images (N, C, H, W). What `numpy.load(…, mmap_mode="r")` returns stays
+            in its file.
         targets: (N,) classes of any kind, or numbers (N,) or (N, K).
         task: "classification", "regression", or "auto": classes where the targets are text,
             booleans or whole numbers of an integer type, else numbers.
@@ -171,9 +173,9 @@ class ArrayDataModule(DataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.inputs, self.targets = _features(inputs), np.asarray(targets)
+        self.inputs, self.targets = features(inputs), _array(targets)
         self.classify = _is_classification(self.targets, task)
-        self.test = None if test is None else (_features(test[0]), np.asarray(test[1]))
+        self.test = None if test is None else (features(test[0]), _array(test[1]))
 
     def load(self) -> Raw:
         """Hand them over."""
@@ -216,7 +218,12 @@ class CSVDataModule(DataModule):
     ) -> None:
         super().__init__(**options)
         self.path, self.target, self.task = _existing(path), target, task
-        self.columns = None if columns is None else list(columns)
+        if isinstance(columns, str) or (columns is not None and not columns):
+            raise ValueError(
+                f"columns must be a list of names, such as [age,height], or null for all. "
+                f"Received: {columns!r}."
+            )
+        self.columns = None if columns is None else [str(name) for name in columns]
 
     def load(self) -> Raw:
         """Read it with pandas."""
@@ -226,7 +233,10 @@ class CSVDataModule(DataModule):
             table = pd.read_csv(self.path)
         except (ValueError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} could not be read as CSV: {error}") from None
-        target = self.target if self.target is not None else str(table.columns[-1])
+        table.columns = table.columns.map(str)
+        if not len(table):
+            raise ValueError(f"{self.path} has a header, but no rows.")
+        target = str(self.target) if self.target is not None else table.columns[-1]
         names = self.columns or [str(name) for name in table.columns if name != target]
         if not names:
             raise ValueError(f"{self.path} has no feature column beside the target {target!r}.")
@@ -235,6 +245,11 @@ class CSVDataModule(DataModule):
             raise ValueError(
                 f"{self.path} has no column {unknown[0]!r}. It has: "
                 f"{', '.join(map(str, table.columns))}."
+            )
+        if target in names or len(set(names)) < len(names):
+            raise ValueError(
+                f"columns must name each feature once, and not the target {target!r}. Received: "
+                f"{', '.join(names)}."
             )
         if table[target].isna().any():
             row = int(table[target].isna().to_numpy().argmax())
@@ -254,6 +269,8 @@ class NPYDataModule(DataModule):
         path: `.npy` with (N, D), or (N, D + 1) with the target in it, or images (N, C, H, W).
         target: Column of the target, counted from 0, negative from the end.
         target_path: `.npy` with the targets; then `target` is not used.
+        memory_map: Leave the inputs in the file, and read them as they are needed: for files that
+            are large against memory. Needs `target_path`.
         task: As for `ArrayDataModule`; a column of a float array counts as classes if all its
             values are whole and at most 20 differ.
         **options: As for `DataModule`.
@@ -278,16 +295,22 @@ class NPYDataModule(DataModule):
         target: int = -1,
         *,
         target_path: str | Path | None = None,
+        memory_map: bool = False,
         task: Task = "auto",
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        if memory_map and target_path is None:
+            raise ValueError(
+                "memory_map=true needs the targets in a file of their own: target_path=…"
+            )
         self.path, self.target, self.task = _existing(path), target, task
+        self.memory_map = memory_map
         self.target_path = None if target_path is None else _existing(target_path)
 
     def load(self) -> Raw:
         """Read it."""
-        x = _load_npy(self.path)
+        x = _load_npy(self.path, self.memory_map)
         if self.target_path is not None:
             y = _load_npy(self.target_path)
         else:
@@ -298,7 +321,7 @@ class NPYDataModule(DataModule):
                 )
             y = x[:, self.target]
             x = np.delete(x, self.target, axis=1)
-        return Raw(_features(x), y, _is_classification(y, self.task, whole=True))
+        return Raw(features(x), y, _is_classification(y, self.task, whole=True))
 
 
 class LIBSVMDataModule(DataModule):
@@ -424,10 +447,13 @@ class TorchvisionDataModule(DataModule):
             try:
                 if not self.download:
                     raise OSError(problem) from None
+                made = [path for path in (self.root, *self.root.parents) if not path.exists()]
                 with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
                     dataset = cls(root=self.root, train=train, download=True)
             except (OSError, RuntimeError) as error:
                 problem = " ".join(str(error).split()) or type(error).__name__
+                if self.download:
+                    _remove_empty(self.root, made)
                 raise FileNotFoundError(
                     f"The files of {self.name} are not in {self.root} and could not be fetched "
                     f"({problem}). Put {self._places[self.name]} into "
@@ -467,7 +493,7 @@ def read_features(path: str | Path, feature_names: list[str] | None = None) -> N
     """
     path = _existing(path)
     if path.suffix == ".npy":
-        return _features(_load_npy(path))
+        return features(_load_npy(path))
     if path.suffix != ".csv":
         raise ValueError(f"Examples must come as .csv or .npy. Received: {path}.")
     import pandas as pd
@@ -486,6 +512,17 @@ def read_features(path: str | Path, feature_names: list[str] | None = None) -> N
     return _numeric(table, names, path)
 
 
+def _remove_empty(root: Path, made: list[Path]) -> None:
+    """Take away the empty folders that a failed download has left."""
+    for path in (root / "MNIST" / "raw", root / "FashionMNIST" / "raw"):
+        for folder in (path, path.parent):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+    for folder in made:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def _existing(path: str | Path) -> Path:
     if path is None:
         raise ValueError("data.path must name the file of examples. Received: null.")
@@ -495,8 +532,23 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def _features(inputs: ArrayLike) -> NDArray[Any]:
-    x = np.asarray(inputs)
+def features(inputs: Any) -> NDArray[Any]:
+    """Numbers of a user's, as an array: a list, array, data frame or tensor (on any device).
+
+    Args:
+        inputs: (N,), (N, D) or (N, C, H, W).
+
+    Returns:
+        (N, D) or (N, C, H, W); a memory-mapped array stays one.
+
+    Raises:
+        ValueError: They are no numbers, or there are none.
+
+    Example:
+        >>> features([[1, 2], [3, 4]]).shape
+        (2, 2)
+    """
+    x = inputs if isinstance(inputs, np.memmap) else _array(inputs)
     if x.ndim == 1:
         x = x[:, None]
     if x.ndim < 2 or x.dtype.kind not in "fiub" or not x.size:
@@ -505,6 +557,13 @@ def _features(inputs: ArrayLike) -> NDArray[Any]:
             f"shape {x.shape}, dtype {x.dtype}."
         )
     return x
+
+
+def _array(values: Any) -> NDArray[Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+    return np.asarray(values)
 
 
 def _numeric(table: Any, names: list[str], path: Path) -> NDArray[Any]:
@@ -517,8 +576,8 @@ def _numeric(table: Any, names: list[str], path: Path) -> NDArray[Any]:
             text = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
             example = text.iloc[0] if len(text) else None
             raise ValueError(
-                f"{path}: the feature {name!r} is not numeric (it has {example!r}). Encode it, or "
-                f"name the columns to use: data.columns=[…]."
+                f"{path}: the feature {name!r} is not numeric (it has {example!r}). Encode it "
+                f"as numbers, or train on other columns (data.columns=[…])."
             )
         if column.isna().any():
             row = int(column.isna().to_numpy().argmax())
@@ -553,11 +612,14 @@ def _is_classification(targets: NDArray[Any], task: Task, whole: bool = False) -
     return targets.dtype.kind not in "iu" or len(np.unique(targets)) <= max(20, len(targets) // 10)
 
 
-def _load_npy(path: Path) -> NDArray[Any]:
+def _load_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
     try:
-        loaded = np.load(path, allow_pickle=False)
+        loaded = np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise ValueError(f"{path} could not be read as a NumPy array: {error}") from None
+        raise ValueError(
+            f"{path} could not be read as an array of numbers in NumPy's format "
+            f"({type(error).__name__})."
+        ) from None
     if not isinstance(loaded, np.ndarray):
         raise ValueError(f"{path} must hold one array (.npy). Received: several (.npz).")
     return loaded

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from gdtrain.dropout import Dropout
 from gdtrain.models.initialisation import Init, initialise_
 
 __all__ = ["CNN", "resnet18"]
@@ -64,8 +65,6 @@ class CNN(nn.Module):
             )
         if norm not in ("none", "group", "batch"):
             raise ValueError(f"norm must be one of none, group, batch. Received: {norm!r}.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1). Received: dropout={dropout}.")
         if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
             raise ValueError(f"hidden must be a whole width of at least 1. Received: {hidden!r}.")
         if init == "zeros":
@@ -84,8 +83,8 @@ class CNN(nn.Module):
             layers += [nn.ReLU(), nn.MaxPool2d(2)]
             depth, height, width = next_depth, height // 2, width // 2
         layers += [nn.Flatten(), nn.Linear(depth * height * width, hidden), nn.ReLU()]
-        if dropout:
-            layers.append(nn.Dropout(dropout))
+        if dropout != 0:
+            layers.append(Dropout(dropout, layer=len(layers)))
         layers.append(nn.Linear(hidden, num_outputs))
         self.layers = nn.Sequential(*layers)
         initialise_(self, init, std)

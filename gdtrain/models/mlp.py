@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from gdtrain.dropout import Dropout
 from gdtrain.models.initialisation import Init, initialise_
 
 __all__ = ["ACTIVATIONS", "MLP"]
@@ -70,8 +71,6 @@ class MLP(nn.Module):
                 f"hidden must be a list of whole widths of at least 1, such as [128]. "
                 f"Received: hidden={hidden!r}."
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1). Received: dropout={dropout}.")
         if init == "zeros":
             raise ValueError(
                 "init=zeros is for linear models: hidden units that start equal stay equal. "
@@ -81,8 +80,8 @@ class MLP(nn.Module):
         width = math.prod(input_shape)
         for next_width in hidden:
             layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
-            if dropout:
-                layers.append(nn.Dropout(dropout))
+            if dropout != 0:
+                layers.append(Dropout(dropout, layer=len(layers)))
             width = next_width
         layers.append(nn.Linear(width, num_outputs))
         self.layers = nn.Sequential(*layers)

@@ -7,6 +7,7 @@ The mathematics is in `gdtrain.rules`; this file decides on which tensors it act
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, overload
 
@@ -23,9 +24,12 @@ from gdtrain.rules import descend_, fused_descend_
 
 __all__ = ["Descent"]
 
-_SUM = "gathered_sum"  # Σ m·g over the micro-batches so far, in state[p]
+# What is gathered, in state[p]: Σ m·g so far; then, until step(), p.grad = Σ m·g / Σ m, and whether
+# it was finite before anybody clipped it.
+_SUM, _MEAN, _FINITE = "gathered_sum", "gathered_mean", "gathered_finite"
+# In each group: Σ m, and whether a GradScaler saw an overflow in one of the micro-batches.
+_COUNT, _OVERFLOW = "gathered", "overflow"
 _EXAMPLES_ARGUMENTS = ("num_samples", "batch_size")  # of the subclasses
-_COUNT = "gathered"  # Σ m, in each group
 
 
 class Descent(Optimizer):
@@ -35,6 +39,17 @@ class Descent(Optimizer):
     it gathers micro-batches until that many are in, and updates from their exact mean
 
         g = (Σ m_i g_i) / B,    B = Σ m_i,    g_i the mean gradient of the i-th m_i examples.
+
+    The order of a loop that gathers; without what is in brackets, `step(num_samples=m)` stands for
+    `gather` and `step`:
+
+        zero_grad → backward → [scaler.unscale_] → gather → if it returned True: clip, step
+        → [scaler.update]
+
+    With a `torch.amp.GradScaler`, step through the scaler: `scaler.step(optimizer)` after `gather`,
+    or `scaler.step(optimizer, num_samples=m)`. An overflow in one micro-batch cancels the whole
+    update: its other micro-batches are still counted, so that the next update begins where it
+    should, but nothing is changed, neither θ nor momentum.
 
     Args:
         params: Parameters, named parameters, or parameter groups.
@@ -61,6 +76,25 @@ class Descent(Optimizer):
         >>> optimizer.step()
         >>> theta.data
         tensor([2.])
+
+        The order in full: ragged micro-batches, a loss scale, clipping of the whole mean.
+
+        >>> from gdtrain import GD
+        >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [4.0], [6.0]])
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> optimizer = GD(model.parameters(), lr=0.2, num_samples=len(x))
+        >>> scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        >>> for epoch in range(50):
+        ...     for x_m, y_m in zip(x.split(2), y.split(2)):
+        ...         optimizer.zero_grad()
+        ...         scaler.scale((0.5 * (model(x_m) - y_m) ** 2).mean()).backward()
+        ...         scaler.unscale_(optimizer)
+        ...         if optimizer.gather(num_samples=len(x_m)):
+        ...             _ = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=5.0)
+        ...             scaler.step(optimizer)
+        ...         scaler.update()
+        >>> round(model.weight.item(), 4)
+        2.0
     """
 
     # The constructor argument that holds the number of examples per update.
@@ -93,10 +127,9 @@ class Descent(Optimizer):
             "fused": fused,
         }
         if self._examples_argument is not None:
-            if examples is not None:
-                _check_count(self._examples_argument, examples)
-            defaults[self._examples_argument] = examples
-            defaults[_COUNT] = 0
+            name = self._examples_argument
+            defaults[name] = None if examples is None else _count(name, examples)
+            defaults[_COUNT], defaults[_OVERFLOW] = 0, False
         _check_hyperparameters(defaults)
         super().__init__(params, defaults)
 
@@ -126,7 +159,8 @@ class Descent(Optimizer):
             )
         if isinstance(param_group, dict) and self._examples_argument is not None:
             # A copy, for the group may be another optimizer's, in the middle of its update.
-            param_group = {**param_group, self._examples_argument: self._examples, _COUNT: 0}
+            fresh = {self._examples_argument: self._examples, _COUNT: 0, _OVERFLOW: False}
+            param_group = {**param_group, **fresh}
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -139,9 +173,16 @@ class Descent(Optimizer):
             group.setdefault("fused", None)
             if self._examples_argument is not None:
                 group.setdefault(_COUNT, 0)
+                group.setdefault(_OVERFLOW, False)
+        for p, state in self.state.items():  # between gather() and step(); copies have no p.grad
+            if isinstance(state, dict) and _MEAN in state:
+                p.grad = state[_MEAN]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class or of `torch.optim.SGD`.
+
+        A state saved in the middle of an update goes on to that update. Saved between `gather()`
+        and `step()`, it holds the gradients, and puts them into `p.grad`.
 
         Args:
             state_dict: What `state_dict()` returned.
@@ -172,12 +213,17 @@ class Descent(Optimizer):
         if self._examples_argument is not None:
             for group in self.param_groups:
                 group[self._examples_argument] = self._examples
-        # The base class casts all state to the parameter's dtype; a half-precision sum is no sum.
+        # The base class casts all state to the parameter's dtype, where a half-precision sum is no
+        # sum; and what it need not cast, it shares with the optimizer that was saved.
         theirs = [i for group in loaded["param_groups"] for i in group["params"]]
         for p, i in zip(self._parameters(), theirs, strict=True):
-            total = loaded["state"].get(i, {}).get(_SUM)
-            if total is not None:
-                self.state[p][_SUM] = total.to(p.device, copy=True)
+            saved = loaded["state"].get(i, {})
+            if _SUM in saved:
+                self.state[p][_SUM] = saved[_SUM].to(p.device, copy=True)
+            if _MEAN in saved:
+                self.state[p][_MEAN] = p.grad = saved[_MEAN].to(p, copy=True)
+            elif self._examples is not None and self._is_complete:
+                p.grad = None  # left over, and not of that update
 
     def _check_resumable(self, groups: list[dict[str, Any]]) -> None:
         count = groups[0].get(_COUNT, 0) if groups else 0
@@ -197,8 +243,12 @@ class Descent(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Asked by GradScaler: the fused kernel unscales. (Computed: survives deepcopy, pickle.)"""
-        return all(group["fused"] for group in self.param_groups) and self._examples is None
+        """Asked by GradScaler, which then calls step() whatever it saw, and says so in attributes.
+
+        The fused kernel unscales; when gathering, step() must count the examples of a micro-batch
+        that overflowed. (Computed: survives deepcopy and pickle.)
+        """
+        return self._examples is not None or all(group["fused"] for group in self.param_groups)
 
     # ------------------------------------------------------------------ the step
 
@@ -223,20 +273,33 @@ class Descent(Optimizer):
 
         Raises:
             ValueError: `num_samples` is missing, not a count, more than is missing to B, or given
-                to an optimizer that gathers nothing. Nothing is changed then.
+                to an optimizer that gathers nothing; or lr is NaN or infinite. Nothing is changed.
         """
-        if num_samples is not None or not self._is_complete:
-            self._check_gatherable(num_samples)
+        try:
+            for group in self.param_groups:
+                _check_lr(group["lr"])
+            if num_samples is not None or not self._is_complete:
+                num_samples = self._check_gatherable(num_samples)
+            if closure is not None and self._examples is not None and self._is_scaled:
+                raise ValueError(
+                    "A closure makes gradients after the GradScaler has looked at them: call "
+                    "backward() first, then scaler.step(optimizer, num_samples=m)."
+                )
+        except ValueError:
+            # A GradScaler whose step raises leaves these, and multiplies the next scale by them.
+            for name in ("grad_scale", "found_inf"):
+                self.__dict__.pop(name, None)
+            raise
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if num_samples is not None and not self._gather(num_samples):
+        if self._examples is not None and not self._is_due(num_samples):
             return loss
         for group in self.param_groups:
             self._update(group)
         if self._examples is not None:
-            self._gathered = 0
+            self.discard()
         return loss
 
     def _init_group(
@@ -296,7 +359,8 @@ class Descent(Optimizer):
             scaler: dict[str, Any] = {
                 name: None if value is None else value.to(device, non_blocking=True)
                 for name in ("grad_scale", "found_inf")
-                for value in [getattr(self, name, None)]
+                # when gathering, `_is_due` has seen to both
+                for value in [getattr(self, name, None) if self._examples is None else None]
             }
             fused_descend_(
                 [params[i] for i in part],
@@ -338,14 +402,65 @@ class Descent(Optimizer):
             >>> theta.item()  # the mean of 1, 2 and 6
             3.0
         """
-        self._check_gatherable(num_samples)
-        return self._gather(num_samples)
+        self._gather(self._check_gatherable(num_samples))
+        return self._is_complete and self._hand_over()
+
+    def close(self) -> bool:
+        """Let the update be made from the examples that are in, though fewer than B.
+
+        As if `gather()` had returned True: each `p.grad` is the exact mean over what is in, to be
+        clipped before `step()`. `flush()` closes and steps at once.
+
+        Returns:
+            True if examples are in: call `step()` next.
+
+        Example:
+            >>> from gdtrain import MiniBatchSGD
+            >>> theta = torch.nn.Parameter(torch.tensor(0.0))
+            >>> optimizer = MiniBatchSGD([theta], lr=1.0, batch_size=64)
+            >>> (0.5 * (theta - torch.tensor([1.0, 3.0])) ** 2).mean().backward()
+            >>> if optimizer.gather(num_samples=2) or optimizer.close():  # the epoch is over
+            ...     _ = torch.nn.utils.clip_grad_norm_([theta], max_norm=0.5)
+            ...     optimizer.step()
+            >>> round(theta.item(), 4)  # the mean was -2
+            0.5
+        """
+        if self._examples is None or self._gathered == 0:
+            return False
+        if not self._is_complete:
+            self._close()
+            return self._hand_over()
+        return True
+
+    def discard(self) -> int:
+        """Throw away what is gathered: the next micro-batch begins a new update.
+
+        Returns:
+            How many examples were in.
+
+        Example:
+            >>> from gdtrain import MiniBatchSGD
+            >>> theta = torch.nn.Parameter(torch.tensor(0.0))
+            >>> optimizer = MiniBatchSGD([theta], lr=1.0, batch_size=64)
+            >>> (0.5 * (theta - torch.tensor([1.0, 3.0])) ** 2).mean().backward()
+            >>> optimizer.step(num_samples=2)
+            >>> optimizer.discard(), optimizer.flush(), theta.item()
+            (2, False, 0.0)
+        """
+        if self._examples is None:
+            return 0
+        count = self._gathered
+        for p in [p for p in self.state if isinstance(p, Tensor)]:  # hooks may add other keys
+            self._pop(p, _SUM, _MEAN, _FINITE)
+        for group in self.param_groups:
+            group[_COUNT], group[_OVERFLOW] = 0, False
+        return count
 
     def flush(self) -> bool:
         """Update from the examples that are in, though fewer than B: the end of an epoch.
 
         Returns:
-            Whether there were any, and so an update.
+            Whether there were any, and so an update (unless an overflow cancelled it).
 
         Example:
             >>> from gdtrain import MiniBatchSGD
@@ -360,8 +475,9 @@ class Descent(Optimizer):
             return False
         if not self._is_complete:
             self._close()
+        cancelled = self.param_groups[0][_OVERFLOW]
         self.step()
-        return True
+        return not cancelled
 
     @property
     def _examples(self) -> int | None:
@@ -381,7 +497,8 @@ class Descent(Optimizer):
     def _is_complete(self) -> bool:
         return self._examples is None or self._gathered == self._examples
 
-    def _check_gatherable(self, num_samples: int | None) -> None:
+    def _check_gatherable(self, num_samples: int | None) -> int:
+        """num_samples, as an int; or what is wrong with it."""
         if self._examples is None:
             name = self._examples_argument
             raise ValueError(
@@ -404,55 +521,127 @@ class Descent(Optimizer):
                 f"optimizer updates every {self._examples} examples "
                 f"({self._examples_argument}={self._examples}) and {self._gathered} are in."
             )
-        _check_count("num_samples", num_samples)
+        num_samples = _count("num_samples", num_samples)
         missing = self._examples - self._gathered
         if num_samples > missing:
             raise ValueError(
                 f"num_samples must be at most {missing}: {self._gathered} of the "
                 f"{self._examples} examples of this update are in. Received: {num_samples}. "
                 f"A micro-batch cannot be divided between two updates; cut it to size, or call "
-                f"flush() at the end of an epoch."
+                f"flush() at the end of an epoch. (An update that went wrong half-way is thrown "
+                f"away by discard().)"
             )
+        return num_samples
+
+    @property
+    def _is_scaled(self) -> bool:
+        """Whether this is a step that a GradScaler makes."""
+        return hasattr(self, "found_inf")
 
     @torch.no_grad()
-    def _gather(self, num_samples: int) -> bool:
-        if num_samples == self._examples:  # the whole batch at once: p.grad is the mean already
-            self._gathered = num_samples
-            return True
-        for p in self._parameters():
-            if p.grad is None:
-                continue
-            state = self.state[p]
-            if _SUM in state:
-                state[_SUM].add_(p.grad, alpha=num_samples)
-            else:
-                dtype = torch.promote_types(p.grad.dtype, torch.float32)
-                state[_SUM] = p.grad.detach().to(dtype, copy=True).mul_(num_samples)
+    def _is_due(self, num_samples: int | None) -> bool:
+        """Take a micro-batch in, if one is given; say whether an update is to be made now."""
+        overflow = bool(getattr(self, "found_inf", False))
+        scale = getattr(self, "grad_scale", None)
+        scale = 1.0 if scale is None else float(scale)  # by which p.grad is still too large
+        if num_samples is not None:
+            self._gather(num_samples, scale, overflow)
+            if not self._is_complete:
+                return False
+        else:  # gather() has closed the update
+            if self._is_scaled and not overflow:
+                known = [self.state[p] for p in self._parameters() if p in self.state]
+                overflow = not all(state.get(_FINITE, True) for state in known)
+            if scale != 1 and not overflow:
+                for p in self._parameters():
+                    p.grad = None if p.grad is None else p.grad / scale
+        if overflow or self.param_groups[0][_OVERFLOW]:
+            self.discard()
+            return False
+        return True
+
+    @torch.no_grad()
+    def _gather(self, num_samples: int, scale: float = 1.0, overflow: bool = False) -> None:
+        """Add m·g to what is in; g = p.grad / scale."""
         self._gathered += num_samples
+        if overflow:
+            for group in self.param_groups:
+                group[_OVERFLOW] = True
+        if self.param_groups[0][_OVERFLOW]:
+            for p in self._parameters():
+                self._pop(p, _SUM)
+        elif num_samples == self._examples and scale == 1:
+            return  # the whole batch at once: p.grad is the mean already
+        else:
+            for p in self._parameters():
+                if p.grad is None:
+                    continue
+                state, weight = self.state[p], num_samples / scale
+                if _SUM in state:
+                    state[_SUM].add_(p.grad, alpha=weight)
+                else:
+                    dtype = torch.promote_types(p.grad.dtype, torch.float32)
+                    state[_SUM] = p.grad.detach().to(dtype, copy=True).mul_(weight)
         if self._is_complete:
             self._close()
-        return self._is_complete
 
     @torch.no_grad()
     def _close(self) -> None:
         """Put the mean of what is in into p.grad (a new tensor), and let an update follow."""
         for p in self._parameters():
-            total = self.state[p].pop(_SUM, None) if p in self.state else None
+            total = self._pop(p, _SUM)
             # Without a sum, a gradient of a micro-batch that is not in must not take part.
             p.grad = None if total is None else total.div_(self._gathered).to(p.dtype)
-            if p in self.state and not self.state[p]:
-                del self.state[p]
         self._gathered = self._examples or 0
+
+    @torch.no_grad()
+    def _hand_over(self) -> bool:
+        """Keep the means in the state while they are the user's to clip, until step()."""
+        for p in self._parameters():
+            if p.grad is not None:
+                entries = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
+                self.state[p].update({_MEAN: p.grad, _FINITE: torch.isfinite(entries).all()})
+        return True
+
+    def _pop(self, p: Tensor, *names: str) -> Tensor | None:
+        """Take entries out of the state of p, and leave none that is empty; return the last."""
+        if p not in self.state:
+            return None
+        value = None
+        for name in names:
+            value = self.state[p].pop(name, None)
+        if not self.state[p]:
+            del self.state[p]
+        return value
 
     def _parameters(self) -> Iterator[Tensor]:
         return (p for group in self.param_groups for p in group["params"])
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _count(name: str, value: Any) -> int:
+    """The number of examples that is meant: an int, or an integer of numpy's or of torch's."""
+    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+    try:
+        count = 0 if is_bool else operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
         raise ValueError(
             f"{name} must be a whole number of examples, at least 1. Received: {value!r}."
         )
+    return count
+
+
+def _check_lr(lr: float | Tensor) -> None:
+    """Refuse what a schedule, or a hand, may have made of lr. 0.1 µs: one such step loses the run.
+
+    A tensor is not looked at, for that would wait for its device at every step; nor is a compiled
+    step, which would be compiled anew for each value.
+    """
+    if isinstance(lr, Tensor) or torch.compiler.is_compiling():
+        return
+    if not math.isfinite(lr):
+        raise ValueError(f"Invalid learning rate: {lr}. Expected lr finite.")
 
 
 def _check_hyperparameters(group: dict[str, Any]) -> None:

@@ -18,6 +18,9 @@ class GD(Descent):
     f_i is the loss of example i. One update per pass over the data, from the exact gradient of the
     objective. The data may come in micro-batches of any sizes: see `step` and `gather`.
 
+    The order: `zero_grad`, `backward`, (`scaler.unscale_`), `gather`, and when it returns True:
+    clip, `step`; then (`scaler.update`). Without clipping, `step(num_samples=m)` does both.
+
     Args:
         params: Parameters, named parameters, or parameter groups.
         lr: η, range [0, ∞); below 2/λ_max(∇²J) near a minimum, or the iteration diverges.
@@ -45,6 +48,18 @@ class GD(Descent):
         ...         optimizer.zero_grad()
         ...         (0.5 * (model(x[part]) - y[part]) ** 2).mean().backward()
         ...         optimizer.step(num_samples=len(x[part]))
+        >>> round(model.weight.item(), 4)
+        2.0
+
+        The same in full, with clipping of the whole mean:
+
+        >>> for epoch in range(50):
+        ...     for part in (slice(0, 2), slice(2, 3)):
+        ...         optimizer.zero_grad()
+        ...         (0.5 * (model(x[part]) - y[part]) ** 2).mean().backward()
+        ...         if optimizer.gather(num_samples=len(x[part])):
+        ...             _ = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        ...             optimizer.step()
         >>> round(model.weight.item(), 4)
         2.0
 

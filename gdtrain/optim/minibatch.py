@@ -19,6 +19,9 @@ class MiniBatchSGD(Descent):
     micro-batches of any sizes that add up to B: see `step` and `gather`; `flush` closes the
     smaller batch that an epoch may end with.
 
+    The order: `zero_grad`, `backward`, (`scaler.unscale_`), `gather`, and when it returns True:
+    clip, `step`; then (`scaler.update`). Without clipping, `step(num_samples=m)` does both.
+
     Args:
         params: Parameters, named parameters, or parameter groups.
         lr: η, range [0, ∞).
@@ -46,6 +49,17 @@ class MiniBatchSGD(Descent):
         ...         optimizer.zero_grad()
         ...         (0.5 * (model(part) - 2 * part) ** 2).mean().backward()
         ...         optimizer.step(num_samples=len(part))
+        >>> round(model.weight.item(), 4)
+        2.0
+
+        The same in full, with clipping of each batch's mean:
+
+        >>> for part in x.split(2):
+        ...     optimizer.zero_grad()
+        ...     (0.5 * (model(part) - 2 * part) ** 2).mean().backward()
+        ...     if optimizer.gather(num_samples=len(part)):
+        ...         _ = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        ...         optimizer.step()
         >>> round(model.weight.item(), 4)
         2.0
 

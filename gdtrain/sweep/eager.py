@@ -14,7 +14,9 @@ from gdtrain.objective import Objective
 __all__ = ["run"]
 
 
-def run(objective: Objective, optimizer: Optimizer, indices: Tensor, factors: Tensor) -> Tensor:
+def run(
+    objective: Objective, optimizer: Optimizer, indices: Tensor, factors: Tensor, draw: int = 0
+) -> Tensor:
     """Make K updates.
 
         for k in 0 … K−1:  g = ∇J(θ; indices[k]),  η = η₀ factors[k],  θ ← rule(θ, g, η)
@@ -26,6 +28,7 @@ def run(objective: Objective, optimizer: Optimizer, indices: Tensor, factors: Te
         optimizer: Of the objective's parameters; its groups have "initial_lr".
         indices: (K, B), int64.
         factors: (K,), the schedule's factor at each update.
+        draw: Names the random numbers of the first update; the next has the next.
 
     Returns:
         (K,), J on each update's examples before that update.
@@ -49,7 +52,7 @@ def run(objective: Objective, optimizer: Optimizer, indices: Tensor, factors: Te
     for k, factor in enumerate(factors.tolist()):
         for group in groups:
             group["lr"] = group["initial_lr"] * factor
-        value, gradient = objective.value_and_grad(indices[k])
+        value, gradient = objective.value_and_grad(indices[k], draw + k)
         losses.append(value)
         for p, g in zip(objective.params, gradient, strict=True):
             p.grad = g

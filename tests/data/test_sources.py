@@ -665,7 +665,7 @@ def test_whole_numbers_in_a_float_file_are_classes_if_they_are_few(tmp_path):
         (np.zeros(4), {}, r"shape \(4,\)"),
         (np.zeros((4, 1)), {}, r"Inputs must be numbers.*\(4, 0\)|no feature"),
         (np.array([["a", "1"]] * 4), {}, "Inputs must be numbers"),
-        (np.array([[1, None]] * 4, dtype=object), {}, "could not be read as a NumPy array"),
+        (np.array([[1, None]] * 4, dtype=object), {}, "could not be read as an array"),
     ],
     ids=[
         "no column",
@@ -687,7 +687,7 @@ def test_npy_refuses_other_files(tmp_path):
     np.savez(tmp_path / "t.npz", x=np.zeros(3))
     with pytest.raises(ValueError, match=r"must hold one array \(\.npy\)\. Received: several"):
         ready(NPYDataModule(tmp_path / "t.npz", **WHOLE))
-    with pytest.raises(ValueError, match="could not be read as a NumPy array"):
+    with pytest.raises(ValueError, match="could not be read as an array"):
         ready(NPYDataModule(write(tmp_path / "t.npy", "no array"), **WHOLE))
 
 
@@ -917,7 +917,7 @@ def test_read_features_takes_all_columns_and_arrays(tmp_path):
         ("new.csv", "a,b\n1,2\n,3\n", None, "feature 'a' is missing in row 1 "),
         ("new.csv", "", None, "could not be read as CSV"),
         ("new.txt", "a\n1\n", None, r"must come as \.csv or \.npy"),
-        ("new.npy", "text", None, "could not be read as a NumPy array"),
+        ("new.npy", "text", None, "could not be read as an array"),
     ],
 )
 def test_read_features_says_what_is_wrong_with_a_file(tmp_path, file, text, names, message):

@@ -4,6 +4,7 @@ import math
 import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -275,6 +276,8 @@ def test_a_parameter_unfrozen_later_starts_its_momentum_then(make, mode):
 # ------------------------------------------------------------ what is refused
 
 COUNTS = [0, -1, True, False, 1.0, 2.5, math.nan, "3", None]
+COUNTS += [np.float32(2), np.True_, np.int64(0), np.array([1, 2])]
+COUNTS += [torch.tensor(2.0), torch.tensor(True), torch.tensor(-1), torch.tensor([1, 2])]
 
 
 @pytest.mark.parametrize("count", [c for c in COUNTS if c is not None], ids=repr)
@@ -282,6 +285,28 @@ COUNTS = [0, -1, True, False, 1.0, 2.5, math.nan, "3", None]
 def test_a_number_of_examples_that_is_no_count_is_refused_at_construction(make, count):
     with pytest.raises(ValueError, match=r"must be a whole number.*Received: "):
         make([parameter(1.0)], count)
+
+
+@EITHER
+@pytest.mark.parametrize(
+    "integer", [np.int64, np.uint8, torch.tensor, lambda n: torch.tensor(n, dtype=torch.int16)]
+)
+def test_integers_of_numpy_and_torch_are_counts(make, integer):
+    p = parameter(0.0)
+    optimizer = make([p], integer(4), lr=1.0)
+    for g, m in ((8.0, 1), (4.0, 3)):
+        p.grad = torch.tensor([g])
+        optimizer.step(num_samples=integer(m))
+    assert p.item() == -5
+    p.grad = torch.tensor([1.0])
+    optimizer.gather(num_samples=integer(3))
+    group = optimizer.param_groups[0]
+    own = next(group[name] for name in ("num_samples", "batch_size") if name in group)
+    assert (type(own), type(group["gathered"])) == (int, int)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    torch.load(file, weights_only=True)
 
 
 @EITHER
@@ -600,6 +625,113 @@ def test_groups_taken_from_an_optimizer_in_the_middle_start_a_new_update(make):
     assert p.item() == 0
     second.step(num_samples=2)
     assert p.item() == -1
+
+
+# ------------------------------------------------------------ between gather() and step()
+
+
+@EITHER
+@pytest.mark.parametrize("copied", [through_a_file, deep_copied, pickled])
+@pytest.mark.parametrize("rule", [{}, {"momentum": 0.9, "weight_decay": 0.1}], ids=str)
+@pytest.mark.parametrize("M", [2, 7])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_run_saved_between_gather_and_step_goes_on_bit_for_bit(make, copied, rule, M, clipped):
+    rule = {"lr": 0.3, **rule}
+    theta = three()
+    optimizer = make([theta], 7, **rule)
+    for _ in range(2):
+        for micro in data(7).split(M):
+            optimizer.zero_grad()
+            loss_of(theta, micro).backward()
+            complete = optimizer.gather(num_samples=len(micro))
+        assert complete
+        if clipped:
+            torch.nn.utils.clip_grad_norm_([theta], max_norm=0.1)
+        other, twin = copied(optimizer, theta, make, **rule)
+        assert torch.equal(twin.grad, theta.grad)
+        assert twin.grad is not theta.grad
+        optimizer.step()
+        other.step()
+        assert torch.equal(twin, theta)
+        assert_close(optimizer.state_dict(), other.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(theta, three())
+    assert optimizer.state.get(theta, {}).keys() <= {"momentum_buffer"}
+
+
+@EITHER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.complex64])
+def test_other_dtypes_and_absent_gradients_survive_a_save_between_gather_and_step(make, dtype):
+    params = [torch.nn.Parameter(torch.zeros(2, dtype=dtype)) for _ in range(2)]
+    optimizer = make(params, 4, lr=1.0)
+    for m in (1, 3):
+        params[0].grad = torch.ones(2, dtype=dtype)
+        complete = optimizer.gather(num_samples=m)
+    assert complete
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    twins[1].grad = torch.ones(2, dtype=dtype)  # left over
+    other = make(twins, 4)
+    other.load_state_dict(optimizer.state_dict())
+    other.step()
+    assert twins[1].tolist() == [0, 0]
+    assert twins[0].tolist() == [-1, -1]
+    assert params[0].tolist() == [0, 0]
+
+
+@EITHER
+def test_no_state_is_left_when_the_update_is_made(make):
+    p = parameter(0.0)
+    optimizer = make([p], 4, lr=1.0)
+    for m in (1, 3, 4):
+        p.grad = torch.ones(1)
+        if optimizer.gather(num_samples=m):
+            assert set(optimizer.state) == {p}
+            optimizer.step()
+            assert not optimizer.state
+
+
+# ------------------------------------------------------------ close, discard
+
+
+@EITHER
+def test_the_smaller_batch_at_the_end_of_an_epoch_can_be_clipped(make):
+    p = parameter(0.0, 0.0)
+    optimizer = make([p], 100, lr=1.0)
+    assert optimizer.close() is False
+    for g, m in (([0.0, 16.0], 1), ([4.0, 0.0], 3)):
+        p.grad = torch.tensor(g)
+        assert optimizer.gather(num_samples=m) is False
+    assert optimizer.close() is True
+    assert optimizer.close() is True
+    assert p.grad.tolist() == [3, 4]
+    torch.nn.utils.clip_grad_norm_([p], max_norm=1.0)
+    optimizer.step()
+    assert_close(p.detach(), torch.tensor([-0.6, -0.8]))
+    assert optimizer.close() is False
+    p.grad = torch.zeros(2)
+    assert optimizer.gather(num_samples=100)
+
+
+@EITHER
+@pytest.mark.parametrize("count", [2, 5])
+def test_what_is_discarded_takes_no_part(make, count):
+    p = parameter(0.0, grad=[100.0])
+    optimizer = make([p], 5, lr=1.0)
+    assert optimizer.discard() == 0
+    optimizer.gather(num_samples=count)
+    assert optimizer.discard() == count
+    assert not optimizer.state
+    p.grad = torch.tensor([2.0])
+    optimizer.step(num_samples=2)
+    p.grad = torch.tensor([4.0])
+    optimizer.step(num_samples=3)
+    assert_close(p.item(), -(2 * 2 + 4 * 3) / 5)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, GD, MiniBatchSGD])
+def test_without_gathering_there_is_nothing_to_close_or_discard(optimizer):
+    opt = optimizer([parameter(1.0, grad=[1.0])])
+    assert opt.close() is False
+    assert opt.discard() == 0
 
 
 # ------------------------------------------------------------ beside torch's tools

@@ -1,0 +1,52 @@
+"""Exact BatchNorm statistics at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from gdtrain.data import EvaluationLoader
+from gdtrain.models import exact_batch_norm_
+from gdtrain.module import SupervisedModule
+
+__all__ = ["ExactBatchNorm"]
+
+
+class ExactBatchNorm(Callback):
+    """Recomputes BatchNorm's evaluation statistics over the training set, once training ends.
+
+    The last checkpoint, the summary and the trained model then have the exact ones, see
+    `gdtrain.models.exact_batch_norm_`. Needs a gdtrain data module. No state.
+
+    Args:
+        batch_size: Examples in one pass, range [1, ∞).
+
+    Raises:
+        ValueError: `batch_size` is out of range.
+
+    Example:
+        >>> ExactBatchNorm().batch_size
+        1024
+    """
+
+    def __init__(self, batch_size: int = 1024) -> None:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(
+                f"batch_size must be a whole number of at least 1. Received: {batch_size!r}."
+            )
+        self.batch_size = batch_size
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Recompute."""
+        module = cast(SupervisedModule, pl_module)
+        inputs, targets = cast(Any, trainer).datamodule.examples("train")
+        parameter = next(module.model.parameters())
+
+        def batches() -> Iterator[Tensor]:
+            for x, _ in EvaluationLoader(inputs, targets, self.batch_size):
+                yield x.to(parameter.device, parameter.dtype)
+
+        exact_batch_norm_(module.model, batches)

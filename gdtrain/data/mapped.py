@@ -1,0 +1,104 @@
+"""Examples that stay in a file: read by index, standardised as they are read.
+
+N examples in the file, D features.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gdtrain.data.preprocessing import Preprocessing
+
+__all__ = ["MappedInputs"]
+
+_RESIDENT = 128 * 2**20  # bytes that may be read before the file's pages are given back
+
+
+class MappedInputs:
+    """Rows of a memory-mapped array, as standardised tensors.
+
+    Pages that were read are given back to the system now and then, so that a pass over a file
+    larger than memory needs little of it.
+
+    Args:
+        array: `numpy.load(path, mmap_mode="r")`, (N, D) or (N, C, H, W).
+        rows: Which of its rows these are.
+        preprocessing: Standardises them.
+        dtype: In which they are standardised.
+        device: Of the tensors.
+        out: Type of the tensors; None: `dtype`.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(Path(folder) / "x.npy", np.arange(6.0).reshape(3, 2))
+        ...     array = np.load(Path(folder) / "x.npy", mmap_mode="r")
+        ...     inputs = MappedInputs(array, np.array([0, 2]), Preprocessing())
+        ...     inputs[torch.tensor([1])]
+        tensor([[4., 5.]])
+    """
+
+    def __init__(
+        self,
+        array: NDArray[Any],
+        rows: NDArray[np.int64],
+        preprocessing: Preprocessing,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        out: torch.dtype | None = None,
+    ) -> None:
+        self.array, self.rows, self.preprocessing = array, rows, preprocessing
+        self.dtype, self.device, self.out = dtype, torch.device(device), out or dtype
+        self._read = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, …)."""
+        return (len(self.rows), *self.array.shape[1:])
+
+    def is_floating_point(self) -> bool:
+        """True: features are numbers."""
+        return True
+
+    def __getitem__(self, indices: Any) -> Tensor:
+        if isinstance(indices, Tensor):
+            indices = indices.cpu().numpy()
+        rows = self.rows[indices]
+        raw = self.array[rows]
+        self._read += raw.nbytes
+        if self._read > _RESIDENT:
+            self._read = 0
+            _give_back(self.array)
+        return self.preprocessing.inputs(raw, self.dtype).to(self.device, self.out)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MappedInputs:
+        """The same rows, as tensors elsewhere or of another type.
+
+        Args:
+            device: Of the tensors.
+            dtype: Of the tensors; None: as they are.
+        """
+        return MappedInputs(
+            self.array, self.rows, self.preprocessing, self.dtype, device, dtype or self.out
+        )
+
+
+def _give_back(array: NDArray[Any]) -> None:
+    """Tell the system that the pages of a file need not stay in memory."""
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        mapped = getattr(base, "_mmap", None)
+        if mapped is not None:
+            mapped.madvise(mmap.MADV_DONTNEED)
+            return
+        base = base.base

@@ -1,0 +1,101 @@
+"""Dropout whose numbers do not depend on how a batch is cut.
+
+An example's mask is a hash of (draw, layer, position in the batch, unit): the same whether the
+batch runs at once, in micro-batches of any size, or spread over processes. PyTorch's `Dropout`
+draws from one stream in the order of the passes, and so depends on the cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Dropout", "drawing"]
+
+_current: ContextVar[tuple[int, int] | None] = ContextVar("gdtrain_draw", default=None)
+
+# Multipliers and shifts of SplitMix64 (Steele, Lea and Flood, 2014), as signed 64-bit numbers.
+_GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+
+
+@contextmanager
+def drawing(draw: int, first: int) -> Iterator[None]:
+    """Names the random numbers of the passes inside.
+
+    Args:
+        draw: The same draw, the same numbers; the update number, in training.
+        first: Position in the batch of the first example of the pass.
+
+    Example:
+        >>> layer = Dropout(0.5)
+        >>> x = torch.ones(4, 100)
+        >>> with drawing(7, 0):
+        ...     whole = layer(x)
+        >>> with drawing(7, 3):
+        ...     last = layer(x[3:])
+        >>> bool((whole[3:] == last).all())
+        True
+    """
+    token = _current.set((draw, first))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+class Dropout(nn.Module):
+    """Sets each unit to 0 with probability p in training, and scales the others by 1/(1 − p).
+
+    Outside gdtrain's objective each call draws from PyTorch's generator, as `torch.nn.Dropout`.
+
+    Args:
+        p: Range [0, 1).
+        layer: Distinguishes the layers of a model: equal numbers, equal masks.
+
+    Raises:
+        ValueError: p is out of range.
+
+    Example:
+        >>> layer = Dropout(0.5).eval()
+        >>> layer(torch.ones(2)).tolist()
+        [1.0, 1.0]
+
+    References:
+        Srivastava et al., Dropout, 2014.
+    """
+
+    def __init__(self, p: float = 0.5, layer: int = 0) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout must lie in [0, 1). Received: dropout={p}.")
+        self.p, self.layer = p, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, …) to (B, …)."""
+        if not self.training or self.p == 0:
+            return x
+        current = _current.get()
+        if current is None:
+            draw, first = int(torch.randint(2**62, ())), 0
+        else:
+            draw, first = current
+        units = x[0].numel() if len(x) else 1
+        key = _hash(_hash(torch.tensor(draw)) + self.layer).item()
+        row = torch.arange(first, first + len(x), device=x.device)[:, None]
+        unit = torch.arange(units, device=x.device)
+        number = _hash(_hash(row + key) + unit)
+        uniform = (number >> 11 & (2**53 - 1)).to(torch.float64) * 2.0**-53
+        keep = (uniform >= self.p).reshape(x.shape).to(x.dtype)
+        return x * keep / (1 - self.p)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """SplitMix64: a bijection of 64-bit numbers that looks random."""
+    x = x + _GOLDEN
+    x = (x ^ (x >> 30 & (2**34 - 1))) * _MIX_1
+    x = (x ^ (x >> 27 & (2**37 - 1))) * _MIX_2
+    return x ^ (x >> 31 & (2**33 - 1))
