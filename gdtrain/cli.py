@@ -223,6 +223,11 @@ def _show(result: Result) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if result.module.micro_batch_size_is_automatic:
+        console.print(
+            f"Micro-batches of {summary['micro_batch_size']} examples were found to be fastest.",
+            highlight=False,
+        )
     if result.directory is not None:
         shown = os.path.relpath(result.directory)
         shown = str(result.directory) if shown.startswith("..") else shown

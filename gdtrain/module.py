@@ -309,6 +309,11 @@ class SupervisedModule(LightningModule):
         """M, once training has begun; None: a whole batch, or a rank's part of it."""
         return None if self._objective is None else self._objective.micro_batch_size
 
+    @property
+    def micro_batch_size_is_automatic(self) -> bool:
+        """Whether M was measured."""
+        return self._objective is not None and self._objective.automatic
+
     @torch.no_grad()
     def _check(self, inputs: Rows, targets: Tensor) -> None:
         """Run two examples, so that a misfit of model, loss and data is told before training.

@@ -22,7 +22,7 @@ from gdtrain.dropout import drawing
 
 __all__ = ["Objective", "Rows", "own_part"]
 
-_ACTIVATIONS = 256 * 2**20  # bytes: what a pass of automatic size may keep for its backward pass
+_ACTIVATIONS = 64 * 2**20  # bytes that a pass of automatic size may keep for its backward pass
 
 
 def own_part(count: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -68,8 +68,8 @@ class Objective:
         inputs: (N, …).
         targets: (N, …), on the device of the model.
         micro_batch_size: M, range [1, ∞); None: all named examples at once; "auto": measured at
-            the first gradient, by throughput and within 256 MB of activations, and halved when a
-            device runs out of memory.
+            the first gradient, by throughput and within 64 MB of activations (a quarter of what is
+            free on a GPU), and halved when memory runs out.
         rank: Of this process; it takes its part of the named examples.
         ranks: R. With more than one, `torch.distributed` must be initialised.
 
@@ -234,7 +234,8 @@ class Objective:
         devices = [p.device for p in self.params[:1] if p.device.type == "cuda"]
         with torch.random.fork_rng(devices):
             per_example = (self._saved(indices[: 2 * least]) - self._saved(indices[:least])) / least
-            most = int(_ACTIVATIONS / max(per_example, 1.0))
+            bound = torch.cuda.mem_get_info(devices[0])[0] / 4 if devices else _ACTIVATIONS
+            most = int(bound / max(per_example, 1.0))
             best, best_time, size = least, float("inf"), least
             while True:
                 elapsed = min(self._timed(indices[:size]) for _ in range(2)) / size

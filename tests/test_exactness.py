@@ -170,34 +170,26 @@ def test_npy_files_are_mapped_on_demand(tmp_path):
 
 PEAK = """
 import resource, sys
-import numpy as np, torch
-from functools import partial
+import numpy as np
 import gdtrain
-from gdtrain import GD
-from gdtrain.losses import SquaredError
-from gdtrain.data import MappedInputs, Preprocessing
-from gdtrain.models import Linear
-from gdtrain.objective import Objective
-from gdtrain.sweep import eager
 
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+y = np.arange(1_000_003, dtype=np.float32)
+options = {"variant": "gd", "epochs": 1, "lr": 0.01, "val_fraction": 0, "test_fraction": 0.1}
+gdtrain.fit("linear", np.random.rand(1000, 1000).astype(np.float32), y[:1000], **options)
+before = peak()
 array = np.load(sys.argv[1], mmap_mode="r")
-n = len(array)
-model = Linear(array.shape[1:], 1)
-optimizer = GD([{"params": model.parameters(), "initial_lr": 0.1}])
-inputs = MappedInputs(array, np.arange(n), Preprocessing())
-objective = Objective(model, SquaredError(), inputs, torch.ones(n), "auto")
-small = Objective(model, SquaredError(), inputs, torch.ones(n), 64)
-small.value_and_grad(torch.arange(64))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-(loss,) = eager.run(objective, optimizer, torch.arange(n)[None], torch.ones(1))
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(array.nbytes, (after - before) * 1024, objective.micro_batch_size, float(loss))
+result = gdtrain.fit("linear", array, y, task="regression", **options)
+summary = result.summary
+print(array.nbytes, peak() - before, summary["micro_batch_size"], summary["metrics"]["loss/train"])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
-def test_a_full_batch_update_on_a_file_of_4_GB_needs_less_than_1_GB(tmp_path):
+def test_a_full_batch_run_on_a_file_of_4_GB_needs_less_than_1_GB(tmp_path):
     path = tmp_path / "x.npy"
     array = np.lib.format.open_memmap(path, "w+", np.float32, (1_000_003, 1000))
     array[:: len(array) // 100] = 1.0  # the rest is a hole in the file, and reads as zeros

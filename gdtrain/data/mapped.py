@@ -5,7 +5,6 @@ N examples in the file, D features.
 
 from __future__ import annotations
 
-import mmap
 from typing import Any
 
 import numpy as np
@@ -13,11 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain.data.preprocessing import Preprocessing
+from gdtrain.data.preprocessing import Preprocessing, give_back
 
 __all__ = ["MappedInputs"]
 
 _RESIDENT = 128 * 2**20  # bytes that may be read before the file's pages are given back
+_FAULT = 64 * 2**10  # bytes that come along when a page of the file is touched (Linux)
 
 
 class MappedInputs:
@@ -75,10 +75,10 @@ class MappedInputs:
             indices = indices.cpu().numpy()
         rows = self.rows[indices]
         raw = self.array[rows]
-        self._read += raw.nbytes
+        self._read += len(raw) * max(raw[:1].nbytes, _FAULT)
         if self._read > _RESIDENT:
             self._read = 0
-            _give_back(self.array)
+            give_back(self.array)
         return self.preprocessing.inputs(raw, self.dtype).to(self.device, self.out)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MappedInputs:
@@ -91,14 +91,3 @@ class MappedInputs:
         return MappedInputs(
             self.array, self.rows, self.preprocessing, self.dtype, device, dtype or self.out
         )
-
-
-def _give_back(array: NDArray[Any]) -> None:
-    """Tell the system that the pages of a file need not stay in memory."""
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        mapped = getattr(base, "_mmap", None)
-        if mapped is not None:
-            mapped.madvise(mmap.MADV_DONTNEED)
-            return
-        base = base.base

@@ -6,6 +6,7 @@ N examples, D features. Statistics come from the training part only.
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -201,13 +202,13 @@ def check_features(x: NDArray[Any], feature_names: list[str] | None = None) -> N
     if x.dtype.kind != "f" or not len(x):
         return
     size = max(1, _CHUNK // max(x[0].nbytes, 1))
-    bad = (
-        (first + place[0], *place[1:])
-        for first in range(0, len(x), size)
-        for place in np.argwhere(~np.isfinite(x[first : first + size])).tolist()
-    )
-    place = next(bad, None)
-    if place is None:
+    for first in range(0, len(x), size):
+        bad = np.argwhere(~np.isfinite(x[first : first + size])).tolist()
+        give_back(x)
+        if bad:
+            place = (first + bad[0][0], *bad[0][1:])
+            break
+    else:
         return
     feature = place[1] if len(place) == 2 else place[1:]
     name = feature_names[place[1]] if feature_names else feature
@@ -215,6 +216,22 @@ def check_features(x: NDArray[Any], feature_names: list[str] | None = None) -> N
         f"Features must be finite numbers. Received: {x[place]} in example {place[0]} "
         f"(counted from 0), feature {name}. Fill in or drop missing values first."
     )
+
+
+def give_back(array: NDArray[Any]) -> None:
+    """Tell the system that the pages of a memory-mapped file need not stay in memory.
+
+    Args:
+        array: Mapped, or not: then nothing happens.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        mapped = getattr(base, "_mmap", None)
+        if mapped is not None:
+            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+                mapped.madvise(mmap.MADV_DONTNEED)
+            return
+        base = base.base
 
 
 def check_targets(y: NDArray[Any]) -> None:
@@ -246,6 +263,7 @@ def _moments(
         for first in range(0, len(rows), size):
             part = np.asarray(inputs[rows[first : first + size]], dtype=np.float64)
             sums = sums + f(part).sum(axis=axes, keepdims=True)[0]
+            give_back(inputs)
         return np.asarray(sums) / (len(rows) * math.prod(inputs.shape[2:]))
 
     mean = total(lambda part: part)
