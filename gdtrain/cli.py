@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,6 +76,7 @@ def train_main() -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions out: what is not said below is a fault
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.showwarning = _warn  # type: ignore[assignment]
     try:
         job()
     except OSError as error:
@@ -237,6 +239,11 @@ def _show(result: Result) -> None:
 
 
 # ---------------------------------------------------------------------- evaluate and predict
+
+
+def _warn(message: Warning | str, *_: Any) -> None:
+    """A warning as a user reads it, without the line of code that gave it."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _key_values(usage: str, required: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, str]:
