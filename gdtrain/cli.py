@@ -6,6 +6,7 @@ infinite or not a number; 130, interrupted. A sweep of several runs ends with th
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -77,6 +78,7 @@ def train_main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions out: what is not said below is a fault
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.showwarning = _warn  # type: ignore[assignment]
+    _speak()
     try:
         job()
     except OSError as error:
@@ -239,6 +241,17 @@ def _show(result: Result) -> None:
 
 
 # ---------------------------------------------------------------------- evaluate and predict
+
+
+def _speak() -> None:
+    """Show what gdtrain says on its log: which engine was chosen, and the like."""
+    log = logging.getLogger("gdtrain")
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
 
 
 def _warn(message: Warning | str, *_: Any) -> None:

@@ -76,6 +76,7 @@ _KEYS = (
     "seed",
     "ckpt_path",
     "decay_biases",
+    "engine",
     "data",
     "model",
     "loss",
@@ -86,6 +87,8 @@ _KEYS = (
     "callbacks",
 )
 _SWITCHES = ("optimizer.nesterov", "optimizer.maximize", "data.standardize", "decay_biases")
+_AUTOMATIC = ("data.micro_batch_size", "data.updates_per_sweep")
+_ENGINES = ("auto", "eager", "compiled", "native")
 _OPTIONAL = ("data.micro_batch_size", "trainer.max_epochs")
 
 
@@ -124,12 +127,17 @@ def check(config: Mapping[str, Any]) -> None:
     for key, (kind, low, high, closed) in _NUMBERS.items():
         if key not in flat or (flat[key] is None and key in _OPTIONAL):
             continue
-        if key == "data.micro_batch_size" and flat[key] == "auto":
+        if key in _AUTOMATIC and flat[key] == "auto":
             continue
         _check_number(key, flat[key], kind, low, high, closed)
     for key in _SWITCHES:
         if key in flat and not isinstance(flat[key], bool):
             raise ConfigurationError(f"{key} must be true or false. Received: {flat[key]!r}.")
+    if flat["engine"] not in _ENGINES:
+        raise ConfigurationError(
+            f"engine must be one of {', '.join(_ENGINES)}. Received: engine={flat['engine']}."
+            f"{closest(str(flat['engine']), list(_ENGINES))}"
+        )
     _check_batch_size(flat)
     steps = flat.get("trainer.max_steps", -1)
     if isinstance(steps, bool) or not isinstance(steps, int) or (steps != -1 and steps < 1):

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Dropout", "drawing"]
+__all__ = ["Dropout", "drawing", "example_seeds"]
 
 _current: ContextVar[tuple[int, int] | None] = ContextVar("gdtrain_draw", default=None)
 
@@ -68,29 +68,52 @@ class Dropout(nn.Module):
         Srivastava et al., Dropout, 2014.
     """
 
+    seeds: Tensor | None
+
     def __init__(self, p: float = 0.5, layer: int = 0) -> None:
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"dropout must lie in [0, 1). Received: dropout={p}.")
         self.p, self.layer = p, layer
+        # (B,), in the place of `drawing` in a compiled graph, where they are an input; no state.
+        self.register_buffer("seeds", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, …) to (B, …)."""
         if not self.training or self.p == 0:
             return x
-        current = _current.get()
-        if current is None:
-            draw, first = int(torch.randint(2**62, ())), 0
-        else:
-            draw, first = current
+        seeds = self.seeds
+        if seeds is None:
+            draw, first = _current.get() or (int(torch.randint(2**62, ())), 0)
+            position = torch.arange(first, first + len(x), device=x.device)
+            seeds = example_seeds(torch.tensor(draw), self.layer, position)
         units = x[0].numel() if len(x) else 1
-        key = _hash(_hash(torch.tensor(draw)) + self.layer).item()
-        row = torch.arange(first, first + len(x), device=x.device)[:, None]
-        unit = torch.arange(units, device=x.device)
-        number = _hash(_hash(row + key) + unit)
+        number = _hash(seeds[:, None] + torch.arange(units, device=x.device))
         uniform = (number >> 11 & (2**53 - 1)).to(torch.float64) * 2.0**-53
         keep = (uniform >= self.p).reshape(x.shape).to(x.dtype)
         return x * keep / (1 - self.p)
+
+
+def example_seeds(draw: Tensor, layer: int | Tensor, position: Tensor) -> Tensor:
+    """The numbers from which the masks of examples follow.
+
+    Args:
+        draw: Int64; its shape, that of `layer` and that of `position` broadcast.
+        layer: Int64.
+        position: In the batch, int64.
+
+    Returns:
+        Int64, of the common shape.
+
+    Example:
+        >>> layer, x = Dropout(0.5, layer=2), torch.ones(4, 100)
+        >>> layer.seeds = example_seeds(torch.tensor(7), layer=2, position=torch.arange(4))
+        >>> masked, layer.seeds = layer(x), None
+        >>> with drawing(7, 0):
+        ...     bool((layer(x) == masked).all())
+        True
+    """
+    return _hash(_hash(_hash(draw) + layer) + position)
 
 
 def _hash(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ The only module below the scripts, with `gdtrain.cli`, that knows Hydra.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import pkgutil
 import re
@@ -24,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from gdtrain.configuration import ConfigurationError, check
-from gdtrain.data import DataModule, EvaluationLoader, Preprocessing, read_features
+from gdtrain.data import DataModule, Preprocessing, read_features
 from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule
 from gdtrain.training import (
@@ -32,6 +33,7 @@ from gdtrain.training import (
     check_fits,
     claim,
     default_loss,
+    leave,
     load_checkpoint,
     predict,
     run,
@@ -130,6 +132,7 @@ def _build(config: DictConfig) -> tuple[DataModule, SupervisedModule]:
         instantiate(config.optimizer, _convert_="all"),
         instantiate(config.schedule, _convert_="all"),
         decay_biases=config.decay_biases,
+        engine=config.engine,
     )
     return data, module
 
@@ -194,13 +197,9 @@ def is_first_process() -> bool:
 
 def _leave(folder: Path, before: set[str] | None) -> None:
     """Take away what a run that did not start has put into its folder."""
-    import shutil
-
     if not is_first_process() or not folder.is_dir():
         return
-    for name in set(os.listdir(folder)) - (before or set()):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    leave(folder, before)
     discard_empty(folder)
 
 
@@ -391,12 +390,11 @@ def evaluate(
     data.prepare_data()
     data.setup()
     data.check_same_data(_data_state(trained.state, path))
-    inputs, targets = data.examples("test")
-    if not len(inputs):
+    if not data.count("test"):
         raise ValueError("There is no test part: test_fraction was 0.")
     scale = data.preprocessing.target_scale
     trained.module.use_target_scale(scale)
-    return trained.module.evaluate(EvaluationLoader(inputs, targets), "test")
+    return trained.module.evaluate(data.evaluation_loader("test"), "test")
 
 
 def predict_file(
@@ -409,7 +407,8 @@ def predict_file(
 
     Args:
         path: Of a checkpoint that the command made.
-        input_path: `.csv` (columns by name where training had names) or `.npy`.
+        input_path: `.csv` (columns by name where training had names), `.npy`, or sparse: LIBSVM
+            or `.npz` (see `gdtrain.data.read_features`).
         output_path: A new file, with a column "prediction" (or prediction_0, … for several
             targets).
         trust: As for `load_trained`.
@@ -431,7 +430,13 @@ def predict_file(
     import pandas as pd
 
     trained = load_trained(path, trust)
-    inputs = read_features(input_path, trained.preprocessing.feature_names)
+    preprocessing = trained.preprocessing
+    inputs = read_features(
+        input_path,
+        preprocessing.feature_names,
+        num_features=math.prod(preprocessing.input_shape or ()) or None,
+        first_feature=preprocessing.first_feature,
+    )
     answers = predict(trained.module, trained.preprocessing, inputs)
     columns = answers.reshape(len(answers), -1)
     names = (

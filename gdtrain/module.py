@@ -6,29 +6,46 @@ B examples per update, K updates per Lightning step, T planned updates, U update
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import random
+import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanAbsoluteError, R2Score
 
+from gdtrain.data.dataset import PairLoader
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
+from gdtrain.data.sparse import SparseInputs
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective, Rows
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule
 from gdtrain.stopping import Stop
-from gdtrain.sweep import eager
+from gdtrain.sweep import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
 
 __all__ = ["SupervisedModule", "parameter_groups"]
+
+_log = logging.getLogger("gdtrain")
+
+_SWEEP_SECONDS = (
+    0.1  # that a sweep of automatic length takes: Lightning's own cost is then below 1%
+)
+_MOST_UPDATES = 2**15  # of such a sweep
+_BATCH = 8  # examples, from which on convolutions gain from another layout
+
+# Callbacks to which only the epochs with a validation matter.
+_INDIFFERENT = (EarlyStopping, GradientAccumulationScheduler)
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -70,7 +87,7 @@ class SupervisedModule(LightningModule):
     A Lightning step makes K whole updates, and `trainer.global_step` counts updates. Batches may be
 
     - a block of indices (K, B) from a gdtrain data module, whose examples stay resident;
-    - a pair (inputs, targets) from any other loader: one update.
+    - a pair (inputs, targets), from `DatasetDataModule` or any other loader: one update.
 
     It logs `loss/val`, `loss/test` and `metric/<name>/val`, `metric/<name>/test` for callbacks;
     `gdtrain.callbacks.LossCurves` writes them, with the training loss, to the loggers.
@@ -84,10 +101,13 @@ class SupervisedModule(LightningModule):
         metrics: By name, fed with `loss.decide(prediction)` and targets; None: accuracy for
             classes, R² and mean absolute error for numbers.
         decay_biases: Whether weight decay acts on biases and norms, when `optimizer` is a factory.
+        engine: How the updates of a block are made: "eager", by autograd, for any module;
+            "compiled", by `torch.compile`; "native", linear models and MLPs on CPU, written by
+            hand; "auto", the fastest that applies (`engine_in_use` and `engine_reason` tell).
 
     Raises:
-        ValueError: `loss` is no `Loss`; later, data that do not fit it, or trainer arguments that
-            would count Lightning steps as updates.
+        ValueError: `loss` is no `Loss`; later, data that do not fit it, an engine that does not
+            apply, or trainer arguments that would count Lightning steps as updates.
 
     Example:
         >>> from functools import partial
@@ -114,6 +134,7 @@ class SupervisedModule(LightningModule):
         *,
         metrics: Mapping[str, Metric] | None = None,
         decay_biases: bool = False,
+        engine: EngineName = "auto",
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -132,6 +153,12 @@ class SupervisedModule(LightningModule):
                 f"{schedule!r}."
             )
         self.decay_biases = decay_biases
+        if engine not in ("auto", *ENGINES):
+            raise ValueError(
+                f"engine must be one of auto, {', '.join(ENGINES)}. Received: {engine!r}."
+            )
+        self.engine = engine
+        self.engine_reason = ""
         self._make_optimizer = optimizer
         self._metrics = None if metrics is None else dict(metrics)
         self.evaluation = nn.ModuleDict()
@@ -144,9 +171,12 @@ class SupervisedModule(LightningModule):
         self.total_updates: int | None = None
         self.updates_per_epoch = 1
         self._objective: Objective | None = None
+        self._engine: Engine | None = None
+        self._engine_before: EngineName | None = None  # of the run that is resumed
         self._random_state: dict[str, Any] | None = None
         self._target_scale: Tensor | None = None
         self._micro_batch_size: int | None = None
+        self._pair_micro_batch_size: int | None = None
         self._draws = 0
         self._checked = False
 
@@ -213,7 +243,7 @@ class SupervisedModule(LightningModule):
         return nn.ModuleDict({"loss": _MeanLoss(), **made})
 
     def on_fit_start(self) -> None:
-        """Refuse what would be wrong, and bring the examples to the device."""
+        """Refuse what would be wrong."""
         trainer = self.trainer
         precision = str(trainer.precision)
         if precision.startswith("16"):
@@ -228,19 +258,30 @@ class SupervisedModule(LightningModule):
         trainer = self.trainer
         loader = trainer.train_dataloader
         self.updates = trainer.global_step
+        self.validation, self.validated_at = {}, -1
+        self._engine = None
+        self._objective, self._pair_micro_batch_size = None, None
         if self.updates == 0:
             self.examples_seen = 0
-        if isinstance(loader, IndexLoader):
+        plan = self._plan
+        if plan is not None:
             self._refuse_counts_of_steps()
-            self.total_updates = loader.total
-            self.updates_per_epoch = loader.updates_per_epoch
-            _align_progress(trainer, self.updates // loader.updates_per_epoch)
+            self.total_updates = plan.total
+            self.updates_per_epoch = plan.updates_per_epoch
+            _align_progress(trainer, self.updates // plan.updates_per_epoch)
             data = cast(Any, trainer).datamodule
-            dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-            inputs, targets = (_to(t, self.device, dtype) for t in data.examples("train"))
+            self._draws = data.seed & (2**30 - 1)
+        if isinstance(loader, PairLoader):
+            self._pair_micro_batch_size = data.micro_batch_size
+        elif isinstance(loader, IndexLoader):
+            inputs, targets = (_to(t, self.device, self._precision) for t in data.examples("train"))
             micro: int | Literal["auto"] | None = data.micro_batch_size
             if micro is None and isinstance(inputs, MappedInputs):
                 micro = "auto"
+            if micro is None and isinstance(inputs, SparseInputs):
+                # A pass makes its rows dense: what memory holds bounds it, not B.
+                most = inputs.rows_at_once
+                micro = most if loader.batch_size > most else None
             if trainer.world_size > loader.batch_size:
                 raise ValueError(
                     f"The {loader.batch_size} examples of an update cannot be divided over "
@@ -258,8 +299,9 @@ class SupervisedModule(LightningModule):
             )
             if self._micro_batch_size is not None:  # of the run that is resumed
                 self._objective.micro_batch_size = self._micro_batch_size
-            self._draws = data.seed & (2**30 - 1)
             self._check(inputs, targets)
+            self._lay_out(loader.batch_size)
+            loader.epochs_per_iteration = self._epochs_at_once(data.count("val") > 0)
         else:
             per_epoch = trainer.num_training_batches
             if math.isfinite(per_epoch):
@@ -272,6 +314,51 @@ class SupervisedModule(LightningModule):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+
+    def _epochs_at_once(self, validated: bool) -> int | None:
+        """How many epochs Lightning may take for one; None: all.
+
+        The end of an epoch costs it some milliseconds, as long as thousands of updates of a small
+        model take. So it sees only the ends at which something happens: a validation, or a hook of
+        a callback (unless that has an attribute `needs_every_epoch = False`).
+        """
+        trainer: Any = self.trainer
+        hooks = ("on_train_epoch_start", "on_train_epoch_end")
+        callbacks = [
+            c
+            for c in trainer.callbacks
+            if getattr(c, "needs_every_epoch", True) and not isinstance(c, _INDIFFERENT)
+        ]
+        if (
+            trainer.world_size > 1
+            or trainer.fast_dev_run
+            or trainer.reload_dataloaders_every_n_epochs
+            or any(
+                getattr(type(owner), hook) is not getattr(kind, hook)
+                for owner, kind in ((self, LightningModule), *((c, Callback) for c in callbacks))
+                for hook in hooks
+            )
+        ):
+            return 1
+        if validated and trainer.enable_validation:
+            return trainer.check_val_every_n_epoch or 1
+        return None
+
+    def _lay_out(self, batch_size: int) -> None:
+        """While training on CPU, keep convolutions' weights with the channels last in memory.
+
+        PyTorch's kernels for batches are about twice as fast on them; the numbers are the same (to
+        rounding). For single examples they are not.
+        """
+        images = any(isinstance(m, nn.Conv2d) for m in self.model.modules())
+        if images and batch_size >= _BATCH and self.device.type == "cpu":
+            self.model.to(memory_format=torch.channels_last)
+
+    def on_train_end(self) -> None:
+        """Leave the weights as they are laid out by default: view() and the like expect that."""
+        for m in self.model.modules():
+            if isinstance(m, nn.Conv2d):
+                m.to(memory_format=torch.contiguous_format)
 
     def _refuse_counts_of_steps(self) -> None:
         trainer = self.trainer
@@ -291,6 +378,14 @@ class SupervisedModule(LightningModule):
                     )
 
     @property
+    def _plan(self) -> IndexLoader | None:
+        """Which examples make which update, where a gdtrain data module knows."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, PairLoader):
+            return loader.plan
+        return loader if isinstance(loader, IndexLoader) else None
+
+    @property
     def validation_is_planned(self) -> bool:
         """Whether the validation at hand belongs to the run, or only to its interruption.
 
@@ -298,7 +393,7 @@ class SupervisedModule(LightningModule):
         depends on validations (a plateau schedule, the history, the best checkpoint) leaves that
         one out, so that the resumed run is the same run.
         """
-        if not isinstance(self.trainer.train_dataloader, IndexLoader):
+        if self._plan is None:
             return True
         epoch, position = divmod(self.updates, self.updates_per_epoch)
         every = self.trainer.check_val_every_n_epoch or 1
@@ -362,8 +457,8 @@ class SupervisedModule(LightningModule):
             batch_idx: Lightning's.
 
         Returns:
-            "losses" (K,), "first", the number of the first of these updates, and "examples", how
-            many made one update.
+            "losses" (K,), "factors" (K,) of the schedule, "first", the number of the first of these
+            updates, "examples", how many made one update, and "seconds" that all took.
         """
         optimizer = self.optimizers(use_pl_optimizer=False)
         if not isinstance(optimizer, Optimizer):
@@ -381,17 +476,31 @@ class SupervisedModule(LightningModule):
                     f"A batch must be a pair (inputs, targets) or a block of indices. Received: "
                     f"{type(batch).__name__}."
                 )
-            dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-            inputs, targets = (_to(t, self.device, dtype) for t in batch)
+            if self.engine not in ("auto", "eager"):
+                raise ValueError(
+                    f"engine={self.engine} needs the blocks of indices of a gdtrain data module. "
+                    f"Received: batches from another loader. Use engine=auto."
+                )
+            inputs, targets = (_to(t, self.device, self._precision) for t in batch)
             if not self._checked:
                 self._check(inputs, targets)
-            objective = Objective(self.model, self.loss, inputs, targets)
+            objective = Objective(
+                self.model, self.loss, inputs, targets, self._pair_micro_batch_size
+            )
             indices = torch.arange(len(inputs), device=inputs.device).unsqueeze(0)
         first, count = self.updates, len(indices)
+        started = time.perf_counter()
         draw = (self._draws << 32) + first
-        losses = eager.run(objective, optimizer, indices, self.rate_factors(first, count), draw)
+        factors = self.rate_factors(first, count)
+        losses = self._sweep(objective, optimizer, indices, factors, draw)
+        if losses.is_cuda:
+            torch.cuda.synchronize()  # once per sweep: its time is measured
+        seconds = time.perf_counter() - started
         self.updates += count
         self.examples_seen += indices.numel()
+        if isinstance(self.trainer.train_dataloader, IndexLoader):
+            # Lightning counts the end of an iteration as one epoch more.
+            _count_epochs(self.trainer, (self.updates - 1) // self.updates_per_epoch)
         epoch_loop = self.trainer.fit_loop.epoch_loop
         progress = epoch_loop.manual_optimization.optim_step_progress
         for counts in (progress.total, progress.current):
@@ -399,7 +508,79 @@ class SupervisedModule(LightningModule):
             counts.completed += count
         # What Lightning passes to loggers as the step; it adds 1 for this batch itself.
         epoch_loop._batches_that_stepped = self.updates - 1
-        return {"losses": losses, "first": first, "examples": indices.shape[1]}
+        self._lengthen(count, seconds)
+        return {
+            "losses": losses,
+            "factors": factors,
+            "seconds": seconds,
+            "first": first,
+            "examples": indices.shape[1],
+        }
+
+    def _sweep(
+        self,
+        objective: Objective,
+        optimizer: Optimizer,
+        indices: Tensor,
+        factors: Tensor,
+        draw: int,
+    ) -> Tensor:
+        if objective is not self._objective:  # of one batch of another loader
+            return Eager(objective, optimizer)(indices, factors, draw)
+        if self._engine is None:
+            self._engine = self._choose(optimizer)
+        try:
+            return self._engine(indices, factors, draw)
+        except NotApplicableError as error:  # found out only by trying, as a compiler does
+            if self.engine != "auto":
+                raise ValueError(
+                    f"engine={self.engine} does not apply: {error}. Use engine=auto, which takes "
+                    f"the fastest that does."
+                ) from error
+            self.engine_reason = f"not {self._engine.name}: {error}"
+            warnings.warn(
+                f"The {self._engine.name} engine does not apply, and eager goes on: {error}",
+                stacklevel=2,
+            )
+            self._engine = Eager(objective, optimizer)
+            return self._engine(indices, factors, draw)
+
+    def _choose(self, optimizer: Optimizer) -> Engine:
+        assert self._objective is not None
+        if self.engine == "auto" and self._engine_before is not None:
+            # A resumed run goes on with the engine that it had, so that it is the same run.
+            before, self._engine_before = self._engine_before, None
+            try:
+                engine, _ = choose(before, self._objective, optimizer)
+                self.engine_reason = "as before"
+                return engine
+            except ValueError as error:
+                warnings.warn(
+                    f"The run goes on equal to rounding, not bit for bit: {error}", stacklevel=2
+                )
+        engine, self.engine_reason = choose(
+            self.engine, self._objective, optimizer, self.total_updates
+        )
+        if self.trainer.is_global_zero:
+            _log.info("engine: %s (%s)", engine.name, self.engine_reason)
+        return engine
+
+    @property
+    def engine_in_use(self) -> str:
+        """Name of the engine that makes the updates, once training has begun."""
+        return "eager" if self._engine is None else self._engine.name
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return next((p.dtype for p in self.model.parameters()), torch.float32)
+
+    def _lengthen(self, count: int, seconds: float) -> None:
+        """Let automatic sweeps take a tenth of a second: no update depends on their length."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, IndexLoader) and loader.automatic and seconds > 0:
+            fitting = int(count * _SWEEP_SECONDS / seconds)
+            # In steps: the first updates warm up, and are no measure of the others.
+            loader.updates_per_sweep = max(1, min(fitting, 8 * count, _MOST_UPDATES))
 
     # ------------------------------------------------------------------ evaluation
 
@@ -420,8 +601,7 @@ class SupervisedModule(LightningModule):
             batch_idx: Lightning's.
         """
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-        return self.loss.decide(self.model(_to(inputs, self.device, dtype)))
+        return self.loss.decide(self.model(_to(inputs, self.device, self._precision)))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one slice of the test part in.
@@ -477,8 +657,7 @@ class SupervisedModule(LightningModule):
     def _take(self, metrics: nn.Module, inputs: Tensor, targets: Tensor) -> None:
         if not len(inputs):
             return
-        dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
-        inputs, targets = _to(inputs, self.device, dtype), _to(targets, self.device, dtype)
+        inputs, targets = (_to(t, self.device, self._precision) for t in (inputs, targets))
         prediction = self.model(inputs)
         losses = self.loss(prediction, targets)
         decided = self.loss.decide(prediction)
@@ -526,6 +705,7 @@ class SupervisedModule(LightningModule):
             "examples_seen": self.examples_seen,
             "random_state": _random_state(),
             "micro_batch_size": self.micro_batch_size,
+            "engine": self.engine_in_use,
             "settings": self.settings(),
             "schedule": self.schedule.state_dict()
             if isinstance(self.schedule, ReduceOnPlateau)
@@ -546,6 +726,7 @@ class SupervisedModule(LightningModule):
         self.examples_seen = state["examples_seen"]
         self._random_state = state["random_state"]
         self._micro_batch_size = state["micro_batch_size"]
+        self._engine_before = state["engine"]
         if isinstance(self.schedule, ReduceOnPlateau) and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
 
@@ -587,6 +768,13 @@ def _compute(metrics: nn.ModuleDict, part: str) -> dict[str, float]:
 def _to(tensor: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """On the device; in the model's dtype if it holds floating-point numbers."""
     return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+
+def _count_epochs(trainer: Any, done: int) -> None:
+    """Tell Lightning's loop that the epoch after so many is under way."""
+    current = trainer.fit_loop.epoch_progress.current
+    current.ready = current.started = done + 1
+    current.processed = current.completed = done
 
 
 def _align_progress(trainer: Any, epoch: int) -> None:

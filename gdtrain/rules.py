@@ -19,13 +19,18 @@ one kernel on a GPU.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["descend_", "fused_descend_"]
+__all__ = ["VECTOR", "descend_", "fused_descend_", "fused_is_exact", "scale_"]
+
+# Entries of the longest vector register: 64 bytes of float32.
+VECTOR = 16
 
 
 def descend_(
@@ -111,16 +116,45 @@ def _accumulate_(
     old = [i for i, b in enumerate(buffers) if b is not None]
     b = [buffers[i] for i in old]
     if old:
-        if any(buffer.itemsize < 4 and buffer.is_cpu for buffer in b):  # type: ignore[union-attr]
-            for buffer in b:  # torch._foreach_mul_ rounds the factor to half precision there
-                buffer.mul_(momentum)  # type: ignore[union-attr]
-        else:
-            torch._foreach_mul_(b, momentum)  # type: ignore[arg-type]
+        scale_(b, momentum)  # type: ignore[arg-type]
         torch._foreach_add_(b, [d[i] for i in old], alpha=1 - dampening)  # type: ignore[arg-type]
     for i, buffer in enumerate(buffers):
         if buffer is None:
             buffers[i] = d[i].clone()
     return buffers  # type: ignore[return-value]
+
+
+def scale_(tensors: list[Tensor], factor: float) -> None:
+    """t ← factor · t, each entry rounded once.
+
+    Args:
+        tensors: t, changed in place.
+        factor: A number.
+
+    Example:
+        >>> t = [torch.tensor([1.0, 2.0]), torch.tensor(3.0)]
+        >>> scale_(t, 0.5)
+        >>> t
+        [tensor([0.5000, 1.0000]), tensor(1.5000)]
+    """
+    kinds = {(t.dtype, t.is_cpu) for t in tensors}
+    dtype, is_cpu = next(iter(kinds), (torch.float32, True))
+    if len(kinds) == 1 and is_cpu and dtype in _CPU_FAST and not torch.compiler.is_compiling():
+        torch._foreach_mul_(tensors, _scalar(factor, dtype))
+    elif any(dtype.itemsize < 4 and is_cpu for dtype, is_cpu in kinds):
+        for t in tensors:  # torch._foreach_mul_ rounds the factor to half precision there
+            t.mul_(factor)
+    else:
+        torch._foreach_mul_(tensors, factor)
+
+
+_CPU_FAST = (torch.float32, torch.float64)
+
+
+@functools.lru_cache(maxsize=64)
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """A number as torch makes it of a plain one for each tensor of a list, at 1 µs each."""
+    return torch.scalar_tensor(value, dtype=dtype, device="cpu")
 
 
 def fused_descend_(
@@ -194,6 +228,8 @@ def fused_descend_(
         torch._fused_sgd_(
             ps, gs, bs, is_first_step=first, grad_scale=grad_scale, found_inf=found_inf, **rule
         )
+        if not torch.compiler.is_compiling():
+            torch.autograd.graph.increment_version(ps)  # the kernel forgets to
         if momentum != 0:
             for i, b in zip(part, bs, strict=True):
                 buffers[i] = b
@@ -205,6 +241,54 @@ def fused_descend_(
         descend_([params[i] for i in plain], gs, bs_plain, **rule)
         for i, buffer in zip(plain, bs_plain, strict=False):
             buffers[i] = buffer
+
+
+@functools.cache
+def fused_is_exact(dtype: torch.dtype) -> bool:
+    """Whether the fused kernel gives `descend_`'s numbers on this CPU, to the last bit.
+
+    Without momentum for every entry; with momentum for all but the entries at the end of a tensor
+    that do not fill a vector of 16, where a product and a sum may be joined. It depends on the
+    processor and on how torch was built, so it is tried, once in a process. In half precision the
+    two never agree.
+
+    Args:
+        dtype: Of the parameters.
+
+    Example:
+        >>> fused_is_exact(torch.bfloat16)
+        False
+    """
+    if dtype not in (torch.float32, torch.float64):
+        return False
+    for momentum, weight_decay, maximize in itertools.product(
+        (0.0, 0.9), (0.0, 0.1), (False, True)
+    ):
+        size = 67 * VECTOR + (5 if momentum == 0 else 0)
+        for dampening, nesterov in ((0.0, False), (0.3, False), (0.0, True)):
+            golden = (
+                torch.arange(1.0, 3 * size + 1, dtype=torch.float64, device="cpu") * 0.6180339887
+            )
+            start = (golden % 1 - 0.5).to(dtype).split(size)
+            results = []
+            for rule in (descend_, fused_descend_):
+                theta, g, b = (t.clone() for t in start)
+                with torch.no_grad():
+                    rule(
+                        [theta],
+                        [g],
+                        [b],
+                        lr=0.0317,
+                        momentum=momentum,
+                        dampening=dampening,
+                        weight_decay=weight_decay,
+                        nesterov=nesterov,
+                        maximize=maximize,
+                    )
+                results.append(torch.stack((theta, b)))
+            if not torch.equal(*results):
+                return False
+    return True
 
 
 def _laid_out_as(param: Tensor, other: Tensor | None) -> Tensor:

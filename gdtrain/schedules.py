@@ -117,6 +117,8 @@ class Schedule:
             time = torch.floor(time / updates_per_epoch)
             total = math.ceil(total / updates_per_epoch)
         w = _duration(self.warmup, total)
+        if w == 0:
+            return self.shape(time, max(total, 1))
         factor = self.shape((time - w).clamp(min=0), max(total - w, 1))
         return torch.where(time < w, (time + 1) / max(w, 1), factor)
 

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from gdtrain.callbacks import BestAndLast, Divergence, History, Interrupt, LossCurves, ProgressLine
 from gdtrain.configuration import read_defaults
-from gdtrain.data import ArrayDataModule, DataModule, EvaluationLoader, features
+from gdtrain.data import ArrayDataModule, DataModule, features
 from gdtrain.distributed import ExactDDP
 from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
@@ -36,6 +37,7 @@ from gdtrain.module import SupervisedModule
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.schedules import Cosine, ReduceOnPlateau, Schedule
 from gdtrain.stopping import Stop, StopReason
+from gdtrain.sweep import EngineName
 
 __all__ = [
     "Result",
@@ -43,6 +45,7 @@ __all__ = [
     "claim",
     "default_loss",
     "fit",
+    "leave",
     "load_checkpoint",
     "predict",
     "run",
@@ -144,6 +147,7 @@ def fit(
     loss: Loss | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
+    engine: EngineName = "auto",
     directory: str | Path | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
@@ -166,6 +170,7 @@ def fit(
         loss: None: cross-entropy for classes, squared error for numbers.
         schedule: None: cosine, as in the command.
         seed: Of initial weights (if the model is built here), order and dropout.
+        engine: How updates are made, see `SupervisedModule`.
         directory: Folder for TensorBoard events, `metrics.csv`, checkpoints and `summary.json`;
             None: nothing is written.
         checkpoint: Go on from this checkpoint.
@@ -229,6 +234,7 @@ def fit(
             weight_decay=weight_decay,
         ),
         schedule if schedule is not None else Cosine(),
+        engine=engine,
     )
     arguments = {**read_defaults("trainer/default"), **defaults["trainer"]}
     arguments.pop("_target_"), arguments.pop("_partial_")
@@ -242,22 +248,63 @@ def fit(
         callbacks.append(ProgressLine())
     hyperparameters = {"variant": variant, "lr": rate, "momentum": momentum, "seed": seed}
     if directory is not None:
-        claim(Path(directory), {**hyperparameters, "epochs": arguments["max_epochs"]})
         callbacks.append(BestAndLast)
         loggers = [partial(c, name="", version="") for c in (TensorBoardLogger, CSVLogger)]
-        loggers[0].keywords["default_hp_metric"] = False
-    return run(
-        module,
-        data,
-        trainer=partial(Trainer, **arguments),
-        callbacks=callbacks,
-        loggers=loggers,
-        directory=directory,
-        variant=variant,
-        seed=seed,
-        checkpoint=checkpoint,
-        hyperparameters=hyperparameters,
-    )
+        loggers[0].keywords.update(default_hp_metric=False, max_queue=1000)
+    with _claimed(directory, {**hyperparameters, "epochs": arguments["max_epochs"]}, module):
+        return run(
+            module,
+            data,
+            trainer=partial(Trainer, **arguments),
+            callbacks=callbacks,
+            loggers=loggers,
+            directory=directory,
+            variant=variant,
+            seed=seed,
+            checkpoint=checkpoint,
+            hyperparameters=hyperparameters,
+        )
+
+
+@contextmanager
+def _claimed(
+    directory: str | Path | None, config: Mapping[str, Any], module: SupervisedModule
+) -> Iterator[None]:
+    """Make a folder this run's; take away what was put into it where no update was made."""
+    if directory is None:
+        yield
+        return
+    folder = Path(directory)
+    before = set(os.listdir(folder)) if folder.is_dir() else None
+    claim(folder, config)
+    try:
+        yield
+    except BaseException:
+        if module.total_updates is None or module.updates == 0:
+            leave(folder, before)
+        raise
+
+
+def leave(folder: Path, before: set[str] | None) -> None:
+    """Take away what a run that did not start has put into its folder.
+
+    Args:
+        folder: Of the run.
+        before: The names that were in it; None: it was not there.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     folder = Path(root) / "run"
+        ...     claim(folder, {"lr": 0.1})
+        ...     leave(folder, None)
+        ...     folder.exists()
+        False
+    """
+    for name in set(os.listdir(folder)) - (before or set()):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if before is None and not os.listdir(folder):
+        folder.rmdir()
 
 
 def default_loss(num_classes: int | None) -> Loss:
@@ -300,7 +347,8 @@ def run(
         loggers: Functions from `save_dir=` to a logger.
         directory: The run's folder; None: nothing is written.
         variant: For the summary.
-        seed: Of dropout and whatever else draws while training.
+        seed: Of torch's own random layers, and whatever else draws while training. (The order of
+            the examples and gdtrain's dropout follow the data module's seed.)
         checkpoint: Go on from this checkpoint.
         hyperparameters: Shown in TensorBoard's HParams tab.
         description: Kept in checkpoints, so that a model can be built again from them.
@@ -364,10 +412,10 @@ def run(
         stop = _why(lightning, module)
         metrics = {}
         rank, ranks = lightning.global_rank, lightning.world_size
-        for part in ("train", "val", "test"):
-            examples = data.examples(cast(Any, part))
-            if len(examples[0]):
-                loader = EvaluationLoader(*examples, rank=rank, ranks=ranks)
+        parts: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
+        for part in parts:
+            if data.count(part):
+                loader = data.evaluation_loader(part, rank, ranks)
                 metrics.update(module.evaluate(loader, part))
         if lightning.is_global_zero:
             _log_final(lightning, module, metrics, hyperparameters or {})
@@ -508,7 +556,7 @@ def _check_monitors(
     callbacks: Sequence[Callback], module: SupervisedModule, data: DataModule
 ) -> None:
     """Early stopping and plateau schedules need a validation metric that will be there."""
-    validated = len(data.examples("val")[0]) > 0
+    validated = data.count("val") > 0
     tags = module.tags("val")
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
@@ -636,11 +684,13 @@ def _summary(
         "seed": seed,
         "batch_size": data.examples_per_update,
         "micro_batch_size": module.micro_batch_size,
+        "engine": module.engine_in_use,
+        "engine_reason": module.engine_reason,
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "data": {
             "train": data.num_train,
-            "val": len(data.examples("val")[0]),
-            "test": len(data.examples("test")[0]),
+            "val": data.count("val"),
+            "test": data.count("test"),
             "split_seed": data.split_seed,
             "split_fingerprint": data.split_fingerprint,
         },

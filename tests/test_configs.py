@@ -20,7 +20,7 @@ CONF = conf_directory()
 MNIST = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "mnist"
 GROUPS = {
     "callbacks": 4,
-    "data": 12,
+    "data": 13,
     "experiment": 13,
     "logger": 3,
     "loss": 7,
@@ -63,6 +63,11 @@ def test_each_file_composes_and_instantiates(group, choice, tmp_path):
     overrides = [f"{group}={choice}"]
     if group == "data" and choice in ("csv", "npy", "libsvm"):
         overrides.append(f"data.path={tmp_path / own_files(tmp_path)[choice]}")
+    if (group, choice) == ("data", "dataset"):
+        overrides += [
+            "data.train._target_=torchvision.datasets.FakeData",
+            "+data.train.transform._target_=torchvision.transforms.ToTensor",
+        ]
     config = composed(*overrides)
     check(OmegaConf.to_container(config, resolve=True))
     for name in GROUPS:

@@ -31,7 +31,8 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 LAYERS = [
     ["rules", "schedules", "losses", "dropout", "stopping", "configuration"],
     ["objective", "optim"],
-    ["models", "data", "sweep", "minimization"],
+    ["models", "data", "minimization"],
+    ["sweep"],
     ["module"],
     ["callbacks", "distributed"],
     ["training"],

@@ -18,7 +18,7 @@ from gdtrain.module import parameter_groups
 from gdtrain.objective import Objective
 from gdtrain.schedules import Polynomial
 from gdtrain.stopping import StopReason
-from gdtrain.sweep import eager
+from gdtrain.sweep import Eager
 
 WHOLE = {"dtype": "float64", "val_fraction": 0, "test_fraction": 0}
 
@@ -128,7 +128,7 @@ def test_the_losses_of_a_sweep_keep_the_precision_of_the_model():
     model = zero_linear(10)
     optimizer = SGD([{"params": model.parameters(), "initial_lr": 0.01}])
     objective = Objective(model, SquaredError(), x, y)
-    losses = eager.run(objective, optimizer, torch.tensor([[0], [1]]), torch.ones(2))
+    losses = Eager(objective, optimizer)(torch.tensor([[0], [1]]), torch.ones(2))
     assert losses.dtype == torch.float64
     assert losses[0].item() == 0.5 * y[0].item() ** 2
 

@@ -557,3 +557,26 @@ def test_a_run_without_validation_or_test_parts():
     result = train(module, data)
     assert result.summary["data"]["train"] == 150
     assert set(result.metrics) == {"loss/train", "metric/accuracy/train"}
+
+
+class Layouts(Callback):
+    def __init__(self):
+        self.last = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        weight = pl_module.model.layers[0].weight
+        self.last.append(weight.is_contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(16, True), (1, False)])
+def test_convolutions_train_in_the_faster_layout_and_end_in_the_usual_one(batch_size, expected):
+    layouts = Layouts()
+    images = np.random.default_rng(0).random((40, 2, 8, 8))
+    data = ArrayDataModule(images, np.arange(40) % 2, batch_size=batch_size)
+    seed_everything(0, verbose=False)
+    module = SupervisedModule(
+        CNN((2, 8, 8), 2, channels=[3]), CrossEntropy(), partial(SGD, lr=0.1, momentum=0.9)
+    )
+    train(module, data, callbacks=[layouts], max_epochs=1)
+    assert set(layouts.last) == {expected}
+    assert all(p.is_contiguous() for p in module.model.parameters())

@@ -8,7 +8,6 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from gdtrain.data import EvaluationLoader
 from gdtrain.models import exact_batch_norm_
 from gdtrain.module import SupervisedModule
 
@@ -42,11 +41,11 @@ class ExactBatchNorm(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recompute."""
         module = cast(SupervisedModule, pl_module)
-        inputs, targets = cast(Any, trainer).datamodule.examples("train")
+        data = cast(Any, trainer).datamodule
         parameter = next(module.model.parameters())
 
         def batches() -> Iterator[Tensor]:
-            for x, _ in EvaluationLoader(inputs, targets, self.batch_size):
+            for x, _ in data.evaluation_loader("train", batch_size=self.batch_size):
                 yield x.to(parameter.device, parameter.dtype)
 
         exact_batch_norm_(module.model, batches)

@@ -42,6 +42,8 @@ class BestAndLast(Checkpoint):
         'last.ckpt'
     """
 
+    needs_every_epoch = False  # only those with a validation, and the clock
+
     def __init__(
         self, directory: str | Path, monitor: str = "loss/val", seconds_between: float = 30.0
     ) -> None:

@@ -126,9 +126,13 @@ class LossCurves(Callback):
         """Cut the losses of the sweep into points."""
         module = cast(SupervisedModule, pl_module)
         losses = outputs["losses"].detach().cpu().double().numpy()
+        factors = outputs["factors"]
         first, per_update = outputs["first"], outputs["examples"]
         last = first + len(losses)
         every = self.every(module)
+        # Within the sweep the clock was not read: its updates take equal times.
+        now = self.seconds
+        began = now - outputs["seconds"]
         done = first
         while done < last:
             point = min((done // every + 1) * every, last)
@@ -136,24 +140,16 @@ class LossCurves(Callback):
             self._count += point - done
             done = point
             if done % every == 0 or done == module.total_updates:
-                self._write_point(trainer, module, done, (last - done) * per_update)
-
-    def _write_point(
-        self, trainer: Trainer, module: SupervisedModule, update: int, unseen: int
-    ) -> None:
-        rate = float(module.rate_factors(update - 1, 1)) * _peak(trainer)
-        examples = module.examples_seen - unseen
-        loss = self._sum / self._count
-        self._sum, self._count = 0.0, 0
-        row = {
-            "update": update,
-            "examples": examples,
-            "seconds": self.seconds,
-            "loss": loss,
-            "lr": rate,
-        }
-        self.history.append("train", row)
-        self._log(trainer, module, {"loss/train": loss, "lr": rate}, update, examples)
+                row = {
+                    "update": done,
+                    "examples": module.examples_seen - (last - done) * per_update,
+                    "seconds": began + (now - began) * (done - first) / len(losses),
+                    "loss": self._sum / self._count,
+                    "lr": float(factors[done - 1 - first]) * _peak(trainer),
+                }
+                self._sum, self._count = 0.0, 0
+                self.history.append("train", row)
+                self._log(trainer, module, {"loss/train": row["loss"], "lr": row["lr"]}, row)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the validation metrics."""
@@ -172,16 +168,16 @@ class LossCurves(Callback):
         values = module.validation
         row = {"update": module.updates, "examples": module.examples_seen, "seconds": self.seconds}
         self.history.append("val", {**row, **values})
-        self._log(trainer, module, values, module.updates, module.examples_seen)
+        self._log(trainer, module, values, row)
 
     def _log(
         self,
         trainer: Trainer,
         module: SupervisedModule,
         values: dict[str, float],
-        update: int,
-        examples: int,
+        row: dict[str, Any],
     ) -> None:
+        update, examples = row["update"], row["examples"]
         by_sample = {
             f"by_sample/{tag}": value for tag, value in values.items() if tag.startswith("loss/")
         }
@@ -193,7 +189,7 @@ class LossCurves(Callback):
                 place = {
                     "examples": examples,
                     "epoch": update / module.updates_per_epoch,
-                    "seconds": round(self.seconds, 4),
+                    "seconds": round(row["seconds"], 4),
                 }
                 logger.log_metrics({**place, **values}, step=update)
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gdtrain.data.order import Draws, Order
 from gdtrain.objective import own_part
 
 __all__ = ["EvaluationLoader", "IndexLoader", "Sampling"]
+
+_FIRST_SWEEP = 16  # updates, of which the first ones warm up
 
 Sampling = Literal["reshuffle", "shuffle_once", "replacement", "sequential"]
 
@@ -25,10 +27,13 @@ class IndexLoader:
 
     It holds no state and has no length: update t alone gives the epoch ⌊t/U⌋ and the place in it,
     so each iteration starts at the update that `start` tells, and a resumed run goes on with the
-    examples that would have come. One iteration is (the rest of) one epoch. No block crosses the
-    end of an epoch or of the run; a ragged last batch has a block of its own.
+    examples that would have come. One iteration is (the rest of) one epoch, or up to the next
+    epoch whose number is a multiple of the attribute `epochs_per_iteration` (None: up to the end of
+    the run). No block crosses the end of an iteration; a ragged last batch has a block of its own.
 
-    The order is that of `numpy.random.default_rng((seed, epoch))`.
+    The order is drawn from (seed, epoch), see `gdtrain.data.order`, and is made a block at a time:
+    it takes no memory of the size of N. A batch of all N examples, whose mean has no order, is read
+    as stored (but for "replacement").
 
     Args:
         num_examples: N, range [1, ∞).
@@ -38,7 +43,8 @@ class IndexLoader:
         seed: Of the order, range [0, ∞).
         start: Called at the start of an iteration; the update number to go on from.
         total: T; None: no end.
-        updates_per_sweep: The largest K, range [1, ∞).
+        updates_per_sweep: The largest K, range [1, ∞); may change between two blocks. "auto":
+            begins with few; the Lightning module then sets it by the time that updates take.
 
     Raises:
         ValueError: An argument is out of range.
@@ -58,7 +64,7 @@ class IndexLoader:
         seed: int = 0,
         start: Callable[[], int] = lambda: 0,
         total: int | None = None,
-        updates_per_sweep: int = 64,
+        updates_per_sweep: int | Literal["auto"] = "auto",
     ) -> None:
         if sampling not in ("reshuffle", "shuffle_once", "replacement", "sequential"):
             raise ValueError(
@@ -70,9 +76,13 @@ class IndexLoader:
                 f"batch_size must lie in [1, {num_examples}], the number of training examples. "
                 f"Received: batch_size={batch_size}."
             )
-        if updates_per_sweep < 1:
+        self.automatic = updates_per_sweep == "auto"
+        if isinstance(updates_per_sweep, str):
+            updates_per_sweep = _FIRST_SWEEP if self.automatic else 0
+        if isinstance(updates_per_sweep, bool) or updates_per_sweep < 1:
             raise ValueError(
-                f"updates_per_sweep must be at least 1. Received: {updates_per_sweep}."
+                f"updates_per_sweep must be a whole number of at least 1, or auto. Received: "
+                f"{updates_per_sweep!r}."
             )
         if seed < 0:
             raise ValueError(f"seed must be at least 0. Received: seed={seed}.")
@@ -83,6 +93,8 @@ class IndexLoader:
         self.start = start
         self.total = total
         self.updates_per_sweep = updates_per_sweep
+        self.epochs_per_iteration: int | None = 1
+        self._drawn: tuple[int, Order | Draws] | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -98,36 +110,56 @@ class IndexLoader:
         Returns:
             (N,), int64.
         """
-        n = self.num_examples
+        return self._part(epoch)(0, self.num_examples)
+
+    def _part(self, epoch: int) -> Callable[[int, int], Tensor]:
+        """From a position and a count to the example numbers that stand there in an epoch."""
         if self.sampling == "sequential":
-            return torch.arange(n)
-        rng = np.random.default_rng((self.seed, 0 if self.sampling == "shuffle_once" else epoch))
-        if self.sampling == "replacement":
-            return torch.from_numpy(rng.integers(0, n, n))
-        return torch.from_numpy(rng.permutation(n))
+            return lambda first, count: torch.arange(first, first + count)
+        number = 0 if self.sampling == "shuffle_once" else epoch
+        if self._drawn is None or self._drawn[0] != number:
+            kind = Draws if self.sampling == "replacement" else Order
+            self._drawn = number, kind(self.num_examples, (self.seed, number))
+        draw = self._drawn[1]
+        return lambda first, count: torch.from_numpy(draw(first, count))
 
     def __iter__(self) -> Iterator[Tensor]:
-        update = self.start()
+        update = first = self.start()
+        # Asked again before each block: the first is fetched before the module can say.
+        while update < self._end(first):
+            block = self._block(update, min(self.updates_per_sweep, self._end(first) - update))
+            yield block
+            update += len(block)
+
+    def _end(self, first: int) -> int:
+        """The update before which the iteration that began with `first` ends."""
+        epochs, per_epoch = self.epochs_per_iteration, self.updates_per_epoch
+        if epochs is None and self.total is not None:
+            return self.total
+        epochs = epochs or 1
+        end = (first // (epochs * per_epoch) + 1) * epochs * per_epoch
+        return end if self.total is None else min(end, self.total)
+
+    def _block(self, update: int, count: int) -> Tensor:
+        """At most `count` updates, (K, B): fewer before a ragged batch, which comes alone."""
+        n, size = self.num_examples, self.batch_size
+        if size == n and self.sampling != "replacement":
+            # A mean over all examples has no order: files are then read from front to back.
+            return torch.arange(n).expand(count, n)
+        parts: list[Tensor] = []
         epoch, position = divmod(update, self.updates_per_epoch)
-        last = self.updates_per_epoch
-        if self.total is not None:
-            last = min(last, position + self.total - update)
-        if position >= last:
-            return
-        whole_batch = self.batch_size == self.num_examples and self.sampling != "replacement"
-        # A mean over all examples has no order: files are then read from front to back.
-        order = torch.arange(self.num_examples) if whole_batch else self.order(epoch)
-        whole = min(self.num_examples // self.batch_size, last)  # updates with all B examples
-        while position < last:
-            if position < whole:
-                k = min(self.updates_per_sweep, whole - position)
-                first = position * self.batch_size
-                block = order[first : first + k * self.batch_size]
-                yield block.reshape(k, self.batch_size)
-                position += k
-            else:
-                yield order[position * self.batch_size :].reshape(1, -1)
-                position += 1
+        while count:
+            k = min(count, n // size - position)
+            if k == 0:
+                break
+            parts.append(self._part(epoch)(position * size, k * size).reshape(k, size))
+            count, position = count - k, position + k
+            if position == self.updates_per_epoch:
+                epoch, position = epoch + 1, 0
+        if not parts:
+            done = position * size
+            return self._part(epoch)(done, n - done)[None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class EvaluationLoader:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from gdtrain.data.loader import EvaluationLoader, IndexLoader, Sampling
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.preprocessing import Preprocessing, check_features, check_targets
+from gdtrain.data.sparse import SparseInputs
 
 __all__ = ["DataModule", "Raw"]
 
@@ -28,11 +30,12 @@ class Raw:
     """What a source yields: arrays as they are in it.
 
     Args:
-        inputs: (N, D), or images (N, C, H, W).
+        inputs: (N, D), or images (N, C, H, W); or (N, D) as CSR of `scipy.sparse`.
         targets: (N,) labels of any kind, or numbers (N,) or (N, K).
         classify: Whether the targets are classes.
         feature_names: Names of the D columns.
         test: Inputs and targets of a test set that the source has of its own.
+        first_feature: As for `Preprocessing`.
 
     Example:
         >>> raw = Raw(np.zeros((4, 2)), np.array([0, 1, 0, 1]), classify=True)
@@ -40,11 +43,12 @@ class Raw:
         (4, 2)
     """
 
-    inputs: NDArray[Any]
+    inputs: Any
     targets: NDArray[Any]
     classify: bool
     feature_names: list[str] | None = None
-    test: tuple[NDArray[Any], NDArray[Any]] | None = None
+    test: tuple[Any, NDArray[Any]] | None = None
+    first_feature: int | None = None
 
 
 class DataModule(LightningDataModule):
@@ -52,7 +56,8 @@ class DataModule(LightningDataModule):
 
     The split is drawn once from `split_seed`, stratified by class. Features (images: channels), and
     the targets of a regression, are standardised with the statistics of the training part. The
-    tensors stay resident; the training loader yields blocks of indices (see `IndexLoader`).
+    tensors stay resident (sparse inputs stay sparse); the training loader yields blocks of indices
+    (see `IndexLoader`).
 
     Args:
         batch_size: B, examples per update, range [1, N], or "full" for N.
@@ -62,12 +67,13 @@ class DataModule(LightningDataModule):
         sampling: "reshuffle", "shuffle_once", "replacement" or "sequential".
         val_fraction: Share of all examples (or count, if ≥ 1) held out for validation.
         test_fraction: Likewise for the test, where the source has no test set of its own.
-        standardize: Whether to standardise features.
+        standardize: Whether to standardise features. Sparse ones cannot be.
         standardize_targets: Whether to standardise the targets of a regression; metrics and
             predictions are in the target's own units all the same.
         split_seed: Of the split, range [0, ∞).
         seed: Of the order of the examples, range [0, ∞).
-        updates_per_sweep: Most updates done in one Lightning step, range [1, ∞).
+        updates_per_sweep: K, most updates done in one Lightning step, range [1, ∞); "auto": as many
+            as take a tenth of a second. The updates are the same.
         dtype: Of the tensors: "float32" or "float64".
 
     Raises:
@@ -93,7 +99,7 @@ class DataModule(LightningDataModule):
         standardize_targets: bool = True,
         split_seed: int = 0,
         seed: int = 0,
-        updates_per_sweep: int = 64,
+        updates_per_sweep: int | Literal["auto"] = "auto",
         dtype: Literal["float32", "float64"] = "float32",
     ) -> None:
         super().__init__()
@@ -139,7 +145,7 @@ class DataModule(LightningDataModule):
         self.dtype = getattr(torch, dtype)
         self.preprocessing = Preprocessing()
         self.split: dict[str, NDArray[np.int64]] = {}
-        self._parts: dict[str, tuple[Tensor | MappedInputs, Tensor]] = {}
+        self._parts: dict[str, tuple[Tensor | MappedInputs | SparseInputs, Tensor]] = {}
 
     @abstractmethod
     def load(self) -> Raw:
@@ -159,7 +165,7 @@ class DataModule(LightningDataModule):
         if self._parts:
             return
         raw = self.load()
-        n = len(raw.inputs)
+        n = raw.inputs.shape[0]
         if len(raw.targets) != n:
             raise ValueError(
                 f"Expected one target for each example. Received: {n} examples and "
@@ -192,10 +198,11 @@ class DataModule(LightningDataModule):
             standardize_targets=self.standardize_targets,
             feature_names=raw.feature_names,
             rows=train,
+            first_feature=raw.first_feature,
         )
         everything = {name: (raw.inputs, raw.targets, rows) for name, rows in self.split.items()}
         if raw.test is not None:
-            everything["test"] = (*raw.test, np.arange(len(raw.test[0])))
+            everything["test"] = (*raw.test, np.arange(raw.test[0].shape[0]))
         self._parts = {
             name: (self._inputs(x, rows), self.preprocessing.targets(y[rows], self.dtype))
             for name, (x, y, rows) in everything.items()
@@ -207,16 +214,16 @@ class DataModule(LightningDataModule):
                 f"Received: batch_size={size}. batch_size=full takes them all."
             )
 
-    def _inputs(self, raw: NDArray[Any], rows: NDArray[np.int64]) -> Tensor | MappedInputs:
+    def _inputs(self, raw: Any, rows: NDArray[np.int64]) -> Tensor | MappedInputs | SparseInputs:
         """Resident, unless they are mapped from a file."""
         if isinstance(raw, np.memmap):
             return MappedInputs(raw, rows, self.preprocessing, self.dtype)
-        return self.preprocessing.inputs(raw[rows], self.dtype)
+        return self.preprocessing.inputs(raw, self.dtype, rows)
 
     def _split(self, raw: Raw) -> dict[str, NDArray[np.int64]]:
         from sklearn.model_selection import train_test_split
 
-        n = len(raw.inputs)
+        n = raw.inputs.shape[0]
         own_test = raw.test is not None
         count = {
             name: int(f) if f >= 1 else round(f * n)
@@ -261,21 +268,30 @@ class DataModule(LightningDataModule):
 
     def examples(
         self, part: Literal["train", "val", "test"]
-    ) -> tuple[Tensor | MappedInputs, Tensor]:
+    ) -> tuple[Tensor | MappedInputs | SparseInputs, Tensor]:
         """Inputs and targets of one part, standardised.
 
         Args:
             part: "train", "val" or "test".
 
         Returns:
-            (N, …) and (N,) or (N, K); on CPU. Inputs that are mapped from a file stay there.
+            (N, …) and (N,) or (N, K); on CPU. Inputs that are mapped from a file stay there,
+            and sparse ones stay sparse.
         """
         return self._parts[part]
+
+    def count(self, part: Literal["train", "val", "test"]) -> int:
+        """Number of examples of one part.
+
+        Args:
+            part: "train", "val" or "test".
+        """
+        return len(self._parts[part][0])
 
     @property
     def num_train(self) -> int:
         """N."""
-        return len(self._parts["train"][0])
+        return self.count("train")
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -333,21 +349,44 @@ class DataModule(LightningDataModule):
             limits.append(trainer.max_steps)
         return min(limits) if limits else None
 
-    def val_dataloader(self) -> EvaluationLoader | list[Any]:
+    def val_dataloader(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Slices of the validation part (of this rank); empty without one."""
         return self._evaluation("val")
 
-    def test_dataloader(self) -> EvaluationLoader | list[Any]:
+    def test_dataloader(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Slices of the test part (of this rank); empty without one."""
         return self._evaluation("test")
 
-    def _evaluation(self, part: str) -> EvaluationLoader | list[Any]:
-        if not len(self._parts[part][0]):
+    def evaluation_loader(
+        self,
+        part: Literal["train", "val", "test"],
+        rank: int = 0,
+        ranks: int = 1,
+        batch_size: int = 1024,
+    ) -> Iterable[tuple[Tensor, Tensor]]:
+        """All examples of one part, in their order.
+
+        Args:
+            part: "train", "val" or "test".
+            rank: Of this process, which gets its part of them.
+            ranks: Number of processes.
+            batch_size: Examples in one pair, at most, range [1, ∞).
+
+        Returns:
+            Pairs of inputs and targets; empty for an empty part.
+        """
+        if not self.count(part):
             return []
-        rank, ranks = (
-            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        )
-        return EvaluationLoader(*self._parts[part], rank=rank, ranks=ranks)
+        inputs, targets = self._parts[part]
+        if isinstance(inputs, SparseInputs):
+            batch_size = min(batch_size, inputs.rows_at_once)
+        return EvaluationLoader(inputs, targets, batch_size, rank, ranks)
+
+    def _evaluation(self, part: Literal["val", "test"]) -> Iterable[tuple[Tensor, Tensor]]:
+        trainer = self.trainer
+        if trainer is None:
+            return self.evaluation_loader(part)
+        return self.evaluation_loader(part, trainer.global_rank, trainer.world_size)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -380,8 +419,8 @@ class DataModule(LightningDataModule):
         for name, value in now.items():
             same = (
                 torch.equal(value, then[name])
-                if _both_tensors(value, then[name])
-                else (type(value) is type(then[name]) and value == then[name])
+                if _both_tensors(value, then.get(name))
+                else (type(value) is type(then.get(name)) and value == then.get(name))
             )
             if not same:
                 raise ValueError(

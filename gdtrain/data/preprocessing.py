@@ -9,15 +9,18 @@ import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gdtrain.data.sparse import SparseInputs, check_entries, is_sparse
+
 __all__ = ["Preprocessing"]
 
+_PLAIN = ("classes", "feature_names", "input_shape", "first_feature")
 _CHUNK = 32 * 2**20  # bytes of raw features that are looked at together
 
 
@@ -33,6 +36,8 @@ class Preprocessing:
         classes: The labels, sorted; None for regression.
         feature_names: Names of the D columns, where they have any.
         input_shape: Shape of one example.
+        first_feature: From which number the LIBSVM file counted its features, 0 or 1; None: the
+            data came from elsewhere.
 
     Example:
         >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
@@ -51,11 +56,12 @@ class Preprocessing:
     classes: list[Any] | None = None
     feature_names: list[str] | None = None
     input_shape: list[int] | None = None
+    first_feature: int | None = None
 
     @classmethod
     def learn(
         cls,
-        inputs: NDArray[Any],
+        inputs: Any,
         targets: NDArray[Any],
         *,
         classify: bool,
@@ -64,11 +70,12 @@ class Preprocessing:
         standardize_targets: bool = True,
         feature_names: list[str] | None = None,
         rows: NDArray[np.int64] | None = None,
+        first_feature: int | None = None,
     ) -> Preprocessing:
         """Learn the statistics of a training set.
 
         Args:
-            inputs: (N, D), or images (N, C, H, W); may be memory-mapped.
+            inputs: (N, D), or images (N, C, H, W); may be memory-mapped, or of `scipy.sparse`.
             targets: (N,) or (N, K).
             classify: Whether the targets are classes.
             classes: All labels; those in `targets` if None.
@@ -76,11 +83,25 @@ class Preprocessing:
             standardize_targets: Whether to standardise the targets of a regression.
             feature_names: Names of the D columns.
             rows: The examples to learn from; None: all.
+            first_feature: As for the class.
 
         Returns:
             The transformation.
+
+        Raises:
+            ValueError: Sparse features are to be standardised, or statistics are not finite.
         """
-        made = cls(feature_names=feature_names, input_shape=list(inputs.shape[1:]))
+        made = cls(
+            feature_names=feature_names,
+            input_shape=[int(size) for size in inputs.shape[1:]],
+            first_feature=first_feature,
+        )
+        if standardize and is_sparse(inputs):
+            raise ValueError(
+                "Sparse inputs cannot be standardised: centring would fill in their zeros. Pass "
+                "standardize=False (data.standardize=false), after scaling them where they need "
+                "it, or dense inputs (inputs.toarray())."
+            )
         if standardize:
             mean, scale = _moments(inputs, rows)
             made.mean, made.scale = mean, _nonzero(scale, mean)
@@ -96,17 +117,37 @@ class Preprocessing:
             made.target_scale = _nonzero(target_scale, target_mean)
         return made
 
-    def inputs(self, raw: NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+    @overload
+    def inputs(
+        self, raw: NDArray[Any], dtype: torch.dtype = ..., rows: NDArray[np.int64] | None = ...
+    ) -> Tensor: ...
+
+    @overload
+    def inputs(
+        self, raw: Any, dtype: torch.dtype = ..., rows: NDArray[np.int64] | None = ...
+    ) -> Tensor | SparseInputs: ...
+
+    def inputs(
+        self, raw: Any, dtype: torch.dtype = torch.float32, rows: NDArray[np.int64] | None = None
+    ) -> Tensor | SparseInputs:
         """Raw features, (N, D) or (N, C, H, W), as a standardised tensor.
 
         Args:
-            raw: Numbers, finite. Images may be flat, (N, C·H·W).
+            raw: Numbers, finite. Images may be flat, (N, C·H·W). What is of `scipy.sparse` stays
+                sparse, unless it is to be standardised or reshaped.
             dtype: Of the result.
+            rows: Which of them; None: all.
 
         Raises:
             ValueError: Another shape than in training, or values that are not finite.
         """
         shape = tuple(self.input_shape or raw.shape[1:])
+        if is_sparse(raw) and self.mean is None and raw.shape[1:] == shape:
+            kept = SparseInputs.from_scipy(raw, rows, dtype)
+            check_entries(kept, self.feature_names)
+            return kept if kept.dtype == dtype else kept.to("cpu", dtype)
+        if is_sparse(raw):
+            raw, rows = (raw if rows is None else raw[rows]).toarray(), None
         if raw.ndim == 2 and raw.shape[1] == math.prod(shape):
             raw = raw.reshape(-1, *shape)
         if raw.shape[1:] != shape:
@@ -114,11 +155,23 @@ class Preprocessing:
                 f"Expected examples of shape {shape}, as in training ({math.prod(shape)} features "
                 f"each). Received: {raw.shape[1:]}."
             )
-        x = np.array(raw, dtype=np.float64 if dtype == torch.float64 else np.float32)
-        check_features(x, self.feature_names)
-        if self.mean is not None and self.scale is not None:
-            x -= self.mean.astype(x.dtype)
-            x /= self.scale.astype(x.dtype)
+        number = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+        whole = rows is None or (len(rows) == len(raw) and bool((rows[1:] > rows[:-1]).all()))
+        if whole and self.mean is None and raw.dtype == number and _is_shareable(raw):
+            check_features(raw, self.feature_names)
+            return torch.from_numpy(raw).to(dtype)
+        # By chunks: what is needed beside the result does not grow with N.
+        count = len(raw) if rows is None else len(rows)
+        x = np.empty((count, *shape), number)
+        size = max(1, _CHUNK // max(math.prod(shape) * number.itemsize, 1))
+        for first in range(0, count, size):
+            part = slice(first, min(first + size, count))
+            with np.errstate(over="ignore"):  # told as an infinite feature below
+                x[part] = raw[part if rows is None else rows[part]]
+            check_features(x[part], self.feature_names, first)
+            if self.mean is not None and self.scale is not None:
+                x[part] -= self.mean.astype(number)
+                x[part] /= self.scale.astype(number)
         return torch.from_numpy(x).to(dtype)
 
     def targets(self, raw: NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -132,22 +185,33 @@ class Preprocessing:
             ValueError: A label that training did not have, or a number that is not finite.
         """
         if self.classes is not None:
-            number = {label: i for i, label in enumerate(self.classes)}
-            try:
-                return torch.tensor(
-                    [number[label] for label in raw.ravel().tolist()], dtype=torch.int64
-                )
-            except KeyError as error:
-                raise ValueError(
-                    f"Labels must be among those of the training data, "
-                    f"{_shortened(self.classes)}. Received: {error.args[0]!r}."
-                ) from None
+            return torch.from_numpy(self._class_numbers(raw.ravel()))
         y = np.array(raw, dtype=np.float64)
         check_targets(y)
         if self.target_mean is not None and self.target_scale is not None:
             shape = (1,) * (y.ndim - 1) + (-1,) if y.ndim > 1 else (-1,)
             y = (y - self.target_mean.reshape(shape)) / self.target_scale.reshape(shape)
         return torch.from_numpy(y).to(dtype)
+
+    def _class_numbers(self, labels: NDArray[Any]) -> NDArray[np.int64]:
+        assert self.classes is not None
+        classes = np.asarray(self.classes)
+        if classes.dtype.kind in "biuf" and labels.dtype.kind in "biuf":
+            found = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+            wrong = np.flatnonzero(classes[found] != labels)
+            if not len(wrong):
+                return found.astype(np.int64, copy=False)
+            unknown = labels[wrong[0]].item()
+        else:
+            number = {label: i for i, label in enumerate(self.classes)}
+            try:
+                return np.array([number[label] for label in labels.tolist()], dtype=np.int64)
+            except KeyError as error:
+                unknown = error.args[0]
+        raise ValueError(
+            f"Labels must be among those of the training data, {_shortened(self.classes)}. "
+            f"Received: {unknown!r}."
+        )
 
     def answers(self, decided: Tensor) -> NDArray[Any]:
         """Class numbers as labels, standardised numbers in the units of the target.
@@ -172,7 +236,7 @@ class Preprocessing:
             for name in ("mean", "scale", "target_mean", "target_scale")
             for value in [getattr(self, name)]
         }
-        lists = {name: getattr(self, name) for name in ("classes", "feature_names", "input_shape")}
+        lists = {name: getattr(self, name) for name in _PLAIN}
         return {**arrays, **lists}
 
     @classmethod
@@ -189,16 +253,25 @@ class Preprocessing:
         return cls(**plain)
 
 
-def check_features(x: NDArray[Any], feature_names: list[str] | None = None) -> None:
+def _is_shareable(array: NDArray[Any]) -> bool:
+    """Whether a tensor may use its memory: torch has none that is read-only."""
+    return array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative
+
+
+def check_features(x: Any, feature_names: list[str] | None = None, number: int = 0) -> None:
     """Raise, with its place, on a feature that is not finite.
 
     Args:
-        x: (N, D) or (N, C, H, W).
+        x: (N, D) or (N, C, H, W), or CSR of `scipy.sparse`.
         feature_names: Names of the D columns.
+        number: Of the first example, for the message.
 
     Raises:
         ValueError: There is one.
     """
+    if is_sparse(x):
+        check_entries(x, feature_names)
+        return
     if x.dtype.kind != "f" or not len(x):
         return
     size = max(1, _CHUNK // max(x[0].nbytes, 1))
@@ -213,7 +286,7 @@ def check_features(x: NDArray[Any], feature_names: list[str] | None = None) -> N
     feature = place[1] if len(place) == 2 else place[1:]
     name = feature_names[place[1]] if feature_names else feature
     raise ValueError(
-        f"Features must be finite numbers. Received: {x[place]} in example {place[0]} "
+        f"Features must be finite numbers. Received: {x[place]} in example {number + place[0]} "
         f"(counted from 0), feature {name}. Fill in or drop missing values first."
     )
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from gdtrain.data.module import DataModule, Raw
+from gdtrain.data.sparse import is_sparse
 
 __all__ = [
     "ArrayDataModule",
@@ -27,6 +29,11 @@ __all__ = [
 ]
 
 Task = Literal["auto", "classification", "regression"]
+
+# Below this share of entries that are not zero, CSR takes less than half of the dense memory, and
+# its indexed sums beat the dense ones.
+_SPARSE_BELOW = 0.25
+_DENSE_BYTES = 8e9  # the most that a file may take as a dense array
 
 
 class EmbeddedDataModule(DataModule):
@@ -142,11 +149,13 @@ class SyntheticDataModule(DataModule):
 
 
 class ArrayDataModule(DataModule):
-    """Your own arrays or tensors.
+    """Your own arrays or tensors, dense or sparse.
 
     Args:
         inputs: (N, D), or images (N, C, H, W). What `numpy.load(…, mmap_mode="r")` returns stays
-            in its file.
+            in its file. A matrix or array of `scipy.sparse`, (N, D) in any format, stays sparse
+            (see `SparseInputs`) and needs `standardize=False`. An array of the module's dtype that
+            is neither standardised nor split is used where it lies, not copied.
         targets: (N,) classes of any kind, or numbers (N,) or (N, K).
         task: "classification", "regression", or "auto": classes where the targets are text,
             booleans or whole numbers of an integer type, else numbers.
@@ -154,7 +163,7 @@ class ArrayDataModule(DataModule):
         **options: As for `DataModule`.
 
     Raises:
-        ValueError: The arrays are not of these shapes.
+        ValueError: The arrays are not of these shapes; later, sparse inputs are to be standardised.
 
     Example:
         >>> data = ArrayDataModule(np.random.rand(50, 2), np.arange(50) % 3)
@@ -165,11 +174,11 @@ class ArrayDataModule(DataModule):
 
     def __init__(
         self,
-        inputs: ArrayLike,
+        inputs: Any,
         targets: ArrayLike,
         *,
         task: Task = "auto",
-        test: tuple[ArrayLike, ArrayLike] | None = None,
+        test: tuple[Any, ArrayLike] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -266,7 +275,9 @@ class NPYDataModule(DataModule):
     """A NumPy file of numbers, the targets in a column or in a file of their own.
 
     Args:
-        path: `.npy` with (N, D), or (N, D + 1) with the target in it, or images (N, C, H, W).
+        path: `.npy` with (N, D), or (N, D + 1) with the target in it, or images (N, C, H, W); or
+            `.npz` of `scipy.sparse.save_npz`, which stays sparse, and needs `target_path` and
+            `standardize=False`.
         target: Column of the target, counted from 0, negative from the end.
         target_path: `.npy` with the targets; then `target` is not used.
         memory_map: Leave the inputs in the file, and read them as they are needed: for files that
@@ -310,7 +321,8 @@ class NPYDataModule(DataModule):
 
     def load(self) -> Raw:
         """Read it."""
-        x = _load_npy(self.path, self.memory_map)
+        sparse = self.path.suffix == ".npz" and self.target_path is not None
+        x = _load_npz(self.path) if sparse else _load_npy(self.path, self.memory_map)
         if self.target_path is not None:
             y = _load_npy(self.target_path)
         else:
@@ -325,20 +337,24 @@ class NPYDataModule(DataModule):
 
 
 class LIBSVMDataModule(DataModule):
-    r"""A LIBSVM (svmlight) file, plain or compressed; held as a dense array.
+    r"""A LIBSVM (svmlight) file, plain or compressed; held as a dense or a sparse array.
 
     Features are divided by their standard deviation and centred like others; pass
-    `standardize=False` for one-hot data such as a9a.
+    `standardize=False` for one-hot data such as a9a, which then stays sparse.
 
     Args:
         path: The training file.
         test_path: A test file of its own.
+        sparse: Whether to hold the features as `SparseInputs`, which cannot be standardised;
+            "auto": if `standardize` is False and less than a quarter of the entries of `path` is
+            not zero (or a dense array would take more than 8 GB).
         task: As for `NPYDataModule`.
         **options: As for `DataModule`.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file cannot be read, or would take more than 8 GB as a dense array.
+        ValueError: The file cannot be read, would take more than 8 GB as a dense array, or is to
+            be sparse and standardised.
 
     Example:
         >>> import tempfile
@@ -356,20 +372,55 @@ class LIBSVMDataModule(DataModule):
         path: str | Path,
         *,
         test_path: str | Path | None = None,
+        sparse: bool | Literal["auto"] = "auto",
         task: Task = "auto",
         **options: Any,
     ) -> None:
         super().__init__(**options)
         self.path, self.task = _existing(path), task
         self.test_path = None if test_path is None else _existing(test_path)
+        if not isinstance(sparse, bool) and sparse != "auto":
+            raise ValueError(f"sparse must be true, false or auto. Received: sparse={sparse!r}.")
+        if sparse is True and self.standardize:
+            raise ValueError(
+                "sparse=true needs standardize=false: centring would fill in the zeros. "
+                "Received: standardize=true."
+            )
+        self.sparse = sparse
 
     def load(self) -> Raw:
         """Read it with scikit-learn."""
-        (x, y), *more = _load_libsvm(
-            [self.path] if self.test_path is None else [self.path, self.test_path]
+        paths = [self.path] if self.test_path is None else [self.path, self.test_path]
+        tables, targets, first = _load_libsvm(paths, self._number)
+        if not self._stays_sparse(tables[0]):
+            for i, (path, x) in enumerate(zip(paths, tables, strict=True)):
+                if _dense_bytes(x) > _DENSE_BYTES:
+                    raise ValueError(
+                        f"{path} has {x.shape[0]} examples of {x.shape[1]} features, more than "
+                        f"8 GB as a dense array. Select features first, or keep them sparse: "
+                        f"standardize=false."
+                    )
+                tables[i] = x.toarray()
+        y = targets[0]
+        return Raw(
+            tables[0],
+            y,
+            _is_classification(y, self.task, whole=True),
+            test=(tables[1], targets[1]) if len(tables) > 1 else None,
+            first_feature=first,
         )
-        test = more[0] if more else None
-        return Raw(x, y, _is_classification(y, self.task, whole=True), test=test)
+
+    @property
+    def _number(self) -> type[np.floating]:
+        return np.float64 if self.dtype == torch.float64 else np.float32
+
+    def _stays_sparse(self, x: Any) -> bool:
+        if self.sparse == "auto":
+            density = x.nnz / (x.shape[0] * x.shape[1])
+            return not self.standardize and (
+                density < _SPARSE_BELOW or _dense_bytes(x) > _DENSE_BYTES
+            )
+        return self.sparse
 
 
 _IDX = (
@@ -468,19 +519,29 @@ class TorchvisionDataModule(DataModule):
 # ---------------------------------------------------------------------- reading
 
 
-def read_features(path: str | Path, feature_names: list[str] | None = None) -> NDArray[Any]:
+def read_features(
+    path: str | Path,
+    feature_names: list[str] | None = None,
+    *,
+    num_features: int | None = None,
+    first_feature: int | None = None,
+) -> Any:
     r"""Examples without targets, to predict from.
 
     Args:
-        path: `.csv` with a header, or `.npy`.
+        path: `.csv` with a header; `.npy`; `.npz` of `scipy.sparse.save_npz`; or a LIBSVM file
+            (`.svm`, `.svmlight` or `.libsvm`, plain or compressed; any other name too where
+            `first_feature` is given), whose labels are not used.
         feature_names: Columns to take from a CSV file, in this order; None: all.
+        num_features: D, which a LIBSVM file does not tell; None: its highest feature.
+        first_feature: As for `Preprocessing`; None: 0 if the file has a feature 0, else 1.
 
     Returns:
-        (N, D), or what the `.npy` file holds.
+        (N, D), or what the `.npy` file holds; CSR of `scipy.sparse` from `.npz` and LIBSVM.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is of another kind, or lacks a column.
+        ValueError: The file is of another kind, lacks a column, or has more features.
 
     Example:
         >>> import tempfile
@@ -494,8 +555,18 @@ def read_features(path: str | Path, feature_names: list[str] | None = None) -> N
     path = _existing(path)
     if path.suffix == ".npy":
         return features(_load_npy(path))
+    if path.suffix == ".npz":
+        return features(_load_npz(path))
+    name = path.name.removesuffix(".gz").removesuffix(".bz2")
+    if name.endswith((".svm", ".svmlight", ".libsvm")) or (
+        first_feature is not None and path.suffix != ".csv"
+    ):
+        return _load_libsvm([path], np.float64, first_feature, num_features)[0][0]
     if path.suffix != ".csv":
-        raise ValueError(f"Examples must come as .csv or .npy. Received: {path}.")
+        raise ValueError(
+            f"Examples must come as .csv or .npy, or sparse as .npz, .svm or .libsvm. "
+            f"Received: {path}."
+        )
     import pandas as pd
 
     try:
@@ -532,14 +603,15 @@ def _existing(path: str | Path) -> Path:
     return path
 
 
-def features(inputs: Any) -> NDArray[Any]:
+def features(inputs: Any) -> Any:
     """Numbers of a user's, as an array: a list, array, data frame or tensor (on any device).
 
     Args:
-        inputs: (N,), (N, D) or (N, C, H, W).
+        inputs: (N,), (N, D) or (N, C, H, W); or (N, D) of `scipy.sparse`.
 
     Returns:
-        (N, D) or (N, C, H, W); a memory-mapped array stays one.
+        (N, D) or (N, C, H, W); a memory-mapped array stays one, and what is of `scipy.sparse` is
+        CSR.
 
     Raises:
         ValueError: They are no numbers, or there are none.
@@ -548,15 +620,16 @@ def features(inputs: Any) -> NDArray[Any]:
         >>> features([[1, 2], [3, 4]]).shape
         (2, 2)
     """
-    x = inputs if isinstance(inputs, np.memmap) else _array(inputs)
-    if x.ndim == 1:
+    kept = isinstance(inputs, np.memmap) or is_sparse(inputs)
+    x: Any = inputs if kept else _array(inputs)
+    if x.ndim == 1 and not is_sparse(x):
         x = x[:, None]
-    if x.ndim < 2 or x.dtype.kind not in "fiub" or not x.size:
+    if x.ndim < 2 or x.dtype.kind not in "fiub" or 0 in x.shape:
         raise ValueError(
             f"Inputs must be numbers of shape (N, D) or (N, C, H, W), N and D >= 1. Received: "
             f"shape {x.shape}, dtype {x.dtype}."
         )
-    return x
+    return x.tocsr() if is_sparse(x) else x
 
 
 def _array(values: Any) -> NDArray[Any]:
@@ -621,34 +694,65 @@ def _load_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
             f"({type(error).__name__})."
         ) from None
     if not isinstance(loaded, np.ndarray):
+        loaded.close()
         raise ValueError(f"{path} must hold one array (.npy). Received: several (.npz).")
     return loaded
 
 
-def _load_libsvm(paths: list[Path]) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """Files with features counted alike: from 0 if one of them has a feature 0, else from 1."""
+def _load_npz(path: Path) -> Any:
+    from scipy.sparse import load_npz
+
+    try:
+        return load_npz(path)
+    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+        raise ValueError(
+            f"{path} could not be read as a matrix of scipy.sparse.save_npz "
+            f"({type(error).__name__})."
+        ) from None
+
+
+def _load_libsvm(
+    paths: list[Path], number: type[np.floating], first: int | None = None, width: int | None = None
+) -> tuple[list[Any], list[NDArray[Any]], int]:
+    """CSR arrays and targets of files with features counted alike, and from which number.
+
+    `first`: from which; None: from 0 if one of the files has a feature 0, else from 1.
+    `width`: how many features there are; None: as many as in the first file.
+    """
+    from scipy.sparse import csr_array
     from sklearn.datasets import load_svmlight_file
 
-    loaded = []
+    tables, targets = [], []
     for path in paths:
         try:
-            loaded.append(load_svmlight_file(str(path), zero_based=True, dtype=np.float32))
+            x, y = load_svmlight_file(str(path), zero_based=True, dtype=number)
         except (ValueError, OSError) as error:
-            raise ValueError(f"{path} could not be read as LIBSVM: {error}") from None
-    first = 0 if any((x.indices == 0).any() for x, _ in loaded) else 1
-    width = loaded[0][0].shape[1]
-    dense = []
-    for path, (x, y) in zip(paths, loaded, strict=True):
-        if x.shape[1] > width:
+            raise ValueError(
+                f"{path} could not be read as LIBSVM, lines of a label and feature:value: {error}"
+            ) from None
+        tables.append(csr_array(x))
+        targets.append(y)
+    has_zero = any((x.indices == 0).any() for x in tables)
+    if first is None:
+        first = 0 if has_zero else 1
+    elif first == 1 and has_zero:
+        raise ValueError(
+            f"{paths[0]} has a feature 0. Expected features counted from 1, as in training."
+        )
+    expected = f"{paths[0]} has" if width is None else "there are"
+    width = tables[0].shape[1] - first if width is None else width
+    if width < 1 or not tables[0].shape[0]:
+        raise ValueError(f"{paths[0]} could not be read as LIBSVM: it has no examples or features.")
+    for i, (path, x) in enumerate(zip(paths, tables, strict=True)):
+        if x.shape[1] - first > width:
             raise ValueError(
                 f"{path} could not be read as LIBSVM: it has {x.shape[1] - first} features, and "
-                f"{paths[0]} has {width - first}."
+                f"{expected} {width}."
             )
-        if x.shape[0] * width * 4 > 8e9:
-            raise ValueError(
-                f"{path} has {x.shape[0]} examples of {width - first} features, more than 8 GB as "
-                f"a dense array. Select features first."
-            )
-        x.resize((x.shape[0], width))
-        dense.append((x.toarray()[:, first:], y))
-    return dense
+        columns = x.indices - np.asarray(first, dtype=x.indices.dtype)
+        tables[i] = csr_array((x.data, columns, x.indptr), shape=(x.shape[0], width))
+    return tables, targets, first
+
+
+def _dense_bytes(x: Any) -> float:
+    return float(x.shape[0]) * x.shape[1] * x.dtype.itemsize

@@ -33,7 +33,8 @@ class GD(Descent):
         maximize: Climb instead of descend.
         foreach: False applies the rule tensor by tensor.
         differentiable: Let autograd see the step.
-        fused: Use PyTorch's fused kernel.
+        fused: True takes PyTorch's fused kernel, which may round less often. None, with `foreach`
+            None: the fastest way that has the bits of torch's loop, tensor by tensor.
 
     Raises:
         ValueError: A hyperparameter is out of range.

@@ -199,7 +199,7 @@ def test_permutations_of_three_are_equally_likely():
         ({"batch_size": 0}, r"batch_size must lie in \[1, 5\].*Received: batch_size=0"),
         ({"batch_size": 6}, "Received: batch_size=6"),
         ({"batch_size": 2, "sampling": "random"}, "sampling must be one of reshuffle.*'random'"),
-        ({"batch_size": 2, "updates_per_sweep": 0}, "updates_per_sweep must be at least 1"),
+        ({"batch_size": 2, "updates_per_sweep": 0}, "updates_per_sweep must be a whole number"),
         ({"batch_size": 2, "seed": -1}, "seed"),
     ],
 )

@@ -1,0 +1,195 @@
+"""Examples that are mostly zeros: kept as compressed rows (CSR), made dense a batch at a time.
+
+N examples, D features, Z entries that are not zero.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["SparseInputs", "is_sparse"]
+
+_DENSE_BYTES = 64 * 2**20  # of rows that are made dense together, where nobody says how many
+
+
+def is_sparse(x: Any) -> bool:
+    """Whether this is a matrix or array of `scipy.sparse`.
+
+    Args:
+        x: Anything.
+
+    Example:
+        >>> from scipy.sparse import coo_array
+        >>> is_sparse(coo_array([[0, 1]])), is_sparse(np.eye(2))
+        (True, False)
+    """
+    scipy_sparse = sys.modules.get("scipy.sparse")  # imported, if anybody has made one
+    return scipy_sparse is not None and bool(scipy_sparse.issparse(x))
+
+
+class SparseInputs:
+    """Rows of a sparse matrix, as dense tensors when they are indexed.
+
+    Example i has `values[row_starts[i]:row_starts[i + 1]]` in the columns
+    `columns[row_starts[i]:row_starts[i + 1]]`, which ascend, and zeros elsewhere: memory is
+    O(Z + N), never N·D. The arrays are contiguous, for engines that use them as they are.
+
+    Args:
+        values: (Z,), float32 or float64.
+        columns: (Z,), int32; within each row ascending, and none twice.
+        row_starts: (N + 1,), int64.
+        num_features: D.
+        device: Of the dense tensors; the arrays stay in main memory.
+        dtype: Of the dense tensors; None: that of the values.
+
+    Example:
+        >>> from scipy.sparse import csr_array
+        >>> inputs = SparseInputs.from_scipy(csr_array([[0, 2.0], [1.0, 0], [0, 0]]))
+        >>> inputs.shape, inputs.values
+        ((3, 2), array([2., 1.], dtype=float32))
+        >>> inputs[torch.tensor([1, 0])]
+        tensor([[1., 0.],
+                [0., 2.]])
+    """
+
+    def __init__(
+        self,
+        values: NDArray[Any],
+        columns: NDArray[np.int32],
+        row_starts: NDArray[np.int64],
+        num_features: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.values, self.columns, self.row_starts = values, columns, row_starts
+        self.num_features = num_features
+        self.device = torch.device(device)
+        self.dtype = torch.from_numpy(values[:0]).dtype if dtype is None else dtype
+
+    @classmethod
+    def from_scipy(
+        cls,
+        matrix: Any,
+        rows: NDArray[np.int64] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> SparseInputs:
+        """Copy rows of a matrix; its duplicates are added up, and its explicit zeros left out.
+
+        Args:
+            matrix: (N, D), of `scipy.sparse`, in any format.
+            rows: Which of its rows, in which order; None: all.
+            dtype: Of the values: torch.float32 or torch.float64.
+
+        Returns:
+            The rows.
+        """
+        from scipy.sparse import csr_array
+
+        kept = csr_array(matrix if rows is None else matrix.tocsr()[rows])
+        with np.errstate(over="ignore"):  # infinite then, which the caller looks for
+            own = np.float64 if dtype == torch.float64 else np.float32
+            kept = kept.astype(own, copy=rows is None)
+        kept.sum_duplicates()
+        kept.eliminate_zeros()
+        return cls(
+            np.ascontiguousarray(kept.data),
+            np.ascontiguousarray(kept.indices, dtype=np.int32),
+            np.ascontiguousarray(kept.indptr, dtype=np.int64),
+            kept.shape[1],
+        )
+
+    def __len__(self) -> int:
+        return len(self.row_starts) - 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D)."""
+        return len(self), self.num_features
+
+    def is_floating_point(self) -> bool:
+        """True: features are numbers."""
+        return True
+
+    def __getitem__(self, indices: Any) -> Tensor:
+        if isinstance(indices, Tensor):
+            indices = indices.cpu().numpy()
+        starts = np.atleast_1d(self.row_starts[:-1][indices])
+        counts = np.atleast_1d(self.row_starts[1:][indices]) - starts
+        before = np.cumsum(counts) - counts  # entries of the rows before, here and in the matrix
+        entries = np.arange(counts.sum()) + np.repeat(starts - before, counts)
+        b, d = len(starts), self.num_features
+        places = np.repeat(np.arange(0, b * d, d), counts)
+        places += self.columns.take(entries)
+        dense = torch.zeros(b * d, dtype=self.dtype, device=self.device)
+        values = torch.from_numpy(self.values.take(entries)).to(self.device, self.dtype)
+        return dense.scatter_(0, torch.from_numpy(places).to(self.device), values).view(b, d)
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many rows take 64 MB when they are dense; at least 1."""
+        return max(1, _DENSE_BYTES // max(1, self.num_features * self.dtype.itemsize))
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """The rows in their order, as dense pieces (like `torch.Tensor.split`, one at a time).
+
+        Args:
+            size: Rows in each but the last, range [1, ∞); `rows_at_once` if that is less.
+        """
+        size = min(size, self.rows_at_once)
+        for first in range(0, len(self), size):
+            yield self[first : first + size]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SparseInputs:
+        """The same rows, as tensors elsewhere or of another type.
+
+        The values themselves become float32 or float64 where that is the type, so that an engine
+        on the arrays computes in it.
+
+        Args:
+            device: Of the tensors.
+            dtype: Of the tensors; None: as they are.
+        """
+        dtype = self.dtype if dtype is None else dtype
+        own = {torch.float32: np.float32, torch.float64: np.float64}.get(dtype, self.values.dtype)
+        return SparseInputs(
+            self.values.astype(own, copy=False),
+            self.columns,
+            self.row_starts,
+            self.num_features,
+            device,
+            dtype,
+        )
+
+
+def check_entries(matrix: Any, feature_names: list[str] | None = None) -> None:
+    """Raise, with its place, on an entry that is not finite.
+
+    Args:
+        matrix: (N, D), CSR of `scipy.sparse`, or `SparseInputs`.
+        feature_names: Names of the D columns.
+
+    Raises:
+        ValueError: There is one.
+    """
+    own = isinstance(matrix, SparseInputs)
+    values = matrix.values if own else matrix.data
+    if values.dtype.kind != "f" or np.isfinite(values).all():
+        return
+    starts, columns = (
+        (matrix.row_starts, matrix.columns) if own else (matrix.indptr, matrix.indices)
+    )
+    entry = int(np.argmin(np.isfinite(values)))
+    example = int(np.searchsorted(starts, entry, side="right")) - 1
+    column = int(columns[entry])
+    raise ValueError(
+        f"Features must be finite numbers. Received: {values[entry]} in example {example} "
+        f"(counted from 0), feature {feature_names[column] if feature_names else column}. Fill in "
+        f"or drop missing values first."
+    )

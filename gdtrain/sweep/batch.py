@@ -1,0 +1,276 @@
+"""K mini-batch updates of a dense network, as matrix products: backpropagation written by hand.
+
+    Z_l = H_{l−1} W_lᵀ + b_l,  H_l = a(Z_l),  l = 1 … L       forward, H_0 = X (M, D), P = H_L
+    Δ_L = (1/B) ∂ℓ/∂P,  Δ_{l−1} = Δ_l W_l ∘ a′(Z_{l−1})       backward
+    ∂J/∂W_l = Δ_lᵀ H_{l−1},  ∂J/∂b_l = Σ_i Δ_l,i              summed over passes of M examples
+
+B examples per update, M in one pass, D features, L layers. Nothing is allocated in the loop.
+
+Without momentum the gradient of an update that is one pass is never formed: the product is added to
+the weights as it is computed, W_l ← (1 − ηλ) W_l − η Δ_lᵀ H_{l−1}. Else `gdtrain.rules` makes the
+update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gdtrain.rules import descend_
+
+__all__ = ["Backpropagation", "activate_", "slope_"]
+
+
+def activate_(name: str, parameter: float, z: Tensor, out: Tensor) -> None:
+    """a(Z).
+
+    Args:
+        name: As in `gdtrain.models.mlp.ACTIVATIONS`; not "identity".
+        parameter: Slope of leaky_relu, α of elu.
+        z: (M, n).
+        out: (M, n), written.
+
+    Example:
+        >>> out = torch.empty(2)
+        >>> activate_("relu", 0.0, torch.tensor([-1.0, 2.0]), out)
+        >>> out
+        tensor([0., 2.])
+    """
+    if name == "relu":
+        torch.clamp_min(z, 0, out=out)
+    elif name == "tanh":
+        torch.tanh(z, out=out)
+    elif name == "sigmoid":
+        torch.sigmoid(z, out=out)
+    else:
+        out.copy_(_RARE[name](z, parameter))
+
+
+_RARE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "gelu": lambda z, _: F.gelu(z),
+    "silu": lambda z, _: F.silu(z),
+    "leaky_relu": F.leaky_relu,
+    "elu": F.elu,
+    "softplus": lambda z, _: F.softplus(z),
+}
+
+
+def slope_(name: str, parameter: float, z: Tensor, h: Tensor, delta: Tensor) -> None:
+    """Δ ← Δ ∘ a′(Z).
+
+    Args:
+        name: As for `activate_`.
+        parameter: As for `activate_`.
+        z: (M, n).
+        h: a(Z).
+        delta: (M, n), in place.
+
+    Example:
+        >>> delta = torch.ones(2)
+        >>> slope_("relu", 0.0, torch.tensor([-1.0, 2.0]), torch.tensor([0.0, 2.0]), delta)
+        >>> delta
+        tensor([0., 1.])
+    """
+    if name == "relu":
+        delta.masked_fill_(h == 0, 0)  # h is NaN, not 0, where z is NaN
+    elif name == "tanh":
+        delta.addcmul_(delta, h * h, value=-1)
+    elif name == "sigmoid":
+        delta.mul_(h).addcmul_(delta, h, value=-1)
+    elif name == "gelu":
+        density = torch.exp(-0.5 * z * z).mul_(math.sqrt(0.5 / math.pi))
+        delta.mul_(0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density)
+    elif name == "silu":
+        s = torch.sigmoid(z)
+        delta.mul_(s * (1 + z * (1 - s)))
+    elif name == "leaky_relu":
+        delta.mul_((z > 0).to(z.dtype).mul_(1 - parameter).add_(parameter))
+    elif name == "elu":
+        delta.mul_(torch.where(z <= 0, h + parameter, 1.0))
+    else:
+        delta.mul_(torch.sigmoid(z))
+
+
+class Backpropagation:
+    """Updates W_l and b_l in place, from mini-batches.
+
+    Args:
+        weights: W_l, (n_l, n_{l−1}).
+        biases: b_l, (n_l,), or None.
+        activations: Name and parameter of each layer's a, as for `activate_`.
+        loss: From predictions (M, C) and the numbers of the examples to the sum of their losses;
+            it writes ∂ℓ/∂P into its third argument (M, C).
+
+    Example:
+        >>> def squared_error(p, rows, slope):
+        ...     torch.sub(p, torch.tensor([[1.0], [3.0]])[rows], out=slope)
+        ...     return 0.5 * float(slope.square().sum())
+        >>> weight = torch.zeros(1, 1)
+        >>> network = Backpropagation([weight], [None], [("identity", 0.0)], squared_error)
+        >>> rule = dict(momentum=0, dampening=0, weight_decay=0, nesterov=False, maximize=False)
+        >>> network.update(torch.tensor([[1.0], [1.0]]), torch.arange(2), 2,
+        ...     [(0.5, rule)] * 2, [None] * 2)
+        2.5
+        >>> weight  # 0.5 times the mean of 1 and 3
+        tensor([[1.]])
+    """
+
+    def __init__(
+        self,
+        weights: list[Tensor],
+        biases: list[Tensor | None],
+        activations: list[tuple[str, float]],
+        loss: Callable[[Tensor, Tensor, Tensor], float],
+    ) -> None:
+        self.weights, self.biases, self.activations = weights, biases, activations
+        self.loss = loss
+        self.transposed = [w.t() for w in weights]
+        self._rooms: dict[int, dict[str, list[Any]]] = {}
+        self._gradients: list[Tensor | None] = []
+
+    def _room(self, size: int) -> dict[str, list[Any]]:
+        if size not in self._rooms:
+            if len(self._rooms) > 4:  # another micro-batch size, and ragged tails
+                self._rooms.clear()
+            made = [[w.new_empty(size, len(w)) for w in self.weights] for _ in range(3)]
+            z, h, delta = made
+            h = [
+                a if name != "identity" else b
+                for (name, _), a, b in zip(self.activations, h, z, strict=True)
+            ]
+            x = [self.weights[0].new_empty(size, self.weights[0].shape[1])]
+            self._rooms[size] = {"z": z, "h": h, "delta": delta, "x": x}
+        return self._rooms[size]
+
+    def gathered(self, inputs: Any, rows: Tensor) -> Tensor:
+        """The examples, as one matrix.
+
+        Args:
+            inputs: (N, …), a tensor or rows that are indexed.
+            rows: (M,).
+
+        Returns:
+            (M, D); valid until the next call of this size.
+        """
+        if not isinstance(inputs, Tensor):
+            return inputs[rows].reshape(len(rows), -1)
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all()):
+            return inputs[first : last + 1]  # of a whole batch: nothing is copied
+        return torch.index_select(inputs, 0, rows, out=self._room(len(rows))["x"][0])
+
+    def update(
+        self,
+        inputs: Any,
+        rows: Tensor,
+        size: int,
+        rules: list[tuple[float, dict[str, Any]]],
+        buffers: list[Tensor | None],
+    ) -> float:
+        """Make one update.
+
+        Args:
+            inputs: (N, D), a tensor or rows that are indexed.
+            rows: (B,), which of them.
+            size: M, range [1, ∞).
+            rules: η and the other arguments of `gdtrain.rules.descend_`, for W_1, b_1, W_2, …;
+                those of a bias that is None are not used.
+            buffers: Momentum of W_1, b_1, …; a None is filled where there is momentum.
+
+        Returns:
+            J before the update.
+        """
+        count = len(rows)
+        total = 0.0
+        plain = count <= size and all(r["momentum"] == 0 for _, r in rules)
+        for start in range(0, count, size):
+            part = rows[start : start + size]
+            room = self._room(len(part))
+            x = self.gathered(inputs, part)
+            total += self._forward(x, part, room)
+            room["delta"][-1].div_(count)
+            if plain:
+                self._descend(x, room, rules)
+            else:
+                self._accumulate(x, room, first=start == 0)
+        if not plain:
+            self._apply(rules, buffers)
+        return total / count
+
+    def _forward(self, x: Tensor, rows: Tensor, room: dict[str, list[Any]]) -> float:
+        h = x
+        for layer, (name, parameter) in enumerate(self.activations):
+            z, bias = room["z"][layer], self.biases[layer]
+            if bias is None:
+                torch.mm(h, self.transposed[layer], out=z)
+            else:
+                torch.addmm(bias, h, self.transposed[layer], out=z)
+            if name != "identity":
+                activate_(name, parameter, z, room["h"][layer])
+            h = room["h"][layer]
+        return self.loss(h, rows, room["delta"][-1])
+
+    def _through(self, layer: int, room: dict[str, list[Any]]) -> Tensor:
+        """Δ of a layer's Z, from Δ of its H."""
+        name, parameter = self.activations[layer]
+        delta: Tensor = room["delta"][layer]
+        if name != "identity":
+            slope_(name, parameter, room["z"][layer], room["h"][layer], delta)
+        return delta
+
+    def _descend(
+        self, x: Tensor, room: dict[str, list[Any]], rules: list[tuple[float, dict[str, Any]]]
+    ) -> None:
+        for layer in range(len(self.weights) - 1, -1, -1):
+            delta = self._through(layer, room)
+            if layer:
+                torch.mm(delta, self.weights[layer], out=room["delta"][layer - 1])
+            below = room["h"][layer - 1] if layer else x
+            (lr, rule), (lr_bias, rule_bias) = rules[2 * layer : 2 * layer + 2]
+            self.weights[layer].addmm_(
+                delta.t(),
+                below,
+                beta=1 - lr * rule["weight_decay"],
+                alpha=lr if rule["maximize"] else -lr,
+            )
+            bias = self.biases[layer]
+            if bias is not None:
+                descend_([bias], [delta.sum(0)], [], lr=lr_bias, **rule_bias)
+
+    def _accumulate(self, x: Tensor, room: dict[str, list[Any]], first: bool) -> None:
+        if not self._gradients:
+            for weight, bias in zip(self.weights, self.biases, strict=True):
+                empty = None if bias is None else torch.empty_like(bias)
+                self._gradients += [torch.empty_like(weight), empty]
+        for layer in range(len(self.weights) - 1, -1, -1):
+            delta = self._through(layer, room)
+            if layer:
+                torch.mm(delta, self.weights[layer], out=room["delta"][layer - 1])
+            below = room["h"][layer - 1] if layer else x
+            gradient, of_bias = self._gradients[2 * layer : 2 * layer + 2]
+            assert gradient is not None
+            if first:
+                torch.mm(delta.t(), below, out=gradient)
+            else:
+                gradient.addmm_(delta.t(), below)
+            if of_bias is not None:
+                if first:
+                    torch.sum(delta, 0, out=of_bias)
+                else:
+                    of_bias.add_(delta.sum(0))
+
+    def _apply(
+        self, rules: list[tuple[float, dict[str, Any]]], buffers: list[Tensor | None]
+    ) -> None:
+        tensors = [t for pair in zip(self.weights, self.biases, strict=True) for t in pair]
+        for i, (tensor, gradient) in enumerate(zip(tensors, self._gradients, strict=True)):
+            if tensor is not None and gradient is not None:
+                own = buffers[i : i + 1]
+                lr, rule = rules[i]
+                descend_([tensor], [gradient], own, lr=lr, **rule)
+                buffers[i] = own[0]

@@ -1,0 +1,127 @@
+"""K updates of a linear model on sparse inputs, compiled by Numba: loops over the non-zeros.
+
+    p = W x + b,  ∂ℓ/∂W = δ xᵀ,  ∂ℓ/∂b = δ = ∂ℓ/∂p,  averaged over the B examples of an update
+
+K updates in the sweep, D features, C outputs; row i of the inputs has the values
+values[starts[i] : starts[i + 1]] in the columns columns[starts[i] : starts[i + 1]] (CSR).
+
+Without momentum and weight decay an update touches only the columns of its examples. Both of these
+move every weight, and take time in proportion to C·D.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gdtrain.sweep.one_example import compiled, descend, loss_and_slope, prefetch
+
+__all__ = ["sweep"]
+
+
+# Without reassoc: short sums of scattered terms are slower in vector registers.
+@compiled(reassoc=False)
+def sweep(  # type: ignore[no-untyped-def]
+    values, columns, starts, labels, targets, rows, lrs, theta, buffers, features, rule, fresh,
+    loss, loss_parameter, losses, prediction, slopes, gradient,
+):  # fmt: skip
+    """Make K updates in place.
+
+    Args:
+        values: (nnz,).
+        columns: (nnz,), each in [0, D).
+        starts: (N+1,).
+        labels: (N,) class numbers, or (1,) in a regression.
+        targets: (N, C) numbers, or (1, C) of classes.
+        rows: (K, B), which examples make which update.
+        lrs: (K, 2), η of W and of b at each update.
+        theta: (C·D + C,): W, then b, in place.
+        buffers: (C·D + C,) momentum in the same order, in place; (0,) without momentum.
+        features: D.
+        rule: (2, 5) and
+        fresh: (2,), of W and b, as for `gdtrain.sweep.one_example.sweep`.
+        loss: A value of `gdtrain.sweep.one_example.LOSS`.
+        loss_parameter: Huber's δ.
+        losses: (K,), written.
+        prediction: (C,) room.
+        slopes: (B, C) room.
+        gradient: (C, D) of zeros, and left so; room for what momentum needs.
+
+    Example:
+        >>> from gdtrain.sweep.one_example import LOSS
+        >>> theta, losses = np.zeros(3), np.zeros(1)
+        >>> rule = np.array([[-1.0, 1, 0, 0, 1]] * 2)  # W and b by plain descent
+        >>> sweep(np.array([2.0, 1.0]), np.array([1, 0], np.int32), np.array([0, 1, 2]),
+        ...     np.zeros(1, np.int64), np.array([[1.0], [3.0]]), np.array([[0, 1]]),
+        ...     np.full((1, 2), 0.5), theta, np.zeros(0), 2, rule, np.zeros(2, np.bool_),
+        ...     LOSS["SquaredError"], 0.0, losses, np.zeros(1), np.zeros((2, 1)), np.zeros((1, 2)))
+        >>> losses, theta  # ¼(1² + 3²); the mean gradient is −(3, 2) for W, −4 for b, halved
+        (array([2.5]), array([0.75, 0.5 , 1.  ]))
+    """
+    updates, batch = rows.shape
+    outputs = prediction.size
+    weight = theta[: outputs * features].reshape(outputs, features)
+    bias = theta[outputs * features :]
+    b_weight = buffers[: outputs * features].reshape(outputs, features) if buffers.size else weight
+    b_bias = buffers[outputs * features :] if buffers.size else bias
+    biased = not math.isnan(rule[1, 0])
+    zero, one = theta.dtype.type(0), theta.dtype.type(1)
+    share = one / theta.dtype.type(batch)
+    columns = columns.view(np.uint32)  # an index without a sign needs no test for it
+    values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
+    for k in range(updates):
+        if k + 4 < updates:  # fetched before their turn
+            prefetch(values_, 0, starts[rows[k + 4, 0]])
+            prefetch(columns_, 0, starts[rows[k + 4, 0]])
+        total = zero
+        for n in range(batch):
+            i = rows[k, n]
+            for c in range(outputs):
+                p = bias[c] if biased else zero
+                for at in range(starts[i], starts[i + 1]):
+                    p += weight[c, columns[at]] * values[at]
+                prediction[c] = p
+            total += loss_and_slope(
+                loss, loss_parameter, prediction, labels[i] if labels.size > 1 else labels[0],
+                targets, i if targets.shape[0] > 1 else 0, slopes, n,
+            )  # fmt: skip
+        losses[k] = total * share
+        if rule[0, 0] < 0:  # no momentum
+            decay = lrs[k, 0] * rule[0, 2]
+            if decay != 0:
+                for c in range(outputs):
+                    for j in range(features):
+                        weight[c, j] -= decay * weight[c, j]
+            for n in range(batch):
+                i = rows[k, n]
+                for c in range(outputs):
+                    step = lrs[k, 0] * rule[0, 4] * share * slopes[n, c]
+                    for at in range(starts[i], starts[i + 1]):
+                        weight[c, columns[at]] -= step * values[at]
+        else:
+            for n in range(batch):
+                i = rows[k, n]
+                for c in range(outputs):
+                    for at in range(starts[i], starts[i + 1]):
+                        gradient[c, columns[at]] += slopes[n, c] * values[at]
+            for c in range(outputs):
+                descend(
+                    weight[c], b_weight[c], share, gradient[c], lrs[k, 0], rule, 0,
+                    k == 0 and fresh[0],
+                )  # fmt: skip
+            for n in range(batch):
+                i = rows[k, n]
+                for c in range(outputs):
+                    for at in range(starts[i], starts[i + 1]):
+                        gradient[c, columns[at]] = zero
+        if biased:
+            for n in range(1, batch):
+                for c in range(outputs):
+                    slopes[0, c] += slopes[n, c]
+            if rule[1, 0] < 0:
+                for c in range(outputs):
+                    g = rule[1, 4] * share * slopes[0, c] + rule[1, 2] * bias[c]
+                    bias[c] -= lrs[k, 1] * g
+            else:
+                descend(bias, b_bias, share, slopes[0], lrs[k, 1], rule, 1, k == 0 and fresh[1])
