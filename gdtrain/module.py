@@ -41,7 +41,7 @@ _log = logging.getLogger("gdtrain")
 _SWEEP_SECONDS = (
     0.1  # that a sweep of automatic length takes: Lightning's own cost is then below 1%
 )
-_MOST_UPDATES = 2**15  # of such a sweep
+_MOST_UPDATES = 2**16  # of such a sweep
 _BATCH = 8  # examples, from which on convolutions gain from another layout
 
 # Callbacks to which only the epochs with a validation matter.
@@ -444,7 +444,9 @@ class SupervisedModule(LightningModule):
         """
         total = self.total_updates if self.total_updates is not None else first + count
         return self.schedule(
-            torch.arange(first, first + count), max(total, 1), self.updates_per_epoch
+            torch.from_numpy(np.arange(first, first + count, dtype=np.float64)),
+            max(total, 1),
+            self.updates_per_epoch,
         )
 
     def training_step(

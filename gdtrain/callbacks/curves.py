@@ -11,6 +11,7 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary
 
 from gdtrain.module import SupervisedModule
 
@@ -84,7 +85,7 @@ class LossCurves(Callback):
         ...     enable_checkpointing=False, accelerator="cpu")
     """
 
-    def __init__(self, points: int = 1000) -> None:
+    def __init__(self, points: int = 500) -> None:
         if isinstance(points, bool) or not isinstance(points, int) or points < 1:
             raise ValueError(f"points must be a whole number of at least 1. Received: {points!r}.")
         self.points = points
@@ -125,7 +126,7 @@ class LossCurves(Callback):
     ) -> None:
         """Cut the losses of the sweep into points."""
         module = cast(SupervisedModule, pl_module)
-        losses = outputs["losses"].detach().cpu().double().numpy()
+        losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
         factors = outputs["factors"]
         first, per_update = outputs["first"], outputs["examples"]
         last = first + len(losses)
@@ -183,8 +184,13 @@ class LossCurves(Callback):
         }
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_metrics(values, step=update)
-                logger.log_metrics(by_sample, step=examples)
+                if not trainer.is_global_zero:
+                    continue
+                if update == examples:
+                    _write(logger, {**values, **by_sample}, update)
+                else:
+                    _write(logger, values, update)
+                    _write(logger, by_sample, examples)
             else:
                 place = {
                     "examples": examples,
@@ -208,6 +214,13 @@ class LossCurves(Callback):
         self._sum, self._count = state_dict["sum"], state_dict["count"]
         self._seconds_before = state_dict["seconds"]
         self.history = History(state_dict["train"], state_dict["val"])
+
+
+def _write(logger: TensorBoardLogger, values: dict[str, float], step: int) -> None:
+    """All values of a step in one event: half the time of one event for each."""
+    entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+    if entries:
+        logger.experiment.file_writer.add_summary(Summary(value=entries), step)
 
 
 def _peak(trainer: Trainer) -> float:

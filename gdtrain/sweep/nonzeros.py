@@ -15,15 +15,54 @@ import math
 
 import numpy as np
 
-from gdtrain.sweep.one_example import compiled, descend, loss_and_slope, prefetch
+from gdtrain.sweep.one_example import (
+    compiled,
+    descend,
+    loss_and_slope,
+    loss_of_margin,
+    prefetch,
+)
 
 __all__ = ["sweep"]
+
+
+@compiled(reassoc=False)
+def _single(  # type: ignore[no-untyped-def]
+    values, columns, starts, labels, rows, factors, peaks, w, bias, biased, rule, loss, losses,
+):  # fmt: skip
+    """`sweep` for two classes, one example an update and no momentum: all in registers."""
+    number = w.dtype.type
+    zero, one = number(0), number(1)
+    values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
+    b = bias[0]
+    for k in range(rows.shape[0]):
+        if k + 4 < rows.shape[0]:
+            prefetch(values_, 0, starts[rows[k + 4, 0]])
+            prefetch(columns_, 0, starts[rows[k + 4, 0]])
+        i = rows[k, 0]
+        start, end = starts[i], starts[i + 1]
+        p = b if biased else zero
+        for at in range(start, end):
+            p += w[columns[at]] * values[at]
+        sign = one if labels[i] == 1 else -one
+        losses[k], slope = loss_of_margin(loss, sign * p, zero, one)
+        g = rule[0, 4] * sign * slope
+        lr = number(factors[k] * peaks[0])
+        decay = lr * rule[0, 2]
+        if decay != 0:
+            for j in range(w.size):
+                w[j] -= decay * w[j]
+        for at in range(start, end):
+            w[columns[at]] -= lr * g * values[at]
+        if biased:
+            b -= number(factors[k] * peaks[1]) * (g * rule[1, 4] * rule[0, 4] + rule[1, 2] * b)
+    bias[0] = b
 
 
 # Without reassoc: short sums of scattered terms are slower in vector registers.
 @compiled(reassoc=False)
 def sweep(  # type: ignore[no-untyped-def]
-    values, columns, starts, labels, targets, rows, lrs, theta, buffers, features, rule, fresh,
+    values, columns, starts, labels, targets, rows, factors, peaks, theta, buffers, features, rule, fresh,
     loss, loss_parameter, losses, prediction, slopes, gradient,
 ):  # fmt: skip
     """Make K updates in place.
@@ -35,7 +74,8 @@ def sweep(  # type: ignore[no-untyped-def]
         labels: (N,) class numbers, or (1,) in a regression.
         targets: (N, C) numbers, or (1, C) of classes.
         rows: (K, B), which examples make which update.
-        lrs: (K, 2), η of W and of b at each update.
+        factors: (K,), the schedule's factor at each update, float64.
+        peaks: (2,), η₀ of W and of b, float64.
         theta: (C·D + C,): W, then b, in place.
         buffers: (C·D + C,) momentum in the same order, in place; (0,) without momentum.
         features: D.
@@ -54,7 +94,7 @@ def sweep(  # type: ignore[no-untyped-def]
         >>> rule = np.array([[-1.0, 1, 0, 0, 1]] * 2)  # W and b by plain descent
         >>> sweep(np.array([2.0, 1.0]), np.array([1, 0], np.int32), np.array([0, 1, 2]),
         ...     np.zeros(1, np.int64), np.array([[1.0], [3.0]]), np.array([[0, 1]]),
-        ...     np.full((1, 2), 0.5), theta, np.zeros(0), 2, rule, np.zeros(2, np.bool_),
+        ...     np.ones(1), np.full(2, 0.5), theta, np.zeros(0), 2, rule, np.zeros(2, np.bool_),
         ...     LOSS["SquaredError"], 0.0, losses, np.zeros(1), np.zeros((2, 1)), np.zeros((1, 2)))
         >>> losses, theta  # ¼(1² + 3²); the mean gradient is −(3, 2) for W, −4 for b, halved
         (array([2.5]), array([0.75, 0.5 , 1.  ]))
@@ -66,14 +106,22 @@ def sweep(  # type: ignore[no-untyped-def]
     b_weight = buffers[: outputs * features].reshape(outputs, features) if buffers.size else weight
     b_bias = buffers[outputs * features :] if buffers.size else bias
     biased = not math.isnan(rule[1, 0])
-    zero, one = theta.dtype.type(0), theta.dtype.type(1)
-    share = one / theta.dtype.type(batch)
+    number = theta.dtype.type
+    zero, one = number(0), number(1)
+    share = one / number(batch)
     columns = columns.view(np.uint32)  # an index without a sign needs no test for it
     values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
+    if batch == outputs == 1 and labels.size > 1 and rule[0, 0] < 0 and not rule[1, 0] >= 0:
+        _single(
+            values, columns, starts, labels, rows, factors, peaks, weight[0], bias, biased, rule,
+            loss, losses,
+        )  # fmt: skip
+        return
     for k in range(updates):
         if k + 4 < updates:  # fetched before their turn
             prefetch(values_, 0, starts[rows[k + 4, 0]])
             prefetch(columns_, 0, starts[rows[k + 4, 0]])
+        lr, lr_bias = number(factors[k] * peaks[0]), number(factors[k] * peaks[1])
         total = zero
         for n in range(batch):
             i = rows[k, n]
@@ -88,7 +136,7 @@ def sweep(  # type: ignore[no-untyped-def]
             )  # fmt: skip
         losses[k] = total * share
         if rule[0, 0] < 0:  # no momentum
-            decay = lrs[k, 0] * rule[0, 2]
+            decay = lr * rule[0, 2]
             if decay != 0:
                 for c in range(outputs):
                     for j in range(features):
@@ -96,7 +144,7 @@ def sweep(  # type: ignore[no-untyped-def]
             for n in range(batch):
                 i = rows[k, n]
                 for c in range(outputs):
-                    step = lrs[k, 0] * rule[0, 4] * share * slopes[n, c]
+                    step = lr * rule[0, 4] * share * slopes[n, c]
                     for at in range(starts[i], starts[i + 1]):
                         weight[c, columns[at]] -= step * values[at]
         else:
@@ -107,7 +155,7 @@ def sweep(  # type: ignore[no-untyped-def]
                         gradient[c, columns[at]] += slopes[n, c] * values[at]
             for c in range(outputs):
                 descend(
-                    weight[c], b_weight[c], share, gradient[c], lrs[k, 0], rule, 0,
+                    weight[c], b_weight[c], share, gradient[c], lr, rule, 0,
                     k == 0 and fresh[0],
                 )  # fmt: skip
             for n in range(batch):
@@ -122,6 +170,6 @@ def sweep(  # type: ignore[no-untyped-def]
             if rule[1, 0] < 0:
                 for c in range(outputs):
                     g = rule[1, 4] * share * slopes[0, c] + rule[1, 2] * bias[c]
-                    bias[c] -= lrs[k, 1] * g
+                    bias[c] -= lr_bias * g
             else:
-                descend(bias, b_bias, share, slopes[0], lrs[k, 1], rule, 1, k == 0 and fresh[1])
+                descend(bias, b_bias, share, slopes[0], lr_bias, rule, 1, k == 0 and fresh[1])

@@ -31,6 +31,7 @@ __all__ = [
     "compiled",
     "descend",
     "loss_and_slope",
+    "loss_of_margin",
     "losses_and_slopes",
     "sweep",
 ]
@@ -67,14 +68,16 @@ ACTIVATION = {
         ("identity", "relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu", "softplus")
     )
 }
+# "Margin" has the slope of the logistic loss, and gives the margin s·p for it: the loss, a logarithm,
+# is then computed for many examples at once.
 LOSS = {
     name: code
     for code, name in enumerate(
-        ("SquaredError", "Huber", "CrossEntropy", "Logistic", "Hinge", "SquaredHinge")
+        ("SquaredError", "Huber", "CrossEntropy", "Logistic", "Hinge", "SquaredHinge", "Margin")
     )
 }
 (IDENTITY, RELU, TANH, SIGMOID, GELU, SILU, LEAKY_RELU, ELU, SOFTPLUS) = range(9)
-(SQUARED_ERROR, HUBER, CROSS_ENTROPY, LOGISTIC, HINGE, SQUARED_HINGE) = range(6)
+(SQUARED_ERROR, HUBER, CROSS_ENTROPY, LOGISTIC, HINGE, SQUARED_HINGE, MARGIN) = range(7)
 
 
 def _prefetch(context, array, row, column):  # type: ignore[no-untyped-def]
@@ -147,6 +150,49 @@ def _slope(code, parameter, z, h):  # type: ignore[no-untyped-def]
     return one
 
 
+@compiled(reassoc=False)
+def _log1p(x, one):  # type: ignore[no-untyped-def]
+    """log(1 + x) for x in [0, 1], faster than the library's; `one` has the type of x.
+
+    The rounding of u = 1 + x is undone by the factor (Kahan; Goldberg, What Every Computer
+    Scientist Should Know About Floating-Point Arithmetic, 1991, theorem 4).
+    """
+    u = one + x
+    return x if u == one else math.log(u) * (x / (u - one))
+
+
+@compiled
+def loss_of_margin(code, margin, zero, one):  # type: ignore[no-untyped-def]
+    """A loss for two classes and its slope, as functions of the margin m = s·p.
+
+    Args:
+        code: Which loss, a value of `LOSS`.
+        margin: m.
+        zero: 0, of the type of m.
+        one: Likewise.
+
+    Returns:
+        ℓ and ∂ℓ/∂m.
+
+    Example:
+        >>> loss_of_margin(LOSS["SquaredHinge"], 0.5, 0.0, 1.0)
+        (0.25, -1.0)
+    """
+    if code in (LOGISTIC, MARGIN):
+        e = math.exp(-abs(margin))
+        # log(1 + exp(−m)), and −σ(−m), without overflow on either side
+        slope = -(e if margin > 0 else one) / (one + e)
+        if code == MARGIN:
+            return margin, slope
+        return (abs(margin) - margin) / (one + one) + _log1p(e, one), slope
+    missing = one - margin
+    if missing <= 0:
+        missing = zero
+    if code == HINGE:
+        return missing, zero if missing == 0 else -one
+    return missing * missing, -(missing + missing)
+
+
 @compiled
 def loss_and_slope(code, parameter, p, label, values, i, slopes, n):  # type: ignore[no-untyped-def]
     """ℓ, and ∂ℓ/∂p into a row of `slopes`: as in `gdtrain.losses`, for one example.
@@ -203,22 +249,8 @@ def loss_and_slope(code, parameter, p, label, values, i, slopes, n):  # type: ig
     else:
         one = p.dtype.type(1)
         sign = one if label == 1 else -one
-        margin = sign * p[0]
-        if code == LOGISTIC:
-            e = math.exp(-abs(margin))
-            # log(1 + exp(−m)), and σ(−m), without overflow on either side
-            total = max(-margin, zero) + math.log1p(e)
-            slopes[n, 0] = -sign * (e if margin > 0 else one) / (one + e)
-        else:
-            missing = one - margin
-            if missing <= 0:
-                missing = zero
-            if code == HINGE:
-                total = missing
-                slopes[n, 0] = zero if missing == 0 else -sign
-            else:
-                total = missing * missing
-                slopes[n, 0] = -2 * sign * missing
+        total, slope = loss_of_margin(code, sign * p[0], zero, one)
+        slopes[n, 0] = sign * slope
     return total
 
 
@@ -306,7 +338,7 @@ def descend(theta, b, g, x, lr, rules, at, first):  # type: ignore[no-untyped-de
 
 @compiled
 def sweep(  # type: ignore[no-untyped-def]
-    inputs, labels, values, rows, lrs, theta, buffers, widths, activations, parameters, rule, fresh,
+    inputs, labels, values, rows, factors, peaks, theta, buffers, widths, activations, parameters, rule, fresh,
     loss, loss_parameter, losses, z, h, delta,
 ):  # fmt: skip
     """Make K updates in place.
@@ -316,7 +348,8 @@ def sweep(  # type: ignore[no-untyped-def]
         labels: (N,) class numbers, or (1,) in a regression.
         values: (N, C) targets, or (1, C) of classes.
         rows: (K,), which example makes which update.
-        lrs: (K, 2L), η of each layer's weights and bias at each update.
+        factors: (K,), the schedule's factor at each update, float64.
+        peaks: (2L,), η₀ of each layer's weights and bias, float64.
         theta: (P,): W_1 (n_1·n_0), b_1 (n_1), W_2 …, in place.
         buffers: (P,) momentum in the same order, in place; (0,) where no layer has momentum.
         widths: (L+1,) n_0 … n_L.
@@ -338,14 +371,15 @@ def sweep(  # type: ignore[no-untyped-def]
         >>> theta, losses, room = np.zeros(2), np.zeros(2), [np.zeros(1) for _ in range(3)]
         >>> rule = np.array([[-1.0, 1, 0, 0, 1]] * 2)  # W and b by plain descent
         >>> sweep(np.array([[1.0], [3.0]]), np.zeros(1, np.int64), np.array([[2.0], [4.0]]),
-        ...     np.array([0, 1]), np.full((2, 2), 0.1), theta, np.zeros(0), np.array([1, 1]),
+        ...     np.array([0, 1]), np.ones(2), np.full(2, 0.1), theta, np.zeros(0), np.array([1, 1]),
         ...     np.zeros(1, np.int64), np.zeros(1), rule, np.zeros(2, np.bool_),
         ...     LOSS["SquaredError"], 0.0, losses, *room)
         >>> losses, theta  # ½·2², then W = b = 0.2 and ½(0.8 − 4)²
         (array([2.  , 5.12]), array([1.16, 0.52]))
     """
     layers = widths.size - 1
-    zero, one = theta.dtype.type(0), theta.dtype.type(1)  # a literal would widen the loops
+    number = theta.dtype.type  # a literal would widen the loops
+    zero, one = number(0), number(1)
     n0, n1 = widths[0], widths[1]
     first = theta[: n1 * n0].reshape(n1, n0)
     first_bias = theta[n1 * n0 : n1 * n0 + n1]
@@ -362,6 +396,8 @@ def sweep(  # type: ignore[no-untyped-def]
             for i in range(0, n0, 64 // theta.itemsize):
                 prefetch(inputs, rows[k + ahead], i)
         # ---- the first layer: the update of example k − 1, then z_1 of example k, by four rows
+        lr = number(factors[max(k - 1, 0)] * peaks[0])
+        lr_bias = number(factors[max(k - 1, 0)] * peaks[1])
         before = inputs[rows[max(k - 1, 0)]]
         x = inputs[rows[min(k, rows.size - 1)]]
         for start in range(0, n1, 4):
@@ -369,13 +405,13 @@ def sweep(  # type: ignore[no-untyped-def]
             if k > 0:
                 for j in range(start, end):
                     if plain:
-                        step = lrs[k - 1, 0] * rule[0, 4] * d1[j]
+                        step = lr * rule[0, 4] * d1[j]
                         if step != 0:
                             for i in range(n0):
                                 first[j, i] -= step * before[i]
                     else:
                         descend(
-                            first[j], momentum_1[j], d1[j], before, lrs[k - 1, 0], rule, 0,
+                            first[j], momentum_1[j], d1[j], before, lr, rule, 0,
                             k == 1 and fresh[0],
                         )  # fmt: skip
             if k < rows.size:
@@ -396,7 +432,7 @@ def sweep(  # type: ignore[no-untyped-def]
         if not math.isnan(rule[1, 0]):
             if k > 0:
                 descend(
-                    first_bias, momentum_bias_1, one, d1, lrs[k - 1, 1], rule, 1,
+                    first_bias, momentum_bias_1, one, d1, lr_bias, rule, 1,
                     k == 1 and fresh[1],
                 )  # fmt: skip
             if k < rows.size:
@@ -444,18 +480,20 @@ def sweep(  # type: ignore[no-untyped-def]
             below = h[unit_at - m : unit_at]
             d_below = delta[unit_at - m : unit_at]
             d_below[:] = zero
+            lr = number(factors[k] * peaks[2 * layer])
+            lr_bias = number(factors[k] * peaks[2 * layer + 1])
             for j in range(n):
                 d = delta[unit_at + j]
                 if d != 0:
                     for i in range(m):
                         d_below[i] += d * weight[j, i]
                 descend(
-                    weight[j], momentum[j], d, below, lrs[k, 2 * layer], rule, 2 * layer,
+                    weight[j], momentum[j], d, below, lr, rule, 2 * layer,
                     k == 0 and fresh[2 * layer],
                 )  # fmt: skip
             if not math.isnan(rule[2 * layer + 1, 0]):
                 descend(
-                    bias, momentum_bias, one, delta[unit_at : unit_at + n], lrs[k, 2 * layer + 1],
+                    bias, momentum_bias, one, delta[unit_at : unit_at + n], lr_bias,
                     rule, 2 * layer + 1, k == 0 and fresh[2 * layer + 1],
                 )  # fmt: skip
         if activations[0] != IDENTITY:

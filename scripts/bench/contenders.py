@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from gdtrain import SGD, SupervisedModule
-from gdtrain.callbacks import LossCurves
+from gdtrain.callbacks import Divergence, Interrupt, LossCurves, ProgressLine
 from gdtrain.data import DataModule
 from gdtrain.losses import Loss
 from gdtrain.sweep import EngineName
@@ -108,8 +108,8 @@ def fit(
         epochs: Passes over the data.
         updates: Or updates.
         seconds: Or time, from the end of the first Lightning step.
-        logged: With TensorBoard and `LossCurves`; else without any logger. The progress bar is on
-            in both.
+        logged: With TensorBoard and `LossCurves`; else without any logger. The other callbacks of
+            `conf/callbacks/default.yaml` are on in both, but for the checkpoints.
         device: Where.
 
     Returns:
@@ -123,9 +123,11 @@ def fit(
         trainer = _trainer(
             device,
             folder if logged else None,
-            [*([LossCurves()] if logged else []), clock],
+            [*([LossCurves()] if logged else []), Divergence(), Interrupt(), ProgressLine(), clock],
             epochs=epochs,
             updates=updates,
+            enable_progress_bar=False,
+            max_queue=1000,
         )
         timing = _timed(trainer, module, clock, trained, datamodule=data)
     timing.engine, timing.reason = module.engine_in_use, module.engine_reason
@@ -199,7 +201,9 @@ def plain_lightning(
     clock = _Clock(seconds=seconds)
     loader = DataLoader(TensorDataset(x, y), batch_size=batch_size, shuffle=True)
     with tempfile.TemporaryDirectory() as folder, quiet():
-        trainer = _trainer(device, folder, [clock], epochs=None, updates=updates)
+        # Lightning's own default, unless rich happens to be installed.
+        callbacks = [TQDMProgressBar(), clock]
+        trainer = _trainer(device, folder, callbacks, epochs=None, updates=updates)
         return _timed(trainer, module, clock, trained, train_dataloaders=loader)
 
 
@@ -210,14 +214,16 @@ def _trainer(
     *,
     epochs: int | None,
     updates: int | None,
+    enable_progress_bar: bool = True,
+    max_queue: int = 10,
 ) -> Trainer:
     on_card = device.type == "cuda"
     return Trainer(
         accelerator="gpu" if on_card else "cpu",
         devices=[device.index or 0] if on_card else 1,
-        logger=False if folder is None else TensorBoardLogger(folder),
-        # Lightning's own default, unless rich happens to be installed.
-        callbacks=[TQDMProgressBar(), *callbacks],
+        logger=False if folder is None else TensorBoardLogger(folder, max_queue=max_queue),
+        callbacks=callbacks,
+        enable_progress_bar=enable_progress_bar,
         max_epochs=-1 if epochs is None else epochs,
         max_steps=-1 if updates is None else updates,
         enable_checkpointing=False,

@@ -5,9 +5,9 @@
     python scripts/bench/throughput.py --mnist data/mnist --a9a data/a9a.gz --json throughput.json
 
 Ours is `gdtrain.SupervisedModule` in an ordinary `lightning.Trainer.fit`, with TensorBoard,
-`LossCurves` and the progress bar on, from a resident data module that is built outside of the
-timing. Everything is a ratio in one process: the contenders run in turn, with as many threads each,
-and the table holds the medians.
+`LossCurves` and the command's other callbacks on (checkpoints apart), from a resident data module
+that is built outside of the timing. Everything is a ratio in one process: the contenders run in
+turn, with as many threads each, and the table holds the medians.
 
 Baselines
     plain Lightning: automatic optimization, `self.log` each step, TensorBoard, progress bar,
@@ -486,7 +486,7 @@ def mlp_1(bench: Bench) -> list[Row]:
         bench.mlp(),
         1,
         {"plain Lightning": 100, "plain torch loop": 25},
-        lr=0.01,
+        lr=0.005,
     )
     check_live(bench, timing, rows)
     return rows
