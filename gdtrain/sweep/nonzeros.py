@@ -62,8 +62,8 @@ def _single(  # type: ignore[no-untyped-def]
 # Without reassoc: short sums of scattered terms are slower in vector registers.
 @compiled(reassoc=False)
 def sweep(  # type: ignore[no-untyped-def]
-    values, columns, starts, labels, targets, rows, factors, peaks, theta, buffers, features, rule, fresh,
-    loss, loss_parameter, losses, prediction, slopes, gradient,
+    values, columns, starts, labels, targets, rows, factors, peaks, theta, buffers, features,
+    rule, fresh, loss, loss_parameter, losses, prediction, slopes, gradient,
 ):  # fmt: skip
     """Make K updates in place.
 

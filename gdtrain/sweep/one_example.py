@@ -68,8 +68,8 @@ ACTIVATION = {
         ("identity", "relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu", "softplus")
     )
 }
-# "Margin" has the slope of the logistic loss, and gives the margin s·p for it: the loss, a logarithm,
-# is then computed for many examples at once.
+# "Margin" has the slope of the logistic loss, and gives the margin s·p for it: the loss, a
+# logarithm, is then computed for many examples at once.
 LOSS = {
     name: code
     for code, name in enumerate(
@@ -338,8 +338,8 @@ def descend(theta, b, g, x, lr, rules, at, first):  # type: ignore[no-untyped-de
 
 @compiled
 def sweep(  # type: ignore[no-untyped-def]
-    inputs, labels, values, rows, factors, peaks, theta, buffers, widths, activations, parameters, rule, fresh,
-    loss, loss_parameter, losses, z, h, delta,
+    inputs, labels, values, rows, factors, peaks, theta, buffers, widths, activations, parameters,
+    rule, fresh, loss, loss_parameter, losses, z, h, delta,
 ):  # fmt: skip
     """Make K updates in place.
 

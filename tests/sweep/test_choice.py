@@ -12,7 +12,7 @@ from torch import nn
 
 import gdtrain
 from gdtrain import SGD, SupervisedModule
-from gdtrain.callbacks import BestAndLast, LossCurves
+from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
 from gdtrain.data import EmbeddedDataModule
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import CNN, MLP, Linear
@@ -324,3 +324,26 @@ def test_early_stopping_sees_its_validations():
         updates.append(result.summary["updates"])
         assert result.summary["stop_reason"] == "STALLED"
     assert updates[0] == updates[1] < 200
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled", "native"])
+def test_what_does_not_fit_is_told_alike_on_each_engine(engine):
+    module, data = make(partial(Linear, (4,), 2), engine)
+    with pytest.raises(ValueError, match=r"CrossEntropy expects integer labels 0 … 1.*from 0 to 2"):
+        train(module, data)
+    module, data = make(partial(Linear, (5,), 3), engine)
+    with pytest.raises(ValueError, match=r"The model does not take examples of shape \(4,\)"):
+        train(module, data)
+
+
+def test_a_loss_that_is_no_number_is_told_alike_on_each_engine():
+    messages = []
+    for engine in ("eager", "native"):
+        module, data = make(partial(Linear, (4,), 3), engine, updates_per_sweep=50)
+        with torch.no_grad():
+            module.model.linear.weight.fill_(1e38)
+            module.model.linear.weight[0] = -1e38
+        result = train(module, data, callbacks=[Divergence()])
+        assert result.summary["stop_reason"] == "NON_FINITE"
+        messages.append(result.summary["stop_message"])
+    assert messages[0] == messages[1]
