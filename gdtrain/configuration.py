@@ -129,7 +129,7 @@ def check(config: Mapping[str, Any]) -> None:
             continue
         if key in _AUTOMATIC and flat[key] == "auto":
             continue
-        _check_number(key, flat[key], kind, low, high, closed)
+        _check_number(key, flat[key], kind, low, high, closed, ", or auto" * (key in _AUTOMATIC))
     for key in _SWITCHES:
         if key in flat and not isinstance(flat[key], bool):
             raise ConfigurationError(f"{key} must be true or false. Received: {flat[key]!r}.")
@@ -154,7 +154,9 @@ def check(config: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"{key} must name a file that exists. Received: {path}")
 
 
-def _check_number(key: str, value: Any, kind: type, low: float, high: float, closed: bool) -> None:
+def _check_number(
+    key: str, value: Any, kind: type, low: float, high: float, closed: bool, other: str = ""
+) -> None:
     number = isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
     inside = number and (value > low or (closed and value == low)) and value < high
     if not inside:
@@ -162,7 +164,7 @@ def _check_number(key: str, value: Any, kind: type, low: float, high: float, clo
         bound = f"at least {low:g}" if closed else f"above {low:g}"
         if high != math.inf:
             bound += f" and below {high:g}"
-        raise ConfigurationError(f"{key} must be {what} {bound}. Received: {key}={value}")
+        raise ConfigurationError(f"{key} must be {what} {bound}{other}. Received: {key}={value}")
 
 
 def _check_batch_size(flat: Mapping[str, Any]) -> None:

@@ -145,11 +145,11 @@ class DatasetDataModule(DataModule):
         if self._examples:
             return
         train = self._sets["train"]
-        self.split = self._rows()
-        sets = {name: self._sets.get(name, train) for name in self.split}
+        split = self._rows()
+        sets = {name: self._sets.get(name, train) for name in split}
         made = {
             name: _Examples(sets[name], rows, self.dtype, self.seed, stream)
-            for stream, (name, rows) in enumerate(self.split.items())
+            for stream, (name, rows) in enumerate(split.items())
         }
         x, y = made["train"].fetch([0])
         whole = y.ndim == 1 and not y.is_floating_point()
@@ -162,7 +162,7 @@ class DatasetDataModule(DataModule):
         for examples in made.values():
             examples.classify = classify
         self._example_shapes = (tuple(x.shape[1:]), tuple(y.shape[1:]))
-        resident = {name: self._resident(sets[name], self.split[name]) for name in made}
+        resident = {name: self._resident(sets[name], split[name]) for name in made}
         self._parts = {name: part for name, part in resident.items() if part is not None}
         fetched = [examples for name, examples in made.items() if name not in self._parts]
         if fetched:
@@ -171,12 +171,12 @@ class DatasetDataModule(DataModule):
         for examples in made.values():
             examples.num_classes = classes
         for name, (inputs, targets) in self._parts.items():
-            made[name].check(cast(Tensor, inputs), targets, self.split[name])
+            made[name].check(cast(Tensor, inputs), targets, split[name])
         self.preprocessing = Preprocessing(
             classes=None if classes is None else list(range(classes)),
             input_shape=list(self._example_shapes[0]),
         )
-        count = len(self.split["train"])
+        count = len(split["train"])
         if self.batch_size != "full" and self.batch_size > count:
             raise ValueError(
                 f"batch_size must be at most {count}, the number of training examples. "
@@ -189,6 +189,11 @@ class DatasetDataModule(DataModule):
             )
         self._examples = made
         self._say()
+
+    @property
+    def split(self) -> dict[str, NDArray[np.int64]]:
+        """Which examples of its set each part has."""
+        return {name: examples.rows for name, examples in self._examples.items()}
 
     def _rows(self) -> dict[str, NDArray[np.int64]]:
         """Which examples of its set each part has."""
@@ -307,7 +312,7 @@ class DatasetDataModule(DataModule):
         Args:
             part: "train", "val" or "test".
         """
-        return len(self.split[part])
+        return len(self._examples[part])
 
     @property
     def input_shape(self) -> tuple[int, ...]:

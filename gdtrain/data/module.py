@@ -24,6 +24,8 @@ from gdtrain.data.sparse import SparseInputs
 
 __all__ = ["DataModule", "Raw"]
 
+_PARTS = ("train", "val", "test")
+
 
 @dataclass
 class Raw:
@@ -144,7 +146,9 @@ class DataModule(LightningDataModule):
         self.updates_per_sweep = updates_per_sweep
         self.dtype = getattr(torch, dtype)
         self.preprocessing = Preprocessing()
-        self.split: dict[str, NDArray[np.int64]] = {}
+        self._part_of: NDArray[np.uint8] | None = None
+        self._size = 0
+        self._fingerprint: str | None = None
         self._parts: dict[str, tuple[Tensor | MappedInputs | SparseInputs, Tensor]] = {}
 
     @abstractmethod
@@ -181,8 +185,8 @@ class DataModule(LightningDataModule):
                     f"Classes must be one column. Received: targets of shape {raw.targets.shape}."
                 )
             raw.targets = raw.targets.reshape(n)
-        self.split = self._split(raw)
-        train = self.split["train"]
+        split = self._split(raw)
+        train = split["train"]
         classes = np.unique(raw.targets).tolist() if raw.classify else None
         if classes is not None and len(classes) < 2:
             raise ValueError(
@@ -200,11 +204,14 @@ class DataModule(LightningDataModule):
             rows=train,
             first_feature=raw.first_feature,
         )
-        everything = {name: (raw.inputs, raw.targets, rows) for name, rows in self.split.items()}
+        everything = {name: (raw.inputs, raw.targets, rows) for name, rows in split.items()}
         if raw.test is not None:
             everything["test"] = (*raw.test, np.arange(raw.test[0].shape[0]))
         self._parts = {
-            name: (self._inputs(x, rows), self.preprocessing.targets(y[rows], self.dtype))
+            name: (
+                self._inputs(x, rows),
+                self.preprocessing.targets(y if len(rows) == len(y) else y[rows], self.dtype),
+            )
             for name, (x, y, rows) in everything.items()
         }
         if self.batch_size != "full" and self.batch_size > self.num_train:
@@ -213,6 +220,22 @@ class DataModule(LightningDataModule):
                 f"batch_size must be at most {len(train)}, the number of training examples. "
                 f"Received: batch_size={size}. batch_size=full takes them all."
             )
+        self._keep(split, n)
+
+    def _keep(self, split: dict[str, NDArray[np.int64]], n: int) -> None:
+        """Remember the split in a byte for each example; in none where nothing is held out."""
+        self._size, self._part_of, self._fingerprint = n, None, None
+        if len(split["train"]) < n:
+            self._part_of = np.zeros(n, np.uint8)
+            for code, name in enumerate(_PARTS):
+                self._part_of[split[name]] = code
+
+    @property
+    def split(self) -> dict[str, NDArray[np.int64]]:
+        """Which examples of the source each part has, in ascending order; made when asked for."""
+        if self._part_of is None:
+            return {name: np.arange(self._size if name == "train" else 0) for name in _PARTS}
+        return {name: np.flatnonzero(self._part_of == code) for code, name in enumerate(_PARTS)}
 
     def _inputs(self, raw: Any, rows: NDArray[np.int64]) -> Tensor | MappedInputs | SparseInputs:
         """Resident, unless they are mapped from a file."""
@@ -258,11 +281,13 @@ class DataModule(LightningDataModule):
     @property
     def split_fingerprint(self) -> str:
         """Twelve hexadecimal digits of the split's SHA-256: equal for equal splits."""
-        digest = hashlib.sha256()
-        for name in sorted(self.split):
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(self.split[name], dtype="<i8").tobytes())
-        return digest.hexdigest()[:12]
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for name, rows in sorted(self.split.items()):
+                digest.update(name.encode())
+                digest.update(np.ascontiguousarray(rows, dtype="<i8").data)
+            self._fingerprint = digest.hexdigest()[:12]
+        return self._fingerprint
 
     # ------------------------------------------------------------------ what models need to know
 

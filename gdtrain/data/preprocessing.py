@@ -186,6 +186,10 @@ class Preprocessing:
         """
         if self.classes is not None:
             return torch.from_numpy(self._class_numbers(raw.ravel()))
+        number = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
+        if self.target_mean is None and raw.dtype == number and _is_shareable(raw):
+            check_targets(raw)
+            return torch.from_numpy(raw).to(dtype)
         y = np.array(raw, dtype=np.float64)
         check_targets(y)
         if self.target_mean is not None and self.target_scale is not None:

@@ -77,7 +77,8 @@ def slope_(name: str, parameter: float, z: Tensor, h: Tensor, delta: Tensor) -> 
         tensor([0., 1.])
     """
     if name == "relu":
-        delta.masked_fill_(h == 0, 0)  # h is NaN, not 0, where z is NaN
+        # Not where h > 0: h is NaN where z is, and NaN must go on.
+        torch.ops.aten.threshold_backward.grad_input(delta, h, 0, grad_input=delta)
     elif name == "tanh":
         delta.addcmul_(delta, h * h, value=-1)
     elif name == "sigmoid":

@@ -282,6 +282,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"memory of a fit: at most {more * 1e-6:.0f} MB (at most "
                 f"{CONSTANT * 1e-6:.0f}): {'ok' if more <= CONSTANT else 'above'}"
             )
+            beside = [p.process - p.data for p in made]
+            grown_by = max(beside) - min(beside)
+            console.print(
+                f"process beside the data: differs by {grown_by * 1e-6:.0f} MB over all N (at most "
+                f"{CONSTANT * 1e-6:.0f}): {'ok' if grown_by <= CONSTANT else 'above'}"
+            )
         grown = growth(made)
         if grown is not None:
             verdict = "ok" if grown <= AT_MOST else "above"
