@@ -1,7 +1,8 @@
-"""The command line: `gdtrain`, `gdtrain-evaluate`, `gdtrain-predict`, and the scripts.
+"""The command line: `gdtrain`, `gdtrain-evaluate`, `gdtrain-find-lr`, `gdtrain-predict`, scripts.
 
-Exit codes: 0, all went well; 2, the command was wrong, and nothing was trained; 3, the loss became
-infinite or not a number; 130, interrupted. A sweep of several runs ends with the highest.
+Exit codes: 0, all went well; 2, the command was wrong, and nothing was trained; 3, the run diverged
+(or a number in it was not finite) and did not recover; 130, interrupted. A sweep of several runs
+ends with the highest.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 import warnings
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +31,12 @@ from yaml import YAMLError
 from gdtrain.configuration import ConfigurationError, check, closest, conf_directory
 
 if TYPE_CHECKING:
+    from gdtrain.rate_finder import RateCurve
     from gdtrain.training import Result
 
-__all__ = ["evaluate_main", "predict_main", "train_main"]
+__all__ = ["evaluate_main", "find_lr_main", "predict_main", "train_main"]
 
-_EXIT_CODES = {"NON_FINITE": 3, "INTERRUPTED": 130}
+_EXIT_CODES = {"DIVERGED": 3, "NON_FINITE": 3, "INTERRUPTED": 130}
 
 
 def train_main() -> None:
@@ -135,14 +138,14 @@ def _jobs(arguments: Any) -> list[list[str]]:
     return [list(overrides) for batch in batches for overrides in batch]
 
 
-def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
+def _compose(overrides: list[str], config_dir: str | None, whole: bool = False) -> DictConfig:
     extra = []
     if config_dir is not None:
         if not Path(config_dir).is_dir():
             raise ConfigurationError(f"--config-dir: there is no folder {config_dir}")
         extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        return compose("train", [*overrides, *extra])
+        return compose("train", [*overrides, *extra], return_hydra_config=whole)
 
 
 # ---------------------------------------------------------------------- what the user reads
@@ -223,7 +226,7 @@ def _show(result: Result) -> None:
     updates, seconds = summary["updates"], max(summary["fit_seconds"], 1e-9)
     console.print(
         f"{updates:,} updates in {seconds:.1f} s ({updates / seconds:,.0f}/s), "
-        f"{summary['examples_seen']:,} examples seen. {result.stop.message}",
+        f"{summary['examples_seen']:,} examples seen.",
         highlight=False,
         soft_wrap=True,
     )
@@ -238,6 +241,7 @@ def _show(result: Result) -> None:
         console.print(f"Run: {shown}", highlight=False, soft_wrap=True)
         root = shown.split(os.sep)[0] or shown
         console.print(f"Curves: tensorboard --logdir {root}", highlight=False, soft_wrap=True)
+    console.print(str(result.stop), highlight=False, soft_wrap=True, markup=False)
 
 
 # ---------------------------------------------------------------------- evaluate and predict
@@ -338,6 +342,112 @@ def predict_main() -> None:
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_complain(_innermost(error)))
     print(f"{count} predictions in {found['output']}")
+
+
+# ---------------------------------------------------------------------- the rate finder
+
+_FINDER = {"min_lr": float, "max_lr": float, "updates": int, "repetitions": int, "output": str}
+
+
+def find_lr_main() -> None:
+    """Look for a learning rate by a range test; ends the process with its exit code.
+
+    Example:
+        >>> sys.argv = ["find_lr.py", "min_lr=fast"]
+        >>> find_lr_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    usage = (
+        "usage: find_lr.py [KEY=VALUE as for train.py …] [min_lr=1e-6] [max_lr=100] "
+        "[updates=COUNT] [repetitions=COUNT] [output=FOLDER] [--config-dir=FOLDER]"
+    )
+    if any(word in ("-h", "--help") for word in sys.argv[1:]):
+        print(usage)
+        sys.exit(0)
+    overrides: list[str] = []
+    try:
+        options, words, config_dir = _finder_words(usage)
+        overrides = words
+        composed = _compose(words, config_dir, whole=True)
+        choices = composed.hydra.runtime.choices
+        names = {name: str(choices[name]) for name in ("data", "model", "optimizer")}
+        config = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        if "lr" in config.optimizer:
+            config.optimizer.lr = 1.0  # what is looked for: not used, whatever it was
+        if config.get("step_size"):
+            raise ConfigurationError(
+                f"There is no rate to find where a rule computes the step size. Received: "
+                f"step_size={choices['step_size']}. Set step_size=none."
+            )
+        check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        output = options.pop("output", None)
+        folder = Path(output) if output else _finder_folder(names)
+        _speak()
+        warnings.showwarning = _warn  # type: ignore[assignment]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        from gdtrain.experiment import find_lr
+
+        curve = find_lr(config, folder, "-".join(names.values()), **options)
+    except (ConfigurationError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(error, words=overrides))
+    except KeyboardInterrupt:
+        sys.exit(_EXIT_CODES["INTERRUPTED"])
+    _show_curve(curve, folder)
+
+
+def _finder_words(usage: str) -> tuple[dict[str, Any], list[str], str | None]:
+    """The finder's own options, the overrides of the configuration, and a folder of more."""
+    options: dict[str, Any] = {}
+    words: list[str] = []
+    config_dir = None
+    for word in sys.argv[1:]:
+        key, equals, value = word.partition("=")
+        if key == "--config-dir" and equals:
+            config_dir = value
+        elif word.startswith("-"):
+            raise ConfigurationError(f"Unknown argument {word}: one test at a time. {usage}")
+        elif key not in _FINDER:
+            words.append(word)
+        else:
+            kind = _FINDER[key]
+            try:
+                options[key] = kind(value)
+            except ValueError:
+                what = "a whole number" if kind is int else "a number"
+                raise ConfigurationError(f"{key} must be {what}. Received: {word}") from None
+            if value == "":
+                raise ConfigurationError(f"{key} must name a folder. Received: {word}")
+    return options, words, config_dir
+
+
+def _finder_folder(names: dict[str, str]) -> Path:
+    time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    return Path("outputs") / "find_lr" / "-".join(names.values()) / time
+
+
+def _show_curve(curve: RateCurve, folder: Path) -> None:
+    """Loss by half decades, and what follows from it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"loss after updates with a growing η: from {curve.start:.4g}")
+    for name in ("η", "loss", "smoothed", "slope per decade", ""):
+        table.add_column(name, justify="left" if name == "" else "right")
+    for i, words in curve.rows().items():
+        values = (curve.losses[i], curve.smoothed[i], curve.slopes[i])
+        table.add_row(f"{curve.rates[i]:.2g}", *(f"{v:.4g}" for v in values), words)
+    console = Console()
+    console.print(table)
+    said = curve.basis if curve.suggestion is None else f"Suggestion: {curve.basis}"
+    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    if curve.suggestion is not None:
+        console.print(f"Train with optimizer.lr={curve.suggestion:g}", highlight=False)
+    shown = os.path.relpath(folder)
+    shown = str(folder) if shown.startswith("..") else shown
+    for line in (f"Curve: {shown}/find_lr.png", f"TensorBoard: tensorboard --logdir {shown}"):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _innermost(error: BaseException) -> BaseException:

@@ -81,13 +81,16 @@ _KEYS = (
     "model",
     "loss",
     "schedule",
+    "step_size",
     "trainer",
     "optimizer",
     "logger",
     "callbacks",
 )
 _SWITCHES = ("optimizer.nesterov", "optimizer.maximize", "data.standardize", "decay_biases")
-_AUTOMATIC = ("data.micro_batch_size", "data.updates_per_sweep")
+_AUTOMATIC = ("optimizer.lr", "data.micro_batch_size", "data.updates_per_sweep")
+# Rules of which optimizer.lr is an option: the longest step.
+_BOUNDED_BY_LR = ("gdtrain.step_sizes.StochasticPolyak",)
 _ENGINES = ("auto", "eager", "compiled", "native")
 _OPTIONAL = ("data.micro_batch_size", "trainer.max_epochs")
 
@@ -117,6 +120,8 @@ def check(config: Mapping[str, Any]) -> None:
     if unknown:
         raise ConfigurationError(f"Unknown key {unknown[0]}.{closest(unknown[0], list(_KEYS))}")
     for key in ("data", "model", "trainer", "optimizer", "schedule"):
+        if key == "schedule" and config[key] == {}:
+            continue
         if not isinstance(config[key], Mapping) or "_target_" not in config[key]:
             raise ConfigurationError(f"{key} must be one of its choices. Received: {config[key]}")
     flat = dict(_flatten(config))
@@ -139,6 +144,7 @@ def check(config: Mapping[str, Any]) -> None:
             f"{closest(str(flat['engine']), list(_ENGINES))}"
         )
     _check_batch_size(flat)
+    _check_step_size(config, flat)
     steps = flat.get("trainer.max_steps", -1)
     if isinstance(steps, bool) or not isinstance(steps, int) or (steps != -1 and steps < 1):
         raise ConfigurationError(
@@ -165,6 +171,21 @@ def _check_number(
         if high != math.inf:
             bound += f" and below {high:g}"
         raise ConfigurationError(f"{key} must be {what} {bound}{other}. Received: {key}={value}")
+
+
+def _check_step_size(config: Mapping[str, Any], flat: Mapping[str, Any]) -> None:
+    rule = config["step_size"]
+    if not rule:
+        return
+    if not isinstance(rule, Mapping) or "_target_" not in rule:
+        raise ConfigurationError(f"step_size must be one of its choices. Received: {rule}")
+    if flat.get("optimizer.lr") not in (None, "auto") and rule["_target_"] not in _BOUNDED_BY_LR:
+        name = str(rule["_target_"]).rsplit(".", 1)[-1]
+        raise ConfigurationError(
+            f"step_size={name} computes the step size, and optimizer.lr sets it: one of them only. "
+            f"Received: optimizer.lr={flat['optimizer.lr']}. Leave optimizer.lr at auto, or set "
+            f"step_size=none."
+        )
 
 
 def _check_batch_size(flat: Mapping[str, Any]) -> None:

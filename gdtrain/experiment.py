@@ -10,10 +10,11 @@ import math
 import os
 import pkgutil
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from hydra.errors import HydraException
@@ -30,6 +31,7 @@ from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule
 from gdtrain.training import (
     Result,
+    _quiet,
     check_fits,
     claim,
     default_loss,
@@ -39,7 +41,10 @@ from gdtrain.training import (
     run,
 )
 
-__all__ = ["Trained", "evaluate", "load_trained", "predict_file", "train"]
+if TYPE_CHECKING:
+    from gdtrain.rate_finder import RateCurve
+
+__all__ = ["Trained", "evaluate", "find_lr", "load_trained", "predict_file", "train"]
 
 # What a checkpoint may name as the class of a model or loss, or of its data.
 _TRUSTED = ("gdtrain.models", "gdtrain.losses", "gdtrain.data", "torch.nn", "torchvision.models")
@@ -126,15 +131,27 @@ def _build(config: DictConfig) -> tuple[DataModule, SupervisedModule]:
     outputs = loss.outputs(data.num_classes, data.num_targets)
     seed_everything(config.seed, verbose=False)
     model = _sized(instantiate(config.model, _convert_="all"), data.input_shape, outputs)
+    optimizer, step_size = _optimizer(config)
     module = SupervisedModule(
         model,
         loss,
-        instantiate(config.optimizer, _convert_="all"),
-        instantiate(config.schedule, _convert_="all"),
+        optimizer,
+        instantiate(config.schedule, _convert_="all") if config.schedule else "auto",
         decay_biases=config.decay_biases,
+        step_size=step_size,
         engine=config.engine,
     )
     return data, module
+
+
+def _optimizer(config: DictConfig) -> tuple[Any, Any]:
+    """The optimizer's factory, and what decides its step size."""
+    own: Any = OmegaConf.to_container(config.optimizer, resolve=True)
+    rule = instantiate(config.step_size, _convert_="all") if config.step_size else None
+    if own.get("lr") == "auto":
+        del own["lr"]
+        rule = "auto" if rule is None else rule
+    return instantiate(own, _convert_="all"), rule
 
 
 def _loss(config: Any, num_classes: int | None) -> Loss:
@@ -170,7 +187,9 @@ def _plain(config: DictConfig) -> dict[str, Any]:
 def _hyperparameters(plain: Mapping[str, Any]) -> dict[str, Any]:
     """What distinguishes runs, flat, for TensorBoard."""
     chosen = {"variant": plain["variant"], "seed": plain["seed"]}
-    for group in ("optimizer", "schedule", "model", "loss", "data"):
+    for group in ("optimizer", "schedule", "step_size", "model", "loss", "data"):
+        if group in ("schedule", "step_size") and not plain[group]:
+            chosen[group] = "auto" if group == "schedule" else "none"
         for name, value in (plain[group] or {}).items():
             if name == "_partial_":
                 continue
@@ -180,6 +199,80 @@ def _hyperparameters(plain: Mapping[str, Any]) -> dict[str, Any]:
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in chosen.items()
     }
+
+
+# ---------------------------------------------------------------------- a learning rate
+
+
+def find_lr(config: DictConfig, directory: str | Path, name: str = "", **options: Any) -> RateCurve:
+    """Build what the configuration names, make a range test, and leave the curve in a folder.
+
+    Args:
+        config: Composed from `conf/train.yaml`; lr and schedule are not used.
+        directory: The test's folder; it must not be there, or be empty.
+        name: Of the test, in its picture.
+        **options: As for `gdtrain.rate_finder.find_lr`.
+
+    Returns:
+        The curve, with the suggestion.
+
+    Raises:
+        ConfigurationError: The configuration, the data, an option or the folder is wrong. Nothing
+            was written.
+
+    Example:
+        >>> import tempfile
+        >>> from hydra import compose, initialize_config_dir
+        >>> from gdtrain.configuration import conf_directory
+        >>> words = ["data=iris", "model=linear", "optimizer=gd", "optimizer.lr=1.0"]
+        >>> with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        ...     config = compose("train", words)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     curve = find_lr(config, Path(folder) / "test", updates=50)
+        ...     (Path(folder) / "test" / "find_lr.png").is_file()
+        True
+    """
+    folder = Path(directory)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} exists already; choose another output=…")
+    was_there = folder.parent.exists()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".find_lr-") as scratch:
+            curve = _range_test(config, options)
+            curve.details = {"name": name, **(curve.details or {})}
+            curve.save(Path(scratch) / "new")
+            os.replace(Path(scratch) / "new", folder)  # all of it or nothing
+    except _USER_ERRORS as error:
+        raise ConfigurationError(_message(error)) from error
+    finally:
+        if not was_there:
+            discard_empty(folder.parent)
+    return curve
+
+
+def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
+    """On the device, and in the precision, that the configuration trains with."""
+    from gdtrain import rate_finder
+
+    data, module = _build(config)
+    if config.ckpt_path is not None:
+        state = load_checkpoint(config.ckpt_path)
+        check_fits(state["state_dict"], module, config.ckpt_path)
+        module.load_state_dict(state["state_dict"])
+    with _quiet():
+        trainer = instantiate(config.trainer, _convert_="all")(
+            logger=False, enable_checkpointing=False
+        )
+        if trainer.world_size > 1:
+            raise ValueError(
+                f"The test runs on one device. Received: {trainer.world_size} processes. Set "
+                f"trainer=default trainer.devices=1."
+            )
+        module = trainer.precision_plugin.convert_module(module)
+        module.to(trainer.strategy.root_device)
+        with trainer.precision_plugin.forward_context():
+            return rate_finder.find_lr(module, data, **options)
 
 
 # ---------------------------------------------------------------------- the run's folder
@@ -304,6 +397,7 @@ def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
         lambda params: None,  # type: ignore[arg-type,return-value]
     )
     weights = {k: v for k, v in state["state_dict"].items() if not k.startswith("evaluation.")}
+    weights |= state["gdtrain"].get("average") or {}
     check_fits(weights, module, path)
     module.load_state_dict(weights)
     floating = [v.dtype for v in weights.values() if v.is_floating_point()]

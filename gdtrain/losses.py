@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,6 +18,7 @@ __all__ = [
     "Huber",
     "Logistic",
     "Loss",
+    "OneHotSquaredError",
     "SquaredError",
     "SquaredHinge",
 ]
@@ -38,6 +40,8 @@ class Loss(nn.Module):
     """
 
     task: ClassVar[Literal["regression", "binary", "multiclass"]]
+    smooth: ClassVar[bool] = True
+    """Whether it is differentiable in the prediction everywhere; some step-size rules need that."""
 
     def outputs(self, num_classes: int | None, num_targets: int = 1) -> int:
         """How many outputs the model needs.
@@ -55,9 +59,10 @@ class Loss(nn.Module):
         name = type(self).__name__
         if self.task == "regression":
             if num_classes is not None:
+                other = " or loss=one_hot_squared_error" if type(self) is SquaredError else ""
                 raise ValueError(
                     f"{name} is a loss for numbers, and the targets are {num_classes} classes: "
-                    f"use loss=cross_entropy."
+                    f"use loss=cross_entropy{other}."
                 )
             return num_targets
         if num_classes is None:
@@ -192,6 +197,27 @@ class CrossEntropy(Loss):
         return F.cross_entropy(prediction, target, reduction="none")
 
 
+class OneHotSquaredError(Loss):
+    """½ Σ_c (p_c − 1[y = c])² for classes y = 0 … C−1, gradient p − one-hot(y).
+
+    Least squares on the indicators of the classes. The curvature in p is 1 wherever p is, which
+    cross-entropy's is not.
+
+    Example:
+        >>> import torch
+        >>> OneHotSquaredError()(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([1]))
+        tensor([2.5000])
+    """
+
+    task = "multiclass"
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """½ Σ_c (p_c − 1[y = c])²."""
+        classes = torch.arange(prediction.shape[1], device=target.device)
+        wanted = (target.unsqueeze(1) == classes).to(prediction.dtype)
+        return 0.5 * (prediction - wanted).square().sum(1)
+
+
 class Logistic(Loss):
     """log(1 + exp(−s p)) with s = +1 for class 1, −1 for class 0, and one output p.
 
@@ -223,6 +249,7 @@ class Hinge(Loss):
     """
 
     task = "binary"
+    smooth = False
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """max(0, 1 − s p)."""

@@ -128,7 +128,7 @@ def minimize(
     path: list[Tensor] = []
     numbers: list[int] = []
     first_norm = norm = math.nan
-    stop = Stop(StopReason.BUDGET, f"All {updates} updates were made; ‖∇f‖ may still be large.")
+    stop: Stop | None = None
     for t in range(updates + 1):
         optimizer.zero_grad()
         value = f(x)
@@ -152,21 +152,34 @@ def minimize(
         if t == 0:
             first_norm = norm
         if not (math.isfinite(values[-1]) and math.isfinite(norm)):
+            said = f"f or its gradient was not finite after {t} updates with lr={lr:g}"
             stop = Stop(
                 StopReason.NON_FINITE,
-                f"f or its gradient was not finite after {t} updates with lr={lr:g}: the steps are "
-                f"too long. Try lr={lr / 10:g}."
+                f"{said}: the steps are too long."
                 if t > 0
-                else "f or its gradient is not finite at x0. Start elsewhere.",
+                else "f or its gradient is not finite at x0.",
+                {"update": t, "lr": lr},
+                f"Try lr={lr / 10:g}." if t > 0 else "Start elsewhere.",
             )
             break
         if norm <= tolerance * max(1.0, first_norm):
-            stop = Stop(StopReason.CONVERGED, f"‖∇f‖ = {norm:.3g} after {t} updates.")
+            stop = Stop(
+                StopReason.CONVERGED,
+                f"‖∇f‖ = {norm:.3g} after {t} updates.",
+                {"gradient_norm": norm, "first_gradient_norm": first_norm, "tolerance": tolerance},
+            )
             break
         if t == updates:
             break
         optimizer.param_groups[0]["lr"] = lr * float(factors[t])
         optimizer.step()
+    if stop is None:
+        stop = Stop(
+            StopReason.BUDGET,
+            f"All {updates} updates were made; ‖∇f‖ = {norm:.3g}.",
+            {"gradient_norm": norm, "first_gradient_norm": first_norm, "tolerance": tolerance},
+            "More updates (updates=…) or a larger lr may get further.",
+        )
     if numbers[-1] != t:
         path.append(x.detach().clone())
         numbers.append(t)

@@ -11,7 +11,9 @@ import math
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,13 +26,16 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import MeanAbsoluteError, R2Score
 
-from gdtrain.data.dataset import PairLoader
+from gdtrain.data.dataset import DatasetDataModule, PairLoader
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective, Rows
-from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule
+from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.race import Race, race
+from gdtrain.schedules import Constant, Polynomial, ReduceOnPlateau, Schedule
+from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
 from gdtrain.stopping import Stop
 from gdtrain.sweep import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
 
@@ -97,10 +102,15 @@ class SupervisedModule(LightningModule):
         loss: Per example.
         optimizer: From parameters or groups to an optimizer, such as
             `functools.partial(SGD, lr=0.1)`; or an optimizer of the model's parameters.
-        schedule: The factor on η; None: constant.
+        schedule: The factor on η; None: constant; "auto": linear decay to zero, and none where a
+            rule finds the length of full-batch steps.
         metrics: By name, fed with `loss.decide(prediction)` and targets; None: accuracy for
             classes, R² and mean absolute error for numbers.
         decay_biases: Whether weight decay acts on biases and norms, when `optimizer` is a factory.
+        step_size: A rule that computes η (`gdtrain.step_sizes`), for an optimizer that is a factory
+            of gdtrain's; "auto": on the full batch with `GD`, Barzilai and Borwein's; else a short
+            race before the first update finds η (`gdtrain.race`), and each step is bounded by
+            Polyak's; None: `lr` and the schedule alone.
         engine: How the updates of a block are made: "eager", by autograd, for any module;
             "compiled", by `torch.compile`; "native", linear models and MLPs on CPU, written by
             hand; "auto", the fastest that applies (`engine_in_use` and `engine_reason` tell).
@@ -130,10 +140,11 @@ class SupervisedModule(LightningModule):
         model: nn.Module,
         loss: Loss,
         optimizer: Callable[[Any], Optimizer] | Optimizer,
-        schedule: Schedule | None = None,
+        schedule: Schedule | Literal["auto"] | None = None,
         *,
         metrics: Mapping[str, Metric] | None = None,
         decay_biases: bool = False,
+        step_size: StepSize | Literal["auto"] | None = None,
         engine: EngineName = "auto",
     ) -> None:
         super().__init__()
@@ -146,7 +157,10 @@ class SupervisedModule(LightningModule):
         self.model = model
         self.loss = loss
         # A copy: a plateau schedule has a state, and belongs to one run.
-        self.schedule = copy.deepcopy(schedule) if schedule is not None else Constant()
+        self._schedule_is_automatic = schedule == "auto"
+        if schedule is None or schedule == "auto":
+            schedule = Constant()
+        self.schedule = copy.deepcopy(schedule)
         if not isinstance(self.schedule, Schedule):
             raise ValueError(
                 f"schedule must be a gdtrain.schedules.Schedule, such as Cosine(). Received: "
@@ -159,6 +173,20 @@ class SupervisedModule(LightningModule):
             )
         self.engine = engine
         self.engine_reason = ""
+        if not (step_size is None or step_size == "auto" or isinstance(step_size, StepSize)):
+            raise ValueError(
+                f"step_size must be a rule of gdtrain.step_sizes, 'auto' or None. Received: "
+                f"{step_size!r}."
+            )
+        if step_size is not None and isinstance(optimizer, Optimizer):
+            raise ValueError(
+                "With step_size=…, the optimizer must be a factory, such as "
+                "functools.partial(SGD, momentum=0.9). Received: an optimizer; give it the rule "
+                "itself: SGD(…, step_size=…)."
+            )
+        self.step_size = step_size
+        self.race: Race | None = None
+        self.certificate: dict[str, Any] | None = None
         self._make_optimizer = optimizer
         self._metrics = None if metrics is None else dict(metrics)
         self.evaluation = nn.ModuleDict()
@@ -169,10 +197,14 @@ class SupervisedModule(LightningModule):
         self.examples_seen = 0
         self.updates = 0
         self.total_updates: int | None = None
+        self.rate_cut = 1.0  # by recoveries from divergence: a factor on η, beside the schedule's
         self.updates_per_epoch = 1
         self._objective: Objective | None = None
         self._engine: Engine | None = None
         self._engine_before: EngineName | None = None  # of the run that is resumed
+        self._rates = torch.zeros(0, dtype=torch.float64)
+        self._shows_average = self._ended_at_average = False
+        self._validated: AbstractContextManager[None] | None = None
         self._random_state: dict[str, Any] | None = None
         self._target_scale: Tensor | None = None
         self._micro_batch_size: int | None = None
@@ -193,8 +225,14 @@ class SupervisedModule(LightningModule):
     def configure_optimizers(self) -> Optimizer:
         """Make the optimizer; schedules are applied here, not by Lightning."""
         made = self._make_optimizer
-        if not isinstance(made, Optimizer):
-            made = made(parameter_groups(self.model, self.decay_biases))
+        if not isinstance(made, Optimizer):  # a factory
+            groups = parameter_groups(self.model, self.decay_biases)
+            made = made(groups) if self.step_size is None else self._with_rule(made, groups)
+        if self._schedule_is_automatic:
+            rule = getattr(made, "step_size", None)
+            # Rules for full batches find the length of each step; rules that ask for T decay.
+            decays = rule is not None and (rule.needs_full_batch or rule.needs_total_updates)
+            self.schedule = Constant() if decays else Polynomial()
         for group in made.param_groups:
             group.setdefault("initial_lr", group["lr"])
             if group.get("differentiable"):
@@ -203,12 +241,45 @@ class SupervisedModule(LightningModule):
                 )
         return made
 
+    def _with_rule(self, make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
+        """An optimizer that computes η itself; lr = 1 is then only the unit of the schedule."""
+        plain = make(groups, lr=1.0)
+        if not isinstance(plain, GD | SGD | MiniBatchSGD):
+            raise ValueError(
+                f"Rules for the step size, and lr=auto, work with GD, SGD and MiniBatchSGD of "
+                f"gdtrain. Received: {type(plain).__name__}. Set optimizer.lr to a number."
+            )
+        rule = self._automatic_rule(plain) if self.step_size == "auto" else self.step_size
+        assert isinstance(rule, StepSize)
+        rule.check_loss(self.loss)
+        total = None
+        if self._trainer is not None and self.trainer.datamodule is not None:  # type: ignore[attr-defined]
+            total = self.trainer.datamodule.planned_updates(self.trainer)  # type: ignore[attr-defined]
+        options: dict[str, Any] = {"lr": 1.0, "step_size": copy.deepcopy(rule)}
+        return make(groups, **options, total_updates=total)
+
+    def _automatic_rule(self, optimizer: Optimizer) -> StepSize:
+        group = optimizer.param_groups[0]
+        if group["nesterov"]:
+            raise ValueError(
+                "lr=auto has no rule for Nesterov momentum. Set optimizer.nesterov=false, or "
+                "optimizer.lr to a number."
+            )
+        if isinstance(optimizer, GD) and self.loss.smooth and group["momentum"] == 0:
+            return BarzilaiBorwein()
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, DatasetDataModule) and not data.is_resident:
+            # No race over examples that are fetched one by one.
+            return DoWG(cap=0.5, decay="linear")
+        return StochasticPolyak()
+
     def settings(self) -> dict[str, str]:
         """What a resumed run must share with the run that it goes on with, beside the optimizer."""
         return {
             "loss": repr(self.loss),
-            "schedule": repr(self.schedule),
+            "schedule": "auto" if self._schedule_is_automatic else repr(self.schedule),
             "decay_biases": str(self.decay_biases),
+            "step_size": repr(self.step_size),
         }
 
     def setup(self, stage: str) -> None:
@@ -259,10 +330,10 @@ class SupervisedModule(LightningModule):
         loader = trainer.train_dataloader
         self.updates = trainer.global_step
         self.validation, self.validated_at = {}, -1
-        self._engine = None
+        self._engine, self._ended_at_average = None, False
         self._objective, self._pair_micro_batch_size = None, None
         if self.updates == 0:
-            self.examples_seen = 0
+            self.examples_seen, self.rate_cut = 0, 1.0
         plan = self._plan
         if plan is not None:
             self._refuse_counts_of_steps()
@@ -302,6 +373,9 @@ class SupervisedModule(LightningModule):
             self._check(inputs, targets)
             self._lay_out(loader.batch_size)
             loader.epochs_per_iteration = self._epochs_at_once(data.count("val") > 0)
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            if getattr(optimizer, "step_size", None) is not None:
+                optimizer.batch_fraction = loader.batch_size / loader.num_examples
         else:
             per_epoch = trainer.num_training_batches
             if math.isfinite(per_epoch):
@@ -314,6 +388,44 @@ class SupervisedModule(LightningModule):
         if self._random_state is not None:
             _set_random_state(self._random_state)
             self._random_state = None
+        if self.step_size == "auto" and self.updates == 0:
+            self._find_rate()
+
+    def _find_rate(self) -> None:
+        """Let step sizes race, where an update sees only some of the examples."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        loader = self.trainer.train_dataloader
+        assert isinstance(optimizer, Optimizer)
+        if not isinstance(getattr(optimizer, "step_size", None), StochasticPolyak):
+            return
+        if not isinstance(loader, IndexLoader) or self._objective is None:
+            raise ValueError(
+                "lr=auto lets step sizes race over resident examples. Received: batches from a "
+                "loader. Set optimizer.lr to a number, or take a rule that needs no race "
+                "(step_size=dowg)."
+            )
+        if self.total_updates is None:
+            raise ValueError(
+                "lr=auto needs to know how many updates are planned: set trainer.max_epochs or "
+                "trainer.max_steps."
+            )
+        if self._engine is None:
+            self._engine = self._choose(optimizer)
+
+        def run(indices: Tensor, factors: Tensor, draw: int) -> Tensor:
+            return self._sweep(self._objective, optimizer, indices, factors, draw)  # type: ignore[arg-type]
+
+        self.race = found = race(
+            run,
+            self._objective,
+            optimizer,
+            loader.block,
+            self.total_updates,
+            loader.batch_size,
+            draw=self._draws << 32,
+        )
+        if self.trainer.is_global_zero:
+            _log.info("lr: auto found %.3g %s", found.rate, found.basis)
 
     def _epochs_at_once(self, validated: bool) -> int | None:
         """How many epochs Lightning may take for one; None: all.
@@ -355,7 +467,11 @@ class SupervisedModule(LightningModule):
             self.model.to(memory_format=torch.channels_last)
 
     def on_train_end(self) -> None:
-        """Leave the weights as they are laid out by default: view() and the like expect that."""
+        """End at the average, if there is one, and in the default layout, as view() expects."""
+        optimizer, rule = self._averaging()
+        if rule is not None:
+            rule.eval(optimizer)
+            self._ended_at_average = True
         for m in self.model.modules():
             if isinstance(m, nn.Conv2d):
                 m.to(memory_format=torch.contiguous_format)
@@ -405,6 +521,11 @@ class SupervisedModule(LightningModule):
         return None if self._objective is None else self._objective.micro_batch_size
 
     @property
+    def objective(self) -> Objective | None:
+        """J over the training examples, once training on a gdtrain data module has begun."""
+        return self._objective
+
+    @property
     def micro_batch_size_is_automatic(self) -> bool:
         """Whether M was measured."""
         return self._objective is not None and self._objective.automatic
@@ -433,7 +554,7 @@ class SupervisedModule(LightningModule):
     # ------------------------------------------------------------------ training
 
     def rate_factors(self, first: int, count: int) -> Tensor:
-        """The schedule's factors for updates first … first + count − 1.
+        """The schedule's factors for updates first … first + count − 1, times `rate_cut`.
 
         Args:
             first: Update number, from 0.
@@ -443,11 +564,12 @@ class SupervisedModule(LightningModule):
             (K,), float64.
         """
         total = self.total_updates if self.total_updates is not None else first + count
-        return self.schedule(
+        made = self.schedule(
             torch.from_numpy(np.arange(first, first + count, dtype=np.float64)),
             max(total, 1),
             self.updates_per_epoch,
         )
+        return made if self.rate_cut == 1.0 else made * self.rate_cut
 
     def training_step(
         self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int
@@ -459,12 +581,81 @@ class SupervisedModule(LightningModule):
             batch_idx: Lightning's.
 
         Returns:
-            "losses" (K,), "factors" (K,) of the schedule, "first", the number of the first of these
-            updates, "examples", how many made one update, and "seconds" that all took.
+            "losses" (K,), "rates" (K,), η of the first group, "first", the number of the first of
+            these updates, "examples", how many made one update, and "seconds" that all took.
+        """
+        first = self.updates
+        started = time.perf_counter()
+        losses, indices = self.make_updates(batch, first)
+        count = len(indices)
+        if losses.is_cuda:
+            torch.cuda.synchronize()  # once per sweep: its time is measured
+        seconds = time.perf_counter() - started
+        self.updates += count
+        self.examples_seen += indices.numel()
+        if isinstance(self.trainer.train_dataloader, IndexLoader):
+            # Lightning counts the end of an iteration as one epoch more.
+            _count_epochs(self.trainer, (self.updates - 1) // self.updates_per_epoch)
+        epoch_loop = self.trainer.fit_loop.epoch_loop
+        progress = epoch_loop.manual_optimization.optim_step_progress
+        for counts in (progress.total, progress.current):
+            counts.ready += count
+            counts.completed += count
+        # What Lightning passes to loggers as the step; it adds 1 for this batch itself.
+        epoch_loop._batches_that_stepped = self.updates - 1
+        self._lengthen(count, seconds)
+        return {
+            "losses": losses,
+            "rates": self._rates,
+            "seconds": seconds,
+            "first": first,
+            "examples": indices.shape[1],
+        }
+
+    def make_updates(
+        self, batch: Tensor | tuple[Tensor, Tensor], first: int
+    ) -> tuple[Tensor, Tensor]:
+        """Make the updates of one block, from the parameters as they are; nothing is counted.
+
+        η of each is then in `rates`.
+
+        Args:
+            batch: (K, B) indices, or inputs and targets.
+            first: Number of the first of these updates, which schedule and dropout depend on.
+
+        Returns:
+            (K,), J on each update's examples before it; (K, B), the indices.
         """
         optimizer = self.optimizers(use_pl_optimizer=False)
         if not isinstance(optimizer, Optimizer):
             raise ValueError("SupervisedModule trains with one optimizer.")
+        objective, indices = self.named(batch)
+        draw = self.draw_of(first)
+        factors = self.rate_factors(first, len(indices))
+        return self._sweep(objective, optimizer, indices, factors, draw), indices
+
+    @property
+    def rates(self) -> Tensor:
+        """(K,), float64: η of the first group at each of the updates that were made last."""
+        return self._rates
+
+    def draw_of(self, update: int) -> int:
+        """Names the random numbers of an update, for `Objective`.
+
+        Args:
+            update: From 0.
+        """
+        return (self._draws << 32) + update
+
+    def named(self, batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Objective, Tensor]:
+        """The objective of a batch, and which of its examples make which update.
+
+        Args:
+            batch: (K, B) indices, or inputs and targets.
+
+        Returns:
+            J, and (K, B) indices into its examples.
+        """
         if isinstance(batch, Tensor):
             if self._objective is None:
                 raise ValueError(
@@ -490,34 +681,7 @@ class SupervisedModule(LightningModule):
                 self.model, self.loss, inputs, targets, self._pair_micro_batch_size
             )
             indices = torch.arange(len(inputs), device=inputs.device).unsqueeze(0)
-        first, count = self.updates, len(indices)
-        started = time.perf_counter()
-        draw = (self._draws << 32) + first
-        factors = self.rate_factors(first, count)
-        losses = self._sweep(objective, optimizer, indices, factors, draw)
-        if losses.is_cuda:
-            torch.cuda.synchronize()  # once per sweep: its time is measured
-        seconds = time.perf_counter() - started
-        self.updates += count
-        self.examples_seen += indices.numel()
-        if isinstance(self.trainer.train_dataloader, IndexLoader):
-            # Lightning counts the end of an iteration as one epoch more.
-            _count_epochs(self.trainer, (self.updates - 1) // self.updates_per_epoch)
-        epoch_loop = self.trainer.fit_loop.epoch_loop
-        progress = epoch_loop.manual_optimization.optim_step_progress
-        for counts in (progress.total, progress.current):
-            counts.ready += count
-            counts.completed += count
-        # What Lightning passes to loggers as the step; it adds 1 for this batch itself.
-        epoch_loop._batches_that_stepped = self.updates - 1
-        self._lengthen(count, seconds)
-        return {
-            "losses": losses,
-            "factors": factors,
-            "seconds": seconds,
-            "first": first,
-            "examples": indices.shape[1],
-        }
+        return objective, indices
 
     def _sweep(
         self,
@@ -528,11 +692,11 @@ class SupervisedModule(LightningModule):
         draw: int,
     ) -> Tensor:
         if objective is not self._objective:  # of one batch of another loader
-            return Eager(objective, optimizer)(indices, factors, draw)
+            return self._run(Eager(objective, optimizer), indices, factors, draw)
         if self._engine is None:
             self._engine = self._choose(optimizer)
         try:
-            return self._engine(indices, factors, draw)
+            return self._run(self._engine, indices, factors, draw)
         except NotApplicableError as error:  # found out only by trying, as a compiler does
             if self.engine != "auto":
                 raise ValueError(
@@ -545,7 +709,12 @@ class SupervisedModule(LightningModule):
                 stacklevel=2,
             )
             self._engine = Eager(objective, optimizer)
-            return self._engine(indices, factors, draw)
+            return self._run(self._engine, indices, factors, draw)
+
+    def _run(self, engine: Engine, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
+        losses = engine(indices, factors, draw)
+        self._rates = engine.rates
+        return losses
 
     def _choose(self, optimizer: Optimizer) -> Engine:
         assert self._objective is not None
@@ -689,10 +858,46 @@ class SupervisedModule(LightningModule):
         metrics = self._new_metrics().to(self.device)
         was_training = self.model.training
         self.model.eval()
-        for inputs, targets in batches:
-            self._take(metrics, inputs, targets)
+        with self.averaged():
+            for inputs, targets in batches:
+                self._take(metrics, inputs, targets)
         self.model.train(was_training)
         return _compute(metrics, part)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the parameters are the average that the step-size rule keeps, if it does."""
+        optimizer, rule = self._averaging()
+        if rule is None or self._shows_average:
+            yield
+            return
+        rule.eval(optimizer)
+        self._shows_average = True
+        try:
+            yield
+        finally:
+            self._shows_average = False
+            rule.train(optimizer)
+
+    def _averaging(self) -> tuple[Any, StepSize | None]:
+        trainer = self._trainer
+        optimizers = [] if trainer is None else trainer.optimizers
+        rule = getattr(optimizers[0], "step_size", None) if len(optimizers) == 1 else None
+        if rule is None or not rule.averages or not self.updates or self._ended_at_average:
+            return None, None
+        return optimizers[0], rule
+
+    def on_validation_start(self) -> None:
+        """Validate the average, if there is one."""
+        if self.trainer.state.fn == "fit":
+            self._validated = self.averaged()
+            self._validated.__enter__()
+
+    def on_validation_end(self) -> None:
+        """Go on from where training is."""
+        if self._validated is not None:
+            self._validated.__exit__(None, None, None)
+            self._validated = None
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -705,6 +910,8 @@ class SupervisedModule(LightningModule):
         checkpoint["gdtrain"] = {
             "updates": self.updates,
             "examples_seen": self.examples_seen,
+            "rate_cut": self.rate_cut,
+            "race": None if self.race is None else asdict(self.race),
             "random_state": _random_state(),
             "micro_batch_size": self.micro_batch_size,
             "engine": self.engine_in_use,
@@ -713,7 +920,15 @@ class SupervisedModule(LightningModule):
             if isinstance(self.schedule, ReduceOnPlateau)
             else None,
             "description": self.description,
+            "average": self._average(),
         }
+
+    def _average(self) -> dict[str, Tensor] | None:
+        """The averaged parameters, which are what a model from the checkpoint answers with."""
+        if self._averaging()[1] is None:
+            return None
+        with self.averaged():
+            return {name: p.detach().clone() for name, p in self.named_parameters()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from what `on_save_checkpoint` added.
@@ -726,6 +941,8 @@ class SupervisedModule(LightningModule):
             return
         self.updates = state["updates"]
         self.examples_seen = state["examples_seen"]
+        self.rate_cut = state.get("rate_cut", 1.0)
+        self.race = None if state.get("race") is None else Race(**state["race"])
         self._random_state = state["random_state"]
         self._micro_batch_size = state["micro_batch_size"]
         self._engine_before = state["engine"]

@@ -10,17 +10,22 @@ for rounding).
 
 from __future__ import annotations
 
+import random
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gdtrain.dropout import drawing
+from gdtrain.dropout import Dropout, drawing
 
-__all__ = ["Objective", "Rows", "own_part"]
+__all__ = ["Objective", "Rows", "own_part", "untouched"]
 
 _ACTIVATIONS = 64 * 2**20  # bytes that a pass of automatic size may keep for its backward pass
 
@@ -43,6 +48,42 @@ def own_part(count: int, rank: int, ranks: int) -> tuple[int, int]:
     share, more = divmod(count, ranks)
     start = rank * share + min(rank, more)
     return start, start + share + (rank < more)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Leaves a model's buffers, and all generators that its layers may draw from, as they were.
+
+    Inside, the model has copies of its buffers.
+
+    Args:
+        model: Any module, BatchNorm and dropout included.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(1)
+        >>> with untouched(layer):
+        ...     _ = layer(torch.tensor([[1.0], [3.0]]))
+        >>> layer.running_mean
+        tensor([0.])
+    """
+    own = [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in own if buffer is not None}
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (user code may draw from it)
+    try:
+        for owner, name, buffer in own:
+            owner[name] = None if buffer is None else copies[id(buffer)]
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        for owner, name, buffer in own:
+            owner[name] = buffer
 
 
 class Rows(Protocol):
@@ -109,6 +150,7 @@ class Objective:
         self.rank, self.ranks = rank, ranks
         self.automatic = micro_batch_size == "auto"
         self.micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
+        self._told_in_turn = self._is_twice_differentiable = False
         self._mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
     @torch.no_grad()
@@ -151,37 +193,225 @@ class Objective:
         Returns:
             A scalar, and one gradient for each parameter; None where J does not depend on it.
         """
+        value, gradient, self.micro_batch_size = self._added_up(indices, draw, self._share)
+        return value, gradient
+
+    def hessian_vector(self, indices: Tensor, v: Sequence[Tensor], draw: int = 0) -> list[Tensor]:
+        """∇²J v, exactly, over all ranks: the gradient of ⟨∇J, v⟩.
+
+        The model stays in the mode that it is in: in training mode, BatchNorm's Hessian is that of
+        batch statistics, and dropout's that of the masks of `draw`. Buffers, `.grad` and generators
+        stay as they are.
+
+        Args:
+            indices: (B,), int64, the same on every rank.
+            v: A tensor for each of `params`, of its shape.
+            draw: As for `losses`.
+
+        Returns:
+            A tensor for each of `params`; zeros where ∇J does not depend on it.
+
+        Raises:
+            ValueError: A part of the model cannot be differentiated twice.
+        """
+        return self._times_hessian(v, indices, draw, None)
+
+    def hessian(self, indices: Tensor, draw: int = 0) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """∇²J at the parameters as they are, as a function from v to ∇²J v.
+
+        As `hessian_vector`, and at half the time where the named examples are one pass: its graph
+        is then kept for the next v. The parameters must not change in between.
+
+        Args:
+            indices: (B,), int64, the same on every rank.
+            draw: As for `losses`.
+
+        Returns:
+            From a tensor for each of `params` to another.
+        """
+        return partial(self._times_hessian, indices=indices, draw=draw, kept=[])
+
+    def _times_hessian(
+        self, v: Sequence[Tensor], indices: Tensor, draw: int, kept: list[Any] | None
+    ) -> list[Tensor]:
+        with untouched(self.model), torch.enable_grad():
+            share = partial(self._second_share, v, kept)
+            _, product, _ = self._added_up(indices, draw, share)
+        return [
+            torch.zeros_like(p) if h is None else h
+            for p, h in zip(self.params, product, strict=True)
+        ]
+
+    def per_example_gradients(self, indices: Tensor, draw: int = 0) -> list[Tensor]:
+        """∇ℓ of each example, on this process alone; their mean is ∇J.
+
+        Examples of a pass are differentiated side by side by `torch.func.vmap` where the model lets
+        it, and one after the other where not (a warning says so). The model stays in the mode that
+        it is in; buffers, `.grad` and generators stay as they are.
+
+        Args:
+            indices: (B,), int64.
+            draw: As for `losses`.
+
+        Returns:
+            For each of `params`, (B, …); zeros where ℓ does not depend on it.
+
+        Raises:
+            ValueError: BatchNorm in training mode mixes the examples.
+        """
+        modules = [m for m in self.model.modules() if m.training]
+        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+            raise ValueError(
+                "BatchNorm in training mode mixes the examples, so that none has a gradient of its "
+                "own. Call model.eval() first, or use norm=group (GroupNorm)."
+            )
+        drawn = any(isinstance(m, Dropout | nn.modules.dropout._DropoutNd) and m.p for m in modules)
+        size = self.micro_batch_size or max(len(indices), 1)
+        parts = []
+        with untouched(self.model), torch.enable_grad():
+            for first in range(0, len(indices), size):
+                part = indices[first : first + size]
+                one_by_one = partial(self._each_in_turn, part, first, draw)
+                parts.append(one_by_one() if drawn else self._side_by_side(part, one_by_one))
+        return [torch.cat(grads) for grads in zip(*parts, strict=True)]
+
+    def _added_up(
+        self,
+        indices: Tensor,
+        draw: int,
+        share: Callable[[Tensor, int], tuple[Tensor, Sequence[Tensor | None]]],
+    ) -> tuple[Tensor, list[Tensor | None], int | None]:
+        """The sum of the passes' and the ranks' shares of a value and a vector; and the M used."""
         count = len(indices)
         assert count, "indices must not be empty"
         start, end = own_part(count, self.rank, self.ranks)
         if self.automatic and self.micro_batch_size is None:
             self.micro_batch_size = self._measured(indices[start:end])
         self._say_if_mixed(end - start, count)
+        micro = self.micro_batch_size
         value: Tensor | None = None
-        gradient: list[Tensor | None] = [None] * len(self.params)
+        vector: list[Tensor | None] = [None] * len(self.params)
         while start < end:
-            size = self.micro_batch_size or end - start
+            size = micro or end - start
             part = indices[start : min(start + size, end)]
             try:
                 with drawing(draw, start):
-                    share, grads = self._share(part, count)
+                    one, more = share(part, count)
             except torch.OutOfMemoryError:
                 if not self.automatic or len(part) == 1:
                     raise
                 torch.cuda.empty_cache()
-                self.micro_batch_size = len(part) // 2  # what is added up already stays
+                micro = len(part) // 2  # what is added up already stays
                 continue
-            value = share if value is None else value + share
-            for i, g in enumerate(grads):
+            value = one if value is None else value + one
+            for i, g in enumerate(more):
                 if g is not None:
-                    total = gradient[i]
-                    gradient[i] = g if total is None else total.add_(g)
+                    total = vector[i]
+                    vector[i] = g if total is None else total.add_(g)
             start += len(part)
-        return self._reduced(value, gradient) if self.ranks > 1 else (value, gradient)  # type: ignore[return-value]
+        if self.ranks > 1:
+            return *self._reduced(value, vector), micro
+        assert value is not None
+        return value, vector, micro
 
     def _share(self, part: Tensor, count: int) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         share = self._losses(part).sum() / count
         return share.detach(), torch.autograd.grad(share, self.params, allow_unused=True)
+
+    def _second_share(
+        self, v: Sequence[Tensor], kept: list[Any] | None, part: Tensor, count: int
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """J's share of a pass, and the gradient of ⟨∇, v⟩."""
+        # The fused attention kernels have no second derivative; the plain one has.
+        with sdpa_kernel(SDPBackend.MATH):
+            if kept:
+                share, grads = kept
+            else:
+                share = self._losses(part).sum() / count
+                grads = torch.autograd.grad(
+                    share, self.params, create_graph=True, allow_unused=True
+                )
+                start, end = own_part(count, self.rank, self.ranks)
+                if kept is not None and len(part) == end - start:
+                    kept += [share.detach(), grads]
+                self._refuse_once_differentiable(grads)
+            # A gradient without a graph is constant.
+            pairs = [
+                (g, w) for g, w in zip(grads, v, strict=True) if g is not None and g.requires_grad
+            ]
+            if not pairs:
+                return share.detach(), [None] * len(self.params)
+            try:
+                product = torch.autograd.grad(
+                    [g for g, _ in pairs],
+                    self.params,
+                    [w.to(g) for g, w in pairs],
+                    allow_unused=True,
+                    retain_graph=bool(kept),
+                )
+            except torch.OutOfMemoryError:
+                if kept:
+                    kept.clear()  # smaller passes come next
+                raise
+            except RuntimeError as error:
+                raise ValueError(self._not_twice(str(error))) from error
+        return share.detach(), product
+
+    def _refuse_once_differentiable(self, grads: Sequence[Tensor | None]) -> None:
+        """Look for nodes that would raise if they were run; autograd.grad goes around them."""
+        if self._is_twice_differentiable:
+            return
+        waiting: list[Any] = [g.grad_fn for g in grads if g is not None]
+        seen: set[Any] = {None}
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                if node.name() == "torch::autograd::Error":
+                    raise ValueError(self._not_twice("a function is marked once_differentiable"))
+                waiting += [parent for parent, _ in node.next_functions]
+        self._is_twice_differentiable = True
+
+    def _not_twice(self, reason: str) -> str:
+        return (
+            f"The Hessian needs a model and a loss that can be differentiated twice. Received: "
+            f"{type(self.model).__name__} with {type(self.loss).__name__}, where PyTorch says: "
+            f"{reason}"
+        )
+
+    def _each_in_turn(self, part: Tensor, first: int, draw: int) -> list[Tensor]:
+        rows = []
+        for k in range(len(part)):
+            with drawing(draw, first + k):
+                loss = self._losses(part[k : k + 1]).sum()
+            rows.append(
+                torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+            )
+        return [torch.stack(grads) for grads in zip(*rows, strict=True)]
+
+    def _side_by_side(self, part: Tensor, otherwise: Callable[[], list[Tensor]]) -> list[Tensor]:
+        owned = {id(p) for p in self.params}
+        params = {name: p for name, p in self.model.named_parameters() if id(p) in owned}
+
+        def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            prediction = torch.func.functional_call(self.model, params, (x[None],))
+            return self.loss(prediction, y[None]).sum()
+
+        gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+        detached = {name: p.detach() for name, p in params.items()}
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # vmap knows no other attention
+                made = gradients(detached, self.inputs[part], self.targets[part])
+        except RuntimeError as error:
+            if not self._told_in_turn:
+                self._told_in_turn = True
+                warnings.warn(
+                    f"Gradients of examples are made one after the other, which is slower: "
+                    f"torch.func.vmap says: {error}",
+                    stacklevel=4,
+                )
+            return otherwise()
+        return [made[name] for name in params]
 
     def _losses(self, indices: Tensor) -> Tensor:
         return self.loss(self.model(self.inputs[indices]), self.targets[indices])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 __all__ = ["Stop", "StopReason"]
 
@@ -19,11 +21,15 @@ class StopReason(str, Enum):
     BUDGET = "BUDGET"
     """All planned updates were made."""
     CONVERGED = "CONVERGED"
-    """The gradient is as small as was asked."""
+    """The gradient, or the duality gap, is as small as was asked."""
+    NOISE_FLOOR = "NOISE_FLOOR"
+    """Stationary at this step size: a smaller one would go on. Not the optimum."""
     STALLED = "STALLED"
     """The monitored metric stopped improving."""
+    DIVERGED = "DIVERGED"
+    """The loss is finite and the run is lost: it grew, or the units died or saturated."""
     NON_FINITE = "NON_FINITE"
-    """The loss became infinite or not a number."""
+    """A loss, a gradient, a parameter or an example became infinite or not a number."""
     INTERRUPTED = "INTERRUPTED"
     """The user stopped it."""
 
@@ -35,11 +41,24 @@ class Stop:
     Args:
         reason: Which.
         message: One sentence or two for the user.
+        numbers: What the reason rests on, by name: plain floats, integers, strings, and lists of
+            them, so that they can be written as JSON.
+        advice: The next thing to try, one sentence; "": there is nothing to try.
 
     Example:
-        >>> Stop(StopReason.BUDGET, "All 100 updates were made.").reason.value
-        'BUDGET'
+        >>> stop = Stop(StopReason.CONVERGED, "The gradient is small.", {"gradient_norm": 1e-7},
+        ...     "Nothing is left to gain.")
+        >>> print(stop)
+        CONVERGED: The gradient is small. Nothing is left to gain.
+        >>> print(Stop(StopReason.BUDGET, "All 100 updates were made."))
+        BUDGET: All 100 updates were made.
     """
 
     reason: StopReason
     message: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    advice: str = ""
+
+    def __str__(self) -> str:
+        """Reason, message and advice, in one line."""
+        return f"{self.reason.value}: {' '.join(filter(None, (self.message, self.advice)))}"

@@ -27,7 +27,15 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from gdtrain.callbacks import BestAndLast, Divergence, History, Interrupt, LossCurves, ProgressLine
+from gdtrain.callbacks import (
+    BestAndLast,
+    Convergence,
+    Divergence,
+    History,
+    Interrupt,
+    LossCurves,
+    ProgressLine,
+)
 from gdtrain.configuration import read_defaults
 from gdtrain.data import ArrayDataModule, DataModule, features
 from gdtrain.distributed import ExactDDP
@@ -35,7 +43,8 @@ from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
 from gdtrain.optim import GD, SGD, MiniBatchSGD
-from gdtrain.schedules import Cosine, ReduceOnPlateau, Schedule
+from gdtrain.schedules import ReduceOnPlateau, Schedule
+from gdtrain.step_sizes import StepSize
 from gdtrain.stopping import Stop, StopReason
 from gdtrain.sweep import EngineName
 
@@ -53,6 +62,7 @@ __all__ = [
 
 Variant = Literal["gd", "sgd", "minibatch"]
 _OPTIMIZERS = {"gd": GD, "sgd": SGD, "minibatch": MiniBatchSGD}
+_log = logging.getLogger("gdtrain")
 _MODELS = {"linear": Linear, "mlp": MLP, "cnn": CNN}
 
 
@@ -138,7 +148,7 @@ def fit(
     y: ArrayLike,
     *,
     variant: Variant = "sgd",
-    lr: float | None = None,
+    lr: float | Literal["auto"] = "auto",
     epochs: int | None = None,
     batch_size: int | None = None,
     momentum: float = 0.0,
@@ -146,6 +156,7 @@ def fit(
     weight_decay: float = 0.0,
     loss: Loss | None = None,
     schedule: Schedule | None = None,
+    step_size: StepSize | None = None,
     seed: int = 0,
     engine: EngineName = "auto",
     directory: str | Path | None = None,
@@ -161,14 +172,16 @@ def fit(
         X: (N, D), or images (N, C, H, W).
         y: (N,) classes or numbers, or (N, K) numbers.
         variant: "gd" (an update averages all examples), "sgd" (one) or "minibatch".
-        lr: η, range (0, ∞); None: the variant's in `conf/optimizer`.
+        lr: η, range (0, ∞); "auto": found before and while training, see `SupervisedModule`.
         epochs: Passes over the data, range [1, ∞); None: the variant's.
         batch_size: For "minibatch", range [1, N]; None: the variant's.
         momentum: μ, range [0, ∞).
         nesterov: Nesterov momentum.
         weight_decay: λ, range [0, ∞); not on biases.
         loss: None: cross-entropy for classes, squared error for numbers.
-        schedule: None: cosine, as in the command.
+        schedule: The factor on η; None: linear decay to zero, and none where a rule finds the
+            length of full-batch steps.
+        step_size: A rule that computes η, with `lr="auto"`; None: the automatic one.
         seed: Of initial weights (if the model is built here), order and dropout.
         engine: How updates are made, see `SupervisedModule`.
         directory: Folder for TensorBoard events, `metrics.csv`, checkpoints and `summary.json`;
@@ -220,20 +233,27 @@ def fit(
         raise ValueError(f"model must be one of {', '.join(_MODELS)}. Received: {model!r}.")
     make = _MODELS[model] if isinstance(model, str) else model
     built = make if isinstance(make, nn.Module) else make(data.input_shape, outputs)
-    rate = defaults["optimizer"]["lr"] if lr is None else lr
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf:
-        raise ValueError(f"lr must be finite and > 0. Received: lr={rate!r}.")
+    if lr != "auto" and (
+        isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf
+    ):
+        raise ValueError(f"lr must be finite and > 0, or 'auto'. Received: lr={lr!r}.")
+    if lr != "auto" and step_size is not None and step_size.owns_rate:
+        raise ValueError(
+            f"step_size={step_size!r} computes the step size, and lr sets it: give one of them. "
+            f"Received: lr={lr!r}."
+        )
     module = SupervisedModule(
         built,
         loss,
         partial(
             _OPTIMIZERS[variant],
-            lr=rate,
+            **({} if lr == "auto" else {"lr": lr}),
             momentum=momentum,
             nesterov=nesterov,
             weight_decay=weight_decay,
         ),
-        schedule if schedule is not None else Cosine(),
+        schedule if schedule is not None else "auto",
+        step_size=step_size if step_size is not None or lr != "auto" else "auto",
         engine=engine,
     )
     arguments = {**read_defaults("trainer/default"), **defaults["trainer"]}
@@ -242,11 +262,11 @@ def fit(
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs must be a whole number of at least 1. Received: {epochs!r}.")
         arguments["max_epochs"] = epochs
-    callbacks: list[Any] = [LossCurves(), Divergence(), Interrupt()]
+    callbacks: list[Any] = [Divergence(), LossCurves(), Convergence(), Interrupt()]
     loggers: list[Any] = []
     if progress:
         callbacks.append(ProgressLine())
-    hyperparameters = {"variant": variant, "lr": rate, "momentum": momentum, "seed": seed}
+    hyperparameters = {"variant": variant, "lr": lr, "momentum": momentum, "seed": seed}
     if directory is not None:
         callbacks.append(BestAndLast)
         loggers = [partial(c, name="", version="") for c in (TensorBoardLogger, CSVLogger)]
@@ -410,6 +430,9 @@ def run(
         lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
         seconds = curves.seconds
         stop = _why(lightning, module)
+        if lightning.is_global_zero:
+            lost = stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
+            _log.log(logging.WARNING if lost else logging.INFO, "%s", stop)
         metrics = {}
         rank, ranks = lightning.global_rank, lightning.world_size
         parts: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
@@ -539,7 +562,10 @@ def _check_settings(state: Mapping[str, Any], module: SupervisedModule, path: st
     groups = state["optimizer_states"][0]["param_groups"]
     for i, group in enumerate(module.configure_optimizers().param_groups):
         saved = groups[i] if i < len(groups) else {}
-        for name in sorted((group.keys() | saved.keys()) - {"params", "lr", "param_names"}):
+        unlike = {"params", "lr", "param_names", "step_size"}  # what a run changes
+        if module.step_size == "auto":
+            unlike.add("initial_lr")
+        for name in sorted((group.keys() | saved.keys()) - unlike):
             label = "lr" if name == "initial_lr" else name
             then[label], now[label] = str(saved.get(name)), str(group.get(name))
             if then[label] != now[label]:
@@ -623,6 +649,14 @@ def _build_callbacks(callbacks: Sequence[Any], folder: Path | None) -> list[Call
 
 
 def _why(trainer: Trainer, module: SupervisedModule) -> Stop:
+    stop = _reason(trainer, module)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Divergence):
+            stop = callback.annotate(stop)
+    return stop
+
+
+def _reason(trainer: Trainer, module: SupervisedModule) -> Stop:
     if module.stop is not None:
         return module.stop
     if module.total_updates is not None and module.updates >= module.total_updates:
@@ -632,6 +666,8 @@ def _why(trainer: Trainer, module: SupervisedModule) -> Stop:
             return Stop(
                 StopReason.STALLED,
                 f"{callback.monitor} did not improve for {callback.patience} validations.",
+                {"monitor": callback.monitor, "best": float(callback.best_score)},
+                "checkpoints/best.ckpt holds the best model, if checkpoints are kept.",
             )
     return Stop(StopReason.BUDGET, f"The trainer's budget ended after {module.updates} updates.")
 
@@ -680,6 +716,10 @@ def _summary(
         "fit_seconds": round(seconds, 3),
         "stop_reason": stop.reason.value,
         "stop_message": stop.message,
+        "stop_numbers": _plain(stop.numbers),
+        "certificate": _plain(module.certificate),
+        "lr": _rate(module),
+        "stop_advice": stop.advice,
         "metrics": {tag: value if math.isfinite(value) else None for tag, value in metrics.items()},
         "seed": seed,
         "batch_size": data.examples_per_update,
@@ -697,6 +737,30 @@ def _summary(
         "device": str(module.device),
         "processes": trainer.world_size,
         "versions": _versions(),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: a number that is not finite becomes a string."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _rate(module: SupervisedModule) -> dict[str, Any] | None:
+    """What lr=auto found, and on what grounds."""
+    if module.race is None:
+        return None
+    race = module.race
+    return {
+        "found": race.rate,
+        "scale": race.scale,
+        "tried": race.rates,
+        "losses": _plain(race.losses),
+        "updates_each": race.updates,
+        "examples": race.examples,
     }
 
 

@@ -37,7 +37,10 @@ def only_run(folder):
 def test_main_job_leaves_what_the_contract_says(tmp_path):
     done = command(tmp_path, "train", "optimizer=sgd")
     assert done.returncode == 0, done.stderr
-    assert done.stderr == "engine: native (a linear model or MLP on CPU, written by hand)\n"
+    engine, rate, stop = done.stderr.splitlines()
+    assert engine == "engine: native (a linear model or MLP on CPU, written by hand)"
+    assert re.match(r"lr: auto found [\d.]+ \(2 times the best of 6 rates", rate)
+    assert stop == "BUDGET: All 25160 planned updates were made." == done.stdout.splitlines()[-1]
     run = only_run(tmp_path)
     assert re.fullmatch(r"digits-mlp-sgd", run.parent.name)
     names = {path.name for path in run.iterdir()}
@@ -184,7 +187,7 @@ BAD_AT_BUILD = [
     ("model.init=zeros", "init=zeros is for linear models"),
     ("model=cnn data=iris", "model=cnn is for images"),
     ("data.sampling=sorted", "sampling must be one of"),
-    ("schedule.final=7", "final must lie in [0, 1]"),
+    ("schedule=linear schedule.final=7", "final must lie in [0, 1]"),
     ("schedule=one_cycle +schedule.warmup=5", "set rise instead of warmup"),
     ("optimizer.nesterov=true", "Nesterov momentum requires a momentum"),
     ("data=mnist data.download=false data.root=none", "into none/MNIST/raw/"),
@@ -192,7 +195,12 @@ BAD_AT_BUILD = [
     ("callbacks=early_stopping data.val_fraction=0", "needs a validation part"),
     ("callbacks=early_stopping callbacks.early_stopping.monitor=foo", "can monitor loss/val"),
     ("schedule=reduce_on_plateau data.val_fraction=0", "needs a validation part"),
-    ("+optimizer.differentiable=true", "steps are not differentiable"),
+    ("+optimizer.differentiable=true optimizer.lr=0.1", "steps are not differentiable"),
+    ("+optimizer.differentiable=true", "does not go with differentiable=True"),
+    ("optimizer.momentum=0.9 optimizer.nesterov=true", "lr=auto has no rule for Nesterov"),
+    ("optimizer=adam optimizer.lr=auto", "work with GD, SGD and MiniBatchSGD"),
+    ("step_size=armijo", "Armijo is a rule for full-batch descent"),
+    ("optimizer=gd step_size=armijo loss=hinge data=breast_cancer", "Hinge"),
     ("+loss._target_=torch.nn.CrossEntropyLoss", "must be a gdtrain.losses.Loss"),
     ("model.hidden=null", "The model cannot be built from its configuration"),
     ("+trainer.limit_train_batches=1", "limit_train_batches counts Lightning steps"),
@@ -224,8 +232,14 @@ def test_a_folder_that_cannot_be_made_is_one_message(monkeypatch, capsys, tmp_pa
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("callbacks", ["default", "none"])
-def test_a_diverging_run_ends_with_code_3(tmp_path, callbacks):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["callbacks=default", "callbacks.divergence.action=stop"],
+        ["callbacks=none", "+callbacks.divergence.action=stop"],
+    ],
+)
+def test_a_diverging_run_ends_with_code_3(tmp_path, words):
     done = command(
         tmp_path,
         "train",
@@ -233,13 +247,17 @@ def test_a_diverging_run_ends_with_code_3(tmp_path, callbacks):
         "model=linear",
         "data=diabetes",
         "optimizer.lr=1000",
-        f"callbacks={callbacks}",
+        *words,
     )
     assert done.returncode == 3
-    assert "Set optimizer.lr to a tenth of it" in done.stdout
+    assert "Set optimizer.lr" in done.stdout
     run = only_run(tmp_path)
-    assert json.loads((run / "summary.json").read_text())["stop_reason"] == "NON_FINITE"
-    assert not (run / "checkpoints" / "last.ckpt").exists()
+    assert json.loads((run / "summary.json").read_text())["stop_reason"] in (
+        "NON_FINITE",
+        "DIVERGED",
+    )
+    last = run / "checkpoints" / "last.ckpt"
+    assert last.exists() == ("callbacks=default" in words)  # the last good state
 
 
 @pytest.mark.slow

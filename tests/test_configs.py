@@ -19,14 +19,15 @@ from gdtrain.experiment import train
 CONF = conf_directory()
 MNIST = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "mnist"
 GROUPS = {
-    "callbacks": 4,
+    "callbacks": 5,
     "data": 13,
     "experiment": 13,
     "logger": 3,
-    "loss": 7,
+    "loss": 8,
     "model": 4,
     "optimizer": 4,
-    "schedule": 11,
+    "schedule": 12,
+    "step_size": 10,
     "trainer": 2,
 }
 CHOICES = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
@@ -142,6 +143,7 @@ def test_each_schedule_trains_with_each_variant(choice, variant, tmp_path):
     config = composed(
         f"schedule={choice}",
         f"optimizer={variant}",
+        "optimizer.lr=0.1",
         "data=iris",
         "model=linear",
         "trainer.max_epochs=2",
@@ -169,7 +171,10 @@ def test_each_file_of_ones_own_trains(choice, tmp_path):
     assert train(config, tmp_path / "run").summary["data"]["train"] == 42
 
 
-@pytest.mark.parametrize("loss", ["logistic", "hinge", "squared_hinge", "cross_entropy", "huber"])
+@pytest.mark.parametrize(
+    "loss",
+    ["logistic", "hinge", "squared_hinge", "cross_entropy", "one_hot_squared_error", "huber"],
+)
 def test_each_loss_trains(loss, tmp_path):
     data = "diabetes" if loss == "huber" else "breast_cancer"
     config = composed(

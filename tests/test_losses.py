@@ -13,6 +13,7 @@ from gdtrain.losses import (
     Huber,
     Logistic,
     Loss,
+    OneHotSquaredError,
     SquaredError,
     SquaredHinge,
 )
@@ -138,6 +139,19 @@ def test_cross_entropy_is_log_sum_exp_less_the_prediction_of_the_class():
     torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-15)
 
 
+def test_one_hot_squared_error_is_half_the_squared_distance_to_the_indicator():
+    # By hand: (1, 3, 0) less (0, 1, 0) is (1, 2, 0); (0.5, 0, 0) less (1, 0, 0) is (−0.5, 0, 0).
+    prediction = torch.tensor([[1.0, 3.0, 0.0], [0.5, 0.0, 0.0]], requires_grad=True)
+    losses = OneHotSquaredError()(prediction, torch.tensor([1, 0]))
+    assert losses.tolist() == [2.5, 0.125]
+    (gradient,) = torch.autograd.grad(losses.sum(), prediction)
+    assert gradient.tolist() == [[1.0, 2.0, 0.0], [-0.5, 0.0, 0.0]]
+    same = SquaredError()(prediction, torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]))
+    assert torch.equal(losses, same)
+    double = prediction.detach().double()
+    assert OneHotSquaredError()(double, torch.tensor([1, 0])).dtype == torch.float64
+
+
 @pytest.mark.parametrize("size", [1e3, 1e30])
 def test_extreme_predictions_give_finite_losses(size):
     prediction = torch.tensor([[size], [-size]])
@@ -197,11 +211,19 @@ def test_losses_of_two_classes_need_one_output(loss):
         loss.outputs(3)
 
 
-def test_cross_entropy_needs_an_output_for_each_class():
-    assert [CrossEntropy().outputs(c) for c in (2, 3, 10)] == [2, 3, 10]
+@pytest.mark.parametrize("loss", [CrossEntropy(), OneHotSquaredError()], ids=name)
+def test_losses_of_several_classes_need_an_output_for_each_class(loss):
+    assert [loss.outputs(c) for c in (2, 3, 10)] == [2, 3, 10]
 
 
-@pytest.mark.parametrize("loss", [CrossEntropy(), *BINARY], ids=name)
+def test_squared_error_names_its_form_for_classes():
+    with pytest.raises(ValueError, match="cross_entropy or loss=one_hot_squared_error"):
+        SquaredError().outputs(3)
+    with pytest.raises(ValueError, match=r"use loss=cross_entropy\.$"):
+        Huber().outputs(3)
+
+
+@pytest.mark.parametrize("loss", [CrossEntropy(), OneHotSquaredError(), *BINARY], ids=name)
 def test_losses_for_classes_refuse_numbers(loss):
     with pytest.raises(ValueError, match=r"targets are numbers: use loss=squared_error"):
         loss.outputs(None)
@@ -215,6 +237,7 @@ def test_losses_for_classes_refuse_numbers(loss):
         (SquaredError(), torch.zeros(3, 2), torch.zeros(3, 2)),
         (Huber(), torch.zeros(3, 1), torch.zeros(3, dtype=torch.int64)),
         (CrossEntropy(), torch.zeros(3, 4), torch.tensor([0, 3, 1])),
+        (OneHotSquaredError(), torch.zeros(3, 4), torch.tensor([0, 3, 1])),
         (Logistic(), torch.zeros(3, 1), torch.tensor([0, 1, 1])),
         (Hinge(), torch.zeros(3, 1), torch.tensor([1, 1, 1])),
     ],
@@ -233,6 +256,7 @@ def test_check_lets_fitting_shapes_and_labels_pass(loss, prediction, target):
         (CrossEntropy(), torch.zeros(2, 3), torch.tensor([0, 3]), r"0 … 2 for 3 outputs.*0 to 3"),
         (CrossEntropy(), torch.zeros(2, 3), torch.tensor([-1, 1]), r"from -1 to 1"),
         (CrossEntropy(), torch.zeros(2, 3), torch.tensor([0.0, 1.0]), r"Received: torch.float32"),
+        (OneHotSquaredError(), torch.zeros(2, 3), torch.tensor([0, 3]), "0 … 2 for 3 outputs"),
         (Logistic(), torch.zeros(2, 2), torch.tensor([0, 1]), "Logistic expects one output.*2"),
         (Hinge(), torch.zeros(2, 1), torch.tensor([-1, 1]), "integer labels 0 … 1"),
         (SquaredHinge(), torch.zeros(2, 1), torch.tensor([0, 2]), "from 0 to 2"),
@@ -245,7 +269,8 @@ def test_check_names_what_does_not_fit(loss, prediction, target, message):
 
 def test_decide_reads_a_prediction_as_an_answer():
     prediction = torch.tensor([[0.1, 0.9, 0.0], [2.0, -1.0, 1.0]])
-    assert CrossEntropy().decide(prediction).tolist() == [1, 0]
+    for several in (CrossEntropy(), OneHotSquaredError()):
+        assert several.decide(prediction).tolist() == [1, 0]
     assert SquaredError().decide(prediction) is prediction
     for loss in BINARY:
         decided = loss.decide(torch.tensor([[0.3], [-0.3], [0.0]]))
@@ -271,7 +296,9 @@ def problem(loss):
     return model, x, y
 
 
-@pytest.mark.parametrize("loss", [SquaredError(), Huber(), CrossEntropy(), *BINARY], ids=name)
+@pytest.mark.parametrize(
+    "loss", [SquaredError(), Huber(), CrossEntropy(), OneHotSquaredError(), *BINARY], ids=name
+)
 def test_the_objective_is_the_mean_over_examples_for_every_micro_batch_size(loss):
     model, x, y = problem(loss)
     each = torch.stack([loss(model(x[i : i + 1]), y[i : i + 1]).sum() for i in range(N)])

@@ -29,12 +29,13 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 
 
 LAYERS = [
-    ["rules", "schedules", "losses", "dropout", "stopping", "configuration"],
+    ["rules", "schedules", "losses", "dropout", "stopping", "configuration", "step_sizes"],
     ["objective", "optim"],
-    ["models", "data", "minimization"],
+    ["models", "data", "minimization", "curvature"],
     ["sweep"],
+    ["race", "diagnosis", "certificates"],
     ["module"],
-    ["callbacks", "distributed"],
+    ["callbacks", "distributed", "rate_finder"],
     ["training"],
     ["experiment"],
     ["cli"],

@@ -235,7 +235,7 @@ def test_too_long_steps_end_as_non_finite_and_name_a_shorter_one():
     found = minimize(bowl, [1.0, 1.0, 1.0], lr=1.0, updates=2000)
     assert found.stop.reason is StopReason.NON_FINITE
     assert found.updates < 400
-    assert "lr=0.1" in found.stop.message
+    assert "lr=0.1" in found.stop.advice
 
 
 def test_convergence_stops_at_the_relative_gradient_norm():

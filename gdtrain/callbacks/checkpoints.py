@@ -14,7 +14,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gdtrain.module import SupervisedModule
-from gdtrain.stopping import StopReason
 
 __all__ = ["BestAndLast"]
 
@@ -23,7 +22,7 @@ class BestAndLast(Checkpoint):
     """Keeps `best.ckpt`, of the lowest validation loss, and `last.ckpt`.
 
     A file is written beside its place and then put there in one move, so that a run that dies, or a
-    full disk, leaves the checkpoint before. Nothing is saved after a loss was not finite.
+    full disk, leaves the checkpoint before. A model that is not finite is never saved.
 
     State in checkpoints: the best value.
 
@@ -150,5 +149,7 @@ class BestAndLast(Checkpoint):
 
 
 def _spoilt(module: LightningModule) -> bool:
-    stop = cast(SupervisedModule, module).stop
-    return stop is not None and stop.reason is StopReason.NON_FINITE
+    """Whether a parameter or buffer is not finite: such a model is never saved."""
+    model = cast(SupervisedModule, module).model
+    tensors = (*model.parameters(), *model.buffers())
+    return not all(bool(torch.isfinite(t).all()) for t in tensors)

@@ -127,7 +127,7 @@ class LossCurves(Callback):
         """Cut the losses of the sweep into points."""
         module = cast(SupervisedModule, pl_module)
         losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
-        factors = outputs["factors"]
+        rates = outputs["rates"]
         first, per_update = outputs["first"], outputs["examples"]
         last = first + len(losses)
         every = self.every(module)
@@ -146,7 +146,7 @@ class LossCurves(Callback):
                     "examples": module.examples_seen - (last - done) * per_update,
                     "seconds": began + (now - began) * (done - first) / len(losses),
                     "loss": self._sum / self._count,
-                    "lr": float(factors[done - 1 - first]) * _peak(trainer),
+                    "lr": float(rates[done - 1 - first]),
                 }
                 self._sum, self._count = 0.0, 0
                 self.history.append("train", row)
@@ -221,8 +221,3 @@ def _write(logger: TensorBoardLogger, values: dict[str, float], step: int) -> No
     entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
     if entries:
         logger.experiment.file_writer.add_summary(Summary(value=entries), step)
-
-
-def _peak(trainer: Trainer) -> float:
-    group = trainer.optimizers[0].param_groups[0]
-    return float(group.get("initial_lr", group["lr"]))

@@ -191,6 +191,11 @@ class DatasetDataModule(DataModule):
         self._say()
 
     @property
+    def is_resident(self) -> bool:
+        """Whether the training examples are held in memory."""
+        return "train" in self._parts
+
+    @property
     def split(self) -> dict[str, NDArray[np.int64]]:
         """Which examples of its set each part has."""
         return {name: examples.rows for name, examples in self._examples.items()}

@@ -127,7 +127,7 @@ class IndexLoader:
         update = first = self.start()
         # Asked again before each block: the first is fetched before the module can say.
         while update < self._end(first):
-            block = self._block(update, min(self.updates_per_sweep, self._end(first) - update))
+            block = self.block(update, min(self.updates_per_sweep, self._end(first) - update))
             yield block
             update += len(block)
 
@@ -140,8 +140,16 @@ class IndexLoader:
         end = (first // (epochs * per_epoch) + 1) * epochs * per_epoch
         return end if self.total is None else min(end, self.total)
 
-    def _block(self, update: int, count: int) -> Tensor:
-        """At most `count` updates, (K, B): fewer before a ragged batch, which comes alone."""
+    def block(self, update: int, count: int) -> Tensor:
+        """The examples of some updates: fewer before a ragged batch, which comes alone.
+
+        Args:
+            update: The first, range [0, ∞).
+            count: At most so many, range [1, ∞).
+
+        Returns:
+            (K, B), int64.
+        """
         n, size = self.num_examples, self.batch_size
         if size == n and self.sampling != "replacement":
             # A mean over all examples has no order: files are then read from front to back.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Iterator
-from math import inf, isfinite
-from typing import Any, ClassVar, overload
+from math import inf, isfinite, nan
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, is_grad_enabled
@@ -28,6 +28,7 @@ from torch.optim.optimizer import (
 
 from gdtrain.optim.plan import Plan
 from gdtrain.rules import descend_, fused_descend_
+from gdtrain.step_sizes import Sight, StepSize, automatic
 
 __all__ = ["Descent"]
 
@@ -37,6 +38,10 @@ _SUM, _MEAN, _FINITE = "gathered_sum", "gathered_mean", "gathered_finite"
 # In each group: Σ m, and whether a GradScaler saw an overflow in one of the micro-batches.
 _COUNT, _OVERFLOW = "gathered", "overflow"
 _EXAMPLES_ARGUMENTS = ("num_samples", "batch_size")  # of the subclasses
+# With a step-size rule, in the first group: what it remembers in numbers. Its tensors are in
+# state[p], under names that begin so.
+_RULE, _RULE_TENSOR = "step_size", "step_size_"
+_DEFAULT_LR = 1e-3
 
 
 def _with_hooks_if_there_are_any(step: Callable[..., Any]) -> Any:
@@ -71,6 +76,53 @@ def _with_hooks_if_there_are_any(step: Callable[..., Any]) -> Any:
     return wrapper
 
 
+class _Closure:
+    """A user's closure as a rule needs it: again at other points, on the same random numbers."""
+
+    def __init__(self, closure: Callable[[], Any], params: list[Tensor], again: bool) -> None:
+        self._closure = closure
+        self._devices = {p.device for p in params if p.is_cuda}
+        self._before = self._random_states() if again else []
+
+    def __call__(self) -> Any:
+        """The loss; the gradients are left in p.grad."""
+        with torch.enable_grad():
+            return self._closure()
+
+    def again(self) -> Any:
+        """As the first time, wherever the parameters are now."""
+        after = self._random_states()
+        self._set_random_states(self._before)
+        try:
+            return self()
+        finally:
+            self._set_random_states(after)
+
+    def _random_states(self) -> list[Tensor]:
+        on_devices = [torch.cuda.get_rng_state(device) for device in self._devices]
+        return [torch.get_rng_state(), *on_devices]
+
+    def _set_random_states(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._devices, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
+class _Given:
+    """Value and gradients that are there already, in the place of a closure."""
+
+    def __init__(
+        self,
+        value: Tensor | float,
+        evaluate: Callable[[], Tensor | float],
+        gradient: Callable[[], object] | None,
+    ) -> None:
+        self.value, self.evaluate, self.gradient = value, evaluate, gradient
+
+    def __call__(self) -> Tensor | float:
+        return self.value
+
+
 class Descent(Optimizer):
     """Gradient descent, whatever the number of examples in an update.
 
@@ -92,7 +144,8 @@ class Descent(Optimizer):
 
     Args:
         params: Parameters, named parameters, or parameter groups.
-        lr: η, the length of a step, range [0, ∞); a float or a tensor with one element.
+        lr: η, the length of a step, range [0, ∞); a float or a tensor with one element. "auto":
+            a step-size rule chooses it, see `gdtrain.step_sizes.automatic`.
         momentum: μ, range [0, ∞).
         dampening: τ.
         weight_decay: λ, range [0, ∞).
@@ -103,9 +156,12 @@ class Descent(Optimizer):
         differentiable: Let autograd see the step.
         fused: True takes PyTorch's fused kernel, which may round less often. None, with `foreach`
             None: the fastest way that has the bits of torch's loop, tensor by tensor.
+        step_size: A rule that computes η at each `step(closure)`; lr is then left at its default
+            (or 1.0). A schedule that scales lr scales what the rule gives.
+        total_updates: T, for rules that decay over the run, range [1, ∞).
 
     Raises:
-        ValueError: A hyperparameter is out of range.
+        ValueError: A hyperparameter is out of range, or the rule does not hold here.
         RuntimeError: `fused` with `differentiable`, with `foreach`, or with parameters that the
             kernel does not take.
 
@@ -141,11 +197,20 @@ class Descent(Optimizer):
     _examples_argument: ClassVar[str | None] = None
     # Whether torch has put its own wrapper, which runs the hooks, around the step of a subclass.
     _hooks_run_outside: ClassVar[bool] = False
+    # Whether each update averages all N examples, so that no gradient is noisy.
+    _full_batch: ClassVar[bool] = False
+
+    step_size: StepSize | None = None
+    """The rule that computes η, or None."""
+    total_updates: int | None = None
+    """T, the number of updates that a rule which decays is told."""
+    batch_fraction: float | None = None
+    """B/N, for rules that grow η by so much in a pass over the data; set it if you know it."""
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | Literal["auto"] = _DEFAULT_LR,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float | Tensor = 0,
@@ -156,7 +221,12 @@ class Descent(Optimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        step_size: StepSize | None = None,
+        total_updates: int | None = None,
     ) -> None:
+        if isinstance(lr, str) or step_size is not None:
+            lr, step_size = self._peak(lr, step_size)
+            self.step_size, self.total_updates = step_size, total_updates
         defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
@@ -175,6 +245,8 @@ class Descent(Optimizer):
         _check_hyperparameters(defaults)
         self._plans: dict[int, Plan] = {}  # by the group's position
         super().__init__(params, defaults)
+        if self.step_size is not None:
+            self.param_groups[0][_RULE] = {}
 
     # ------------------------------------------------------------------ groups and state
 
@@ -194,6 +266,8 @@ class Descent(Optimizer):
         """
         if isinstance(param_group, dict):
             _check_hyperparameters({**self.defaults, **param_group})
+            if self.step_size is not None:
+                self._check_rule({**self.defaults, **param_group})
         if self.param_groups and self._gathered:
             raise ValueError(
                 f"Parameters cannot be added while micro-batches are being gathered "
@@ -205,6 +279,13 @@ class Descent(Optimizer):
             fresh = {self._examples_argument: self._examples, _COUNT: 0, _OVERFLOW: False}
             param_group = {**param_group, **fresh}
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        if self.step_size is not None:
+            names = ("step_size", "total_updates", "batch_fraction")
+            state |= {name: getattr(self, name) for name in names}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -247,6 +328,7 @@ class Descent(Optimizer):
 
         def last_hook(_: Optimizer, state: dict[str, Any]) -> None:  # sees what the others made
             self._check_resumable(state["param_groups"])
+            self._check_same_rule(state["param_groups"])
             loaded.update(state)
 
         handle = self.register_load_state_dict_pre_hook(last_hook)
@@ -268,6 +350,12 @@ class Descent(Optimizer):
                 self.state[p][_MEAN] = p.grad = saved[_MEAN].to(p, copy=True)
             elif self._examples is not None and self._is_complete:
                 p.grad = None  # left over, and not of that update
+            for name in [name for name in saved if str(name).startswith(_RULE_TENSOR)]:
+                if self.step_size is None:
+                    self._pop(p, name)
+                else:
+                    self.state[p][name] = saved[name].to(p.device, copy=True)
+        self._adopt_groups(loaded["param_groups"])
 
     def _check_resumable(self, groups: list[dict[str, Any]]) -> None:
         count = groups[0].get(_COUNT, 0) if groups else 0
@@ -313,8 +401,15 @@ class Descent(Optimizer):
     ) -> float | None:
         """Update the parameters from their gradients; when gathering, once B examples are in.
 
+        With a step-size rule, η is computed from what the closure gives. The rule may call it again
+        at other points: with the CPU's and the GPUs' random numbers of the first call, so that
+        dropout is the same, and with parameters, gradients and random states put back after it.
+        What else it changes, such as the running statistics of BatchNorm, it changes again. Where
+        the loss or the gradient is not finite, nothing is updated and `last_rate` is NaN.
+
         Args:
-            closure: Computes the loss and the gradients, and returns the loss.
+            closure: Computes the loss and the gradients, and returns the loss; it begins with
+                zero_grad. Required with a step-size rule.
             num_samples: The number of examples, range [1, B], whose mean the gradients are.
                 Required when gathering, except after `gather()` returned True; else refused.
 
@@ -323,8 +418,11 @@ class Descent(Optimizer):
 
         Raises:
             ValueError: `num_samples` is missing, not a count, more than is missing to B, or given
-                to an optimizer that gathers nothing; or lr is NaN or infinite. Nothing is changed.
+                to an optimizer that gathers nothing; lr is NaN or infinite; or with a rule, the
+                closure is missing. Nothing is changed.
         """
+        if self.step_size is not None:
+            return self._step_by(self.step_size, closure, num_samples)
         gathers = self._examples_argument is not None and self._examples is not None
         compiling = is_compiling()
         try:
@@ -354,14 +452,17 @@ class Descent(Optimizer):
                 loss = closure()
         if gathers and not self._is_due(num_samples):
             return loss
+        self._update_all(compiling)
+        if gathers:
+            self.discard()
+        return loss
+
+    def _update_all(self, compiling: bool) -> None:
         for index, group in enumerate(self.param_groups):
             scaled = group["fused"] and self._is_scaled
             plan = None if compiling or scaled else self._plans.get(index)
             if plan is None or not plan.descend_(group, self.state):
                 self._update(index, group)
-        if gathers:
-            self.discard()
-        return loss
 
     def _init_group(
         self,
@@ -461,6 +562,207 @@ class Descent(Optimizer):
             )
             for i, buffer in zip(part, part_buffers, strict=False):
                 buffers[i] = buffer
+
+    # ------------------------------------------------------------------ rules of the step size
+
+    @property
+    def last_rate(self) -> float:
+        """η of the last update, of group 0; NaN where a rule made none. Without a rule, lr."""
+        group = self.param_groups[0]
+        return float(group["lr"]) if self.step_size is None else group[_RULE].get("rate", nan)
+
+    def step_by_rule(
+        self,
+        value: Tensor | float,
+        evaluate: Callable[[], Tensor | float],
+        gradient: Callable[[], object] | None = None,
+    ) -> None:
+        """`step(closure)` for whoever has the loss and the gradients already.
+
+        When gathering, call it when `gather` returned True.
+
+        Args:
+            value: The loss whose gradients are in p.grad: the mean over the update's examples,
+                without the penalty of weight decay.
+            evaluate: Gives that loss at what the parameters are when it is called, on the same
+                examples with the same random numbers, and leaves no trace.
+            gradient: The same with gradients, which it puts into p.grad; needed by rules with
+                `differentiates`.
+
+        Raises:
+            ValueError: The optimizer has no rule, or examples of the update are missing.
+
+        Example:
+            >>> from gdtrain import GD
+            >>> from gdtrain.step_sizes import Armijo
+            >>> theta = torch.nn.Parameter(torch.tensor([1.0]))
+            >>> optimizer = GD([theta], step_size=Armijo())
+            >>> theta.grad = 4 * theta.detach()
+            >>> optimizer.step_by_rule(2.0, lambda: 2 * theta.item() ** 2)
+            >>> theta.item(), optimizer.last_rate
+            (0.0, 0.25)
+        """
+        if self.step_size is None:
+            raise ValueError("step_by_rule() needs a rule: construct the optimizer with step_size=")
+        self.step(_Given(value, evaluate, gradient))  # type: ignore[arg-type]
+
+    def _step_by(self, rule: StepSize, closure: Any, num_samples: int | None) -> Any:
+        gathers = self._examples is not None
+        try:
+            self._check_step_by(rule, closure, num_samples)
+            factor = self._factor(rule)
+        except ValueError:
+            for name in ("grad_scale", "found_inf"):  # as in step()
+                self.__dict__.pop(name, None)
+            raise
+        if isinstance(closure, _Given):
+            loss, evaluate, gradient = closure(), closure.evaluate, closure.gradient
+        else:
+            again = rule.evaluates or rule.differentiates
+            closure = _Closure(closure, list(self._parameters()), again)
+            loss, evaluate, gradient = closure(), closure.again, closure.again
+        if gathers and not self._is_due(None):
+            return loss
+        first = self.param_groups[0]
+        sight = Sight(
+            self.param_groups,
+            self.state,
+            loss,
+            evaluate,
+            gradient,
+            total_updates=self.total_updates,
+            batch_fraction=self.batch_fraction,
+        )
+        rate = nan
+        if sight.params and isfinite(sight.value) and isfinite(sight.squared_norm):
+            rate = factor * rule.rate(sight)
+        if isfinite(rate):
+            before = [group["lr"] for group in self.param_groups]
+            try:
+                for group in self.param_groups:
+                    group["lr"] = rate
+                self._update_all(compiling=False)
+            finally:
+                for group, lr in zip(self.param_groups, before, strict=True):
+                    group["lr"] = lr
+            rule.follow(sight, rate)
+        numbers = {"rule": type(rule).__name__, "updates": sight.t + 1, "rate": rate}
+        first[_RULE] = {**sight.numbers, **numbers}
+        if gathers:
+            self.discard()
+        return loss
+
+    def _check_step_by(self, rule: StepSize, closure: Any, num_samples: int | None) -> None:
+        name = type(rule).__name__
+        if self._is_scaled:
+            raise ValueError(
+                f"{name} does not go with a GradScaler, which gives no closure. Use bfloat16, "
+                f"which needs no loss scale."
+            )
+        if num_samples is not None or (self._examples is not None and type(closure) is not _Given):
+            raise ValueError(
+                f"{name} needs the loss of the whole batch, and step() of micro-batches does not "
+                f"give it. Let the closure go over all of the batch's examples, without "
+                f"{self._examples_argument or 'num_samples'}=; or call gather(num_samples=m), and "
+                f"when it returns True step_by_rule(mean_loss, evaluate)."
+            )
+        if closure is None:
+            raise ValueError(
+                f"step() needs a closure with {name}: a function that calls zero_grad(), computes "
+                f"the loss, calls backward() and returns the loss. Received: none. (A GradScaler "
+                f"gives none: use bfloat16, which needs no loss scale.)"
+            )
+        if self._examples is not None and not self._is_complete:
+            raise ValueError(
+                f"{self._gathered} of the {self._examples} examples of this update are in: call "
+                f"gather(num_samples=m) until it returns True."
+            )
+        if self.param_groups[0][_RULE].get("mode") == "eval":
+            raise ValueError(
+                "The parameters hold the average: call optimizer.step_size.train(optimizer) "
+                "before training goes on."
+            )
+
+    def _factor(self, rule: StepSize) -> float:
+        """A schedule's factor on what the rule gives."""
+        pairs = {(g["lr"], g.get("initial_lr", g["lr"])) for g in self.param_groups}
+        if len(pairs) > 1:
+            raise ValueError(
+                f"All groups share the η of {type(rule).__name__}, and so one lr. "
+                f"Received: {', '.join(str(lr) for lr, _ in sorted(pairs))}."
+            )
+        ((lr, initial),) = pairs
+        if not isfinite(lr):
+            raise ValueError(f"Invalid learning rate: {lr}. Expected lr finite.")
+        if rule.owns_rate and initial != 1:
+            raise ValueError(_two_owners(rule, initial))
+        return float(lr / initial) if initial != 0 else 1.0
+
+    def _peak(self, lr: Any, rule: StepSize | None) -> tuple[float | Tensor, StepSize]:
+        """lr of the groups, and the rule; "auto" stands for one."""
+        if isinstance(lr, str):
+            if lr != "auto":
+                raise ValueError(f"lr must be a number or 'auto'. Received: lr={lr!r}.")
+            if rule is not None:
+                raise ValueError(
+                    f"lr='auto' chooses a rule, and step_size={rule!r} is one: η would have two "
+                    f"owners. Leave one out."
+                )
+            return 1.0, automatic(self._full_batch)
+        if not isinstance(rule, StepSize):
+            raise ValueError(
+                f"step_size must be a gdtrain.step_sizes.StepSize. Received: {rule!r}."
+            )
+        if isinstance(lr, Tensor):
+            raise ValueError("With a step-size rule lr must be a number. Received: a tensor.")
+        if not rule.owns_rate:
+            return lr, rule
+        if lr not in (_DEFAULT_LR, 1.0):
+            raise ValueError(_two_owners(rule, lr))
+        return 1.0, rule
+
+    def _check_rule(self, group: dict[str, Any]) -> None:
+        """Whether the rule holds for a group."""
+        rule = self.step_size
+        assert rule is not None
+        if group["differentiable"]:
+            raise ValueError(f"{type(rule).__name__} does not go with differentiable=True.")
+        lr = group["lr"]
+        if isinstance(lr, Tensor) or lr != self.defaults["lr"]:
+            raise ValueError(
+                f"All groups share the η of {type(rule).__name__}, and so one lr. Received: a "
+                f"group with lr={lr}."
+            )
+        rule.check(
+            full_batch=self._full_batch,
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            total_updates=self.total_updates,
+        )
+
+    def _check_same_rule(self, groups: list[dict[str, Any]]) -> None:
+        saved = groups[0].get(_RULE, {}).get("rule") if groups else None
+        own = None if self.step_size is None else type(self.step_size).__name__
+        if saved is not None and own is not None and saved != own:
+            raise ValueError(
+                f"This state was saved with the rule {saved}, and this optimizer has {own}: "
+                f"construct it with step_size={saved}(…)."
+            )
+
+    def _adopt_groups(self, saved: list[dict[str, Any]]) -> None:
+        """After loading: a rule's numbers in the first group if there is a rule, else none."""
+        if self.step_size is None:
+            for group in self.param_groups:
+                group.pop(_RULE, None)
+        elif _RULE not in saved[0]:
+            self.param_groups[0][_RULE] = {}
+            if self.step_size.owns_rate:  # lr was η; what a schedule had made of it remains
+                for group in self.param_groups:
+                    lr, initial = float(group["lr"]), float(group.get("initial_lr", group["lr"]))
+                    group["lr"] = lr / initial if initial != 0 else 1.0
+                    if "initial_lr" in group:
+                        group["initial_lr"] = 1.0
 
     # ------------------------------------------------------------------ gathering
 
@@ -722,12 +1024,21 @@ def _count(name: str, value: Any) -> int:
     return count
 
 
+def _two_owners(rule: StepSize, lr: float) -> str:
+    return (
+        f"η would have two owners: {type(rule).__name__} computes it, and lr={lr:g} sets it. Leave "
+        f"lr out (or 1.0), or step_size; a schedule may scale the rule's η, from lr=1.0."
+    )
+
+
 def _check_hyperparameters(group: dict[str, Any]) -> None:
     """One message per range, opening with the words of torch.optim."""
     lr, momentum, weight_decay = (
         value.detach() if isinstance(value, Tensor) else value
         for value in (group["lr"], group["momentum"], group["weight_decay"])
     )
+    if isinstance(lr, str):
+        raise ValueError(f"lr='auto' is for all groups at once. Received: a group with lr={lr!r}.")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
     if not (0 <= float(lr) < inf):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gdtrain.optim.base import Descent
+from gdtrain.step_sizes import StepSize
 
 __all__ = ["GD"]
 
@@ -24,6 +27,7 @@ class GD(Descent):
     Args:
         params: Parameters, named parameters, or parameter groups.
         lr: η, range [0, ∞); below 2/λ_max(∇²J) near a minimum, or the iteration diverges.
+            "auto": `BarzilaiBorwein` chooses it; then step with a closure.
         momentum: μ, range [0, ∞), customary 0.9.
         dampening: τ, customary 0.
         weight_decay: λ of the penalty ½λ‖θ‖², range [0, ∞).
@@ -35,9 +39,12 @@ class GD(Descent):
         differentiable: Let autograd see the step.
         fused: True takes PyTorch's fused kernel, which may round less often. None, with `foreach`
             None: the fastest way that has the bits of torch's loop, tensor by tensor.
+        step_size: A rule that computes η at each `step(closure)`: see `gdtrain.step_sizes`.
+            It takes the place of lr.
+        total_updates: T, the updates of the whole run, range [1, ∞), for rules that decay.
 
     Raises:
-        ValueError: A hyperparameter is out of range.
+        ValueError: A hyperparameter is out of range, or the rule does not hold here.
 
     Example:
         >>> import torch
@@ -70,11 +77,13 @@ class GD(Descent):
     """
 
     _examples_argument = "num_samples"
+    _full_batch = True
+    batch_fraction = 1.0
 
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | Literal["auto"] = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float | Tensor = 0,
@@ -85,6 +94,8 @@ class GD(Descent):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        step_size: StepSize | None = None,
+        total_updates: int | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -98,4 +109,6 @@ class GD(Descent):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
+            step_size=step_size,
+            total_updates=total_updates,
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gdtrain.optim.base import Descent
+from gdtrain.step_sizes import StepSize
 
 __all__ = ["SGD"]
 
@@ -22,6 +25,8 @@ class SGD(Descent):
     Args:
         params: Parameters, named parameters, or parameter groups.
         lr: η, range [0, ∞). A constant η leaves noise of a size in proportion to it; let η decay.
+            "auto": `DoWG`, with a cap and linear decay over total_updates, chooses it; then step
+            with a closure.
         momentum: μ, range [0, ∞), customary 0.9.
         dampening: τ, customary 0.
         weight_decay: λ of the penalty ½λ‖θ‖², range [0, ∞).
@@ -31,9 +36,12 @@ class SGD(Descent):
         differentiable: Let autograd see the step.
         fused: True takes PyTorch's fused kernel, which may round less often. None, with `foreach`
             None: the fastest way that has the bits of torch's loop, tensor by tensor.
+        step_size: A rule that computes η at each `step(closure)`: see `gdtrain.step_sizes`.
+            It takes the place of lr.
+        total_updates: T, the updates of the whole run, range [1, ∞), for rules that decay.
 
     Raises:
-        ValueError: A hyperparameter is out of range.
+        ValueError: A hyperparameter is out of range, or the rule does not hold here.
 
     Example:
         >>> import torch
@@ -57,7 +65,7 @@ class SGD(Descent):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor | Literal["auto"] = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
         weight_decay: float | Tensor = 0,
@@ -67,6 +75,8 @@ class SGD(Descent):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        step_size: StepSize | None = None,
+        total_updates: int | None = None,
     ) -> None:
         super().__init__(
             params,
@@ -79,4 +89,6 @@ class SGD(Descent):
             foreach=foreach,
             differentiable=differentiable,
             fused=fused,
+            step_size=step_size,
+            total_updates=total_updates,
         )

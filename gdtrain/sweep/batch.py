@@ -172,6 +172,7 @@ class Backpropagation:
         size: int,
         rules: list[tuple[float, dict[str, Any]]],
         buffers: list[Tensor | None],
+        share: Callable[[float, float], float] | None = None,
     ) -> float:
         """Make one update.
 
@@ -182,13 +183,14 @@ class Backpropagation:
             rules: η and the other arguments of `gdtrain.rules.descend_`, for W_1, b_1, W_2, …;
                 those of a bias that is None are not used.
             buffers: Momentum of W_1, b_1, …; a None is filled where there is momentum.
+            share: From f and ‖g‖², both with the penalty, to a factor on η; None: 1.
 
         Returns:
             J before the update.
         """
         count = len(rows)
         total = 0.0
-        plain = count <= size and all(r["momentum"] == 0 for _, r in rules)
+        plain = share is None and count <= size and all(r["momentum"] == 0 for _, r in rules)
         for start in range(0, count, size):
             part = rows[start : start + size]
             room = self._room(len(part))
@@ -199,9 +201,65 @@ class Backpropagation:
                 self._descend(x, room, rules)
             else:
                 self._accumulate(x, room, first=start == 0)
+        if share is not None:
+            decays = [rule["weight_decay"] for _, rule in rules]
+            own = share(*self._value_and_square(total / count, decays))
+            rules = [(lr * own, rule) for lr, rule in rules]
         if not plain:
             self._apply(rules, buffers)
         return total / count
+
+    def value_and_grad(
+        self, inputs: Any, rows: Tensor, size: int
+    ) -> tuple[float, list[Tensor | None]]:
+        """J and its gradient; nothing is updated.
+
+        Args:
+            inputs: As for `update`.
+            rows: As for `update`.
+            size: As for `update`.
+
+        Returns:
+            J, and ∂J/∂W_1, ∂J/∂b_1, …, valid until the next call; None for a bias that is None.
+        """
+        total = 0.0
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            room = self._room(len(part))
+            x = self.gathered(inputs, part)
+            total += self._forward(x, part, room)
+            room["delta"][-1].div_(len(rows))
+            self._accumulate(x, room, first=start == 0)
+        return total / len(rows), self._gradients
+
+    def value(self, inputs: Any, rows: Tensor, size: int) -> float:
+        """J alone.
+
+        Args:
+            inputs: As for `update`.
+            rows: As for `update`.
+            size: As for `update`.
+        """
+        total = 0.0
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            total += self._forward(self.gathered(inputs, part), part, self._room(len(part)))
+        return total / len(rows)
+
+    def _value_and_square(self, value: float, decays: list[float]) -> tuple[float, float]:
+        """f and ‖g‖², with the penalty, from the gradient at hand."""
+        tensors = [t for pair in zip(self.weights, self.biases, strict=True) for t in pair]
+        square = 0.0
+        for tensor, gradient, decay in zip(tensors, self._gradients, decays, strict=True):
+            if tensor is None or gradient is None:
+                continue
+            g, theta = gradient.view(-1), tensor.reshape(-1)
+            square += float(torch.dot(g, g))
+            if decay != 0:
+                size = float(torch.dot(theta, theta))
+                square += 2 * decay * float(torch.dot(g, theta)) + decay * decay * size
+                value += 0.5 * decay * size
+        return value, square
 
     def _forward(self, x: Tensor, rows: Tensor, room: dict[str, list[Any]]) -> float:
         h = x

@@ -28,7 +28,8 @@ from torch.optim import Optimizer
 from gdtrain.dropout import Dropout, drawing, example_seeds
 from gdtrain.objective import Objective
 from gdtrain.optim import GD, SGD, MiniBatchSGD
-from gdtrain.sweep.engine import NotApplicableError, check_hooks
+from gdtrain.step_sizes import StochasticPolyak
+from gdtrain.sweep.engine import NotApplicableError, check_hooks, last_share, rates_by_schedule
 
 __all__ = ["Compiled"]
 
@@ -111,6 +112,14 @@ class Compiled:
         if len({p.device for p in objective.params}) > 1:
             raise NotApplicableError("the parameters lie on several devices")
         self.objective, self.optimizer = objective, optimizer
+        self.rates = torch.zeros(0, dtype=torch.float64)
+        self.evaluations = 0
+        rule = getattr(optimizer, "step_size", None)
+        if rule is not None and not isinstance(rule, StochasticPolyak):
+            raise NotApplicableError(
+                f"{type(rule).__name__} looks at more than the loss and the gradient's norm"
+            )
+        self._bound: StochasticPolyak | None = rule
         self._programs: dict[Any, _Program] = {}
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
@@ -154,8 +163,12 @@ class Compiled:
         ]
         names = dict(objective.model.named_buffers())
         buffers = [names[name] for name in program.buffers]
+        polyak = None
+        if self._bound is not None:
+            bounds = self._bound.bounds(self.optimizer, indices.shape[1])
+            polyak = (*bounds, float(groups[0]["initial_lr"]))
         with torch.no_grad():
-            theta, kept, b, losses = program(
+            theta, kept, b, losses, taken = program(
                 # As new objects: torch guards on the model's own, and would compile a second time.
                 [p.detach() for p in params],
                 [b.detach() for b in buffers],
@@ -164,6 +177,7 @@ class Compiled:
                 rates,
                 shares,
                 draw,
+                polyak,
             )
             for old, new in (*zip(params, theta, strict=True), *zip(buffers, kept, strict=True)):
                 old.copy_(new)
@@ -176,6 +190,10 @@ class Compiled:
             group["lr"] = group["initial_lr"] * scale[-1].item()
         for p in params:
             p.grad = None
+        self.rates = rates_by_schedule(self.optimizer, factors)
+        if self._bound is not None:
+            self.rates *= taken.to(self.rates)
+            self._bound.remember(self.optimizer, indices.shape[1], last_share(taken))
         return losses
 
     def _program(self, indices: Tensor, own: Sequence[dict[str, Any]], draw: int) -> _Program:
@@ -202,7 +220,7 @@ class Compiled:
                     f"an update of {size} examples is gathered from micro-batches of {micro}"
                 )
             _rehearse(objective, indices[0], draw)
-            program = _Program(objective, rules, size)
+            program = _Program(objective, rules, size, self._bound is not None)
             self._programs[size, rules, modes] = program
         return program
 
@@ -272,7 +290,9 @@ def _random_states(devices: list[torch.device]) -> bytes:
 class _Program:
     """The updates of one batch size, compiled: a loop on CPU, a recorded graph on a GPU."""
 
-    def __init__(self, objective: Objective, rules: tuple[_Rule, ...], size: int) -> None:
+    def __init__(
+        self, objective: Objective, rules: tuple[_Rule, ...], size: int, bounded: bool
+    ) -> None:
         self.objective, self.rules = objective, rules
         model = objective.model
         self.buffers = [name for name, _ in model.named_buffers()]
@@ -286,7 +306,10 @@ class _Program:
         self.targets = target.new_zeros(self.length, size, *target.shape[1:])
         device = objective.params[0].device
         dtype = torch.promote_types(objective.params[0].dtype, torch.float32)
-        self.losses = torch.zeros(self.length, dtype=dtype, device=device)
+        # The losses, and which share of η₀ each update took.
+        self.losses = torch.zeros(2, self.length, dtype=dtype, device=device)
+        # What bounds the step: 1/c, f*, growth, the first bound; and η₀.
+        self.polyak = torch.zeros(self.length, 5, dtype=torch.float64, device=device)
         shape = (self.length, len(rules))
         self.rates = torch.zeros(shape, dtype=torch.float64, device=device)
         self.shares = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -295,7 +318,7 @@ class _Program:
         self.layers = torch.tensor([m.layer for m in dropouts], dtype=torch.int64)
         self.positions = torch.arange(size)
         self.seeds = torch.zeros(self.length, len(dropouts), size, dtype=torch.int64, device=device)
-        update = _update(objective, rules, self.buffers)
+        update = _update(objective, rules, self.buffers, bounded)
         weights = sum(p.numel() for p in objective.params)
         self._run = (
             _replayed(update)
@@ -314,9 +337,12 @@ class _Program:
         rates: Tensor,
         shares: Tensor,
         draw: int,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-        """Parameters, buffers and momentum after the updates, and the losses; nothing in place."""
+        polyak: tuple[float, ...] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
+        """Parameters, buffers, momentum; losses and shares of η₀; nothing in place."""
         made = []
+        if polyak is not None:
+            self.polyak[:] = torch.tensor(polyak, dtype=torch.float64)
         if self._channels_last:
             theta, velocities = (
                 [t.contiguous(memory_format=_layout(t)) for t in tensors]
@@ -337,11 +363,16 @@ class _Program:
                 kept,
                 velocities,
                 self.losses,
-                (self.inputs, self.targets, self.rates, self.shares, self.seeds),
+                (self.inputs, self.targets, self.rates, self.shares, self.seeds, self.polyak),
                 count=count,
             )
-            made.append(losses[:count].clone())
-        return theta, kept, velocities, torch.cat(made)
+            made.append(losses[:, :count].clone())
+            if polyak is not None and polyak[2] > 0:
+                self.polyak[:, 3] = polyak[2] * last_share(
+                    made[-1][1], float(self.polyak[0, 3]) / polyak[2]
+                )
+        found = torch.cat(made, dim=1)
+        return theta, kept, velocities, found[0], found[1]
 
     def _gather(self, part: Tensor) -> None:
         """Put the examples of a chunk side by side."""
@@ -363,7 +394,9 @@ _Update = Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]]
 _Run = Callable[..., _Lists]
 
 
-def _update(objective: Objective, rules: tuple[_Rule, ...], buffer_names: list[str]) -> _Update:
+def _update(
+    objective: Objective, rules: tuple[_Rule, ...], buffer_names: list[str], bounded: bool
+) -> _Update:
     """Update number i of a chunk, as a pure function of tensors."""
     model, loss = objective.model, objective.loss
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -380,7 +413,9 @@ def _update(objective: Objective, rules: tuple[_Rule, ...], buffer_names: list[s
         losses: Tensor,
         chunk: tuple[Tensor, ...],
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
-        x, y, rate, share, seeds = (t.index_select(0, i.reshape(1)).squeeze(0) for t in chunk)
+        x, y, rate, share, seeds, polyak = (
+            t.index_select(0, i.reshape(1)).squeeze(0) for t in chunk
+        )
 
         def mean_loss(theta: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
             state = dict(zip(names, theta, strict=True))
@@ -393,19 +428,51 @@ def _update(objective: Objective, rules: tuple[_Rule, ...], buffer_names: list[s
         buffers: list[Tensor | None] = [None] * len(rules)
         for k, velocity in zip(moving, velocities, strict=True):
             buffers[k] = velocity
+        taken = torch.ones((), dtype=torch.float64, device=losses.device)
+        if bounded:
+            taken = _polyak_share(value, theta, gradient, rules, polyak, losses[1], i)
+            rate = rate * taken
         updated = [
             _descend(p, g, b, rate[k].to(p.dtype), share[k].to(p.dtype), rules[k])
             for k, (p, g, b) in enumerate(zip(theta, gradient, buffers, strict=True))
         ]
-        here = torch.arange(len(losses), device=losses.device) == i
+        here = torch.arange(losses.shape[1], device=losses.device) == i
+        found = torch.stack([value.to(losses.dtype), taken.to(losses.dtype)])
         return (
             [p for p, _ in updated],
             changed,
             [b for _, b in updated if b is not None],
-            torch.where(here, value.to(losses.dtype), losses),
+            torch.where(here, found[:, None], losses),
         )
 
     return update
+
+
+def _polyak_share(
+    value: Tensor,
+    theta: list[Tensor],
+    gradient: Any,
+    rules: tuple[_Rule, ...],
+    polyak: Tensor,
+    shares: Tensor,
+    i: Tensor,
+) -> Tensor:
+    """As `gdtrain.sweep.one_example.polyak_share`, of tensors."""
+    f, square = value.double(), torch.zeros((), dtype=torch.float64, device=shares.device)
+    for p, g, rule in zip(theta, gradient, rules, strict=True):
+        d = g
+        if rule.weight_decay != 0:
+            d = g + rule.weight_decay * p
+            f = f + 0.5 * rule.weight_decay * p.square().sum().double()
+        square = square + d.square().sum().double()
+    inverse, lowest, growth, first, peak = polyak.unbind()
+    # The last share above 0 of the updates before this one.
+    past = (torch.arange(len(shares), device=shares.device) < i) & (shares > 0)
+    at = torch.where(past, torch.arange(len(shares), device=shares.device), -1).max()
+    before = shares.index_select(0, at.clamp_min(0).reshape(1)).squeeze(0).double()
+    most = torch.where((at < 0) | (growth == 0), first, growth * before)
+    bound = inverse * (f - lowest).clamp_min(0) / (square * peak)
+    return torch.where((square == 0) | (bound >= most), most, bound)
 
 
 def _looped(update: _Update, alone: bool) -> _Run:

@@ -5,13 +5,16 @@ B examples per update. Faster engines do the same and are tested against this on
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.objective import Objective
+from gdtrain.sweep.engine import rates_by_schedule
 
 __all__ = ["Eager"]
 
@@ -42,6 +45,8 @@ class Eager:
 
     def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
         self.objective, self.optimizer = objective, optimizer
+        self.rates = torch.zeros(0, dtype=torch.float64)
+        self.evaluations = 0
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
         """(K, B) example numbers and (K,) factors to (K,) losses.
@@ -56,13 +61,72 @@ class Eager:
         """
         losses = []
         objective, groups = self.objective, self.optimizer.param_groups
+        self.rates = rates_by_schedule(self.optimizer, factors)
+        rule = getattr(self.optimizer, "step_size", None)
         for k, factor in enumerate(factors.tolist()):
             for group in groups:
                 group["lr"] = group["initial_lr"] * factor
+            looks = rule is not None and (rule.evaluates or rule.differentiates)
+            before = _random_states(objective) if looks else None
             value, gradient = objective.value_and_grad(indices[k], draw + k)
             losses.append(value)
             for p, g in zip(objective.params, gradient, strict=True):
                 p.grad = g
-            self.optimizer.step()
+            if rule is None:
+                self.optimizer.step()
+            else:
+                self.rates[k] = self._step_by_rule(value, indices[k], draw + k, before)
         made = torch.stack(losses)
         return made.to(torch.promote_types(made.dtype, torch.float32))
+
+    def _step_by_rule(
+        self, value: Tensor, indices: Tensor, draw: int, before: list[Tensor] | None
+    ) -> float:
+        """One update whose length a rule decides.
+
+        It may evaluate J elsewhere, with the same random numbers; that leaves no trace.
+        """
+        optimizer: Any = self.optimizer
+        objective = self.objective
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            assert before is not None, "a rule that looks elsewhere must say so"
+            self.evaluations += 1
+            buffers = [(b, b.clone()) for b in objective.model.buffers()]
+            after = _random_states(objective)
+            _set_random_states(objective, before)
+            try:
+                yield
+            finally:
+                _set_random_states(objective, after)
+                for buffer, kept in buffers:
+                    buffer.copy_(kept)
+
+        def evaluate() -> float:
+            with again():
+                return float(objective.value(indices, draw))
+
+        def differentiate() -> None:
+            with again(), torch.enable_grad():
+                gradient = objective.value_and_grad(indices, draw)[1]
+            for p, g in zip(objective.params, gradient, strict=True):
+                p.grad = g
+
+        optimizer.step_by_rule(value, evaluate, differentiate)
+        return float(optimizer.last_rate)
+
+
+def _random_states(objective: Objective) -> list[Tensor]:
+    """Of torch's generators, from which layers of other packages draw."""
+    device = objective.params[0].device
+    return [
+        torch.get_rng_state(),
+        *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []),
+    ]
+
+
+def _set_random_states(objective: Objective, states: list[Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], objective.params[0].device)

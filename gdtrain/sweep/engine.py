@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.objective import Objective
 
-__all__ = ["Engine", "NotApplicableError", "check_hooks"]
+__all__ = ["Engine", "NotApplicableError", "check_hooks", "last_share", "rates_by_schedule"]
 
 
 class NotApplicableError(ValueError):
@@ -43,6 +44,10 @@ class Engine(Protocol):
     """
 
     name: ClassVar[str]
+    rates: Tensor
+    """(K,) float64: η of the first group at each update of the last call."""
+    evaluations: int
+    """How often a rule has looked at J or its gradient elsewhere, so far."""
 
     def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
         """Prepare, or raise `NotApplicableError`: then nothing was changed."""
@@ -53,6 +58,41 @@ class Engine(Protocol):
         The losses are J on each update's examples before that update. `draw` names the random
         numbers of the first update; the next has the next.
         """
+
+
+def rates_by_schedule(optimizer: Optimizer, factors: Tensor) -> Tensor:
+    """η of the first group at each update, where a schedule alone decides.
+
+    Args:
+        optimizer: Its groups have "initial_lr".
+        factors: (K,).
+
+    Returns:
+        (K,), float64, on CPU.
+
+    Example:
+        >>> import torch
+        >>> p = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([{"params": [p], "initial_lr": 0.5}])
+        >>> rates_by_schedule(optimizer, torch.tensor([1.0, 0.5]))
+        tensor([0.5000, 0.2500], dtype=torch.float64)
+    """
+    return factors.to("cpu", torch.float64) * float(optimizer.param_groups[0]["initial_lr"])
+
+
+def last_share(shares: Tensor, before: float = 0.0) -> float:
+    """The last share of η₀ that is above 0, from which a smoothed bound goes on.
+
+    Args:
+        shares: (K,), of `StochasticPolyak`.
+        before: What there was before, if none of them is.
+
+    Example:
+        >>> last_share(torch.tensor([0.5, 0.25, 0.0]))
+        0.25
+    """
+    positive = shares[shares > 0]
+    return float(positive[-1]) if len(positive) else before
 
 
 def check_hooks(objective: Objective, optimizer: Optimizer) -> None:

@@ -24,7 +24,8 @@ from gdtrain.dropout import Dropout
 from gdtrain.models import MLP, Linear
 from gdtrain.objective import Objective
 from gdtrain.optim import GD, SGD, MiniBatchSGD
-from gdtrain.sweep.engine import NotApplicableError, check_hooks
+from gdtrain.step_sizes import StochasticPolyak
+from gdtrain.sweep.engine import NotApplicableError, check_hooks, last_share, rates_by_schedule
 
 __all__ = ["Layer", "Native", "dense_layers", "logistic_losses"]
 
@@ -34,6 +35,7 @@ _LOSSES = (
     losses.Hinge,
     losses.Huber,
     losses.Logistic,
+    losses.OneHotSquaredError,
     losses.SquaredError,
     losses.SquaredHinge,
 )
@@ -204,6 +206,15 @@ class Native:
             raise NotApplicableError("the optimizer does not have all parameters of the model")
         self._group_of = [0 if p is None else owned[p] for p in self._tensors]
         self._check_tensors()
+        self.rates = torch.zeros(0, dtype=torch.float64)
+        self.evaluations = 0
+        rule = getattr(optimizer, "step_size", None)
+        self._bound = rule if isinstance(rule, StochasticPolyak) else None
+        self._rule_sees_more = rule is not None and self._bound is None
+        if self._rule_sees_more and isinstance(objective.inputs, SparseInputs):
+            raise NotApplicableError(
+                f"on sparse inputs, {type(rule).__name__} needs the gradient as a whole"
+            )
         self._room: dict[str, Any] = {}
 
     def _check_tensors(self) -> None:
@@ -244,12 +255,21 @@ class Native:
         run = (
             self._nonzeros
             if isinstance(self.objective.inputs, SparseInputs)
+            else self._by_rule
+            if self._rule_sees_more
             else self._one_example
             if indices.shape[1] == 1
             else self._batch
         )
+        if not self._rule_sees_more:
+            self.rates = rates_by_schedule(self.optimizer, factors)
+        shares = torch.ones(len(factors), dtype=torch.float64)
         with torch.no_grad():
-            made = run(indices, factors)
+            made = run(indices, factors, shares)
+        if self._bound is not None:
+            self.rates *= shares
+            if len(shares):
+                self._bound.remember(self.optimizer, indices.shape[1], last_share(shares))
         if len(factors):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * float(factors[-1])
@@ -356,45 +376,71 @@ class Native:
         from gdtrain.sweep.one_example import LOSS
 
         loss = self.objective.loss
-        name = "Margin" if batch == 1 and self._is_logistic else type(loss).__name__
+        name = "Margin" if self._is_margin(batch) else type(loss).__name__
         parameter = torch.tensor(getattr(loss, "delta", 0.0), dtype=self._dtype).numpy()[()]
         return LOSS[name], parameter
 
-    @property
-    def _is_logistic(self) -> bool:
-        return type(self.objective.loss) is losses.Logistic
+    def _is_margin(self, batch: int) -> bool:
+        """Whether the loops give margins for the logistic loss, which is then computed at once."""
+        one = batch == 1 and self._bound is None
+        return one and type(self.objective.loss) is losses.Logistic
 
     # ------------------------------------------------------------------ three kinds of loops
 
-    def _one_example(self, indices: Tensor, factors: Tensor) -> Tensor:
+    def _polyak(self, batch: int) -> NDArray[np.float64]:
+        """As `one_example.polyak_share` wants it; (0,) without such a rule."""
+        if self._bound is None:
+            return np.zeros(0)
+        return np.array(self._bound.bounds(self.optimizer, batch), np.float64)
+
+    def _one_example(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
         inputs = self.objective.inputs
         rows = indices.reshape(-1).cpu()
         if isinstance(inputs, Tensor):
             if "inputs" not in self._room:
                 self._room["inputs"] = inputs.reshape(len(inputs), -1).contiguous().numpy()
             labels, values = self._targets()
-            return self._loop(self._room["inputs"], labels, values, rows, factors)
+            if self._bound is not None and "squares" not in self._room:
+                self._room["squares"] = _squares(self._room["inputs"])
+            squares = self._room.get("squares", np.zeros(0))
+            return self._loop(
+                self._room["inputs"],
+                squares,
+                labels,
+                values,
+                rows,
+                factors,
+                shares,
+                self._polyak(1),
+            )
         # Rows from a file, so many at a time.
         width = self.layers[0].linear.in_features * self.parameters[0].element_size()
-        parts = []
-        for part, own in zip(
-            rows.split(max(_GATHERED // width, 1)), factors.split(max(_GATHERED // width, 1)),
-            strict=True,
-        ):  # fmt: skip
+        parts, polyak = [], self._polyak(1)
+        many = max(_GATHERED // width, 1)
+        for part, own, taken in zip(
+            rows.split(many), factors.split(many), shares.split(many), strict=True
+        ):
             labels, values = self._targets()
             labels = labels[part.numpy()] if len(labels) > 1 else labels
             values = values[part.numpy()] if len(values) > 1 else values
             local = inputs[part].reshape(len(part), -1).contiguous().numpy()
-            parts.append(self._loop(local, labels, values, torch.arange(len(part)), own))
+            squares = _squares(local) if len(polyak) else np.zeros(0)
+            here = torch.arange(len(part))
+            parts.append(self._loop(local, squares, labels, values, here, own, taken, polyak))
+            if len(polyak) and polyak[2] > 0:
+                polyak[3] = polyak[2] * last_share(taken, polyak[3] / polyak[2])
         return torch.cat(parts)
 
     def _loop(
         self,
         inputs: NDArray[Any],
+        squares: NDArray[np.float64],
         labels: NDArray[Any],
         values: NDArray[Any],
         rows: Tensor,
         factors: Tensor,
+        shares: Tensor,
+        polyak: NDArray[np.float64],
     ) -> Tensor:
         from gdtrain.sweep import one_example
 
@@ -424,11 +470,14 @@ class Native:
             *self._loss(1),
             made.numpy(),
             *self._room["work"],
+            squares,
+            polyak,
+            shares.numpy(),
         )
         self._give_back()
-        return logistic_losses(made) if self._is_logistic else made
+        return logistic_losses(made) if self._is_margin(1) else made
 
-    def _batch(self, indices: Tensor, factors: Tensor) -> Tensor:
+    def _network(self) -> Any:
         from gdtrain.sweep.batch import Backpropagation
         from gdtrain.sweep.one_example import losses_and_slopes
 
@@ -447,24 +496,81 @@ class Native:
                 [(layer.activation, layer.parameter) for layer in self.layers],
                 loss,
             )
+        return self._room["network"]
+
+    def _flat_inputs(self) -> Any:
+        inputs = self.objective.inputs
+        return inputs.reshape(len(inputs), -1) if isinstance(inputs, Tensor) else inputs
+
+    def _batch(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
+        from gdtrain.sweep.one_example import polyak_share
+
+        network, inputs = self._network(), self._flat_inputs()
         groups = self.optimizer.param_groups
         rules = [{name: groups[i][name] for name in _RULE} for i in self._group_of]
         buffers = [None if p is None else self._buffer(p) for p in self._tensors]
         size = self._pass_size(indices.shape[1])
-        inputs = self.objective.inputs
-        if isinstance(inputs, Tensor):
-            inputs = inputs.reshape(len(inputs), -1)
-        made = []
+        polyak, peak = self._polyak(indices.shape[1]), float(groups[0]["initial_lr"])
+        most = polyak[3] if len(polyak) else 1.0
+        taken = shares.numpy()
+        made: list[float] = []
+
+        def share(value: float, square: float) -> float:
+            nonlocal most
+            taken[len(made)] = part = polyak_share(value, square, peak, most, polyak)
+            if polyak[2] > 0 and part > 0:
+                most = polyak[2] * part
+            return float(part)
+
         for rows, factor in zip(indices.cpu(), factors.tolist(), strict=True):
             rates = [groups[i]["initial_lr"] * factor for i in self._group_of]
             made.append(
-                self._room["network"].update(
-                    inputs, rows, size, list(zip(rates, rules, strict=True)), buffers
+                network.update(
+                    inputs,
+                    rows,
+                    size,
+                    list(zip(rates, rules, strict=True)),
+                    buffers,
+                    share if len(polyak) else None,
                 )
             )
         for p, index, buffer in zip(self._tensors, self._group_of, buffers, strict=True):
             if p is not None and self._has_momentum(p, index):
                 self.optimizer.state[p]["momentum_buffer"] = buffer
+        return torch.tensor(made, dtype=self._dtype)
+
+    def _by_rule(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
+        """The rule of the step size is the optimizer's own; value and gradient are ours."""
+        network, inputs = self._network(), self._flat_inputs()
+        optimizer: Any = self.optimizer
+        size = self._pass_size(indices.shape[1])
+        made, rates = [], []
+
+        def set_gradients(gradient: list[Tensor | None]) -> None:
+            for p, g in zip(self._tensors, gradient, strict=True):
+                if p is not None:
+                    p.grad = None if g is None else g.clone()
+
+        for rows, factor in zip(indices.cpu(), factors.tolist(), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            value, gradient = network.value_and_grad(inputs, rows, size)
+            set_gradients(gradient)
+
+            def evaluate(rows: Tensor = rows) -> float:
+                self.evaluations += 1
+                return float(network.value(inputs, rows, size))
+
+            def differentiate(rows: Tensor = rows) -> None:
+                self.evaluations += 1
+                set_gradients(network.value_and_grad(inputs, rows, size)[1])
+
+            optimizer.step_by_rule(value, evaluate, differentiate)
+            made.append(value)
+            rates.append(optimizer.last_rate)
+        for p in self.parameters:
+            p.grad = None
+        self.rates = torch.tensor(rates, dtype=torch.float64)
         return torch.tensor(made, dtype=self._dtype)
 
     def _pass_size(self, count: int) -> int:
@@ -480,7 +586,7 @@ class Native:
             objective.micro_batch_size = size
         return min(objective.micro_batch_size, count)
 
-    def _nonzeros(self, indices: Tensor, factors: Tensor) -> Tensor:
+    def _nonzeros(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
         from gdtrain.sweep import nonzeros
 
         inputs = self.objective.inputs
@@ -510,7 +616,13 @@ class Native:
             self._room["prediction"],
             torch.zeros(indices.shape[1], linear.out_features, dtype=self._dtype).numpy(),
             self._room["gradient"],
+            self._polyak(indices.shape[1]),
+            shares.numpy(),
         )
         self._give_back()
-        single = indices.shape[1] == 1
-        return logistic_losses(made) if single and self._is_logistic else made
+        return logistic_losses(made) if self._is_margin(indices.shape[1]) else made
+
+
+def _squares(inputs: NDArray[Any]) -> NDArray[np.float64]:
+    """‖x‖² of each row."""
+    return np.einsum("ij,ij->i", inputs, inputs, dtype=np.float64)

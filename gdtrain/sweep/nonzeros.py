@@ -20,6 +20,7 @@ from gdtrain.sweep.one_example import (
     descend,
     loss_and_slope,
     loss_of_margin,
+    polyak_share,
     prefetch,
 )
 
@@ -29,12 +30,16 @@ __all__ = ["sweep"]
 @compiled(reassoc=False)
 def _single(  # type: ignore[no-untyped-def]
     values, columns, starts, labels, rows, factors, peaks, w, bias, biased, rule, loss, losses,
+    polyak, shares,
 ):  # fmt: skip
     """`sweep` for two classes, one example an update and no momentum: all in registers."""
     number = w.dtype.type
     zero, one = number(0), number(1)
     values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
     b = bias[0]
+    bounded = polyak.size > 0
+    most = polyak[3] if bounded else 1.0
+    part = 1.0
     for k in range(rows.shape[0]):
         if k + 4 < rows.shape[0]:
             prefetch(values_, 0, starts[rows[k + 4, 0]])
@@ -47,7 +52,15 @@ def _single(  # type: ignore[no-untyped-def]
         sign = one if labels[i] == 1 else -one
         losses[k], slope = loss_of_margin(loss, sign * p, zero, one)
         g = rule[0, 4] * sign * slope
-        lr = number(factors[k] * peaks[0])
+        if bounded:
+            square = 1.0 if biased else 0.0
+            for at in range(start, end):
+                square += values[at] * values[at]
+            part = polyak_share(losses[k], slope * slope * square, peaks[0], most, polyak)
+            shares[k] = part
+            if polyak[2] > 0 and part > 0:
+                most = polyak[2] * part
+        lr = number(factors[k] * part * peaks[0])
         decay = lr * rule[0, 2]
         if decay != 0:
             for j in range(w.size):
@@ -55,7 +68,9 @@ def _single(  # type: ignore[no-untyped-def]
         for at in range(start, end):
             w[columns[at]] -= lr * g * values[at]
         if biased:
-            b -= number(factors[k] * peaks[1]) * (g * rule[1, 4] * rule[0, 4] + rule[1, 2] * b)
+            b -= number(factors[k] * part * peaks[1]) * (
+                g * rule[1, 4] * rule[0, 4] + rule[1, 2] * b
+            )
     bias[0] = b
 
 
@@ -63,7 +78,7 @@ def _single(  # type: ignore[no-untyped-def]
 @compiled(reassoc=False)
 def sweep(  # type: ignore[no-untyped-def]
     values, columns, starts, labels, targets, rows, factors, peaks, theta, buffers, features,
-    rule, fresh, loss, loss_parameter, losses, prediction, slopes, gradient,
+    rule, fresh, loss, loss_parameter, losses, prediction, slopes, gradient, polyak, shares,
 ):  # fmt: skip
     """Make K updates in place.
 
@@ -87,6 +102,8 @@ def sweep(  # type: ignore[no-untyped-def]
         prediction: (C,) room.
         slopes: (B, C) room.
         gradient: (C, D) of zeros, and left so; room for what momentum needs.
+        polyak: (4,) or (0,), and
+        shares: (K,), as for `gdtrain.sweep.one_example.sweep`.
 
     Example:
         >>> from gdtrain.sweep.one_example import LOSS
@@ -95,7 +112,8 @@ def sweep(  # type: ignore[no-untyped-def]
         >>> sweep(np.array([2.0, 1.0]), np.array([1, 0], np.int32), np.array([0, 1, 2]),
         ...     np.zeros(1, np.int64), np.array([[1.0], [3.0]]), np.array([[0, 1]]),
         ...     np.ones(1), np.full(2, 0.5), theta, np.zeros(0), 2, rule, np.zeros(2, np.bool_),
-        ...     LOSS["SquaredError"], 0.0, losses, np.zeros(1), np.zeros((2, 1)), np.zeros((1, 2)))
+        ...     LOSS["SquaredError"], 0.0, losses, np.zeros(1), np.zeros((2, 1)), np.zeros((1, 2)),
+        ...     np.zeros(0), np.zeros(0))
         >>> losses, theta  # ¼(1² + 3²); the mean gradient is −(3, 2) for W, −4 for b, halved
         (array([2.5]), array([0.75, 0.5 , 1.  ]))
     """
@@ -111,17 +129,24 @@ def sweep(  # type: ignore[no-untyped-def]
     share = one / number(batch)
     columns = columns.view(np.uint32)  # an index without a sign needs no test for it
     values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
-    if batch == outputs == 1 and labels.size > 1 and rule[0, 0] < 0 and not rule[1, 0] >= 0:
+    bounded = polyak.size > 0
+    most = polyak[3] if bounded else 1.0
+    part = 1.0
+    # Without decay, one example has its gradient where it has its values; else it is formed whole.
+    formed = bounded and (batch > 1 or rule[0, 2] != 0 or (biased and rule[1, 2] != 0))
+    if (
+        batch == outputs == 1 and labels.size > 1 and rule[0, 0] < 0 and not rule[1, 0] >= 0
+        and not formed
+    ):  # fmt: skip
         _single(
             values, columns, starts, labels, rows, factors, peaks, weight[0], bias, biased, rule,
-            loss, losses,
+            loss, losses, polyak, shares,
         )  # fmt: skip
         return
     for k in range(updates):
         if k + 4 < updates:  # fetched before their turn
             prefetch(values_, 0, starts[rows[k + 4, 0]])
             prefetch(columns_, 0, starts[rows[k + 4, 0]])
-        lr, lr_bias = number(factors[k] * peaks[0]), number(factors[k] * peaks[1])
         total = zero
         for n in range(batch):
             i = rows[k, n]
@@ -135,7 +160,40 @@ def sweep(  # type: ignore[no-untyped-def]
                 targets, i if targets.shape[0] > 1 else 0, slopes, n,
             )  # fmt: skip
         losses[k] = total * share
-        if rule[0, 0] < 0:  # no momentum
+        if rule[0, 0] >= 0 or formed:
+            for n in range(batch):
+                i = rows[k, n]
+                for c in range(outputs):
+                    for at in range(starts[i], starts[i + 1]):
+                        gradient[c, columns[at]] += slopes[n, c] * values[at]
+        if bounded:
+            value, square = float(losses[k]), 0.0
+            if formed:
+                for c in range(outputs):
+                    for j in range(features):
+                        d = share * gradient[c, j] + rule[0, 2] * weight[c, j]
+                        square += d * d
+                        value += 0.5 * rule[0, 2] * weight[c, j] * weight[c, j]
+                    if biased:
+                        d = rule[1, 2] * bias[c]
+                        for n in range(batch):
+                            d += share * slopes[n, c]
+                        square += d * d
+                        value += 0.5 * rule[1, 2] * bias[c] * bias[c]
+            else:
+                i = rows[k, 0]
+                size = 1.0 if biased else 0.0
+                for at in range(starts[i], starts[i + 1]):
+                    size += values[at] * values[at]
+                for c in range(outputs):
+                    square += slopes[0, c] * slopes[0, c] * size
+            part = polyak_share(value, square, peaks[0], most, polyak)
+            shares[k] = part
+            if polyak[2] > 0 and part > 0:
+                most = polyak[2] * part
+        lr = number(factors[k] * part * peaks[0])
+        lr_bias = number(factors[k] * part * peaks[1])
+        if rule[0, 0] < 0 and not formed:  # no momentum
             decay = lr * rule[0, 2]
             if decay != 0:
                 for c in range(outputs):
@@ -148,11 +206,6 @@ def sweep(  # type: ignore[no-untyped-def]
                     for at in range(starts[i], starts[i + 1]):
                         weight[c, columns[at]] -= step * values[at]
         else:
-            for n in range(batch):
-                i = rows[k, n]
-                for c in range(outputs):
-                    for at in range(starts[i], starts[i + 1]):
-                        gradient[c, columns[at]] += slopes[n, c] * values[at]
             for c in range(outputs):
                 descend(
                     weight[c], b_weight[c], share, gradient[c], lr, rule, 0,

@@ -33,6 +33,7 @@ __all__ = [
     "loss_and_slope",
     "loss_of_margin",
     "losses_and_slopes",
+    "polyak_share",
     "sweep",
 ]
 
@@ -73,11 +74,20 @@ ACTIVATION = {
 LOSS = {
     name: code
     for code, name in enumerate(
-        ("SquaredError", "Huber", "CrossEntropy", "Logistic", "Hinge", "SquaredHinge", "Margin")
+        (
+            "SquaredError",
+            "Huber",
+            "CrossEntropy",
+            "Logistic",
+            "Hinge",
+            "SquaredHinge",
+            "Margin",
+            "OneHotSquaredError",
+        )
     )
 }
 (IDENTITY, RELU, TANH, SIGMOID, GELU, SILU, LEAKY_RELU, ELU, SOFTPLUS) = range(9)
-(SQUARED_ERROR, HUBER, CROSS_ENTROPY, LOGISTIC, HINGE, SQUARED_HINGE, MARGIN) = range(7)
+(SQUARED_ERROR, HUBER, CROSS_ENTROPY, LOGISTIC, HINGE, SQUARED_HINGE, MARGIN, ONE_HOT) = range(8)
 
 
 def _prefetch(context, array, row, column):  # type: ignore[no-untyped-def]
@@ -246,6 +256,10 @@ def loss_and_slope(code, parameter, p, label, values, i, slopes, n):  # type: ig
             slopes[n, c] /= total
         slopes[n, label] -= 1
         total = math.log(total) + top - p[label]
+    elif code == ONE_HOT:
+        for c in range(p.size):
+            slopes[n, c] = p[c] - (c == label)
+            total += 0.5 * slopes[n, c] * slopes[n, c]
     else:
         one = p.dtype.type(1)
         sign = one if label == 1 else -one
@@ -337,9 +351,79 @@ def descend(theta, b, g, x, lr, rules, at, first):  # type: ignore[no-untyped-de
 
 
 @compiled
+def polyak_share(value, square, peak, most, polyak):  # type: ignore[no-untyped-def]
+    """η / η₀ of a bounded step: min(most, (f − f*) / (c ‖g‖² η₀)).
+
+    Args:
+        value: f, the objective with its penalty on the examples of the update.
+        square: ‖g‖².
+        peak: η₀.
+        most: The largest share.
+        polyak: (4,): 1/c, f*, by what the share may grow from one update to the next (0: it is
+            bounded by `most` alone), and the first `most`.
+
+    Returns:
+        The share; NaN where f or g is.
+
+    Example:
+        >>> import numpy as np
+        >>> polyak_share(3.0, 4.0, 1.0, 1.0, np.array([0.5, 1.0, 0.0, 1.0]))  # ½ (3 − 1) / 4
+        0.25
+    """
+    if square == 0:
+        return most
+    bound = polyak[0] * max(value - polyak[1], 0.0 * value) / (square * peak)
+    return most if bound >= most else bound
+
+
+@compiled
+def _value_and_square(loss, square, theta, widths, rule, z, h, delta):  # type: ignore[no-untyped-def]
+    """f and ‖g‖² with the penalty, from ‖x‖² and what forward and backward pass have left.
+
+    Of a layer, ‖δ hᵀ + λ W‖² = ‖δ‖² ‖h‖² + 2λ Σ_j δ_j (W h)_j + λ² ‖W‖², and W h = z − b.
+    """
+    value, total = loss, 0.0
+    at, unit_at = 0, 0
+    for layer in range(widths.size - 1):
+        m, n = widths[layer], widths[layer + 1]
+        if layer > 0:
+            below = h[unit_at - m : unit_at]
+            square = 0.0
+            for i in range(m):
+                square += below[i] * below[i]
+        slopes = 0.0
+        for j in range(unit_at, unit_at + n):
+            slopes += delta[j] * delta[j]
+        total += slopes * square
+        decay, decay_bias = float(rule[2 * layer, 2]), float(rule[2 * layer + 1, 2])
+        biased = not math.isnan(rule[2 * layer + 1, 0])
+        bias = theta[at + n * m : at + n * m + n]
+        if decay != 0:
+            along, size = 0.0, 0.0
+            for j in range(n):
+                along += delta[unit_at + j] * (z[unit_at + j] - bias[j] * biased)
+            for i in range(at, at + n * m):
+                size += theta[i] * theta[i]
+            total += 2 * decay * along + decay * decay * size
+            value += 0.5 * decay * size
+        if biased:
+            total += slopes
+            if decay_bias != 0:
+                along, size = 0.0, 0.0
+                for j in range(n):
+                    along += delta[unit_at + j] * bias[j]
+                    size += bias[j] * bias[j]
+                total += 2 * decay_bias * along + decay_bias * decay_bias * size
+                value += 0.5 * decay_bias * size
+        at += n * m + n
+        unit_at += n
+    return value, total
+
+
+@compiled
 def sweep(  # type: ignore[no-untyped-def]
     inputs, labels, values, rows, factors, peaks, theta, buffers, widths, activations, parameters,
-    rule, fresh, loss, loss_parameter, losses, z, h, delta,
+    rule, fresh, loss, loss_parameter, losses, z, h, delta, squares, polyak, shares,
 ):  # fmt: skip
     """Make K updates in place.
 
@@ -365,6 +449,9 @@ def sweep(  # type: ignore[no-untyped-def]
         z: (Σ n_l,) room for z_l, l = 1 … L.
         h: Likewise for h_l.
         delta: Likewise for δ_l.
+        squares: (N,), ‖x‖² of each example; (0,) without a bound on the step.
+        polyak: (4,), as for `polyak_share`, float64; (0,): no bound on the step.
+        shares: (K,), written where there is a bound: which share of η₀ each update took, float64.
 
     Example:
         >>> import numpy as np
@@ -373,7 +460,7 @@ def sweep(  # type: ignore[no-untyped-def]
         >>> sweep(np.array([[1.0], [3.0]]), np.zeros(1, np.int64), np.array([[2.0], [4.0]]),
         ...     np.array([0, 1]), np.ones(2), np.full(2, 0.1), theta, np.zeros(0), np.array([1, 1]),
         ...     np.zeros(1, np.int64), np.zeros(1), rule, np.zeros(2, np.bool_),
-        ...     LOSS["SquaredError"], 0.0, losses, *room)
+        ...     LOSS["SquaredError"], 0.0, losses, *room, np.zeros(0), np.zeros(0), np.zeros(0))
         >>> losses, theta  # ½·2², then W = b = 0.2 and ½(0.8 − 4)²
         (array([2.  , 5.12]), array([1.16, 0.52]))
     """
@@ -391,13 +478,17 @@ def sweep(  # type: ignore[no-untyped-def]
     prediction = h[h.size - outputs :]
     slopes = delta[delta.size - outputs :].reshape(1, outputs)
     ahead = max(4096 // (n0 * theta.itemsize), 1)  # examples that are fetched before their turn
+    bounded = polyak.size > 0
+    most = polyak[3] if bounded else 1.0
+    share = 1.0
     for k in range(rows.size + 1):
         if k + ahead < rows.size:
             for i in range(0, n0, 64 // theta.itemsize):
                 prefetch(inputs, rows[k + ahead], i)
         # ---- the first layer: the update of example k − 1, then z_1 of example k, by four rows
-        lr = number(factors[max(k - 1, 0)] * peaks[0])
-        lr_bias = number(factors[max(k - 1, 0)] * peaks[1])
+        factor = factors[max(k - 1, 0)] * share
+        lr = number(factor * peaks[0])
+        lr_bias = number(factor * peaks[1])
         before = inputs[rows[max(k - 1, 0)]]
         x = inputs[rows[min(k, rows.size - 1)]]
         for start in range(0, n1, 4):
@@ -460,7 +551,7 @@ def sweep(  # type: ignore[no-untyped-def]
                 h[unit_at + j] = _activate(activations[layer], parameters[layer], s0)
             at += n * m + n
             unit_at += n
-        # ---- the loss, and back; each layer is updated as δ has passed it
+        # ---- the loss, and δ of each layer
         label = labels[rows[k]] if labels.size > 1 else labels[0]
         losses[k] = loss_and_slope(
             loss, loss_parameter, prediction, label, values,
@@ -474,19 +565,39 @@ def sweep(  # type: ignore[no-untyped-def]
                 for j in range(unit_at, unit_at + n):
                     delta[j] *= _slope(activations[layer], parameters[layer], z[j], h[j])
             weight = theta[at : at + n * m].reshape(n, m)
-            bias = theta[at + n * m : at + n * m + n]
-            momentum = buffers[at : at + n * m].reshape(n, m) if buffers.size else weight
-            momentum_bias = buffers[at + n * m : at + n * m + n] if buffers.size else bias
-            below = h[unit_at - m : unit_at]
             d_below = delta[unit_at - m : unit_at]
             d_below[:] = zero
-            lr = number(factors[k] * peaks[2 * layer])
-            lr_bias = number(factors[k] * peaks[2 * layer + 1])
             for j in range(n):
                 d = delta[unit_at + j]
                 if d != 0:
                     for i in range(m):
                         d_below[i] += d * weight[j, i]
+        if activations[0] != IDENTITY:
+            for j in range(n1):
+                d1[j] *= _slope(activations[0], parameters[0], z1[j], h1[j])
+        # ---- the step size
+        if bounded:
+            square = float(squares[rows[k]])
+            value, slope_2 = _value_and_square(
+                float(losses[k]), square, theta, widths, rule, z, h, delta
+            )
+            share = polyak_share(value, slope_2, peaks[0], most, polyak)
+            shares[k] = share
+            if polyak[2] > 0 and share > 0:
+                most = polyak[2] * share
+        # ---- the update of all layers but the first
+        at, unit_at = n1 * n0 + n1, n1
+        for layer in range(1, layers):
+            m, n = widths[layer], widths[layer + 1]
+            weight = theta[at : at + n * m].reshape(n, m)
+            bias = theta[at + n * m : at + n * m + n]
+            momentum = buffers[at : at + n * m].reshape(n, m) if buffers.size else weight
+            momentum_bias = buffers[at + n * m : at + n * m + n] if buffers.size else bias
+            below = h[unit_at - m : unit_at]
+            lr = number(factors[k] * share * peaks[2 * layer])
+            lr_bias = number(factors[k] * share * peaks[2 * layer + 1])
+            for j in range(n):
+                d = delta[unit_at + j]
                 descend(
                     weight[j], momentum[j], d, below, lr, rule, 2 * layer,
                     k == 0 and fresh[2 * layer],
@@ -496,6 +607,5 @@ def sweep(  # type: ignore[no-untyped-def]
                     bias, momentum_bias, one, delta[unit_at : unit_at + n], lr_bias,
                     rule, 2 * layer + 1, k == 0 and fresh[2 * layer + 1],
                 )  # fmt: skip
-        if activations[0] != IDENTITY:
-            for j in range(n1):
-                d1[j] *= _slope(activations[0], parameters[0], z1[j], h1[j])
+            at += n * m + n
+            unit_at += n

@@ -20,6 +20,7 @@ from gdtrain.losses import (
     Huber,
     Logistic,
     Loss,
+    OneHotSquaredError,
     SquaredError,
     SquaredHinge,
 )
@@ -42,6 +43,7 @@ TASKS = {
     "squared error": (SquaredError(), 2, "numbers"),
     "huber": (Huber(0.5), 1, "numbers"),
     "cross-entropy": (CrossEntropy(), 3, "classes"),
+    "one-hot squared error": (OneHotSquaredError(), 3, "classes"),
     "logistic": (Logistic(), 1, "binary"),
     "hinge": (Hinge(), 1, "binary"),
     "squared hinge": (SquaredHinge(), 1, "binary"),

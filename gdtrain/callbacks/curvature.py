@@ -1,0 +1,265 @@
+"""How sharply the loss bends, logged beside the step size while a run goes on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import Tensor
+
+from gdtrain.curvature import NotFiniteError, Sharpness, batch_sharpness, sharpness, stability_limit
+from gdtrain.data.loader import IndexLoader
+from gdtrain.data.order import Order
+from gdtrain.module import SupervisedModule
+from gdtrain.objective import Objective
+from gdtrain.optim.base import Descent
+
+__all__ = ["Curvature"]
+
+_SHARE = 0.04  # of a run's time, that looks at an interval of their own choice take
+_PAYS = 1000  # full-batch updates, of whose time a first look takes about 4%
+_BATCHES = 16
+_TOLERANCE = 0.02
+_SEED = 2**20  # apart from the orders of training
+
+
+class Curvature(Callback):
+    """Logs the curvature that gradient descent meets, and the step size that it allows.
+
+    Tags, with the number of updates made as step:
+
+    - full batch: `curvature/sharpness`, the largest eigenvalue λ of the objective's Hessian with
+      weight decay; `curvature/limit`, the η beyond which descent with this momentum is unstable
+      (`gdtrain.curvature.stability_limit`);
+    - B < N: `curvature/batch_sharpness`, the curvature along the gradients of 16 batches of B
+      examples; there 2/λ is no limit, and is not logged;
+    - `curvature/lr`, the η of the last update (at the start, of the first), and
+      `curvature/two_over_lr`, 2/η, with which either compares (without momentum).
+
+    It looks between sweeps, at the model in training mode, and changes nothing; where the model has
+    diverged it logs nothing. Needs the resident examples of a gdtrain data module. State in
+    checkpoints: the time that was spent, and where.
+
+    Args:
+        every: Updates between two looks, range [1, ∞): one at the start, and one at the first end
+            of a sweep at or after each multiple; sweeps are made no longer than that. None: as
+            often as looks take no more than 4% of the run's time; the first at the start, where a
+            run of at least 1,000 full-batch updates will pay for it, else when the time has come.
+        examples: Full batch: of how many the Hessian is, a fixed sample, range [1, N]; the limit is
+            then that of the sample. None: all N.
+
+    Raises:
+        ValueError: An argument is out of range; later, the data are no resident examples, the
+            optimizer maximises, or the model cannot be differentiated twice.
+
+    Example:
+        >>> from functools import partial
+        >>> from gdtrain import GD
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> from gdtrain.losses import CrossEntropy
+        >>> from gdtrain.models import MLP
+        >>> curvature = Curvature(every=10)
+        >>> module = SupervisedModule(MLP((4,), 3), CrossEntropy(), partial(GD, lr=0.1))
+        >>> trainer = Trainer(max_epochs=20, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ...     callbacks=[curvature])
+        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size="full"))
+        >>> curvature.looks[0][0], 0 < curvature.looks[-1][1].value
+        (0, True)
+    """
+
+    def __init__(self, every: int | None = None, examples: int | None = None) -> None:
+        for name, value in (("every", every), ("examples", examples)):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or value < 1
+            ):
+                raise ValueError(
+                    f"{name} must be a whole number of at least 1, or null. Received: "
+                    f"{name}={value!r}."
+                )
+        self.every, self.examples = every, examples
+        self.looks: list[tuple[int, Sharpness]] = []
+        self._looked_at = -1  # update
+        self._spent, self._cost = 0.0, 0.0
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Since training started, over all sessions of a resumed run."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; see that there is something to look at."""
+        self._started = time.perf_counter()
+        loader = trainer.train_dataloader
+        if not isinstance(loader, IndexLoader):
+            raise ValueError(
+                f"callbacks.Curvature needs the resident examples of a gdtrain data module. "
+                f"Received: batches from {type(loader).__name__}."
+            )
+        if self.examples is not None and self.examples > loader.num_examples:
+            raise ValueError(
+                f"examples must lie in [1, {loader.num_examples}], the number of training "
+                f"examples. Received: examples={self.examples}."
+            )
+        if any(group.get("maximize") for group in trainer.optimizers[0].param_groups):
+            raise ValueError(
+                "callbacks.Curvature looks at a function that is minimised. Received: "
+                "maximize=True."
+            )
+        self._shorten(loader)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Look before the first update."""
+        module = cast(SupervisedModule, pl_module)
+        if self._looked_at < 0 and module.updates == 0:
+            total = module.total_updates
+            if self.every is not None or (_is_full(trainer) and (total is None or total >= _PAYS)):
+                factor = float(module.rate_factors(0, 1))
+                optimizer = trainer.optimizers[0]
+                known = getattr(optimizer, "step_size", None) is None
+                self._look(trainer, module, factor * _peak(optimizer) if known else None)
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Look, if it is time."""
+        module = cast(SupervisedModule, pl_module)
+        loader = cast(IndexLoader, trainer.train_dataloader)
+        self._shorten(loader)
+        if self._is_time(trainer, module):
+            self._look(trainer, module, float(outputs["rates"][-1]))
+
+    def _is_time(self, trainer: Trainer, module: SupervisedModule) -> bool:
+        if self.every is not None:
+            return module.updates // self.every > max(self._looked_at, 0) // self.every
+        if self._cost == 0.0:
+            self._cost = self._expected(trainer, module)
+        paid = self._spent + self._cost <= _SHARE * self.seconds
+        # Clocks differ, and all processes must take part.
+        return bool(trainer.strategy.broadcast(paid)) if trainer.world_size > 1 else paid
+
+    def _expected(self, trainer: Trainer, module: SupervisedModule) -> float:
+        """Seconds of a first look, from those of one product."""
+        objective = _objective(module)
+        loader = cast(IndexLoader, trainer.train_dataloader)
+        indices = torch.arange(loader.batch_size, device=objective.targets.device)
+        v = [torch.ones_like(p) for p in objective.params]
+        began = time.perf_counter()
+        objective.hessian_vector(indices, v)  # warms up
+        started = time.perf_counter()
+        objective.hessian_vector(indices, v)
+        seconds = time.perf_counter() - started
+        self._spent += time.perf_counter() - began
+        return (8 if _is_full(trainer) else 2 * _BATCHES) * seconds
+
+    def _shorten(self, loader: IndexLoader) -> None:
+        if self.every is not None:
+            loader.updates_per_sweep = min(loader.updates_per_sweep, self.every)
+
+    def _look(self, trainer: Trainer, module: SupervisedModule, lr: float | None) -> None:
+        started = time.perf_counter()
+        self._looked_at = module.updates
+        try:
+            found, values = self._measured(trainer, module)
+        except NotFiniteError:
+            pass  # diverged: other callbacks say so
+        else:
+            if lr is not None and lr > 0:
+                values |= {"curvature/lr": lr, "curvature/two_over_lr": 2 / lr}
+            self.looks.append((module.updates, found))
+            _log(trainer, module, values)
+        self._cost = time.perf_counter() - started
+        self._spent += self._cost
+
+    def _measured(
+        self, trainer: Trainer, module: SupervisedModule
+    ) -> tuple[Sharpness, dict[str, float]]:
+        objective, optimizer = _objective(module), trainer.optimizers[0]
+        if not _is_full(trainer):
+            batches = _batches(trainer, module.updates, objective.targets.device)
+            found = batch_sharpness(objective, batches, optimizer=optimizer, draw=module.updates)
+            return found, {"curvature/batch_sharpness": found.value}
+        found = sharpness(
+            objective,
+            self.examples,
+            optimizer=optimizer,
+            tolerance=_TOLERANCE,
+            draw=module.updates,
+        )
+        values = {"curvature/sharpness": found.value}
+        if isinstance(optimizer, Descent | torch.optim.SGD) and found.value > 0:
+            values["curvature/limit"] = min(
+                stability_limit(
+                    found,
+                    float(group["momentum"]),
+                    bool(group["nesterov"]),
+                    float(group["dampening"]),
+                )
+                for group in optimizer.param_groups
+            )
+        return found, values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers only."""
+        return {
+            "looked_at": self._looked_at,
+            "spent": self._spent,
+            "cost": self._cost,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._looked_at = state_dict["looked_at"]
+        self._spent, self._cost = state_dict["spent"], state_dict["cost"]
+        self._seconds_before = state_dict["seconds"]
+
+
+def _objective(module: SupervisedModule) -> Objective:
+    assert module.objective is not None, "on_train_start has seen an IndexLoader"
+    return module.objective
+
+
+def _is_full(trainer: Trainer) -> bool:
+    loader = cast(IndexLoader, trainer.train_dataloader)
+    return loader.batch_size == loader.num_examples and loader.sampling != "replacement"
+
+
+def _peak(optimizer: torch.optim.Optimizer) -> float:
+    group = optimizer.param_groups[0]
+    return float(group.get("initial_lr", group["lr"]))
+
+
+def _batches(trainer: Trainer, update: int, device: torch.device) -> Tensor:
+    """(16, B) indices, in an order of their own; no example twice, where there are enough."""
+    loader = cast(IndexLoader, trainer.train_dataloader)
+    count, size = loader.num_examples, loader.batch_size
+    at_once = min(count // size, _BATCHES)
+    drawn = [
+        torch.from_numpy(Order(count, (_SEED + loader.seed, update, k))(0, at_once * size))
+        for k in range(-(-_BATCHES // at_once))
+    ]
+    return torch.cat(drawn).view(-1, size)[:_BATCHES].to(device)
+
+
+def _log(trainer: Trainer, module: SupervisedModule, values: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            if trainer.is_global_zero:
+                entries = [Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+                logger.experiment.file_writer.add_summary(Summary(value=entries), module.updates)
+        else:
+            logger.log_metrics(values, step=module.updates)

@@ -1,0 +1,542 @@
+"""Convergence: by hand, what it must say, and what it must not."""
+
+import copy
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.svm import SVC
+from torch import nn
+
+from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain.callbacks import Convergence
+from gdtrain.callbacks.convergence import _falls_later, _Level, _Slopes, mean_bounds
+from gdtrain.certificates import LinearProblem
+from gdtrain.data import ArrayDataModule, EmbeddedDataModule
+from gdtrain.losses import CrossEntropy, Hinge, Logistic, SquaredError
+from gdtrain.models import MLP, Linear
+from gdtrain.objective import Objective
+from gdtrain.schedules import Constant, Cosine, Polynomial, ReduceOnPlateau, Step
+from gdtrain.step_sizes import ScheduleFree
+from gdtrain.stopping import StopReason
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Total length of .list. across ranks is zero"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
+]
+
+
+def fit(module, data, *callbacks, checkpoint=None, **arguments):
+    options = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        **arguments,
+    }
+    trainer = Trainer(callbacks=list(callbacks), **options)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    return trainer
+
+
+def linear(data, loss, optimizer, schedule=None, *, dtype=torch.float64):
+    """A linear model of the right size, from zero."""
+    data.setup()
+    outputs = loss.outputs(data.num_classes, data.num_targets)
+    model = Linear(data.input_shape, outputs, init="zeros").to(dtype)
+    return SupervisedModule(model, loss, optimizer, schedule)
+
+
+def regression(n=200, noise=1.0, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 3))
+    return x, x @ [1.0, -2.0, 0.5] + noise * rng.normal(size=n)
+
+
+# ---------------------------------------------------------------------- by hand
+
+
+def test_bounds_of_a_mean_by_hand():
+    # s = √2, n = 2, t₁(0.95) = tan(0.45π) = 6.3138
+    lower, mean, upper = mean_bounds([0.0, 2.0], 0.95)
+    assert mean == 1.0
+    assert upper == pytest.approx(1 + math.tan(0.45 * math.pi), rel=1e-12)
+    assert lower == pytest.approx(1 - math.tan(0.45 * math.pi), rel=1e-12)
+    assert mean_bounds([3.0, 3.0, 3.0], 0.99) == (3.0, 3.0, 3.0)
+
+
+def made_slopes(lr=0.5, momentum=0.0):
+    """J = mean ½(w x + b − y)², x = 1, 2, y = 0, decay 0.1 on w alone, at w = 1, b = 0."""
+    model = nn.Linear(1, 1).double()
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+        model.bias.fill_(0.0)
+    x = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    objective = Objective(model, SquaredError(), x, torch.zeros(2, dtype=torch.float64))
+    groups = [
+        {"params": [model.weight], "weight_decay": 0.1},
+        {"params": [model.bias], "lr": 2 * lr},
+    ]
+    return _Slopes(objective, SGD(groups, lr=lr, momentum=momentum)), model
+
+
+def test_the_gradient_has_each_groups_decay():
+    slopes, _ = made_slopes()
+    w, b = slopes.gradient(torch.tensor([0, 1]), 0)
+    assert w.item() == pytest.approx((1 + 4) / 2 + 0.1)
+    assert b.item() == pytest.approx((1 + 2) / 2)
+    first, second = (slopes.gradient(torch.tensor([i]), 0) for i in (0, 1))
+    assert slopes.product(first, second) == pytest.approx(1.1 * 4.1 + 1 * 2)
+    assert slopes.product(first, second, by_rate=True) == pytest.approx(0.5 * 1.1 * 4.1 + 1.0 * 2)
+
+
+def test_products_of_independent_examples_have_the_mean_norm_squared():
+    slopes, _ = made_slopes()
+    products = [
+        slopes.product(*(slopes.gradient(torch.tensor([k]), 0) for k in pair))
+        for pair in ((0, 0), (0, 1), (1, 0), (1, 1))
+    ]
+    assert np.mean(products) == pytest.approx(2.6**2 + 1.5**2)
+
+
+def test_the_rise_by_noise_is_half_the_steps_curvature():
+    slopes, model = made_slopes()
+    before = copy.deepcopy(model.state_dict())
+    step = [0.2 * torch.ones(1, 1).double(), -0.1 * torch.ones(1).double()]
+    # ½ mean (0.2 x − 0.1)² + ½ 0.1 0.2²
+    rise = slopes.rise(step, torch.tensor([0, 1]), 0)
+    assert rise == pytest.approx(0.5 * (0.1**2 + 0.3**2) / 2 + 0.5 * 0.1 * 0.04, rel=1e-9)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_momentum_lengthens_the_step():
+    slopes, _ = made_slopes(lr=0.5, momentum=0.9)
+    ones = [torch.ones(1, 1).double(), torch.ones(1).double()]
+    assert [s.item() for s in slopes.step(ones)] == pytest.approx([5.0, 10.0])
+
+
+def test_levels_of_the_loss():
+    level = _Level(0.1, 0)
+    level.push(np.arange(32.0))
+    assert level.means == [7.5, 23.5]
+    assert (level.count, level.next) == (32, 32)
+    assert not level.flat()  # too few to say
+    rng = np.random.default_rng(0)
+    flat, falling = _Level(0.1, 0), _Level(0.1, 0)
+    for _ in range(100):
+        flat.push(1 + rng.normal(size=1000))
+        start = falling.next
+        falling.push(1 - 1e-5 * np.arange(start, start + 1000) + 0.1 * rng.normal(size=1000))
+    assert flat.count == 100_000
+    assert len(flat.means) < 128
+    assert flat.flat()
+    assert not falling.flat()
+    again = _Level.from_state(copy.deepcopy(flat.state_dict()))
+    assert vars(again) == vars(flat)
+
+
+# ---------------------------------------------------------------------- options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tolerance": -1.0}, "tolerance must be finite and >= 0"),
+        ({"tolerance": math.inf}, "tolerance must be finite"),
+        ({"tolerance": "small"}, "tolerance must be finite"),
+        ({"gap": 0.0}, r"gap must lie in \(0, 1\)"),
+        ({"gap": 1.0}, r"gap must lie in \(0, 1\)"),
+        ({"confidence": 0.5}, "confidence must lie"),
+        ({"confidence": True}, "confidence must lie"),
+        ({"noise_floor": 1}, "noise_floor must be true or false"),
+        ({"patience": 0}, "patience must be a whole number"),
+        ({"every": 2.5}, "every must be a whole number"),
+        ({"share": 0.0}, "share must lie"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message + r"[\s\S]*Received"):
+        Convergence(**options)
+
+
+def test_a_gap_needs_a_linear_model_with_decay():
+    data = EmbeddedDataModule("iris", batch_size="full")
+    module = SupervisedModule(MLP((4,), 3), CrossEntropy(), partial(GD, lr=0.1))
+    with pytest.raises(ValueError, match=r"gap=0.01 needs a linear model.*not linear"):
+        fit(module, data, Convergence(gap=0.01), max_epochs=3)
+    module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(GD, lr=0.1))
+    with pytest.raises(ValueError, match="without weight decay"):
+        fit(module, data, Convergence(gap=0.01), max_epochs=3)
+
+
+# ---------------------------------------------------------------------- full batch
+
+
+def test_full_batch_converges_and_says_by_what():
+    data = EmbeddedDataModule("diabetes", batch_size="full", dtype="float64")
+    module = linear(data, SquaredError(), partial(GD, lr=0.3, weight_decay=0.1))
+    fit(module, data, Convergence(1e-4, every=10), max_epochs=3000, precision="64-true")
+    stop = module.stop
+    assert stop.reason is StopReason.CONVERGED
+    assert stop.numbers["update"] == module.updates < 3000
+    x, y = data.examples("train")
+    w, b = (p.detach() for p in module.model.parameters())
+    r = x.flatten(1) @ w.T + b - y.reshape(len(x), -1)
+    norm = torch.cat([(r.T @ x / len(x) + 0.1 * w).flatten(), r.mean(0)]).norm().item()
+    assert stop.numbers["gradient_norm"] == pytest.approx(norm, rel=1e-9)
+    start = (y.reshape(len(x), -1).T @ x / len(x)).norm().item()  # the mean of y is 0, nearly
+    assert stop.numbers["gradient_norm_at_start"] == pytest.approx(start, rel=1e-3)
+    assert norm <= stop.numbers["threshold"] == 1e-4 * max(1, start) or start < 1
+    assert f"{norm:.3g}" in stop.message
+    assert "tolerance" in stop.advice
+    assert module.certificate["relative_gap"] == stop.numbers["relative_gap"] < 1e-6
+
+
+def test_a_small_decrease_of_the_loss_is_no_reason():
+    """At η = 10⁻⁴ softmax regression decreases by less than 10⁻⁴ of the loss an update."""
+    for size, optimizer in (("full", GD), (32, MiniBatchSGD)):
+        seen = []
+
+        class Losses(Callback):
+            def __init__(self, seen):
+                self.seen = seen
+
+            def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+                self.seen += outputs["losses"].tolist()
+
+        data = EmbeddedDataModule("digits", batch_size=size)
+        module = linear(
+            data, CrossEntropy(), partial(optimizer, lr=1e-4), Constant(), dtype=torch.float32
+        )
+        callback = Convergence(every=20)
+        fit(module, data, callback, Losses(seen), max_steps=600)
+        assert module.stop is None
+        assert module.updates == 600
+        assert callback._gradient_turn.update >= 560  # it did look
+        if size == "full":
+            decrease = -np.diff(seen) / seen[:-1]
+            assert 0 < decrease.min() < decrease.max() < 2e-4
+            assert seen[-1] > 2.0
+
+
+def test_switched_off_it_only_certifies():
+    data = EmbeddedDataModule("diabetes", batch_size="full", dtype="float64")
+    module = linear(data, SquaredError(), partial(GD, lr=0.3, weight_decay=0.1))
+    fit(module, data, Convergence(0, noise_floor=False), max_epochs=500, precision="64-true")
+    assert module.stop is None
+    assert module.updates == 500
+    assert 0 <= module.certificate["gap"] < 1e-3
+    assert module.certificate["weight_decay"] == 0.1
+    without = linear(data, Doubled(), partial(GD, lr=0.3, weight_decay=0.1))
+    fit(without, data, Convergence(0), max_epochs=5, precision="64-true")
+    assert without.certificate is None
+
+
+class Doubled(SquaredError):  # noqa: N818
+    """A loss of somebody's own."""
+
+    def forward(self, prediction, target):
+        return 2 * super().forward(prediction, target)
+
+
+def test_it_leaves_the_run_as_it_is():
+    """Dropout, shuffling and parameters are the same, bit for bit, with and without it."""
+
+    def train(*callbacks):
+        seed_everything(0, verbose=False)
+        data = EmbeddedDataModule("iris", batch_size=7)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(16, 3),
+        )  # fmt: skip
+        module = SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=0.05))
+        fit(module, data, *callbacks, max_epochs=8)
+        return module
+
+    with_it, without = train(Convergence(every=5)), train()
+    assert with_it.updates == without.updates
+    for name, value in without.state_dict().items():
+        assert torch.equal(value, with_it.state_dict()[name]), name
+
+
+# ---------------------------------------------------------------------- stochastic
+
+
+def test_interpolation_by_sgd_converges_by_the_confidence_bound():
+    x, y = regression(n=4000, noise=0.0)
+    data = ArrayDataModule(x, y, batch_size=4, val_fraction=0, test_fraction=0, dtype="float64")
+    module = linear(data, SquaredError(), partial(MiniBatchSGD, lr=0.05), Constant())
+    callback = Convergence(1e-4, every=100)
+    fit(module, data, callback, max_epochs=20, precision="64-true")
+    stop = module.stop
+    assert stop.reason is StopReason.CONVERGED
+    assert stop.numbers["confidence"] == 0.95
+    inputs, targets = data.examples("train")
+    r = module.model(inputs) - targets.reshape(len(inputs), -1)
+    gradient = torch.cat([(r.T @ inputs / len(r)).flatten(), r.mean(0)])
+    assert gradient.norm().item() <= stop.numbers["threshold"]
+    assert gradient.norm().item() <= stop.numbers["gradient_norm"]
+
+
+def noisy(schedule, lr=0.1, epochs=60, momentum=0.0, **options):
+    x, y = regression()
+    data = ArrayDataModule(
+        x, y, batch_size=1, val_fraction=0, test_fraction=0, dtype="float64",
+        updates_per_sweep=100,
+    )  # fmt: skip
+    optimizer = partial(SGD, lr=lr, momentum=momentum)
+    module = linear(data, SquaredError(), optimizer, schedule)
+    fit(module, data, Convergence(every=500, **options), max_epochs=epochs, precision="64-true")
+    return module
+
+
+def test_noise_floor_at_a_constant_rate():
+    module = noisy(Constant())
+    stop = module.stop
+    assert stop.reason is StopReason.NOISE_FLOOR
+    assert module.updates < 60 * 200
+    assert "not the optimum" in stop.message
+    assert "0.01" in stop.advice
+    assert "schedule" in stop.advice
+    numbers = stop.numbers
+    assert numbers["lr"] == 0.1
+    assert numbers["rise_by_noise"] > 0.5 * numbers["fall_by_gradient"]
+    # The gradient is far from what convergence asks.
+    assert numbers["gradient_norm_squared"] > 1e-6
+
+
+def test_noise_floor_with_momentum():
+    assert noisy(Constant(), lr=0.01, momentum=0.9).stop.reason is StopReason.NOISE_FLOOR
+
+
+@pytest.mark.parametrize("schedule", [Polynomial(), Cosine(), ReduceOnPlateau(), Step(every=0.9)])
+def test_no_noise_floor_while_the_rate_is_still_to_fall(schedule):
+    if isinstance(schedule, ReduceOnPlateau):
+        x, y = regression()
+        data = ArrayDataModule(x, y, batch_size=1, test_fraction=0, dtype="float64")
+        module = linear(data, SquaredError(), partial(SGD, lr=0.1), schedule)
+        fit(module, data, Convergence(every=500), max_epochs=20, precision="64-true")
+    else:
+        module = noisy(schedule, epochs=20)
+    assert module.stop is None
+    assert module.updates >= 20 * 160
+
+
+def test_no_noise_floor_while_a_small_rate_still_makes_progress():
+    module = noisy(Constant(), lr=2e-5, epochs=30)
+    assert module.stop is None
+    assert module.updates == 6000
+
+
+def test_noise_floor_can_be_switched_off():
+    module = noisy(Constant(), noise_floor=False, epochs=20)
+    assert module.stop is None
+
+
+def test_the_rest_of_a_schedule():
+    module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
+    module.updates, module.updates_per_epoch = 50, 10
+    for schedule, total, falls in (
+        (Constant(), 100, False),
+        (Constant(), None, False),
+        (Polynomial(), 100, True),
+        (Constant(warmup=60), 100, False),
+        (Step(every=6), 100, True),
+        (Step(every=60), 60, False),
+        (ReduceOnPlateau(), 100, True),
+    ):
+        module.schedule, module.total_updates = schedule, total
+        assert _falls_later(module) == falls, schedule
+
+
+# ---------------------------------------------------------------------- patience
+
+
+def test_stalled_after_so_many_validations_without_a_lower_loss():
+    data = EmbeddedDataModule("wine", batch_size=1)
+    module = linear(data, CrossEntropy(), partial(SGD, lr=0.5), Constant(), dtype=torch.float32)
+    losses = []
+
+    class Validations(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            losses.append(pl_module.validation["loss/val"])
+
+    fit(
+        module,
+        data,
+        Validations(),
+        Convergence(None, noise_floor=False, patience=3),
+        max_epochs=200,
+    )
+    assert module.stop.reason is StopReason.STALLED
+    best = int(np.argmin(losses))
+    assert len(losses) - 1 - best == 3
+    assert module.stop.numbers["best"] == min(losses)
+    assert module.stop.numbers["validations"] == 3
+
+
+# ---------------------------------------------------------------------- certificates
+
+
+def exact_minimum(loss, x, y, decay):
+    c = 1 / (decay * len(x))
+    if isinstance(loss, SquaredError):
+        model = Ridge(decay * len(x), solver="cholesky").fit(x, y)
+    elif isinstance(loss, Hinge):
+        model = SVC(kernel="linear", C=c, tol=1e-9).fit(x, y)
+    else:
+        model = LogisticRegression(C=c, solver="newton-cholesky", tol=1e-12, max_iter=1000)
+        model.fit(x, y)
+    return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "loss", "momentum", "schedule"),
+    [
+        ("diabetes", SquaredError(), 0.0, Constant()),
+        ("breast_cancer", Logistic(), 0.0, Constant()),
+        ("digits", CrossEntropy(), 0.9, Constant()),
+        ("breast_cancer", Hinge(), 0.0, Polynomial(power=2)),
+    ],
+    ids=["ridge", "logistic", "softmax", "svm"],
+)
+def test_linear_models_end_with_a_certificate(source, loss, momentum, schedule):
+    decay = 0.01
+    data = EmbeddedDataModule(source, batch_size="full", dtype="float64")
+    optimizer = partial(GD, lr=0.3, weight_decay=decay, momentum=momentum, nesterov=momentum > 0)
+    module = linear(data, loss, optimizer, schedule)
+    callback = Convergence(None, gap=1e-6)
+    fit(
+        module, data, callback, max_epochs=20_000, precision="64-true",
+        check_val_every_n_epoch=20_000,
+    )  # fmt: skip
+    certificate = module.certificate
+    assert module.stop.reason is StopReason.CONVERGED
+    assert certificate["relative_gap"] <= 1e-6
+    assert certificate["relative_gap"] == module.stop.numbers["relative_gap"]
+    # The search for the bound, and all looks at it, beside the time of the updates alone.
+    assert certificate["seconds_of_all_checks"] <= 0.05 * callback._seconds
+    x, y = (t.numpy() for t in data.examples("train"))
+    x, y = x.reshape(len(x), -1), y.reshape(len(y))
+    weight, bias = exact_minimum(loss, x, y, decay)
+    with torch.no_grad():
+        layer = copy.deepcopy(module.model.linear)
+        layer.weight.copy_(torch.tensor(weight))
+        layer.bias.copy_(torch.tensor(bias))
+        minimum = float(loss(layer(torch.tensor(x)), torch.tensor(y)).mean())
+        minimum += 0.5 * decay * float(layer.weight.square().sum())
+    # Both lie between the bound and 10⁻⁶ above it (libsvm to what it leaves).
+    assert certificate["dual"] <= minimum + 1e-12
+    assert certificate["primal"] == pytest.approx(minimum, rel=2e-6)
+    # P has the curvature λ at least along the weights: ½λ‖ΔW‖² ≤ gap, of either of both.
+    distance = np.linalg.norm(module.model.linear.weight.detach().numpy() - weight)
+    slack = 1e-6 * minimum + max(minimum - certificate["dual"], 0.0)
+    assert 0.5 * decay * distance**2 <= 4 * slack
+
+
+def test_the_certificate_is_the_averages_and_leaves_the_parameters():
+    data = EmbeddedDataModule("diabetes", batch_size="full", dtype="float64")
+    optimizer = partial(GD, lr=0.3, weight_decay=0.1, step_size=ScheduleFree())
+    module = linear(data, SquaredError(), optimizer, Constant())
+    trainer = fit(module, data, Convergence(0), max_epochs=30, precision="64-true")
+    made = trainer.optimizers[0]
+
+    def gap():
+        problem = LinearProblem.of(module.objective, made)
+        return problem.certify(*module.model.parameters())
+
+    average = gap().primal  # a run ends with it
+    made.step_size.train(made)
+    in_training = gap().primal
+    assert module.certificate["primal"] == average != in_training
+
+
+def test_a_short_run_has_a_certificate_too_and_it_is_the_truth():
+    data = EmbeddedDataModule("breast_cancer", batch_size=16, dtype="float64")
+    module = linear(data, Hinge(), partial(MiniBatchSGD, lr=0.05, weight_decay=0.05))
+    fit(module, data, Convergence(), max_epochs=2, precision="64-true")
+    x, y = (t.numpy() for t in data.examples("train"))
+    weight, bias = exact_minimum(Hinge(), x, y, 0.05)
+    s = 2 * y - 1
+    minimum = np.maximum(0, 1 - s * (x @ weight[0] + bias)).mean() + 0.025 * (weight**2).sum()
+    certificate = module.certificate
+    assert certificate["gap"] >= certificate["primal"] - minimum - 1e-9 > 0
+
+
+# ---------------------------------------------------------------------- resumed runs
+
+
+class SaveAt(Callback):
+    """Keeps a checkpoint at the first end of a sweep at or after an update."""
+
+    def __init__(self, update, path):
+        self.update, self.path = update, path
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if self.update is not None and pl_module.updates >= self.update:
+            self.update = None
+            trainer.save_checkpoint(self.path)
+            trainer.should_stop = True
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path):
+    def start():
+        seed_everything(0, verbose=False)
+        x, y = regression()
+        data = ArrayDataModule(
+            x, y, batch_size=1, val_fraction=0, test_fraction=0, dtype="float64",
+            updates_per_sweep=100,
+        )  # fmt: skip
+        optimizer = partial(SGD, lr=0.1, weight_decay=0.01)
+        return linear(data, SquaredError(), optimizer, Constant()), data
+
+    whole, data = start()
+    through = Convergence(every=500)
+    fit(whole, data, through, max_epochs=60, precision="64-true")
+    assert whole.stop.reason is StopReason.NOISE_FLOOR
+    part, data = start()
+    path = tmp_path / "part.ckpt"
+    # The callback that saves comes last, as checkpoint callbacks do.
+    fit(part, data, Convergence(every=500), SaveAt(700, path), max_epochs=60, precision="64-true")
+    assert part.updates == 700
+    state = torch.load(path, weights_only=True)
+    assert any("Convergence" in key for key in state["callbacks"])
+    resumed, data = start()
+    second = Convergence(every=500)
+    fit(resumed, data, second, max_epochs=60, precision="64-true", checkpoint=path)
+    assert resumed.updates == whole.updates
+    for name, value in whole.stop.numbers.items():
+        if name != "seconds":
+            assert resumed.stop.numbers[name] == value, name
+    assert second._first_norm == through._first_norm
+    assert second._balances == through._balances
+
+
+def test_checks_keep_to_their_share_of_the_time():
+    data = EmbeddedDataModule("digits", batch_size="full")
+    module = SupervisedModule(MLP((8, 8), 10), CrossEntropy(), partial(GD, lr=0.3))
+    callback = Convergence(share=0.05)
+    fit(module, data, callback, max_epochs=400, check_val_every_n_epoch=400)
+    assert module.stop is None
+    assert 0 < callback._spent <= 0.2 * callback._trained  # with what else the machine does
+
+
+def test_pairs_of_a_dataset_are_left_alone():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    x, y = (torch.tensor(a, dtype=torch.float32) for a in regression(n=20))
+    module = SupervisedModule(Linear((3,), 1), SquaredError(), partial(SGD, lr=0.1))
+    trainer = Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=2,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[Convergence()],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=5))
+    assert module.stop is None
+    assert module.certificate is None

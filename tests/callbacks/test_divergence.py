@@ -1,0 +1,615 @@
+"""Divergence: each cause found where it was put in, recoveries, and no alarm on healthy runs."""
+
+import json
+import logging
+import math
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
+from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
+from gdtrain.losses import CrossEntropy, Hinge, SquaredError
+from gdtrain.models import MLP, Linear
+from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
+from gdtrain.stopping import Stop, StopReason
+from gdtrain.training import run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+QUIET = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+OPTIMIZERS = {1: SGD, "full": GD}
+
+
+def make(name="digits", model=None, batch_size=32, lr=0.1, schedule=None, engine="auto", **options):
+    momentum = options.pop("momentum", 0.0)
+    seed_everything(options.pop("weights", 0), verbose=False)
+    data = EmbeddedDataModule(name, batch_size=batch_size, **options)
+    data.setup()
+    loss = SquaredError() if data.num_classes is None else CrossEntropy()
+    outputs = loss.outputs(data.num_classes, data.num_targets)
+    built = (model or partial(MLP, hidden=[32]))(data.input_shape, outputs)
+    kind = partial(OPTIMIZERS.get(batch_size, MiniBatchSGD), lr=lr, momentum=momentum)
+    return SupervisedModule(built, loss, kind, schedule or Constant(), engine=engine), data
+
+
+def train(module, data, watch=None, folder=None, checkpoint=None, callbacks=(), **arguments):
+    watch = Divergence() if watch is None else watch
+    return run(
+        module,
+        data,
+        trainer=partial(Trainer, **{"max_epochs": 3, **QUIET, **arguments}),
+        callbacks=[watch, LossCurves(), *callbacks, *([BestAndLast] if folder else [])],
+        directory=folder,
+        checkpoint=checkpoint,
+    )
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+def causes(watch):
+    return [(event["update"], event["cause"]) for event in watch.events]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("action", "retry"),
+        ("recoveries", -1),
+        ("recoveries", 1.5),
+        ("recoveries", True),
+        ("growth", 1.0),
+        ("growth", math.inf),
+        ("growth", math.nan),
+    ],
+)
+def test_arguments(argument, value):
+    with pytest.raises(ValueError, match=f"{argument} must be .*Received: {argument}="):
+        Divergence(**{argument: value})
+
+
+# ---------------------------------------------------------------------- by hand
+
+
+def bowl(lr, epochs, schedule=None, **options):
+    """J = ½ (θ − 1)², from θ = 0, by GD: 32 times the same example x = y = 1."""
+    x = np.ones((32, 1))
+    data = ArrayDataModule(
+        x,
+        np.ones(32),
+        task="regression",
+        batch_size="full",
+        standardize=False,
+        standardize_targets=False,
+        val_fraction=0,
+        test_fraction=0,
+        dtype="float64",
+        **options,
+    )
+    model = nn.Linear(1, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+    module = SupervisedModule(model, SquaredError(), partial(GD, lr=lr), schedule)
+    return module, data, {"max_epochs": epochs, "precision": "64-true"}
+
+
+def test_recoveries_on_a_bowl_by_hand():
+    module, data, budget = bowl(lr=30.0, epochs=80)
+    watch = Divergence()
+    result = train(module, data, watch, **budget)
+    # θ − 1 is multiplied by 1 − η each update, J by its square: 841 for η = 30, 4 for η = 3. After
+    # 16 updates it is 841^16 and 4^16 = 4·10⁹ times the start's, above 10⁴.
+    assert causes(watch) == [(15, "GROWTH"), (31, "GROWTH")]
+    assert [event["good_update"] for event in watch.events] == [0, 16]
+    assert [event["lr"] for event in watch.events] == [30.0, 3.0]
+    assert module.rate_cut == 0.01
+    # 80 − 32 updates with η = 0.3
+    assert module.model.weight.item() == pytest.approx(1 - 0.7**48, abs=1e-12)
+    assert (result.summary["updates"], result.summary["examples_seen"]) == (80, 80 * 32)
+    # λ = 1, so the limit is 2
+    assert [event["lr_limit"] for event in watch.events] == pytest.approx([2.0, 2.0])
+    assert result.stop.reason is StopReason.BUDGET
+    assert result.summary["stop_advice"].startswith("Set optimizer.lr=0.3.")
+    assert len(result.summary["stop_numbers"]["recoveries"]) == 2
+    # The curves show what happened: J of η = 30 at update 1, and of η = 0.3 from update 32 on.
+    loss = result.history.array("train", "loss")
+    assert loss[:2] == pytest.approx([0.5, 0.5 * 29**2])
+    assert loss[32:] == pytest.approx(0.5 * 0.49 ** np.arange(48), abs=1e-12)
+    assert result.history.array("train", "lr")[[0, 16, 32]] == pytest.approx([30, 3, 0.3])
+
+
+def test_a_slower_growth_is_told_by_a_tighter_bound():
+    # η = 2.1: J grows by 1.21 each update, after 16 to 21.11 times the start's
+    for growth, expected in ((21.1, [(15, "GROWTH")]), (21.2, [])):
+        module, data, budget = bowl(lr=2.1, epochs=17)
+        watch = Divergence(growth=growth)
+        train(module, data, watch, **budget)
+        assert causes(watch) == expected
+
+
+def test_what_ends_above_the_start_ends_with_the_good_state():
+    # Twelve updates: too few for a window. (1.21^12 = 9.8)
+    module, data, budget = bowl(lr=2.1, epochs=12)
+    result = train(module, data, **budget)
+    assert result.stop.reason is StopReason.DIVERGED
+    assert result.summary["stop_numbers"]["cause"] == "ABOVE_START"
+    assert result.stop.advice == "Set optimizer.lr=0.21 or less."
+    assert module.model.weight.item() == 0.0
+    assert result.metrics["loss/train"] == 0.5
+
+
+def test_stopping_by_hand(caplog):
+    module, data, budget = bowl(lr=30.0, epochs=80)
+    with caplog.at_level(logging.WARNING, "gdtrain"):
+        result = train(module, data, Divergence(action="stop"), **budget)
+    assert result.stop.reason is StopReason.DIVERGED
+    assert module.model.weight.item() == 0.0
+    assert "at update 15 (counted from 0) with lr=30" in result.stop.message
+    assert "stable below lr=2 at the last good state (sharpness 1)" in result.stop.message
+    assert result.stop.advice == "Set optimizer.lr=3 or less."
+    assert str(result.stop) in caplog.text
+    numbers = result.summary["stop_numbers"]
+    assert (numbers["update"], numbers["lr"], numbers["cause"]) == (15, 30.0, "GROWTH")
+    assert json.loads(json.dumps(result.summary, allow_nan=False)) == result.summary
+
+
+def test_recoveries_are_bounded():
+    module, data, budget = bowl(lr=30.0, epochs=80)
+    watch = Divergence(recoveries=1)
+    result = train(module, data, watch, **budget)
+    assert len(watch.events) == 1
+    assert result.stop.reason is StopReason.DIVERGED
+    assert "It had recovered once before" in result.stop.message
+    assert module.model.weight.item() == 0.0
+
+
+@pytest.mark.parametrize(("lr", "bounces"), [(0.5, False), (1.5, True)])
+def test_oscillation_is_named(lr, bounces):
+    module, data, budget = bowl(lr=lr, epochs=40)
+    with torch.no_grad():
+        module.model.weight.fill_(1e6)
+    stop = train(module, data, **budget).stop
+    # λ = 1: from η = 1 on the parameter jumps over the minimum; the loss falls all the same
+    assert stop.reason is StopReason.BUDGET
+    assert ("oscillate" in stop.message) == bounces
+    if bounces:
+        assert stop.numbers["oscillation"] == pytest.approx(1.5)
+        assert stop.numbers["turns"] == 0
+        assert "lr=1 would step onto the floor" in stop.advice
+
+
+def test_a_loss_that_bounces_is_named():
+    """J = ¼ Σ… by η at which a two-cycle is stable: tanh units on one example."""
+    torch.manual_seed(0)
+    data = ArrayDataModule(
+        np.ones((32, 1)),
+        np.full(32, 0.5),
+        task="regression",
+        batch_size="full",
+        standardize=False,
+        standardize_targets=False,
+        val_fraction=0,
+        test_fraction=0,
+    )
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(0.6)
+        model[2].weight.fill_(0.6)
+    module = SupervisedModule(model, SquaredError(), partial(GD, lr=3.0))
+    stop = train(module, data, max_epochs=400).stop
+    assert stop.numbers["oscillation"] > 1
+    assert stop.numbers["turns"] > 20
+    assert f"the loss turned {stop.numbers['turns']} times" in stop.message
+
+
+# ---------------------------------------------------------------------- causes, put in by hand
+
+
+def spoil(data, what, example, column=0, value=math.nan):
+    inputs, targets = data.examples("train")
+    (inputs if what == "input" else targets).reshape(len(inputs), -1)[example, column] = value
+
+
+@pytest.mark.parametrize("engine", ["eager", "native"])
+@pytest.mark.parametrize("batch_size", [1, 32, "full"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_input_is_named(tmp_path, engine, batch_size, value):
+    module, data = make("diabetes", Linear, batch_size, lr=0.01, engine=engine)
+    spoil(data, "input", 77, 3, value)
+    data.preprocessing.feature_names = [f"column {i}" for i in range(10)]
+    result = train(module, data, folder=tmp_path)
+    assert result.stop.reason is StopReason.NON_FINITE
+    numbers = result.stop.numbers
+    row = int(data.split["train"][77])
+    assert numbers["cause"] == "INPUT"
+    assert (numbers["examples"], numbers["rows"], numbers["features"]) == ([77], [row], [3])
+    at = next(
+        t for t in range(500) if 77 in data.train_dataloader().block(t, 1)[0].tolist()
+    )  # the first update that has it
+    assert numbers["update"] == at
+    assert (
+        f"at update {at} (counted from 0) with lr=0.01: feature 3 (column 3) of training example "
+        f"77 (row {row} of the data) is {value}." in result.stop.message
+    )
+    assert "no step size helps" in result.stop.advice
+    # Not recovered from, for that cannot help; the model that is left and saved is sound.
+    assert torch.isfinite(weights(module)).all()
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(torch.isfinite(t).all() for t in saved["state_dict"].values())
+
+
+@pytest.mark.parametrize("engine", ["eager", "native"])
+def test_a_target_is_named(engine):
+    module, data = make("diabetes", Linear, 32, lr=0.01, engine=engine)
+    spoil(data, "target", 200)
+    result = train(module, data)
+    numbers = result.stop.numbers
+    assert (numbers["cause"], numbers["examples"]) == ("TARGET", [200])
+    assert "the target of training example 200 (row" in result.stop.message
+
+
+@pytest.mark.parametrize("engine", ["eager", "native"])
+def test_a_weight_is_named(tmp_path, engine):
+    module, data = make("iris", batch_size=1, engine=engine)
+    with torch.no_grad():
+        module.model.layers[3].bias[1] = math.nan
+    result = train(module, data, folder=tmp_path)
+    assert result.stop.reason is StopReason.NON_FINITE
+    numbers = result.stop.numbers
+    assert (numbers["cause"], numbers["update"]) == ("WEIGHT", 0)
+    assert numbers["parameters"] == ["layers.3.bias"]
+    assert "1 of 3 in layers.3.bias is not finite" in result.stop.message
+    assert "finite initial parameters" in result.stop.advice
+    assert not (tmp_path / "checkpoints").exists()  # there is no good state
+
+
+def test_an_example_that_overflows_is_no_fault_of_the_step_size():
+    module, data = make("diabetes", Linear, 32, lr=0.01)
+    spoil(data, "input", 77, 3, 1e30)
+    result = train(module, data)
+    numbers = result.stop.numbers
+    # Its square overflows, at the first update that has it.
+    assert (numbers["cause"], numbers["examples"]) == ("LOSS", [77])
+    assert "scale of these examples" in result.stop.advice
+
+
+class Root(nn.Module):
+    """√|w·x|, whose slope at 0 is infinite."""
+
+    def __init__(self, input_shape, outputs):
+        super().__init__()
+        self.inner, self.out = nn.Linear(*input_shape, 4, bias=False), nn.Linear(4, outputs)
+
+    def forward(self, x):
+        return self.out(self.inner(x).abs().sqrt())
+
+
+@pytest.mark.parametrize("updates_per_sweep", [1, 7, 64])
+def test_a_gradient_is_named(updates_per_sweep):
+    module, data = make("iris", Root, 8, lr=1e-3, updates_per_sweep=updates_per_sweep)
+    inputs, _ = data.examples("train")
+    inputs[50] = 0.0
+    result = train(module, data)
+    numbers = result.stop.numbers
+    assert (numbers["cause"], numbers["examples"]) == ("GRADIENT", [50])
+    assert numbers["parameters"] == ["inner.weight"]
+    assert 50 in data.train_dataloader().block(numbers["update"], 1)[0].tolist()
+    assert "look for a square root" in result.stop.advice
+    assert torch.isfinite(weights(module)).all()
+
+
+def test_a_step_that_overflows_is_named():
+    module, data = make("diabetes", Linear, "full", lr=3e38, val_fraction=0.0)
+    watch = Divergence(recoveries=0)
+    with torch.no_grad():
+        for p in module.model.parameters():
+            p.fill_(3.0)
+    result = train(module, data, watch)
+    numbers = result.stop.numbers
+    assert (numbers["cause"], numbers["update"]) == ("STEP", 0)
+    assert result.stop.message.startswith("The parameters became infinite or not a number at upd")
+
+
+def high(input_shape, outputs):
+    """Predicts 16, far above the targets' 0: a step too long kills all units at once.
+
+    8 units of about 2 each; the gradient of their biases is 16, so that lr = 0.2 takes them to
+    −1.2.
+    """
+    model = nn.Sequential(nn.Linear(*input_shape, 8), nn.ReLU(), nn.Linear(8, outputs))
+    with torch.no_grad():
+        model[0].weight.mul_(0.1)
+        model[0].bias.fill_(2.0)
+        model[2].weight.fill_(1.0)
+        model[2].bias.zero_()
+    return model
+
+
+def test_dead_units_are_found_and_revived():
+    """The loss of a dead net is below the start's 128 here: 0.5, of the mean of the targets."""
+    module, data = make("diabetes", high, "full", lr=0.2)
+    watch = Divergence()
+    result = train(module, data, watch, max_epochs=1000, check_val_every_n_epoch=1000)
+    assert [event["cause"] for event in watch.events] == ["DEAD"]
+    assert watch.events[0]["layers"] == ["1"]
+    assert watch.events[0]["good_update"] == 0
+    assert (module.model[:2](data.examples("train")[0]) > 0).any()
+    assert result.metrics["loss/train"] < 0.45
+
+
+# ---------------------------------------------------------------------- 1000 times too large
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+@pytest.mark.parametrize(
+    ("batch_size", "lr", "epochs"), [(1, 0.01, 20), (32, 0.1, 40), ("full", 0.3, 400)]
+)
+def test_a_rate_1000_times_too_large_ends_near_a_well_set_one(activation, batch_size, lr, epochs):
+    model = partial(MLP, hidden=[128], activation=activation)
+    losses = []
+    for factor in (1, 1000):
+        module, data = make("digits", model, batch_size, lr * factor, Cosine())
+        watch = Divergence()
+        with torch.no_grad():
+            inputs, targets = data.examples("train")
+            start = CrossEntropy()(module.model(inputs), targets).mean().item()
+        result = train(module, data, watch, max_epochs=epochs, check_val_every_n_epoch=epochs)
+        assert result.stop.reason is StopReason.BUDGET
+        assert bool(watch.events) == (factor == 1000)
+        losses.append(result.metrics["loss/train"])
+    assert (losses[1] - losses[0]) / start <= 0.05
+    assert "cut to" in result.stop.message
+
+
+# ---------------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, "full"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_recovery_does_not_depend_on_the_sweeps(batch_size, momentum):
+    lr = {1: 10.0, 16: 30.0, "full": 100.0}[batch_size]
+    made = []
+    for length in (1, 7, 50, "auto"):
+        module, data = make(
+            "iris", batch_size=batch_size, lr=lr, momentum=momentum, updates_per_sweep=length
+        )
+        watch = Divergence()
+        result = train(module, data, watch, max_epochs=60 if batch_size == "full" else 6)
+        made.append((watch.events, weights(module), result.history.train["loss"]))
+    assert made[0][0]
+    for events, final, losses in made[1:]:
+        assert repr(events) == repr(made[0][0])  # some numbers in it are nan
+        assert torch.equal(final, made[0][1])
+        assert losses == pytest.approx(made[0][2], nan_ok=True)
+
+
+class StopAt(Callback):
+    def __init__(self, update):
+        self.update = update
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step >= self.update:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("at", [3, 10, 40, 100])
+def test_a_recovered_run_is_resumed_as_the_same_run(tmp_path, at):
+    """Interrupted before, between and after recoveries."""
+
+    def new():
+        module, data = make("iris", lr=300.0, batch_size=4, momentum=0.5, updates_per_sweep=5)
+        return module, data, Divergence()
+
+    whole, data, watch = new()
+    train(whole, data, watch, max_epochs=6)
+    assert len(watch.events) >= 2
+    half, data, before = new()
+    train(half, data, before, tmp_path / "half", callbacks=[StopAt(at)], max_epochs=6)
+    assert half.updates < whole.updates
+    rest, data, after = new()
+    checkpoint = tmp_path / "half" / "checkpoints" / "last.ckpt"
+    train(rest, data, after, tmp_path / "rest", checkpoint, max_epochs=6)
+    assert rest.rate_cut == whole.rate_cut
+    assert repr(after.events) == repr(watch.events)
+    assert torch.equal(weights(rest), weights(whole))
+
+
+def test_a_second_fit_of_the_callback_starts_anew():
+    watch = Divergence()
+    for _ in range(2):
+        module, data, budget = bowl(lr=30.0, epochs=40)
+        train(module, data, watch, **budget)
+        assert causes(watch) == [(15, "GROWTH"), (31, "GROWTH")]
+
+
+def test_a_plateau_schedule_goes_on():
+    schedule = ReduceOnPlateau(gamma=0.5, patience=0)
+    module, data = make("iris", batch_size=8, lr=100.0, schedule=schedule, updates_per_sweep=4)
+    watch = Divergence()
+    result = train(module, data, watch, max_epochs=8)
+    assert watch.events
+    assert result.stop.reason is StopReason.BUDGET
+    assert math.isfinite(result.metrics["loss/train"])
+
+
+# ---------------------------------------------------------------------- other loaders
+
+
+class Pairs(Dataset):
+    """Examples that are fetched one by one."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(128, 4, generator=generator)
+        self.y = (self.x[:, 0] > 0).long()
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], int(self.y[i])
+
+
+def fetched(lr=1000.0, batch_size=32):
+    seed_everything(0, verbose=False)
+    data = DatasetDataModule(Pairs(), batch_size=batch_size, num_workers=0)
+    model = MLP((4,), 2, hidden=[16])
+    return SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=lr)), data
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_examples_of_a_dataset(batch_size):
+    module, data = fetched(lr=1000.0 if batch_size > 1 else 30.0, batch_size=batch_size)
+    watch = Divergence()
+    result = train(module, data, watch, max_epochs=30 if batch_size > 1 else 3)
+    assert watch.events
+    assert result.stop.reason is StopReason.BUDGET
+    assert result.metrics["loss/train"] < 0.3
+
+
+def test_batches_that_are_too_large_to_be_kept(monkeypatch):
+    monkeypatch.setattr("gdtrain.callbacks.divergence._RETAINED", 0)
+    module, data = fetched()
+    watch = Divergence()
+    result = train(module, data, watch, max_epochs=30)
+    assert watch.events
+    assert result.metrics["loss/train"] < 0.3
+
+
+def test_a_plain_loader():
+    seed_everything(0, verbose=False)
+    pairs = Pairs()
+    loader = DataLoader(TensorDataset(pairs.x, pairs.y), 32)
+
+    def fit():
+        make_optimizer = partial(SGD, lr=100.0)
+        module = SupervisedModule(MLP((4,), 2, hidden=[16]), CrossEntropy(), make_optimizer)
+        watch = Divergence()
+        options = {"max_epochs": 30, "logger": False, "enable_checkpointing": False}
+        trainer = Trainer(callbacks=[watch], log_every_n_steps=1, **options, **QUIET)
+        trainer.fit(module, loader, loader)
+        return module, watch
+
+    module, watch = fit()
+    assert watch.events
+    assert module.stop is None
+    assert CrossEntropy()(module.model(pairs.x), pairs.y).mean().item() < 0.3
+    pairs.x[99, 2] = math.nan
+    module, watch = fit()
+    assert not watch.events
+    assert (module.stop.numbers["cause"], module.stop.numbers["update"]) == ("INPUT", 3)
+    # All that is known of it is its place in the batch.
+    assert "feature 2 of example 3 of the batch is nan" in module.stop.message
+    assert torch.isfinite(weights(module)).all()
+
+
+# ---------------------------------------------------------------------- healthy runs
+
+
+@pytest.mark.parametrize("name", ["digits", "wine", "iris", "breast_cancer", "diabetes"])
+@pytest.mark.parametrize(
+    ("batch_size", "lr", "epochs"), [(1, 0.01, 8), (32, 0.1, 20), ("full", 0.3, 100)]
+)
+@pytest.mark.parametrize(
+    "seeds", [range(1), pytest.param(range(1, 4), marks=pytest.mark.slow)], ids=["one", "more"]
+)
+def test_healthy_runs_raise_no_alarm(name, batch_size, lr, epochs, seeds):
+    for seed in seeds:
+        for model in (
+            Linear,
+            partial(MLP, hidden=[32]),
+            partial(MLP, hidden=[32], activation="tanh"),
+        ):
+            for rate in (lr, lr / 100):
+                module, data = make(name, model, batch_size, rate, weights=seed, seed=seed)
+                watch = Divergence(action="stop")
+                result = train(
+                    module, data, watch, max_epochs=epochs, check_val_every_n_epoch=epochs
+                )
+                assert result.stop.reason is StopReason.BUDGET, result.stop
+                assert module.rate_cut == 1.0
+
+
+def test_heavy_tails_raise_no_alarm():
+    """One example in a hundred has a loss thousands of times the others'."""
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(2000, 5))
+    y = X @ np.arange(5.0) + generator.standard_t(1.5, size=2000)
+    y[::100] += 300
+    data = ArrayDataModule(X, y, batch_size=1)
+    module = SupervisedModule(Linear((5,), 1), SquaredError(), partial(SGD, lr=1e-3))
+    watch = Divergence(action="stop")
+    result = train(module, data, watch)
+    losses = result.history.array("train", "loss")
+    assert losses.max() > 20 * np.median(losses)
+    assert result.stop.reason is StopReason.BUDGET
+
+
+def test_a_start_at_the_optimum_raises_no_alarm():
+    """The loss can only rise from there, and the bound does not shrink to nothing."""
+    module, data = make("iris", Linear, 1, lr=0.05)
+    train(module, data, max_epochs=100)
+    again = SupervisedModule(module.model, CrossEntropy(), partial(SGD, lr=0.3))
+    result = train(again, data, Divergence(action="stop"), max_epochs=5)
+    assert result.stop.reason is StopReason.BUDGET
+
+
+def test_other_losses():
+    seed_everything(0, verbose=False)
+    data = EmbeddedDataModule("breast_cancer", batch_size="full")
+    module = SupervisedModule(Linear((30,), 1), Hinge(), partial(GD, lr=0.1, weight_decay=0.01))
+    result = train(module, data, Divergence(action="stop"), max_epochs=50)
+    assert result.stop.reason is StopReason.BUDGET
+
+
+def test_annotate_leaves_a_healthy_end_alone():
+    stop = Stop(StopReason.CONVERGED, "The gradient is small.", {"norm": 1e-9}, "Nothing.")
+    assert Divergence().annotate(stop) == stop
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_code_3(tmp_path):
+    words = ("optimizer=gd", "model=linear", "data=diabetes", "optimizer.lr=1000")
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "scripts" / "train.py"),
+            *words,
+            "callbacks.divergence.action=stop",
+            "hydra.run.dir=run",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 3, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("NON_FINITE: ")
+    assert "Full-batch descent is stable below lr=0.4" in last
+    assert last.endswith("Set optimizer.lr=100 or less.")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stop_reason"] == "NON_FINITE"
+    assert summary["stop_advice"] == "Set optimizer.lr=100 or less."
+    assert summary["stop_numbers"]["lr"] == pytest.approx(1000.0, rel=0.05)  # by the cosine
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(torch.isfinite(t).all() for t in saved["state_dict"].values())
