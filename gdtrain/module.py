@@ -34,7 +34,7 @@ from gdtrain.losses import Loss
 from gdtrain.objective import Objective, Rows
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.race import Race, race
-from gdtrain.schedules import Constant, Polynomial, ReduceOnPlateau, Schedule
+from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule, WarmupStableDecay
 from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
 from gdtrain.stopping import Stop
 from gdtrain.sweep import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
@@ -102,8 +102,8 @@ class SupervisedModule(LightningModule):
         loss: Per example.
         optimizer: From parameters or groups to an optimizer, such as
             `functools.partial(SGD, lr=0.1)`; or an optimizer of the model's parameters.
-        schedule: The factor on η; None: constant; "auto": linear decay to zero, and none where a
-            rule finds the length of full-batch steps.
+        schedule: The factor on η; None: constant; "auto": `WarmupStableDecay(warmup=0.1,
+            decay=0.5)`, but constant where a rule finds the length of full-batch steps.
         metrics: By name, fed with `loss.decide(prediction)` and targets; None: accuracy for
             classes, R² and mean absolute error for numbers.
         decay_biases: Whether weight decay acts on biases and norms, when `optimizer` is a factory.
@@ -232,7 +232,7 @@ class SupervisedModule(LightningModule):
             rule = getattr(made, "step_size", None)
             # Rules for full batches find the length of each step; rules that ask for T decay.
             decays = rule is not None and (rule.needs_full_batch or rule.needs_total_updates)
-            self.schedule = Constant() if decays else Polynomial()
+            self.schedule = Constant() if decays else WarmupStableDecay(warmup=0.1, decay=0.5)
         for group in made.param_groups:
             group.setdefault("initial_lr", group["lr"])
             if group.get("differentiable"):
@@ -266,7 +266,7 @@ class SupervisedModule(LightningModule):
                 "optimizer.lr to a number."
             )
         if isinstance(optimizer, GD) and self.loss.smooth and group["momentum"] == 0:
-            return BarzilaiBorwein()
+            return BarzilaiBorwein(memory=30, f_star=0.0)  # no loss is below 0
         data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DatasetDataModule) and not data.is_resident:
             # No race over examples that are fetched one by one.

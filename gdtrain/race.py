@@ -1,13 +1,22 @@
 """A short race of step sizes, which finds η where an update sees only some of the examples.
 
-    m = median over the first batches of f_B / ‖g_B‖²            the scale of Polyak's step
-    candidates  m · 10^(−2), m · 10^(−1.5), …, m · 10^(½)        six, a factor of √10 apart
-    each makes R updates  η_t = min(η, 2 f_B/‖g_B‖²) (1 − t/R)   from the same start, same batches
-    η = 2 · (the candidate with the lowest J on a probe of training examples), 4 · if R < 8
+    m = median over the first batches of f_B / ‖g_B‖²           the scale of Polyak's step
+    candidates  m · 10^(−2), m · 10^(−1.5), …, m · 10^(½)       six, a factor of √10 apart
+
+Each makes updates with min(η, 2 f_B/‖g_B‖²) from the same start, on the same batches. In three legs
+of equal cost six, then the best three, then the best two go on; what is compared is the mean of f_B
+over the last half of a candidate's updates, and η is twice the best: the run's steps decay, and
+those of the race do not. With fewer than 64 updates for all of them, f_B says too little. Then each
+makes the same few updates, with steps that decay to 0, J on a probe of training examples is
+compared, and η is four times the best.
 
 N training examples, B examples per update, T planned updates. The race takes at most a tenth of the
 examples that the run itself will see, and leaves parameters, buffers, momentum and random numbers
 as they were.
+
+References:
+    Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization,
+    2016, arXiv 1502.07943 (legs that halve the field).
 """
 
 from __future__ import annotations
@@ -30,9 +39,10 @@ from gdtrain.objective import Objective
 __all__ = ["Race", "race"]
 
 _MULTIPLES = [10**power for power in (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5)]
-_DOUBLED = 2.0  # the winner of a race is cautious for the run, whose steps decay later
-_FEW, _QUADRUPLED = 8, 4.0  # the more so, the fewer updates the race had
-_UNRACED = 1.0  # multiple where there is no room for a race
+_LEGS = (6, 3, 2)  # candidates in each
+_ENOUGH = 64  # updates, of all candidates together, for a race in legs
+_DOUBLED, _QUADRUPLED = 2.0, 4.0  # the winner of a race in legs, and of one on a probe
+_UNRACED = 4.0  # multiple of m where there is no room for a race
 _SCALES = 32  # batches from which the scale is read
 _PROBE = 1024  # examples on which the candidates are compared, at most
 _PROBING = 0.25  # share of the race that is spent on them, at most
@@ -46,8 +56,8 @@ class Race:
         rate: η.
         scale: m, the median of f_B / ‖g_B‖² at the start.
         rates: The candidates; empty where there was no room for a race.
-        losses: J on the probe after each; infinite where it was not finite.
-        updates: That each candidate made.
+        losses: What was compared; infinite where it was not finite.
+        updates: That the winner made.
         examples: That were looked at in all.
 
     Example:
@@ -74,8 +84,7 @@ class Race:
             return f"({polyak}; too few updates are planned for a race)"
         return (
             f"({self.rate / self._best:.2g} times the best of {len(self.rates)} rates from "
-            f"{self.rates[0]:.3g} to "
-            f"{self.rates[-1]:.3g} after {self.updates} updates each; {polyak})"
+            f"{self.rates[0]:.3g} to {self.rates[-1]:.3g} after {self.updates} updates; {polyak})"
         )
 
 
@@ -107,7 +116,8 @@ def race(
         η, and what it rests on.
 
     Raises:
-        ValueError: The loss or its gradient is not finite at the start, or the gradient is 0.
+        ValueError: The loss or its gradient is not finite at the start, the loss is below 0, or
+            the gradient is 0.
 
     Example:
         >>> from torch import nn
@@ -124,7 +134,7 @@ def race(
         >>> found = race(Eager(objective, optimizer), objective, optimizer,
         ...     lambda update, count: order[update % 100 :][:count], planned=1000, batch_size=1)
         >>> 0.1 < found.rate < 10, found.updates
-        (True, 11)
+        (True, 30)
     """
     many = len(objective.inputs)
     allowed = share * planned * batch_size
@@ -132,35 +142,61 @@ def race(
     if batch_size == many:
         batches = 1  # all are the same
     scale, looked_at = _scale(objective, block, min(batches, planned), draw)
+    room = int((allowed - looked_at) / batch_size)
+    course = _Course(engine, objective, optimizer, block, draw)
+    if room >= _ENOUGH:
+        return _in_legs(course, scale, room, batch_size, looked_at)
     probe = min(many, _PROBE, int(_PROBING * allowed / len(_MULTIPLES)))
     updates = int((allowed - looked_at) / len(_MULTIPLES) - probe) // batch_size
-    if updates < 1 or probe < 1:
-        # A buffer adds 1 + μ + μ² + … gradients up.
-        rate = _UNRACED * scale * max(1 - float(optimizer.param_groups[0]["momentum"]), 0.01)
-        _set(optimizer, rate)
-        return Race(rate, scale, [], [], 0, looked_at)
-    # Spread over all examples, which may be sorted.
-    rows = torch.arange(probe, device=objective.targets.device) * many // probe
-    factors = 1 - torch.arange(updates, dtype=torch.float64) / updates
-    rates, losses = [scale * multiple for multiple in _MULTIPLES], []
-    for rate in rates:
-        kept = _Kept(objective, optimizer)
-        _set(optimizer, rate)
-        finite, done = True, 0
-        while done < updates and finite:
-            indices = block(done, updates - done)
-            indices = indices.to(objective.targets.device)
-            made = engine(indices, factors[done : done + len(indices)], draw + done)
-            finite, done = bool(torch.isfinite(made).all()), done + len(indices)
-        value = float(objective.value(rows, draw)) + _penalty(optimizer) if finite else math.inf
-        losses.append(value if math.isfinite(value) else math.inf)
-        kept.give_back(optimizer)
-    best = min(range(len(rates)), key=lambda i: losses[i])
-    longer = _QUADRUPLED if updates < _FEW else _DOUBLED
-    rate = longer * rates[best] if math.isfinite(losses[best]) else 0.1 * rates[0]
+    if updates >= 1 and probe >= 1:
+        # Spread over all examples, which may be sorted.
+        rows = torch.arange(probe, device=objective.targets.device) * many // probe
+        return _on_a_probe(course, scale, updates, rows, looked_at, batch_size)
+    # A buffer adds 1 + μ + μ² + … gradients up.
+    rate = _UNRACED * scale * max(1 - float(optimizer.param_groups[0]["momentum"]), 0.01)
     _set(optimizer, rate)
-    examples = looked_at + len(rates) * (updates * batch_size + probe)
-    return Race(rate, scale, rates, losses, updates, examples)
+    return Race(rate, scale, [], [], 0, looked_at)
+
+
+def _in_legs(course: _Course, scale: float, room: int, batch_size: int, looked_at: int) -> Race:
+    rates, scores = [scale * multiple for multiple in _MULTIPLES], [math.inf] * len(_MULTIPLES)
+    start = course.state()
+    states = dict.fromkeys(range(len(rates)), start)
+    seen: dict[int, list[float]] = {i: [] for i in states}
+    examples, winner = looked_at, 0
+    for many in _LEGS:
+        going = sorted(states, key=lambda i: scores[i])[:many]
+        updates = room // (len(_LEGS) * len(going))
+        states = {i: states[i] for i in going}
+        for i in going:
+            factors = torch.ones(updates, dtype=torch.float64)
+            course.go_on(states[i])
+            seen[i] += course.run(rates[i], len(seen[i]), factors)
+            score = statistics.fmean(seen[i][len(seen[i]) // 2 :]) + _penalty(course.optimizer)
+            scores[i] = score if math.isfinite(score) else math.inf
+            states[i] = course.state()
+            examples += updates * batch_size
+        winner = min(going, key=lambda i: scores[i])
+    course.go_on(start)
+    return course.end(scale, rates, scores, winner, _DOUBLED, len(seen[winner]), examples)
+
+
+def _on_a_probe(
+    course: _Course, scale: float, updates: int, rows: Tensor, looked_at: int, batch_size: int
+) -> Race:
+    rates, scores = [scale * multiple for multiple in _MULTIPLES], []
+    start = course.state()
+    for rate in rates:
+        losses = course.run(rate, 0, 1 - torch.arange(updates, dtype=torch.float64) / updates)
+        value = math.inf
+        if math.isfinite(sum(losses)):
+            probed = float(course.objective.value(rows, course.draw))
+            value = probed + _penalty(course.optimizer)
+        scores.append(value if math.isfinite(value) else math.inf)
+        course.go_on(start)
+    winner = min(range(len(rates)), key=lambda i: scores[i])
+    examples = looked_at + len(rates) * (updates * batch_size + len(rows))
+    return course.end(scale, rates, scores, winner, _QUADRUPLED, updates, examples)
 
 
 def _scale(
@@ -180,6 +216,12 @@ def _scale(
                 raise ValueError(
                     f"The loss or its gradient is not finite at the start (loss "
                     f"{float(value):g}): look at the examples and the initial weights."
+                )
+            if value < 0:
+                raise ValueError(
+                    f"lr=auto bounds each step by f/‖g‖², which asks for a loss that is never "
+                    f"below 0. Received: loss {float(value):g} at the start. Set the learning "
+                    f"rate, or add a constant to the loss."
                 )
             if square > 0 and value > 0:
                 ratios.append(float(value) / square)
@@ -211,29 +253,78 @@ def _penalty(optimizer: Optimizer) -> float:
     )
 
 
-class _Kept:
-    """What a candidate changes, as it was before."""
+class _Course:
+    """Where candidates run: an engine, and what it changes."""
 
-    def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
-        self.objective = objective
-        tensors = [*objective.model.parameters(), *objective.model.buffers()]
-        self.tensors = [(t, t.detach().clone()) for t in tensors]
-        self.groups = [
-            {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
-            for group in optimizer.param_groups
-        ]
-        self.random = _random_states(objective)
+    def __init__(
+        self,
+        engine: Callable[[Tensor, Tensor, int], Tensor],
+        objective: Objective,
+        optimizer: Optimizer,
+        block: Callable[[int, int], Tensor],
+        draw: int,
+    ) -> None:
+        self.engine, self.objective, self.optimizer = engine, objective, optimizer
+        self.block, self.draw = block, draw
 
-    def give_back(self, optimizer: Optimizer) -> None:
-        with torch.no_grad():
-            for tensor, old in self.tensors:
-                tensor.copy_(old)
-        optimizer.state.clear()
-        for group, options in zip(optimizer.param_groups, self.groups, strict=True):
+    def run(self, rate: float, first: int, factors: Tensor) -> list[float]:
+        """Make updates, and return the loss before each, as far as they are finite."""
+        _set(self.optimizer, rate)
+        losses: list[float] = []
+        while len(losses) < len(factors) and math.isfinite(sum(losses)):
+            done = len(losses)
+            indices = self.block(first + done, len(factors) - done)
+            indices = indices.to(self.objective.targets.device)
+            made = self.engine(
+                indices, factors[done : done + len(indices)], self.draw + first + done
+            )
+            losses += made.tolist()
+        return losses
+
+    def end(
+        self,
+        scale: float,
+        rates: list[float],
+        scores: list[float],
+        winner: int,
+        multiple: float,
+        updates: int,
+        examples: int,
+    ) -> Race:
+        """Set η."""
+        rate = multiple * rates[winner] if math.isfinite(scores[winner]) else 0.1 * rates[0]
+        _set(self.optimizer, rate)
+        return Race(rate, scale, rates, scores, updates, examples)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [*self.objective.model.parameters(), *self.objective.model.buffers()]
+
+    def state(self) -> dict[str, Any]:
+        """All that updates change, to `go_on` from."""
+        return {
+            "tensors": [t.detach().clone() for t in self._tensors],
+            "state": [(p, copy.deepcopy(v)) for p, v in self.optimizer.state.items()],
+            "groups": [
+                {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+                for group in self.optimizer.param_groups
+            ],
+            "random": _random_states(self.objective),
+        }
+
+    @torch.no_grad()
+    def go_on(self, kept: dict[str, Any]) -> None:
+        """Be where `state` was."""
+        for tensor, old in zip(self._tensors, kept["tensors"], strict=True):
+            tensor.copy_(old)
+        self.optimizer.state.clear()
+        for p, state in kept["state"]:
+            self.optimizer.state[p] = copy.deepcopy(state)
+        for group, options in zip(self.optimizer.param_groups, kept["groups"], strict=True):
             group.update(copy.deepcopy(options))
         for p in self.objective.params:
             p.grad = None
-        _set_random_states(self.objective, self.random)
+        _set_random_states(self.objective, kept["random"])
 
 
 def _random_states(objective: Objective) -> tuple[Any, ...]:

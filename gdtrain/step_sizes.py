@@ -53,6 +53,7 @@ _NUMBERS = "step_size"  # a rule's numbers in the first group
 
 # BB steps outside this range come from rounding, not from curvature.
 _SHORTEST, _LONGEST = 1e-12, 1e12
+_LONGEST_PAUSE = 64  # updates between two trials of Polyak's step by Barzilai–Borwein
 
 
 class Sight:
@@ -578,8 +579,11 @@ class BarzilaiBorwein(StepSize):
     BB1 is one over the curvature along the last step. It makes no decrease at each update, and
     needs none: the test takes the largest of the last M values. Where it fails, η goes to the
     minimum of the parabola through f, its slope and the trial, kept within [0.1, 0.5] of the trial.
-    Where the curvature is not positive, η = ‖s‖/‖y‖. Keeps two copies of the parameters; the test
-    is one forward pass per update, two now and then.
+    Where the curvature is not positive, η = ‖s‖/‖y‖. With `f_star`, Polyak's step (f − f*)/‖d‖²
+    is tried instead where it is longer: it gets networks that can fit the data over plateaus. Each
+    time it fails the test, twice as many updates pass before it is tried again (at most 64); each
+    time it holds, half as many. Keeps two copies of the parameters; the test is one forward pass
+    per update, two now and then.
 
     Args:
         short: BB2 instead of BB1.
@@ -587,6 +591,7 @@ class BarzilaiBorwein(StepSize):
         memory: M, range [1, ∞); 1: f decreases at each update.
         c: Range (0, 1).
         max_backtracks: Range [1, ∞).
+        f_star: f*, a lower bound of f, range (−∞, ∞); None: none is known.
 
     Raises:
         ValueError: An option is out of range.
@@ -611,7 +616,7 @@ class BarzilaiBorwein(StepSize):
         Raydan, The Barzilai and Borwein Gradient Method for the Large Scale Unconstrained
         Minimization Problem, 1997. Grippo, Lampariello and Lucidi, A Nonmonotone Line Search
         Technique for Newton's Method, 1986. Dai, Al-Baali and Yang, A Positive
-        Barzilai–Borwein-Like Stepsize, 2015 (‖s‖/‖y‖).
+        Barzilai–Borwein-Like Stepsize, 2015 (‖s‖/‖y‖). Polyak, Introduction to Optimization, 1987.
     """
 
     evaluates = True
@@ -625,11 +630,14 @@ class BarzilaiBorwein(StepSize):
         memory: int = 10,
         c: float = 1e-4,
         max_backtracks: int = 30,
+        f_star: float | None = None,
     ) -> None:
         _check_search(initial, c, "interpolate", 1.0, max_backtracks)
         _check_count("memory", memory)
+        if f_star is not None:
+            _check_range("f_star", f_star, -inf, inf, "(−∞, ∞)", finite=True)
         self.short, self.initial, self.memory = short, initial, memory
-        self.c, self.max_backtracks = c, max_backtracks
+        self.c, self.max_backtracks, self.f_star = c, max_backtracks, f_star
 
     @property
     def needs_full_batch(self) -> str | None:
@@ -639,15 +647,30 @@ class BarzilaiBorwein(StepSize):
     def rate(self, sight: Sight) -> float:
         """The secant's η, after the test."""
         numbers = sight.numbers
-        start = self._secant(sight)
+        secant = self._secant(sight)
+        start = max(secant, self._polyak(sight))
         values = [*numbers.get("values", []), sight.value][-self.memory :]
         rate, numbers["last"] = _backtracked(
             sight, start, max(values), self.c, "interpolate", self.max_backtracks
         )
+        if start > secant:
+            held, pause = rate == start, numbers.get("pause", 1)
+            numbers["pause"] = max(pause // 2, 1) if held else min(2 * pause, _LONGEST_PAUSE)
+            numbers["wait"] = 0 if held else numbers["pause"]
         numbers["values"], numbers["parameters"] = values, len(sight.params)
         sight.keep("theta", sight.params)
         sight.keep("direction", sight.direction)
         return rate
+
+    def _polyak(self, sight: Sight) -> float:
+        if self.f_star is None:
+            return 0.0
+        wait = sight.numbers.get("wait", 0)
+        sight.numbers["wait"] = max(wait - 1, 0)
+        excess = max(sight.value - self.f_star, 0.0)
+        if wait > 0 or excess > _LONGEST * sight.squared_norm:
+            return 0.0
+        return excess / sight.squared_norm if sight.squared_norm > 0 else 0.0
 
     def _secant(self, sight: Sight) -> float:
         last = sight.numbers.get("last", self.initial)
@@ -973,8 +996,11 @@ class StochasticPolyak(StepSize):
         if fraction is None:
             raise ValueError(_NO_FRACTION)
         growth = self.smoothing**fraction
-        last = group.get(_NUMBERS, {}).get("last")
-        if last is not None and peak != 0:
+        numbers = group.get(_NUMBERS, {})
+        last, share = numbers.get("last"), numbers.get("share")
+        if share is not None and share * peak == last:
+            first = growth * share  # as without a break, to the last bit
+        elif last is not None and peak != 0:
             first = growth * last / peak
         return 1 / self.c, self.f_star, growth, first
 
@@ -997,7 +1023,7 @@ class StochasticPolyak(StepSize):
         group = optimizer.param_groups[0]
         if self.smoothing is not None and share > 0:
             last = share * float(group["initial_lr"])
-            group[_NUMBERS] = {**group.get(_NUMBERS, {}), "last": last}
+            group[_NUMBERS] = {**group.get(_NUMBERS, {}), "last": last, "share": share}
 
 
 # ---------------------------------------------------------------------- distance over gradients
@@ -1410,14 +1436,14 @@ def automatic(full_batch: bool) -> StepSize:
         full_batch: Whether each update averages all N examples.
 
     Returns:
-        Full batch: `BarzilaiBorwein()`. Else `DoWG(cap=0.5, decay="linear")`, which asks the
-        optimizer for total_updates.
+        Full batch: `BarzilaiBorwein(memory=30)`. Else `DoWG(cap=0.5, decay="linear")`, which asks
+        the optimizer for total_updates.
 
     Example:
         >>> automatic(full_batch=True)
-        BarzilaiBorwein(short=False, initial=1.0, memory=10, c=0.0001, max_backtracks=30)
+        BarzilaiBorwein(short=False, initial=1.0, memory=30, ...)
     """
-    return BarzilaiBorwein() if full_batch else DoWG(cap=0.5, decay="linear")
+    return BarzilaiBorwein(memory=30) if full_batch else DoWG(cap=0.5, decay="linear")
 
 
 @contextmanager

@@ -157,6 +157,27 @@ def test_barzilai_borwein_with_the_curvature_of_a_saddle_takes_the_ratio_of_norm
     assert run.step(2) == pytest.approx([0.1, 1 / 3], rel=1e-12)
 
 
+def test_barzilai_borwein_tries_polyaks_step_where_it_is_longer():
+    # f = ½θ², θ = 4, g = 4: f/g² = ½ is longer than 0.1 and holds, θ = 2; then the secant's 1.
+    run = Run(parabola(1), [4.0], BarzilaiBorwein(initial=0.1, f_star=0.0))
+    assert run.step(2) == [0.5, 1.0]
+    assert run.values() == [0.0]
+
+
+def test_barzilai_borwein_waits_twice_as_long_after_each_polyak_step_that_fails():
+    # f = 100 + ½(θ₁² + 2θ₂²) at (2, 1): 103/8 overshoots, and is cut. s ∝ (1, 1): 1/η = 3/2.
+    rule = BarzilaiBorwein(initial=0.1, f_star=0.0, memory=1)
+    run = Run(lambda theta: 100 + parabola(1, 2)(theta), [2.0, 1.0], rule)
+    numbers, seen = run.optimizer.param_groups[0], []
+    for _ in range(5):
+        before = run.calls
+        (rate,) = run.step()
+        seen.append((run.calls - before > 2, numbers["step_size"]["wait"]))
+        if len(seen) == 2:
+            assert rate == pytest.approx(2 / 3, rel=1e-9)
+    assert seen == [(True, 2), (False, 1), (False, 0), (True, 4), (False, 3)]
+
+
 def test_barzilai_borwein_on_a_slope_without_curvature_grows_tenfold():
     run = Run(lambda theta: 2 * theta.sum(), [1.0], BarzilaiBorwein(initial=0.5))
     assert run.step(3) == [0.5, 5.0, 50.0]
@@ -576,6 +597,7 @@ OUT_OF_RANGE = [
     (Armijo, {"growth": 0.5}, "growth"),
     (Armijo, {"max_backtracks": 0}, "max_backtracks"),
     (BarzilaiBorwein, {"memory": 0}, "memory"),
+    (BarzilaiBorwein, {"f_star": math.nan}, "f_star"),
     (BarzilaiBorwein, {"initial": math.nan}, "initial"),
     (Polyak, {"f_star": "guess"}, "f_star"),
     (Polyak, {"f_star": math.nan}, "f_star"),

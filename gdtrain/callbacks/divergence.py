@@ -249,6 +249,8 @@ class Divergence(Callback):
         if (
             objective is not None
             and _is_full(module)
+            # Rules go beyond the floor on purpose, and come back.
+            and getattr(module.optimizers(use_pl_optimizer=False), "step_size", None) is None
             and len(self._last_losses) > _TAIL
             and (module.stop is None or not _is_lost(module.stop))
         ):

@@ -133,6 +133,8 @@ class Backpropagation:
         self.transposed = [w.t() for w in weights]
         self._rooms: dict[int, dict[str, list[Any]]] = {}
         self._gradients: list[Tensor | None] = []
+        self._flat = weights[0].new_empty(0)  # all of them, in one piece
+        self._tensors = [t for pair in zip(weights, biases, strict=True) for t in pair]
 
     def _room(self, size: int) -> dict[str, list[Any]]:
         if size not in self._rooms:
@@ -202,8 +204,7 @@ class Backpropagation:
             else:
                 self._accumulate(x, room, first=start == 0)
         if share is not None:
-            decays = [rule["weight_decay"] for _, rule in rules]
-            own = share(*self._value_and_square(total / count, decays))
+            own = share(*self._value_and_square(total / count, rules))
             rules = [(lr * own, rule) for lr, rule in rules]
         if not plain:
             self._apply(rules, buffers)
@@ -246,16 +247,15 @@ class Backpropagation:
             total += self._forward(self.gathered(inputs, part), part, self._room(len(part)))
         return total / len(rows)
 
-    def _value_and_square(self, value: float, decays: list[float]) -> tuple[float, float]:
+    def _value_and_square(
+        self, value: float, rules: list[tuple[float, dict[str, Any]]]
+    ) -> tuple[float, float]:
         """f and ‖g‖², with the penalty, from the gradient at hand."""
-        tensors = [t for pair in zip(self.weights, self.biases, strict=True) for t in pair]
-        square = 0.0
-        for tensor, gradient, decay in zip(tensors, self._gradients, decays, strict=True):
-            if tensor is None or gradient is None:
-                continue
-            g, theta = gradient.view(-1), tensor.reshape(-1)
-            square += float(torch.dot(g, g))
-            if decay != 0:
+        square = float(torch.dot(self._flat, self._flat))
+        for tensor, gradient, (_, rule) in zip(self._tensors, self._gradients, rules, strict=True):
+            decay = rule["weight_decay"]
+            if decay != 0 and tensor is not None and gradient is not None:
+                g, theta = gradient.view(-1), tensor.reshape(-1)
                 size = float(torch.dot(theta, theta))
                 square += 2 * decay * float(torch.dot(g, theta)) + decay * decay * size
                 value += 0.5 * decay * size
@@ -303,9 +303,12 @@ class Backpropagation:
 
     def _accumulate(self, x: Tensor, room: dict[str, list[Any]], first: bool) -> None:
         if not self._gradients:
-            for weight, bias in zip(self.weights, self.biases, strict=True):
-                empty = None if bias is None else torch.empty_like(bias)
-                self._gradients += [torch.empty_like(weight), empty]
+            sizes = [0 if t is None else t.numel() for t in self._tensors]
+            self._flat = self.weights[0].new_empty(sum(sizes))
+            self._gradients = [
+                None if t is None else part.view(t.shape)
+                for t, part in zip(self._tensors, self._flat.split(sizes), strict=True)
+            ]
         for layer in range(len(self.weights) - 1, -1, -1):
             delta = self._through(layer, room)
             if layer:
@@ -314,9 +317,8 @@ class Backpropagation:
             gradient, of_bias = self._gradients[2 * layer : 2 * layer + 2]
             assert gradient is not None
             if first:
-                torch.mm(delta.t(), below, out=gradient)
-            else:
-                gradient.addmm_(delta.t(), below)
+                gradient.zero_()  # and add: faster than to write the product
+            gradient.addmm_(delta.t(), below)
             if of_bias is not None:
                 if first:
                     torch.sum(delta, 0, out=of_bias)
@@ -326,10 +328,18 @@ class Backpropagation:
     def _apply(
         self, rules: list[tuple[float, dict[str, Any]]], buffers: list[Tensor | None]
     ) -> None:
-        tensors = [t for pair in zip(self.weights, self.biases, strict=True) for t in pair]
-        for i, (tensor, gradient) in enumerate(zip(tensors, self._gradients, strict=True)):
-            if tensor is not None and gradient is not None:
-                own = buffers[i : i + 1]
-                lr, rule = rules[i]
-                descend_([tensor], [gradient], own, lr=lr, **rule)
-                buffers[i] = own[0]
+        # At once what has the same rule: a call takes as long as the numbers of a small layer do.
+        alike: dict[tuple[float, int], list[int]] = {}
+        tensors: list[Any] = self._tensors
+        gradients: list[Any] = self._gradients
+        for i, (lr, rule) in enumerate(rules):
+            if tensors[i] is not None:
+                alike.setdefault((lr, id(rule)), []).append(i)
+        for members in alike.values():
+            lr, rule = rules[members[0]]
+            own = [buffers[i] for i in members]
+            descend_(
+                [tensors[i] for i in members], [gradients[i] for i in members], own, lr=lr, **rule
+            )
+            for i, buffer in zip(members, own, strict=True):
+                buffers[i] = buffer

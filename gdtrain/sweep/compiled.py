@@ -29,13 +29,18 @@ from gdtrain.dropout import Dropout, drawing, example_seeds
 from gdtrain.objective import Objective
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.step_sizes import StochasticPolyak
-from gdtrain.sweep.engine import NotApplicableError, check_hooks, last_share, rates_by_schedule
+from gdtrain.sweep.engine import (
+    WORTH_SHARING,
+    NotApplicableError,
+    check_hooks,
+    last_share,
+    rates_by_schedule,
+)
 
 __all__ = ["Compiled"]
 
 _CHUNK = 8 * 2**20  # bytes of examples that are gathered at once
 _LONGEST = 512  # S at most
-_WORTH_SHARING = 2**20  # multiplications an update: with fewer, threads wait more than they work
 _OPTIMIZERS = (GD, SGD, MiniBatchSGD, torch.optim.SGD)
 
 
@@ -220,7 +225,7 @@ class Compiled:
                     f"an update of {size} examples is gathered from micro-batches of {micro}"
                 )
             _rehearse(objective, indices[0], draw)
-            program = _Program(objective, rules, size, self._bound is not None)
+            program = _Program(objective, rules, size, self._bound)
             self._programs[size, rules, modes] = program
         return program
 
@@ -291,7 +296,11 @@ class _Program:
     """The updates of one batch size, compiled: a loop on CPU, a recorded graph on a GPU."""
 
     def __init__(
-        self, objective: Objective, rules: tuple[_Rule, ...], size: int, bounded: bool
+        self,
+        objective: Objective,
+        rules: tuple[_Rule, ...],
+        size: int,
+        bound: StochasticPolyak | None,
     ) -> None:
         self.objective, self.rules = objective, rules
         model = objective.model
@@ -318,12 +327,12 @@ class _Program:
         self.layers = torch.tensor([m.layer for m in dropouts], dtype=torch.int64)
         self.positions = torch.arange(size)
         self.seeds = torch.zeros(self.length, len(dropouts), size, dtype=torch.int64, device=device)
-        update = _update(objective, rules, self.buffers, bounded)
+        update = _update(objective, rules, self.buffers, bound)
         weights = sum(p.numel() for p in objective.params)
         self._run = (
             _replayed(update)
             if device.type == "cuda"
-            else _looped(update, alone=size * weights < _WORTH_SHARING)
+            else _looped(update, alone=size * weights < WORTH_SHARING)
         )
         # Several images at a time: twice as fast with the channels of a pixel side by side.
         self._channels_last = size > 1 and device.type == "cpu"
@@ -395,7 +404,10 @@ _Run = Callable[..., _Lists]
 
 
 def _update(
-    objective: Objective, rules: tuple[_Rule, ...], buffer_names: list[str], bounded: bool
+    objective: Objective,
+    rules: tuple[_Rule, ...],
+    buffer_names: list[str],
+    bound: StochasticPolyak | None,
 ) -> _Update:
     """Update number i of a chunk, as a pure function of tensors."""
     model, loss = objective.model, objective.loss
@@ -429,8 +441,9 @@ def _update(
         for k, velocity in zip(moving, velocities, strict=True):
             buffers[k] = velocity
         taken = torch.ones((), dtype=torch.float64, device=losses.device)
-        if bounded:
-            taken = _polyak_share(value, theta, gradient, rules, polyak, losses[1], i)
+        if bound is not None:
+            past = None if bound.smoothing is None else (losses[1], i)
+            taken = _polyak_share(value, theta, gradient, rules, polyak, past)
             rate = rate * taken
         updated = [
             _descend(p, g, b, rate[k].to(p.dtype), share[k].to(p.dtype), rules[k])
@@ -454,11 +467,11 @@ def _polyak_share(
     gradient: Any,
     rules: tuple[_Rule, ...],
     polyak: Tensor,
-    shares: Tensor,
-    i: Tensor,
+    past: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """As `gdtrain.sweep.one_example.polyak_share`, of tensors."""
-    f, square = value.double(), torch.zeros((), dtype=torch.float64, device=shares.device)
+    f = value.double()
+    square = torch.zeros_like(f)
     for p, g, rule in zip(theta, gradient, rules, strict=True):
         d = g
         if rule.weight_decay != 0:
@@ -466,11 +479,13 @@ def _polyak_share(
             f = f + 0.5 * rule.weight_decay * p.square().sum().double()
         square = square + d.square().sum().double()
     inverse, lowest, growth, first, peak = polyak.unbind()
-    # The last share above 0 of the updates before this one.
-    past = (torch.arange(len(shares), device=shares.device) < i) & (shares > 0)
-    at = torch.where(past, torch.arange(len(shares), device=shares.device), -1).max()
-    before = shares.index_select(0, at.clamp_min(0).reshape(1)).squeeze(0).double()
-    most = torch.where((at < 0) | (growth == 0), first, growth * before)
+    most = first
+    if past is not None:  # the last share above 0 of the updates before this one lets it grow
+        shares, i = past
+        numbers = torch.arange(len(shares), device=shares.device)
+        at = torch.where((numbers < i) & (shares > 0), numbers, -1).max()
+        before = shares.index_select(0, at.clamp_min(0).reshape(1)).squeeze(0).double()
+        most = torch.where(at < 0, first, growth * before)
     bound = inverse * (f - lowest).clamp_min(0) / (square * peak)
     return torch.where((square == 0) | (bound >= most), most, bound)
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gdtrain.dropout import Dropout
 from gdtrain.objective import Objective
-from gdtrain.sweep.engine import rates_by_schedule
+from gdtrain.sweep.engine import Ahead, rates_by_schedule
 
 __all__ = ["Eager"]
 
@@ -47,6 +48,7 @@ class Eager:
         self.objective, self.optimizer = objective, optimizer
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
+        self._ahead = Ahead()
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
         """(K, B) example numbers and (K,) factors to (K,) losses.
@@ -68,7 +70,14 @@ class Eager:
                 group["lr"] = group["initial_lr"] * factor
             looks = rule is not None and (rule.evaluates or rule.differentiates)
             before = _random_states(objective) if looks else None
-            value, gradient = objective.value_and_grad(indices[k], draw + k)
+            found = self._ahead.begin(objective.params, indices[k]) if looks else None
+            if found is None:
+                value, gradient = objective.value_and_grad(indices[k], draw + k)
+            else:
+                self.evaluations -= 1
+                value, gradient, buffers = found
+                for buffer, new in zip(objective.model.buffers(), buffers, strict=True):
+                    buffer.copy_(new)
             losses.append(value)
             for p, g in zip(objective.params, gradient, strict=True):
                 p.grad = g
@@ -105,7 +114,14 @@ class Eager:
 
         def evaluate() -> float:
             with again():
-                return float(objective.value(indices, draw))
+                if not (self._repeats(indices) and self._ahead.wanted()):
+                    return float(objective.value(indices, draw))
+                with torch.enable_grad():
+                    value, gradient = objective.value_and_grad(indices, draw)
+                if before is not None and _same(_random_states(objective), before):
+                    buffers = [b.clone() for b in objective.model.buffers()]
+                    self._ahead.keep(objective.params, indices, (value, gradient, buffers))
+                return float(value)
 
         def differentiate() -> None:
             with again(), torch.enable_grad():
@@ -115,6 +131,16 @@ class Eager:
 
         optimizer.step_by_rule(value, evaluate, differentiate)
         return float(optimizer.last_rate)
+
+    def _repeats(self, indices: Tensor) -> bool:
+        """Whether the next update will see the same function, as far as can be known before."""
+        objective = self.objective
+        drawn = any(isinstance(m, Dropout) for m in objective.model.modules())
+        return objective.ranks == 1 and len(indices) == len(objective.targets) and not drawn
+
+
+def _same(states: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
 
 
 def _random_states(objective: Objective) -> list[Tensor]:

@@ -5,7 +5,9 @@ K updates in one sweep, B examples per update.
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +15,19 @@ from torch.optim import Optimizer
 
 from gdtrain.objective import Objective
 
-__all__ = ["Engine", "NotApplicableError", "check_hooks", "last_share", "rates_by_schedule"]
+__all__ = [
+    "WORTH_SHARING",
+    "Ahead",
+    "Engine",
+    "NotApplicableError",
+    "alone",
+    "check_hooks",
+    "last_share",
+    "rates_by_schedule",
+]
+
+# Multiplications an update: with fewer, threads wait more than they work.
+WORTH_SHARING = 2**20
 
 
 class NotApplicableError(ValueError):
@@ -78,6 +92,85 @@ def rates_by_schedule(optimizer: Optimizer, factors: Tensor) -> Tensor:
         tensor([0.5000, 0.2500], dtype=torch.float64)
     """
     return factors.to("cpu", torch.float64) * float(optimizer.param_groups[0]["initial_lr"])
+
+
+class Ahead:
+    """What a line search found where it went: value and gradient of the next update, if it held.
+
+    A rule that tests a point before it goes there (Armijo, Barzilai and Borwein) needs the value
+    there; the next full-batch update needs value and gradient at the same point. So the first test
+    of an update makes both, unless the update before needed more than one.
+
+    Example:
+        >>> ahead, theta, rows = Ahead(), torch.zeros(2), torch.arange(3)
+        >>> ahead.begin([theta], rows), ahead.wanted()
+        (None, True)
+        >>> ahead.keep([theta + 1], rows, "value and gradient")
+        >>> theta += 1
+        >>> ahead.begin([theta], rows)
+        'value and gradient'
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[list[Tensor], Tensor, Any] | None = None
+        self._tests, self._hopeful, self._asked, self._useless = 0, True, False, False
+
+    def begin(self, params: Sequence[Tensor], rows: Tensor) -> Any:
+        """An update begins.
+
+        Args:
+            params: θ.
+            rows: (B,), its examples.
+
+        Returns:
+            What was kept at this very θ and these examples, or None.
+        """
+        kept, self._kept = self._kept, None
+        self._useless = self._useless or (self._asked and kept is None)  # it draws, say
+        self._tests, self._hopeful, self._asked = 0, self._tests <= 1, False
+        if kept is None or not torch.equal(kept[1], rows):
+            return None
+        same = all(torch.equal(p, there) for p, there in zip(params, kept[0], strict=True))
+        return kept[2] if same else None
+
+    def wanted(self) -> bool:
+        """Whether a test that comes now should make the gradient as well."""
+        self._tests += 1
+        self._asked = self._asked or (self._tests == 1 and self._hopeful and not self._useless)
+        return self._asked and self._tests == 1
+
+    def keep(self, params: Sequence[Tensor], rows: Tensor, answer: Any) -> None:
+        """For the next `begin`.
+
+        Args:
+            params: θ where the search is, copied.
+            rows: (B,).
+            answer: What it shall return.
+        """
+        self._kept = [p.detach().clone() for p in params], rows, answer
+
+
+@contextmanager
+def alone(multiplications: int) -> Iterator[None]:
+    """Within it, torch computes on one thread if an update has too little work for more.
+
+    Args:
+        multiplications: Of an update.
+
+    Example:
+        >>> with alone(1000):
+        ...     torch.get_num_threads()
+        1
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or multiplications >= WORTH_SHARING:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def last_share(shares: Tensor, before: float = 0.0) -> float:

@@ -25,7 +25,14 @@ from gdtrain.models import MLP, Linear
 from gdtrain.objective import Objective
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.step_sizes import StochasticPolyak
-from gdtrain.sweep.engine import NotApplicableError, check_hooks, last_share, rates_by_schedule
+from gdtrain.sweep.engine import (
+    Ahead,
+    NotApplicableError,
+    alone,
+    check_hooks,
+    last_share,
+    rates_by_schedule,
+)
 
 __all__ = ["Layer", "Native", "dense_layers", "logistic_losses"]
 
@@ -208,6 +215,7 @@ class Native:
         self._check_tensors()
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
+        self._ahead = Ahead()
         rule = getattr(optimizer, "step_size", None)
         self._bound = rule if isinstance(rule, StochasticPolyak) else None
         self._rule_sees_more = rule is not None and self._bound is None
@@ -264,7 +272,8 @@ class Native:
         if not self._rule_sees_more:
             self.rates = rates_by_schedule(self.optimizer, factors)
         shares = torch.ones(len(factors), dtype=torch.float64)
-        with torch.no_grad():
+        weights = sum(layer.linear.weight.numel() for layer in self.layers)
+        with torch.no_grad(), alone(indices.shape[1] * weights):
             made = run(indices, factors, shares)
         if self._bound is not None:
             self.rates *= shares
@@ -507,7 +516,8 @@ class Native:
 
         network, inputs = self._network(), self._flat_inputs()
         groups = self.optimizer.param_groups
-        rules = [{name: groups[i][name] for name in _RULE} for i in self._group_of]
+        own = [{name: group[name] for name in _RULE} for group in groups]
+        rules = [own[i] for i in self._group_of]
         buffers = [None if p is None else self._buffer(p) for p in self._tensors]
         size = self._pass_size(indices.shape[1])
         polyak, peak = self._polyak(indices.shape[1]), float(groups[0]["initial_lr"])
@@ -544,6 +554,7 @@ class Native:
         network, inputs = self._network(), self._flat_inputs()
         optimizer: Any = self.optimizer
         size = self._pass_size(indices.shape[1])
+        full = indices.shape[1] == len(self.objective.targets)
         made, rates = [], []
 
         def set_gradients(gradient: list[Tensor | None]) -> None:
@@ -554,12 +565,25 @@ class Native:
         for rows, factor in zip(indices.cpu(), factors.tolist(), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            value, gradient = network.value_and_grad(inputs, rows, size)
-            set_gradients(gradient)
+            found = self._ahead.begin(self.parameters, rows) if full else None
+            if found is None:
+                value, gradient = network.value_and_grad(inputs, rows, size)
+                set_gradients(gradient)
+            else:
+                self.evaluations -= 1
+                value, gradient = found
+                for p, g in zip(self._tensors, gradient, strict=True):
+                    if p is not None:
+                        p.grad = g
 
             def evaluate(rows: Tensor = rows) -> float:
                 self.evaluations += 1
-                return float(network.value(inputs, rows, size))
+                if not (full and self._ahead.wanted()):
+                    return float(network.value(inputs, rows, size))
+                there, gradient = network.value_and_grad(inputs, rows, size)
+                own = [None if g is None else g.clone() for g in gradient]
+                self._ahead.keep(self.parameters, rows, (there, own))
+                return there
 
             def differentiate(rows: Tensor = rows) -> None:
                 self.evaluations += 1

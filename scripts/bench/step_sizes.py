@@ -18,7 +18,9 @@ fresh seeds, against that on its own, is the noise of the measure.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
 import logging
 import math
 import statistics
@@ -45,7 +47,7 @@ from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.data import ArrayDataModule
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
-from gdtrain.schedules import Constant, Polynomial
+from gdtrain.schedules import Constant
 from gdtrain.step_sizes import (
     Armijo,
     BarzilaiBorwein,
@@ -337,16 +339,17 @@ def lightning_suggestion(task: Task, seed: int) -> float:
         enable_model_summary=False,
         enable_checkpointing=False,
     )
-    found = Tuner(trainer).lr_find(Plain(), loader)
+    with contextlib.redirect_stderr(io.StringIO()):  # it draws a bar
+        found = Tuner(trainer).lr_find(Plain(), loader)
     suggestion = None if found is None else found.suggestion()
     return 1e-3 if suggestion is None else float(suggestion)
 
 
-_CONSTANT, _LINEAR = Constant(), Polynomial()
+_CONSTANT = Constant()
 # Rule and schedule.
 RULES: dict[str, tuple[Any, Any]] = {
     "auto": ("auto", "auto"),
-    "bb": (BarzilaiBorwein(), _CONSTANT),
+    "bb": (BarzilaiBorwein(), _CONSTANT),  # the textbook's, without Polyak's proposals
     "armijo": (Armijo(), _CONSTANT),
     "polyak": (Polyak(f_star="estimate"), _CONSTANT),
     "sps": (StochasticPolyak(max_lr=1.0), _CONSTANT),

@@ -15,7 +15,7 @@ from lightning import Callback, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule, fit
 from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
 from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
 from gdtrain.losses import CrossEntropy, Hinge, SquaredError
@@ -613,3 +613,11 @@ def test_the_command_ends_with_code_3(tmp_path):
     assert summary["stop_numbers"]["lr"] == pytest.approx(1000.0, rel=0.05)  # by the cosine
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(torch.isfinite(t).all() for t in saved["state_dict"].values())
+
+
+def test_a_rule_that_finds_the_rate_is_not_said_to_oscillate():
+    from sklearn.datasets import load_iris
+
+    result = fit("linear", *load_iris(return_X_y=True), variant="gd", epochs=100)
+    assert result.stop.reason is StopReason.BUDGET
+    assert "oscillate" not in result.stop.message

@@ -83,7 +83,7 @@ def one(rule, optimizer=GD, value=4.0, **arguments):
 def test_auto_is_barzilai_borwein_for_gd_and_dowg_for_the_others():
     theta = nn.Parameter(torch.ones(1))
     made = GD([theta], lr="auto")
-    assert repr(made.step_size) == repr(BarzilaiBorwein())
+    assert repr(made.step_size) == repr(BarzilaiBorwein(memory=30))
     assert made.param_groups[0]["lr"] == 1.0
     for optimizer in (SGD, MiniBatchSGD):
         made = optimizer([theta], lr="auto", total_updates=10)
