@@ -626,6 +626,8 @@ class Divergence(Callback):
         peak = rate / factor if factor > 0 else peak
         rate = peak if failure.last else rate  # the last ones are short
         advised = peak / _CUT
+        if limit is not None:  # half of it is 1/λ, where a quadratic converges fastest
+            advised = min(advised, limit[1] / 2)
         numbers = {
             "update": failure.update,
             "cause": finding.cause.value,

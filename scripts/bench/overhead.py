@@ -40,6 +40,7 @@ ADDED: dict[str, tuple[list[str], dict[str, float]]] = {
 }
 VARIANTS = ("gd", "minibatch", "sgd")
 MODELS = ("mlp", "cnn")
+DESCENDING = 200  # updates of GD
 RATES = {"gd": 0.1, "minibatch": 0.05, "sgd": 0.005}
 
 
@@ -97,6 +98,8 @@ def rows(
             break
         updates *= 4
     updates = max(20, int(updates * given.seconds / pilot.summary["fit_seconds"]))
+    if variant == "gd":  # before it has converged: at the minimum a line search finds nothing
+        updates = min(updates, DESCENDING)
     per_update: dict[str, list[float]] = {"without": [], "with": []}
 
     def contender(which: str, words: list[str]) -> Callable[[], float]:

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -160,7 +161,7 @@ def test_stopping_by_hand(caplog):
     assert module.model.weight.item() == 0.0
     assert "at update 15 (counted from 0) with lr=30" in result.stop.message
     assert "stable below lr=2 at the last good state (sharpness 1)" in result.stop.message
-    assert result.stop.advice == "Set optimizer.lr=3 or less."
+    assert result.stop.advice == "Set optimizer.lr=1 or less."
     assert str(result.stop) in caplog.text
     numbers = result.summary["stop_numbers"]
     assert (numbers["update"], numbers["lr"], numbers["cause"]) == (15, 30.0, "GROWTH")
@@ -606,11 +607,11 @@ def test_the_command_ends_with_code_3(tmp_path):
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("NON_FINITE: ")
     assert "Full-batch descent is stable below lr=0.4" in last
-    assert last.endswith("Set optimizer.lr=100 or less.")
+    assert re.search(r"Set optimizer\.lr=0\.2\d* or less\.$", last)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["stop_reason"] == "NON_FINITE"
-    assert summary["stop_advice"] == "Set optimizer.lr=100 or less."
-    assert summary["stop_numbers"]["lr"] == pytest.approx(1000.0, rel=0.05)  # by the cosine
+    assert last.endswith(summary["stop_advice"])
+    assert summary["stop_numbers"]["lr"] == pytest.approx(100.0, rel=0.2)  # it was warming up
     saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(torch.isfinite(t).all() for t in saved["state_dict"].values())
 
