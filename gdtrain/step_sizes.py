@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from math import inf, isfinite, sqrt
 from typing import Any, ClassVar, Literal
 
@@ -109,8 +110,8 @@ class Sight:
         self._squared_norm: float | None = None
         with torch.no_grad():
             for group in groups:
-                params = [p for p in group["params"] if p.grad is not None]
-                grads = [p.grad for p in params]
+                pairs = [(p, g) for p in group["params"] if (g := p.grad) is not None]
+                params, grads = [p for p, _ in pairs], [g for _, g in pairs]
                 if any(g.is_sparse for g in grads):
                     raise ValueError(
                         "A step-size rule needs dense gradients. Received: sparse ones. "
@@ -123,10 +124,15 @@ class Sight:
                 self.direction += grads
                 self._decays += [decay] * len(params)
             self.value = _number(value) + self._penalty()
+        self._given = value
+
+    @cached_property
+    def precision(self) -> float:
+        """The machine's ε, of the coarsest dtype at hand."""
         dtypes = {p.dtype for p in self.params}
-        if isinstance(value, Tensor) and value.is_floating_point():
-            dtypes.add(value.dtype)
-        self.precision = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+        if isinstance(self._given, Tensor) and self._given.is_floating_point():
+            dtypes.add(self._given.dtype)
+        return max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
 
     @property
     def squared_norm(self) -> float:
@@ -255,6 +261,8 @@ class Sight:
     def _penalty(self) -> float:
         """½λ‖θ‖², summed over the groups."""
         total = 0.0
+        if not any(self._decays):
+            return total
         for decay in {decay for decay in self._decays if decay != 0}:
             own = [p for p, d in zip(self.params, self._decays, strict=True) if d == decay]
             total += 0.5 * decay * _squared_norm(own)

@@ -61,7 +61,7 @@ class Eager:
         Returns:
             (K,), J on each update's examples before that update.
         """
-        losses = []
+        losses, rates = [], []
         objective, groups = self.objective, self.optimizer.param_groups
         self.rates = rates_by_schedule(self.optimizer, factors)
         rule = getattr(self.optimizer, "step_size", None)
@@ -84,7 +84,9 @@ class Eager:
             if rule is None:
                 self.optimizer.step()
             else:
-                self.rates[k] = self._step_by_rule(value, indices[k], draw + k, before)
+                rates.append(self._step_by_rule(value, indices[k], draw + k, before))
+        if rates:
+            self.rates = torch.tensor(rates, dtype=torch.float64)
         made = torch.stack(losses)
         return made.to(torch.promote_types(made.dtype, torch.float32))
 
@@ -97,10 +99,12 @@ class Eager:
         """
         optimizer: Any = self.optimizer
         objective = self.objective
+        if before is None:
+            optimizer.step_by_rule(value, _nowhere)
+            return float(optimizer.last_rate)
 
         @contextmanager
         def again() -> Iterator[None]:
-            assert before is not None, "a rule that looks elsewhere must say so"
             self.evaluations += 1
             buffers = [(b, b.clone()) for b in objective.model.buffers()]
             after = _random_states(objective)
@@ -118,7 +122,7 @@ class Eager:
                     return float(objective.value(indices, draw))
                 with torch.enable_grad():
                     value, gradient = objective.value_and_grad(indices, draw)
-                if before is not None and _same(_random_states(objective), before):
+                if _same(_random_states(objective), before):
                     buffers = [b.clone() for b in objective.model.buffers()]
                     self._ahead.keep(objective.params, indices, (value, gradient, buffers))
                 return float(value)
@@ -137,6 +141,10 @@ class Eager:
         objective = self.objective
         drawn = any(isinstance(m, Dropout) for m in objective.model.modules())
         return objective.ranks == 1 and len(indices) == len(objective.targets) and not drawn
+
+
+def _nowhere() -> float:
+    raise AssertionError("a rule that looks elsewhere must say so")
 
 
 def _same(states: list[Tensor], others: list[Tensor]) -> bool:
