@@ -271,7 +271,9 @@ class SupervisedModule(LightningModule):
         if isinstance(data, DatasetDataModule) and not data.is_resident:
             # No race over examples that are fetched one by one.
             return DoWG(cap=0.5, decay="linear")
-        return StochasticPolyak()
+        # A buffer adds 1 + μ + μ² + … gradients up, and so the bound holds for their sum.
+        gain = (1 - group["dampening"]) / max(1 - group["momentum"], 1e-3)
+        return StochasticPolyak(c=0.5 * max(float(gain), 1.0))
 
     def settings(self) -> dict[str, str]:
         """What a resumed run must share with the run that it goes on with, beside the optimizer."""

@@ -8,7 +8,8 @@ of equal cost six, then the best three, then the best two go on; what is compare
 over the last half of a candidate's updates, and η is twice the best: the run's steps decay, and
 those of the race do not. With fewer than 64 updates for all of them, f_B says too little. Then each
 makes the same few updates, with steps that decay to 0, J on a probe of training examples is
-compared, and η is four times the best.
+compared, and η is four times the best. Of momentum μ, R updates see only a part: η is less by the
+factor (1/R) Σ_{k ≤ R} (1 − μ^k).
 
 N training examples, B examples per update, T planned updates. The race takes at most a tenth of the
 examples that the run itself will see, and leaves parameters, buffers, momentum and random numbers
@@ -21,20 +22,17 @@ References:
 
 from __future__ import annotations
 
-import copy
 import math
-import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.objective import Objective
+from gdtrain.snapshot import Snapshot, random_states, set_random_states
 
 __all__ = ["Race", "race"]
 
@@ -59,6 +57,8 @@ class Race:
         losses: What was compared; infinite where it was not finite.
         updates: That the winner made.
         examples: That were looked at in all.
+        best: The winner; NaN where there was no race. (It need not have the least of `losses`: that
+            may be of a candidate that was left behind.)
 
     Example:
         >>> Race(0.2, 0.1, [], [], 0, 32).rate
@@ -71,10 +71,7 @@ class Race:
     losses: list[float]
     updates: int
     examples: int
-
-    @property
-    def _best(self) -> float:
-        return self.rates[min(range(len(self.rates)), key=lambda i: self.losses[i])]
+    best: float = math.nan
 
     @property
     def basis(self) -> str:
@@ -83,7 +80,7 @@ class Race:
         if not self.rates:
             return f"({polyak}; too few updates are planned for a race)"
         return (
-            f"({self.rate / self._best:.2g} times the best of {len(self.rates)} rates from "
+            f"({self.rate / self.best:.2g} times the best of {len(self.rates)} rates from "
             f"{self.rates[0]:.3g} to {self.rates[-1]:.3g} after {self.updates} updates; {polyak})"
         )
 
@@ -152,8 +149,7 @@ def race(
         # Spread over all examples, which may be sorted.
         rows = torch.arange(probe, device=objective.targets.device) * many // probe
         return _on_a_probe(course, scale, updates, rows, looked_at, batch_size)
-    # A buffer adds 1 + μ + μ² + … gradients up.
-    rate = _UNRACED * scale * max(1 - float(optimizer.param_groups[0]["momentum"]), 0.01)
+    rate = _UNRACED * scale * _gathered(optimizer, 1)
     _set(optimizer, rate)
     return Race(rate, scale, [], [], 0, looked_at)
 
@@ -170,14 +166,14 @@ def _in_legs(course: _Course, scale: float, room: int, batch_size: int, looked_a
         states = {i: states[i] for i in going}
         for i in going:
             factors = torch.ones(updates, dtype=torch.float64)
-            course.go_on(states[i])
+            states[i].give_back()
             seen[i] += course.run(rates[i], len(seen[i]), factors)
             score = statistics.fmean(seen[i][len(seen[i]) // 2 :]) + _penalty(course.optimizer)
             scores[i] = score if math.isfinite(score) else math.inf
             states[i] = course.state()
             examples += updates * batch_size
         winner = min(going, key=lambda i: scores[i])
-    course.go_on(start)
+    start.give_back()
     return course.end(scale, rates, scores, winner, _DOUBLED, len(seen[winner]), examples)
 
 
@@ -193,7 +189,7 @@ def _on_a_probe(
             probed = float(course.objective.value(rows, course.draw))
             value = probed + _penalty(course.optimizer)
         scores.append(value if math.isfinite(value) else math.inf)
-        course.go_on(start)
+        start.give_back()
     winner = min(range(len(rates)), key=lambda i: scores[i])
     examples = looked_at + len(rates) * (updates * batch_size + len(rows))
     return course.end(scale, rates, scores, winner, _QUADRUPLED, updates, examples)
@@ -206,7 +202,7 @@ def _scale(
     ratios: list[float] = []
     done = examples = 0
     kept = [b.clone() for b in objective.model.buffers()]
-    before = _random_states(objective)
+    before = random_states(objective)
     while done < batches:
         indices = block(done, batches - done).to(objective.targets.device)
         for row in indices:
@@ -228,13 +224,21 @@ def _scale(
             done, examples = done + 1, examples + len(row)
     for b, old in zip(objective.model.buffers(), kept, strict=True):
         b.copy_(old)
-    _set_random_states(objective, before)
+    set_random_states(objective, before)
     if not ratios:
         raise ValueError(
             "The gradient of the first batches is 0, so that no step size can be found: the start "
             "is a stationary point. Initialise the weights at random."
         )
     return statistics.median(ratios), examples
+
+
+def _gathered(optimizer: Optimizer, updates: int) -> float:
+    """How far the momentum of a constant gradient has grown, in the mean over R updates."""
+    momentum = float(optimizer.param_groups[0]["momentum"])
+    return (
+        statistics.fmean(1 - momentum**k for k in range(1, updates + 1)) if momentum < 1 else 0.01
+    )
 
 
 def _set(optimizer: Optimizer, rate: float) -> None:
@@ -293,50 +297,12 @@ class _Course:
     ) -> Race:
         """Set η."""
         rate = multiple * rates[winner] if math.isfinite(scores[winner]) else 0.1 * rates[0]
+        rate *= _gathered(self.optimizer, updates)
         _set(self.optimizer, rate)
-        return Race(rate, scale, rates, scores, updates, examples)
+        return Race(rate, scale, rates, scores, updates, examples, rates[winner])
 
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [*self.objective.model.parameters(), *self.objective.model.buffers()]
-
-    def state(self) -> dict[str, Any]:
-        """All that updates change, to `go_on` from."""
-        return {
-            "tensors": [t.detach().clone() for t in self._tensors],
-            "state": [(p, copy.deepcopy(v)) for p, v in self.optimizer.state.items()],
-            "groups": [
-                {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
-                for group in self.optimizer.param_groups
-            ],
-            "random": _random_states(self.objective),
-        }
-
-    @torch.no_grad()
-    def go_on(self, kept: dict[str, Any]) -> None:
-        """Be where `state` was."""
-        for tensor, old in zip(self._tensors, kept["tensors"], strict=True):
-            tensor.copy_(old)
-        self.optimizer.state.clear()
-        for p, state in kept["state"]:
-            self.optimizer.state[p] = copy.deepcopy(state)
-        for group, options in zip(self.optimizer.param_groups, kept["groups"], strict=True):
-            group.update(copy.deepcopy(options))
+    def state(self) -> Snapshot:
+        """All that updates change, to go back to."""
         for p in self.objective.params:
             p.grad = None
-        _set_random_states(self.objective, kept["random"])
-
-
-def _random_states(objective: Objective) -> tuple[Any, ...]:
-    """Of all generators that layers may draw from."""
-    device = objective.params[0].device
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def _set_random_states(objective: Objective, states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], objective.params[0].device)
-    random.setstate(states[2])
-    np.random.set_state(states[3])  # noqa: NPY002
+        return Snapshot(self.objective, self.optimizer)

@@ -54,8 +54,7 @@ def test_the_scale_is_the_median_of_f_over_the_squared_gradient_norm():
 def test_the_winner_is_multiplied_the_more_the_shorter_the_race(planned, factor):
     objective, optimizer, engine = problem()
     found = race(engine, objective, optimizer, IndexLoader(200, 1).block, planned, 1)
-    best = found.rates[int(np.argmin(found.losses))]
-    assert found.rate == pytest.approx(factor * best)
+    assert found.rate == pytest.approx(factor * found.best)
     assert optimizer.param_groups[0]["initial_lr"] == found.rate
 
 
@@ -110,7 +109,9 @@ def test_a_leg_goes_on_where_the_last_ended():
     assert ends[best][0] == 121
     for p, q in zip(other.params, ends[best][1], strict=True):
         assert torch.equal(p, q)
-    assert found.rate in [pytest.approx(2 * rate) for rate in ends]
+    grown = np.mean([1 - 0.9**k for k in range(1, 122)])
+    assert found.rate == pytest.approx(2 * grown * found.best)
+    assert found.best in ends
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 200])
@@ -255,3 +256,13 @@ def test_a_user_needs_no_rate():
         result = gdtrain.fit("linear", x, y, variant=variant)
         assert result.metrics["metric/accuracy/test"] > 0.9, variant
         assert (result.summary["lr"] is None) == (variant == "gd")
+
+
+@pytest.mark.parametrize("kind", [GD, MiniBatchSGD])
+def test_with_momentum_the_bound_holds_for_the_sum_of_the_buffer(kind):
+    size = "full" if kind is GD else 32
+    module, _, trainer = fitted(kind, size, epochs=40, momentum=0.9)
+    rule = trainer.optimizers[0].step_size
+    assert isinstance(rule, StochasticPolyak)
+    assert rule.c == pytest.approx(0.5 / (1 - 0.9))
+    assert module.race is not None
