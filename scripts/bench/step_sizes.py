@@ -3,6 +3,7 @@
     python scripts/bench/step_sizes.py                        # lr=auto, all tasks
     python scripts/bench/step_sizes.py --rules auto,dowg,sps,armijo,bb,polyak --plot profiles.png
     python scripts/bench/step_sizes.py --only digits --part unseen
+    python scripts/bench/step_sizes.py --part generated       # further tasks, on generated data
 
 A task is a data set, a scaling of its features, a model and B. Each rate of the grid 10^(−4), …,
 10² makes the whole budget from three seeds; the winner and each rule are scored on five others. A
@@ -26,7 +27,7 @@ import math
 import statistics
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -71,7 +72,7 @@ class Task:
     """What is learnt.
 
     Args:
-        data: "digits", "breast_cancer", "wine" or "diabetes".
+        data: "digits", "breast_cancer", "wine", "diabetes" or "iris"; or a name in `GENERATED`.
         scaling: "standard", or "bad": columns times factors from 0.1 to 3.
         model: "linear", "svm", "relu", "tanh" or "cnn".
         batch_size: B.
@@ -110,7 +111,32 @@ def _tasks() -> list[Task]:
     return made
 
 
-TASKS = _tasks()
+def _more_tasks() -> list[Task]:
+    return [
+        Task(data, "standard", model, size)  # type: ignore[arg-type]
+        for data in (*GENERATED, "iris")
+        for model in ("linear", "relu", "tanh")
+        for size in ("full", 1, 32, 128)
+        if not (data == "iris" and size == 128)
+    ]
+
+
+# Noisy or ill-conditioned, unlike most of the embedded data.
+GENERATED: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "noisy": lambda: datasets.make_regression(500, 20, n_informative=8, noise=80, random_state=0),
+    "low rank": lambda: datasets.make_regression(
+        500, 30, noise=5, effective_rank=5, random_state=0
+    ),
+    "friedman": lambda: datasets.make_friedman1(800, 10, noise=1, random_state=0),
+    "two classes": lambda: datasets.make_classification(
+        600, 20, n_informative=5, flip_y=0.1, random_state=0
+    ),
+    "five classes": lambda: datasets.make_classification(
+        1500, 40, n_informative=10, n_classes=5, flip_y=0.05, random_state=0
+    ),
+    "moons": lambda: datasets.make_moons(400, noise=0.2, random_state=0),
+}
+TASKS, MORE = _tasks(), _more_tasks()
 # Every third task was kept unseen until the rules of lr=auto were fixed.
 UNSEEN = [
     TASKS[i] for i in np.random.default_rng(0).permutation(len(TASKS))[: len(TASKS) // 3].tolist()
@@ -119,8 +145,9 @@ UNSEEN = [
 
 @functools.lru_cache(maxsize=16)
 def _examples(data: str, scaling: str) -> tuple[Tensor, Tensor, int | None]:
-    x, y = getattr(datasets, f"load_{data}")(return_X_y=True)
-    task = "regression" if data == "diabetes" else "classification"
+    load = GENERATED.get(data) or partial(getattr(datasets, f"load_{data}", None), return_X_y=True)
+    x, y = load()
+    task = "classification" if np.issubdtype(y.dtype, np.integer) else "regression"
     module = ArrayDataModule(x, y, val_fraction=0, test_fraction=0.2, task=task)
     module.setup()
     inputs, targets = module.examples("train")
@@ -533,7 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options.add_argument("--rules", default="auto", help=f"of {', '.join(RULES)}, with commas")
     options.add_argument("--only", default="", help="tasks whose name holds this text")
-    options.add_argument("--part", choices=("all", "seen", "unseen"), default="all")
+    options.add_argument("--part", choices=("all", "seen", "unseen", "generated"), default="all")
     options.add_argument("--choosing", type=at_least_one, default=3, help="seeds of the grid")
     options.add_argument("--scoring", type=at_least_one, default=5, help="seeds of the scores")
     options.add_argument("--threads", type=at_least_one, default=1)
@@ -546,9 +573,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.error(f"--rules must be of {', '.join(RULES)}. Received: {unknown[0]}")
     tasks = [
         task
-        for task in TASKS
+        for task in (MORE if given.part == "generated" else TASKS)
         if given.only in task.name
-        and (given.part == "all" or (task in UNSEEN) == (given.part == "unseen"))
+        and (given.part in ("all", "generated") or (task in UNSEEN) == (given.part == "unseen"))
     ]
     if not tasks:
         options.error(f"No task's name holds {given.only!r}. They are: {TASKS[0].name}, …")

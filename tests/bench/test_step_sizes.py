@@ -32,6 +32,17 @@ def test_a_third_of_the_tasks_is_unseen():
     assert len(step_sizes.UNSEEN) == len(step_sizes.TASKS) // 3
 
 
+def test_generated_data_are_what_they_are_said_to_be():
+    assert len(set(step_sizes.MORE)) == len(step_sizes.MORE) == 6 * 12 + 9
+    for name, outputs in (("noisy", 1), ("five classes", 5), ("moons", 1), ("iris", 3)):
+        task = Task(name, "standard", "linear", "full")
+        data, model, _, _ = step_sizes._problem(task, 0)
+        assert model(data.examples("train")[0][:2]).shape == (2, outputs)
+        best = step_sizes.optimum(name, "standard", "linear")
+        watch = step_sizes.train(task, 0, "auto")
+        assert best - 1e-7 <= watch.values[-1] < best + 1e-3 * watch.values[0]
+
+
 @pytest.mark.parametrize("how", ["auto", "bb", 1.0])
 def test_passes_are_counted_with_what_a_rule_looks_at(how):
     task = Task("wine", "standard", "linear", "full")
