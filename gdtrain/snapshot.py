@@ -1,0 +1,111 @@
+"""Everything that updates change, so that updates which are only tried leave no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gdtrain.objective import Objective
+
+__all__ = ["Snapshot", "random_states", "set_random_states"]
+
+
+class Snapshot:
+    """Parameters, buffers, the optimizer's state and groups, and generators, as they are now.
+
+    Args:
+        objective: J; its model has the parameters and buffers.
+        optimizer: Of its parameters.
+
+    Example:
+        >>> from torch import nn
+        >>> from gdtrain.losses import SquaredError
+        >>> model = nn.Linear(1, 1)
+        >>> before = model.weight.item()
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.ones(1))
+        >>> snapshot = Snapshot(objective, optimizer)
+        >>> model.weight.grad = torch.ones(1, 1)
+        >>> optimizer.step()
+        >>> snapshot.give_back()
+        >>> model.weight.item() == before, len(optimizer.state), model.weight.grad
+        (True, 0, None)
+    """
+
+    def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
+        self._objective, self._optimizer = objective, optimizer
+        self._kept = [t.detach().clone() for t in self._tensors]
+        self._gradients = [p.grad for p in objective.params]
+        self._states = [(p, copy.deepcopy(v)) for p, v in optimizer.state.items()]
+        self._groups = [
+            {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+            for group in optimizer.param_groups
+        ]
+        self._random = random_states(objective)
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        return [*self._objective.model.parameters(), *self._objective.model.buffers()]
+
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Put all back as it was; may be called again."""
+        for tensor, old in zip(self._tensors, self._kept, strict=True):
+            tensor.copy_(old)
+        for p, gradient in zip(self._objective.params, self._gradients, strict=True):
+            p.grad = gradient
+        self._optimizer.state.clear()
+        for p, state in self._states:
+            self._optimizer.state[p] = copy.deepcopy(state)
+        for group, options in zip(self._optimizer.param_groups, self._groups, strict=True):
+            for name in group.keys() - options.keys() - {"params"}:
+                del group[name]
+            group.update(copy.deepcopy(options))
+        set_random_states(self._objective, self._random)
+
+
+def random_states(objective: Objective) -> tuple[Any, ...]:
+    """Of all generators that layers may draw from.
+
+    Args:
+        objective: Tells the device.
+
+    Example:
+        >>> from torch import nn
+        >>> from gdtrain.losses import SquaredError
+        >>> objective = Objective(nn.Linear(1, 1), SquaredError(), torch.ones(1, 1), torch.ones(1))
+        >>> states = random_states(objective)
+        >>> drawn = torch.rand(1)
+        >>> set_random_states(objective, states)
+        >>> bool(torch.rand(1) == drawn)
+        True
+    """
+    device = objective.params[0].device
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def set_random_states(objective: Objective, states: tuple[Any, ...]) -> None:
+    """Go back to them.
+
+    Args:
+        objective: Tells the device.
+        states: From `random_states`.
+
+    Example:
+        >>> from torch import nn
+        >>> from gdtrain.losses import SquaredError
+        >>> objective = Objective(nn.Linear(1, 1), SquaredError(), torch.ones(1, 1), torch.ones(1))
+        >>> set_random_states(objective, random_states(objective))
+    """
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], objective.params[0].device)
+    random.setstate(states[2])
+    np.random.set_state(states[3])  # noqa: NPY002
