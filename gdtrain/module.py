@@ -270,7 +270,7 @@ class SupervisedModule(LightningModule):
         data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DatasetDataModule) and not data.is_resident:
             # No race over examples that are fetched one by one.
-            return DoWG(cap=0.5, decay="linear")
+            return DoWG(cap=2.0, decay="linear")
         # A buffer adds 1 + μ + μ² + … gradients up, and so the bound holds for their sum.
         gain = (1 - group["dampening"]) / max(1 - group["momentum"], 1e-3)
         return StochasticPolyak(c=0.5 * max(float(gain), 1.0))

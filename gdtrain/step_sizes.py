@@ -1116,7 +1116,7 @@ class DoWG(StepSize):
         η_t = min(r̄_t²/√v_t, cap · (f − f*)/‖d‖²) · (1 − t/T)
 
     The cap and the linear decay (1 − t/T) are options. A decay is most of what a tuned schedule
-    gains; the cap, ½ by custom, keeps a step from being longer than the loss at hand can justify.
+    gains; the cap keeps a step from being longer than the loss at hand can justify.
     r_ε = start · (1 + ‖θ₀‖). Keeps a copy of θ₀.
 
     Args:
@@ -1444,14 +1444,14 @@ def automatic(full_batch: bool) -> StepSize:
         full_batch: Whether each update averages all N examples.
 
     Returns:
-        Full batch: `BarzilaiBorwein(memory=30)`. Else `DoWG(cap=0.5, decay="linear")`, which asks
+        Full batch: `BarzilaiBorwein(memory=30)`. Else `DoWG(cap=2.0, decay="linear")`, which asks
         the optimizer for total_updates.
 
     Example:
         >>> automatic(full_batch=True)
         BarzilaiBorwein(short=False, initial=1.0, memory=30, ...)
     """
-    return BarzilaiBorwein(memory=30) if full_batch else DoWG(cap=0.5, decay="linear")
+    return BarzilaiBorwein(memory=30) if full_batch else DoWG(cap=2.0, decay="linear")
 
 
 @contextmanager

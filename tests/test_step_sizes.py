@@ -482,7 +482,7 @@ SOLVERS = {
     "DoG": lambda p: DoG(start=1e-2),
     "DoG averaged": lambda p: DoG(start=1e-2, averaging=True),
     "DoWG": lambda p: DoWG(),
-    "DoWG auto": lambda p: DoWG(cap=0.5, decay="linear", f_star=minimum_of(p)),
+    "DoWG auto": lambda p: DoWG(cap=2.0, decay="linear", f_star=minimum_of(p)),
     "1/L": lambda p: InverseSmoothness(),
     "schedule-free": lambda p: ScheduleFree(Armijo()),
     "schedule-free lr": lambda p: ScheduleFree(),
@@ -639,7 +639,7 @@ def test_a_rules_name_and_options_are_its_repr(rule):
 def test_automatic():
     assert isinstance(automatic(full_batch=True), BarzilaiBorwein)
     rule = automatic(full_batch=False)
-    assert (type(rule), rule.cap, rule.decay) == (DoWG, 0.5, "linear")
+    assert (type(rule), rule.cap, rule.decay) == (DoWG, 2.0, "linear")
 
 
 def test_gradients_elsewhere_are_asked_for_by_name():

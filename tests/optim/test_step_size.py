@@ -87,7 +87,7 @@ def test_auto_is_barzilai_borwein_for_gd_and_dowg_for_the_others():
     assert made.param_groups[0]["lr"] == 1.0
     for optimizer in (SGD, MiniBatchSGD):
         made = optimizer([theta], lr="auto", total_updates=10)
-        assert repr(made.step_size) == repr(DoWG(cap=0.5, decay="linear"))
+        assert repr(made.step_size) == repr(DoWG(cap=2.0, decay="linear"))
         assert made.param_groups[0]["lr"] == 1.0
         with pytest.raises(ValueError, match="needs total_updates"):
             optimizer([theta], lr="auto")
