@@ -1,4 +1,4 @@
-"""The command line: `gdtrain`, `gdtrain-evaluate`, `gdtrain-find-lr`, `gdtrain-predict`, scripts.
+"""The command line: `gdtrain`, `gdtrain-compare`, `gdtrain-evaluate`, …, and the scripts.
 
 Exit codes: 0, all went well; 2, the command was wrong, and nothing was trained; 3, the run diverged
 (or a number in it was not finite) and did not recover; 130, interrupted. A sweep of several runs
@@ -8,33 +8,51 @@ ends with the highest.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
+import shlex
 import signal
 import sys
+import tempfile
 import warnings
+from concurrent.futures import BrokenExecutor
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from hydra.types import HydraContext, RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gdtrain.configuration import ConfigurationError, check, closest, conf_directory
 
 if TYPE_CHECKING:
+    from gdtrain.comparison import Comparison
     from gdtrain.rate_finder import RateCurve
     from gdtrain.training import Result
 
-__all__ = ["evaluate_main", "find_lr_main", "predict_main", "train_main"]
+__all__ = [
+    "compare_main",
+    "evaluate_main",
+    "explain_main",
+    "find_lr_main",
+    "landscape_main",
+    "predict_main",
+    "train_main",
+]
 
 _EXIT_CODES = {"DIVERGED": 3, "NON_FINITE": 3, "INTERRUPTED": 130}
 
@@ -346,7 +364,13 @@ def predict_main() -> None:
 
 # ---------------------------------------------------------------------- the rate finder
 
-_FINDER = {"min_lr": float, "max_lr": float, "updates": int, "repetitions": int, "output": str}
+_FINDER: dict[str, type] = {
+    "min_lr": float,
+    "max_lr": float,
+    "updates": int,
+    "repetitions": int,
+    "output": str,
+}
 
 
 def find_lr_main() -> None:
@@ -368,7 +392,7 @@ def find_lr_main() -> None:
         sys.exit(0)
     overrides: list[str] = []
     try:
-        options, words, config_dir = _finder_words(usage)
+        options, words, config_dir = _finder_words(usage, _FINDER, "test")
         overrides = words
         composed = _compose(words, config_dir, whole=True)
         choices = composed.hydra.runtime.choices
@@ -397,8 +421,10 @@ def find_lr_main() -> None:
     _show_curve(curve, folder)
 
 
-def _finder_words(usage: str) -> tuple[dict[str, Any], list[str], str | None]:
-    """The finder's own options, the overrides of the configuration, and a folder of more."""
+def _finder_words(
+    usage: str, kinds: dict[str, type], what: str
+) -> tuple[dict[str, Any], list[str], str | None]:
+    """A command's own options, the overrides of the configuration, and a folder of more."""
     options: dict[str, Any] = {}
     words: list[str] = []
     config_dir = None
@@ -407,18 +433,20 @@ def _finder_words(usage: str) -> tuple[dict[str, Any], list[str], str | None]:
         if key == "--config-dir" and equals:
             config_dir = value
         elif word.startswith("-"):
-            raise ConfigurationError(f"Unknown argument {word}: one test at a time. {usage}")
-        elif key not in _FINDER:
+            raise ConfigurationError(f"Unknown argument {word}: one {what} at a time. {usage}")
+        elif key not in kinds:
             words.append(word)
         else:
-            kind = _FINDER[key]
+            kind = kinds[key]
             try:
                 options[key] = kind(value)
             except ValueError:
                 what = "a whole number" if kind is int else "a number"
                 raise ConfigurationError(f"{key} must be {what}. Received: {word}") from None
             if value == "":
-                raise ConfigurationError(f"{key} must name a folder. Received: {word}")
+                raise ConfigurationError(
+                    f"{key} must name {_NAMED.get(key, 'a folder')}. Received: {word}"
+                )
     return options, words, config_dir
 
 
@@ -454,3 +482,494 @@ def _innermost(error: BaseException) -> BaseException:
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+# ---------------------------------------------------------------------- one update in full
+
+_EXPLANATION: dict[str, type] = {"update": int, "digits": int, "examples": int}
+
+
+def explain_main() -> None:
+    """Print one update in full; ends the process with its exit code where something was wrong.
+
+    Example:
+        >>> sys.argv = ["explain.py", "update=first"]
+        >>> explain_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    usage = (
+        "usage: explain.py [KEY=VALUE as for train.py …] [update=0] [digits=4] [examples=2] "
+        "[--config-dir=FOLDER]; without data=, model= and experiment=: experiment=demo_iris_sgd"
+    )
+    if any(word in ("-h", "--help") for word in sys.argv[1:]):
+        print(usage)
+        sys.exit(0)
+    overrides: list[str] = []
+    try:
+        options, words, config_dir = _finder_words(usage, _EXPLANATION, "update")
+        overrides = _with_readable_model(words)
+        composed = _compose(overrides, config_dir, whole=True)
+        choices = composed.hydra.runtime.choices
+        config = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+        warnings.showwarning = _warn  # type: ignore[assignment]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        update = options.pop("update", 0)
+        names = f"{config.variant} on {choices['data']}, {choices['model']}"
+        print(_explained(config, update, {**options, "title": f"Update {update} of {names}"}))
+    except (ConfigurationError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(error, words=overrides))
+    except KeyboardInterrupt:
+        sys.exit(_EXIT_CODES["INTERRUPTED"])
+
+
+def _with_readable_model(words: list[str]) -> list[str]:
+    """Where nothing says what to train, something that is small enough to read."""
+    if any(w.partition("=")[0] in ("data", "model", "experiment") for w in words):
+        return words
+    of_mlp = ("model.hidden", "model.activation", "model.dropout")
+    wants_mlp = any(w.partition("=")[0] in of_mlp for w in words)
+    return ["experiment=demo_iris_sgd", *(["model=mlp"] if wants_mlp else []), *words]
+
+
+def _explained(config: DictConfig, update: int, options: dict[str, Any]) -> str:
+    from hydra.utils import instantiate
+
+    from gdtrain.experiment import _USER_ERRORS, _build, _message
+    from gdtrain.explanation import _check_text, explain_run
+    from gdtrain.training import _quiet
+
+    try:
+        if config.ckpt_path is not None:
+            raise ConfigurationError(
+                f"The updates are made from the first one on. Received: ckpt_path="
+                f"{config.ckpt_path}. Leave it out, and set update=… to a later one."
+            )
+        _check_text(options.get("digits", 4), options.get("examples", 2))
+        data, module = _build(config)
+        with _quiet():
+            trainer = instantiate(config.trainer, _convert_="all")
+            found = explain_run(module, data, trainer, update)
+        return found.text(**options)
+    except _USER_ERRORS as error:
+        raise ConfigurationError(_message(error)) from error
+
+
+# ---------------------------------------------------------------------- comparing
+
+_COMPARISON: dict[str, type] = {
+    "contenders": str,
+    "seeds": int,
+    "epochs": int,
+    "jobs": int,
+    "output": str,
+    "runs": str,
+    "target": float,
+}
+_NAMED = {"contenders": "at least two contenders"}
+_THE_THREE = "optimizer=gd;optimizer=minibatch;optimizer=sgd"
+_WARM_UP = 2  # updates that a process makes before a run, and throws away
+
+
+def compare_main() -> None:
+    """Train contenders with several seeds, or read finished runs, and leave a report.
+
+    Ends the process with its exit code where something was wrong.
+
+    Example:
+        >>> sys.argv = ["compare.py", "runs=missing"]
+        >>> compare_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    usage = (
+        "usage: compare.py [KEY=VALUE as for train.py …] [contenders='optimizer=gd;optimizer=sgd'] "
+        "[seeds=3] [epochs=20] [jobs=COUNT] [target=LOSS] [output=FOLDER] [--config-dir=FOLDER], "
+        "or compare.py runs=FOLDER [target=LOSS] [output=FOLDER]"
+    )
+    if any(word in ("-h", "--help") for word in sys.argv[1:]):
+        print(usage)
+        sys.exit(0)
+    words: list[str] = []
+    try:
+        options, words, config_dir = _finder_words(usage, _COMPARISON, "comparison")
+        _check_comparison(options)
+        warnings.showwarning = _warn  # type: ignore[assignment]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        if "runs" in options:
+            folder, comparison = _compare_finished(options, words)
+        else:
+            folder, comparison = _compare_trained(options, words, config_dir)
+        from gdtrain.report import save
+
+        save(comparison, folder)
+    except (ConfigurationError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(_complain(error, words=words))
+    except OSError as error:
+        sys.exit(_complain(ConfigurationError(f"The report cannot be written: {error}")))
+    except KeyboardInterrupt:
+        sys.exit(_EXIT_CODES["INTERRUPTED"])
+    for sentence in comparison.sentences():
+        print(sentence)
+    for sentence in comparison.absent():
+        print(f"Left out: {sentence}")
+    print(f"Report: {_shown(folder)}/report.html")
+
+
+def _check_comparison(options: dict[str, Any]) -> None:
+    for key in ("seeds", "epochs", "jobs"):
+        if options.get(key, 1) < 1:
+            raise ConfigurationError(
+                f"{key} must be a whole number of at least 1. Received: {key}={options[key]}"
+            )
+    if not math.isfinite(options.get("target", 0.0)):
+        raise ConfigurationError(
+            f"target must be a finite loss. Received: target={options['target']}"
+        )
+
+
+def _compare_finished(options: dict[str, Any], words: list[str]) -> tuple[Path, Comparison]:
+    others = [*words, *(f"{key}=…" for key in options if key not in ("runs", "output", "target"))]
+    if others:
+        raise ConfigurationError(
+            f"runs=… compares finished runs and trains none, so it takes target=… and output=… "
+            f"only. Received: {others[0]}"
+        )
+    from gdtrain.comparison import compare, find_runs
+
+    folder = _comparison_folder(options, "runs")
+    try:
+        runs, left_out = find_runs(options["runs"])
+        comparison = compare(runs, options.get("target"))
+        comparison.left_out += left_out
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+    comparison.made = [
+        f"gdtrain-compare {shlex.join(sys.argv[1:])}",
+        "Finished runs were read: their seconds are those of the machines that they ran on, and "
+        "of whatever ran beside them.",
+    ]
+    return folder, comparison
+
+
+def _compare_trained(
+    options: dict[str, Any], words: list[str], config_dir: str | None
+) -> tuple[Path, Comparison]:
+    contenders = _contenders(options.get("contenders", _THE_THREE))
+    keys = [word.partition("=")[0].lstrip("+~") for word in words]
+    for key, instead in (("seed", "seeds=COUNT"), ("optimizer", "contenders='optimizer=…;…'")):
+        if key in keys and (key == "seed" or "contenders" not in options):
+            raise ConfigurationError(
+                f"{key}=… is set for each run by the comparison: set {instead}. Received: "
+                f"{words[keys.index(key)]}"
+            )
+    known = _known_keys([])
+    for key in keys:
+        hint = "" if key in known else closest(key, list(_COMPARISON))
+        if hint and not set("./@") & set(key):
+            raise ConfigurationError(f"Unknown argument {key}.{hint}")
+    common = list(words)
+    if "epochs" in options or "trainer.max_epochs" not in keys:
+        common.append(f"trainer.max_epochs={options.get('epochs', 20)}")
+    choices: dict[str, str] = {}
+    for overrides in contenders.values():
+        config = _compose([*common, *overrides], config_dir, whole=True)
+        choices = choices or dict(config.hydra.runtime.choices)
+        _check_contender(config, overrides)
+    folder = _comparison_folder(options, f"{choices['data']}-{choices['model']}")
+    count = options.get("seeds", 3)
+    places = {
+        folder / "runs" / _slug(name, i) / f"seed-{seed}": (name, [*overrides, f"seed={seed}"])
+        for seed in range(count)  # the same seeds for all: common random numbers
+        for i, (name, overrides) in enumerate(contenders.items())
+    }
+    processes = min(options.get("jobs", min(2, os.cpu_count() or 1)), len(places))
+    jobs = [[*common, *own, _place(path)] for path, (_, own) in places.items()]
+    try:
+        failed = _launch(jobs, list(places), processes, config_dir)
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted, so there is no report. Compare the runs that were finished with "
+            f"runs={_shown(folder / 'runs')}",
+            file=sys.stderr,
+        )
+        raise
+    from gdtrain.comparison import compare, read_run
+
+    runs, left_out = [], []
+    for path, (name, own) in places.items():
+        try:
+            if path in failed:
+                raise ValueError(failed[path])
+            runs.append(read_run(path))
+        except ValueError as error:
+            left_out.append(f"{name}, {own[-1].replace('=', ' ')}: {error}")
+    try:
+        names = {path: name for path, (name, _) in places.items()}
+        comparison = compare(runs, options.get("target"), names)
+    except ValueError as error:
+        why = f" {left_out[0]}" if left_out else ""
+        kept = f" Finished runs are in {_shown(folder / 'runs')}." if runs else ""
+        raise ConfigurationError(f"{error}{why}{kept}") from None
+    comparison.left_out += left_out
+    comparison.made = _told(common, contenders, count, processes)
+    return folder, comparison
+
+
+def _contenders(text: str) -> dict[str, list[str]]:
+    """The overrides of each contender, by its name."""
+    found: dict[str, list[str]] = {}
+    for part in text.split(";"):
+        # A comma or a space ends an override, but not within brackets: model.hidden=[64, 32].
+        overrides = re.findall(r"(?:\[[^\]]*\]|\{[^}]*\}|\([^)]*\)|[^\s,])+", part)
+        if not overrides:
+            continue
+        name = " ".join(w.removeprefix("optimizer=").removeprefix("optimizer.") for w in overrides)
+        if name in found:
+            raise ConfigurationError(f"Contenders must differ. Received: {part.strip()} twice.")
+        found[name] = overrides
+    if len(found) < 2:
+        raise ConfigurationError(
+            f"contenders must name at least two, separated by a semicolon, such as "
+            f"{_THE_THREE!r}. Received: contenders={text!r}"
+        )
+    return found
+
+
+def _check_contender(config: DictConfig, overrides: list[str]) -> None:
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    plain: dict[str, Any] = OmegaConf.to_container(own, resolve=True)  # type: ignore[assignment]
+    try:
+        check(plain)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{' '.join(overrides)}: {error}") from None
+    loggers = [str(entry.get("_target_")) for entry in (plain["logger"] or {}).values() if entry]
+    if not any(name.endswith("CSVLogger") for name in loggers):
+        raise ConfigurationError(
+            "Curves are read from metrics.csv, so logger must be csv or tensorboard. Received: "
+            f"logger={config.hydra.runtime.choices.logger}"
+        )
+    if plain["trainer"].get("strategy") is not None:
+        raise ConfigurationError(
+            "Each run of a comparison has one process. Received: trainer=ddp. Train such runs one "
+            "by one, and compare them with runs=…"
+        )
+
+
+def _comparison_folder(options: dict[str, Any], name: str) -> Path:
+    time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    folder = Path(options.get("output") or Path("outputs") / "compare" / name / time)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} exists already; choose another output=…")
+    return folder
+
+
+def _slug(name: str, number: int) -> str:
+    plain = re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")
+    return plain if plain == name else f"{plain[:60]}-{number + 1}"
+
+
+def _place(path: Path) -> str:
+    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"hydra.sweep.subdir='{text}'"
+
+
+def _launch(
+    jobs: list[list[str]], folders: list[Path], processes: int, config_dir: str | None
+) -> dict[Path, str]:
+    """Train in parallel processes, by Hydra's launcher; why runs failed, by their folders."""
+    words = [
+        "hydra/launcher=joblib",
+        f"hydra.launcher.n_jobs={processes}",
+        "hydra.launcher.batch_size=1",
+        "hydra.sweep.dir=.",
+    ]
+    if config_dir is not None:
+        words.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        launcher = Plugins.instance().instantiate_launcher(
+            HydraContext(loader, Callbacks()),
+            _contend,
+            loader.load_configuration("train", words, RunMode.MULTIRUN),
+        )
+        failed: dict[Path, str] = {}
+        waiting = dict(zip(folders, jobs, strict=True))
+        while waiting:
+            try:
+                done = launcher.launch(list(waiting.values()), 0)
+            except BrokenExecutor:  # it takes what ran beside it along, and not what had to wait
+                open_ones = [path for path in waiting if not (path / "summary.json").is_file()]
+                begun = [path for path in open_ones if path.exists()] or open_ones
+                failed |= dict.fromkeys(begun, "A process was killed; perhaps memory ran out.")
+                waiting = {path: waiting[path] for path in open_ones if path not in begun}
+                continue
+            for path, job in zip(waiting, done, strict=True):
+                outcome = job._return_value
+                if outcome:
+                    kind = f"{type(outcome).__name__}: " if isinstance(outcome, Exception) else ""
+                    failed[path] = f"{kind}{outcome}"
+            break
+    return failed
+
+
+def _contend(config: DictConfig) -> str:
+    """One run of a comparison; returns nothing, or why there is none."""
+    from gdtrain.experiment import discard_empty, train
+
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    where = f"{directory.parent.name}, {directory.name.replace('-', ' ')}"
+    log = logging.getLogger("gdtrain")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # one line a run, below
+    warnings.showwarning = _warn  # type: ignore[assignment]
+    with open_dict(config):
+        (config.callbacks or {}).pop("progress", None)
+    try:
+        # What a process loads once would else be in the seconds of its first run only.
+        with tempfile.TemporaryDirectory() as scratch, suppress(ConfigurationError):
+            train(_first_updates(config), Path(scratch) / "run")
+        result = train(config, directory)
+    except ConfigurationError as error:
+        discard_empty(directory)
+        print(f"{where}: {error}", file=sys.stderr, flush=True)
+        return str(error)
+    finally:
+        log.setLevel(level)
+    summary = result.summary
+    reason = summary["stop_reason"]
+    if reason == "INTERRUPTED":
+        raise KeyboardInterrupt  # the whole comparison is meant
+    loss = summary["metrics"].get("loss/train")
+    print(
+        f"{where}: {reason}, {summary['updates']:,} updates in {summary['fit_seconds']:.2f} s, "
+        f"training loss {'–' if loss is None else format(loss, '.4g')}",
+        file=sys.stderr,
+        flush=True,
+    )
+    return ""
+
+
+def _first_updates(config: DictConfig) -> DictConfig:
+    few = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+    few.logger, few.ckpt_path = {}, None
+    few.trainer.max_steps = _WARM_UP
+    return few  # type: ignore[return-value]
+
+
+def _told(
+    common: list[str], contenders: dict[str, list[str]], seeds: int, processes: int
+) -> list[str]:
+    """How a comparison was made, with the command of each run."""
+    lines = [f"gdtrain-compare {shlex.join(sys.argv[1:])}".strip()]
+    each = f"0 to {seeds - 1}" if seeds > 1 else "0"
+    lines += [
+        f"{name}: gdtrain {shlex.join([*common, *overrides])} seed=… ({each})"
+        for name, overrides in contenders.items()
+    ]
+    lines.append(
+        "All contenders have the same seeds, and with them the same initial weights, where the "
+        "model is the same, and the same training, validation and test examples."
+    )
+    lines.append(
+        f"{processes} processes ran side by side, so seconds are those of a machine that was "
+        f"busy; jobs=1 trains one run after another."
+        if processes > 1
+        else "One run was trained after another."
+    )
+    lines.append(
+        f"Before each run its process made {_WARM_UP} updates and threw them away, so what a "
+        f"process loads once is not in the seconds; what callbacks do while training is."
+    )
+    return lines
+
+
+def _shown(folder: Path) -> str:
+    relative = os.path.relpath(folder)
+    return str(folder) if relative.startswith("..") else relative
+
+
+# ---------------------------------------------------------------------- the landscape
+
+_LANDSCAPE: dict[str, type] = {
+    "span": float,
+    "points": int,
+    "examples": int,
+    "seed": int,
+    "megabytes": float,
+}
+
+
+def landscape_main() -> None:
+    """Draw the objective around a checkpoint; ends the process with its exit code.
+
+    Example:
+        >>> sys.argv = ["landscape.py", "run=outputs", "points=few"]
+        >>> landscape_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    usage = (
+        "usage: landscape.py ckpt_path=CHECKPOINT | run=FOLDER | ckpt_dir=FOLDER [output=FOLDER] "
+        "[span=1] [points=31] [examples=2048] [seed=0] [megabytes=2048] [data.KEY=VALUE …] "
+        "[trust=PACKAGE]"
+    )
+    places = ("ckpt_path", "run", "ckpt_dir")
+    try:
+        found = _key_values(usage, (), (*places, "output", *_LANDSCAPE, "data.", "trust"))
+        given = [key for key in places if key in found]
+        if len(given) != 1:
+            raise ConfigurationError(
+                f"One of ckpt_path=…, run=… and ckpt_dir=… says what to draw. Received: "
+                f"{' and '.join(given) or 'none'}.\n{usage}"
+            )
+        empty = [key for key, value in found.items() if value == ""]
+        if empty:
+            raise ConfigurationError(f"{empty[0]} must have a value. Received: {empty[0]}=")
+        options = {
+            key: _number(key, found[key], kind) for key, kind in _LANDSCAPE.items() if key in found
+        }
+        dots = [f"{k[5:]}={v}" for k, v in found.items() if k.startswith("data.")]
+        _speak()
+        warnings.showwarning = _warn  # type: ignore[assignment]
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        from gdtrain.experiment import find_checkpoint, landscape
+
+        path = found["ckpt_path"] if given == ["ckpt_path"] else find_checkpoint(found[given[0]])
+        folder, pictures = landscape(
+            path,
+            found.get("output"),
+            overrides=OmegaConf.to_container(OmegaConf.from_dotlist(dots)),  # type: ignore[arg-type]
+            trust=_trust(found),
+            **options,
+        )
+    except (
+        ValueError,
+        OSError,
+        TypeError,
+        HydraException,
+        OmegaConfBaseException,
+        YAMLError,
+    ) as error:
+        sys.exit(_complain(_innermost(error)))
+    except KeyboardInterrupt:
+        sys.exit(_EXIT_CODES["INTERRUPTED"])
+    shown = os.path.relpath(folder)
+    shown = str(folder) if shown.startswith("..") else shown
+    for name, picture in pictures.items():
+        print(f"{shown}/{name}.png: {picture.title.splitlines()[0]}")
+    if "trajectory" not in pictures and "surface" not in pictures:
+        print("No trajectory.npz lies in the run's folder: its path is not drawn.")
+    print(f"Images: tensorboard --logdir {shown}")
+
+
+def _number(key: str, value: str, kind: type) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigurationError(f"{key} must be {what}. Received: {key}={value}") from None

@@ -86,6 +86,7 @@ _KEYS = (
     "optimizer",
     "logger",
     "callbacks",
+    "instruments",
 )
 _SWITCHES = ("optimizer.nesterov", "optimizer.maximize", "data.standardize", "decay_biases")
 _AUTOMATIC = ("optimizer.lr", "data.micro_batch_size", "data.updates_per_sweep")

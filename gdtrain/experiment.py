@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning import seed_everything
@@ -24,11 +25,13 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from gdtrain.configuration import ConfigurationError, check
 from gdtrain.data import DataModule, Preprocessing, read_features
 from gdtrain.losses import Loss
-from gdtrain.module import SupervisedModule
+from gdtrain.module import SupervisedModule, parameter_groups
+from gdtrain.objective import Objective
 from gdtrain.training import (
     Result,
     _quiet,
@@ -42,9 +45,19 @@ from gdtrain.training import (
 )
 
 if TYPE_CHECKING:
+    from gdtrain.landscape import Grid, Line
     from gdtrain.rate_finder import RateCurve
 
-__all__ = ["Trained", "evaluate", "find_lr", "load_trained", "predict_file", "train"]
+__all__ = [
+    "Trained",
+    "evaluate",
+    "find_checkpoint",
+    "find_lr",
+    "landscape",
+    "load_trained",
+    "predict_file",
+    "train",
+]
 
 # What a checkpoint may name as the class of a model or loss, or of its data.
 _TRUSTED = ("gdtrain.models", "gdtrain.losses", "gdtrain.data", "torch.nn", "torchvision.models")
@@ -92,7 +105,7 @@ def train(config: DictConfig, directory: str | Path) -> Result:
             module,
             data,
             trainer=instantiate(config.trainer, _convert_="all"),
-            callbacks=_values(config.callbacks),
+            callbacks=[*_values(config.callbacks), *_values(config.instruments)],
             loggers=_values(config.logger),
             directory=folder,
             variant=config.variant,
@@ -455,6 +468,18 @@ def _data_state(state: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     return dict(state[name])
 
 
+def _same_data(
+    trained: Trained, path: str | Path, overrides: Mapping[str, Any] | None
+) -> DataModule:
+    """The data that a checkpoint was trained on, split and prepared as then."""
+    config = {**trained.state["gdtrain"]["description"]["data"], **(overrides or {})}
+    data: DataModule = instantiate(OmegaConf.create(config), _convert_="all")
+    data.prepare_data()
+    data.setup()
+    data.check_same_data(_data_state(trained.state, path))
+    return data
+
+
 def evaluate(
     path: str | Path, overrides: Mapping[str, Any] | None = None, trust: tuple[str, ...] = ()
 ) -> dict[str, float]:
@@ -479,11 +504,7 @@ def evaluate(
         FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
     trained = load_trained(path, trust)
-    config = {**trained.state["gdtrain"]["description"]["data"], **(overrides or {})}
-    data: DataModule = instantiate(OmegaConf.create(config), _convert_="all")
-    data.prepare_data()
-    data.setup()
-    data.check_same_data(_data_state(trained.state, path))
+    data = _same_data(trained, path, overrides)
     if not data.count("test"):
         raise ValueError("There is no test part: test_fraction was 0.")
     scale = data.preprocessing.target_scale
@@ -547,3 +568,182 @@ def predict_file(
     except FileExistsError:
         raise FileExistsError(f"{output} exists already; choose another output=…") from None
     return int(np.shape(inputs)[0])
+
+
+# ---------------------------------------------------------------------- the landscape
+
+
+def landscape(
+    path: str | Path,
+    directory: str | Path | None = None,
+    *,
+    span: float | None = None,
+    points: int | None = None,
+    examples: int = 2048,
+    seed: int = 0,
+    megabytes: float = 2048.0,
+    overrides: Mapping[str, Any] | None = None,
+    trust: tuple[str, ...] = (),
+) -> tuple[Path, dict[str, Line | Grid]]:
+    """Draw the objective around a checkpoint, and the path of its run, into a folder.
+
+    `landscape-1d.png` and `landscape-2d.png` (random directions, filter-normalised), and
+    `trajectory.png` where the run has left `trajectory.npz`; for a model with one or two
+    parameters `surface.png` instead, in float64. Beside them their numbers, `landscape.npz`, and
+    the same pictures as TensorBoard's images.
+
+    Args:
+        path: Of a checkpoint that the command made.
+        directory: Where to; it must not be there, or be empty. None: `landscape`, or the first free
+            of `landscape-2`, …, in the run's folder.
+        span: Of the random directions, range (0, ∞), in lengths of the weights; None: 1. A model
+            with one or two parameters has none.
+        points: Of each axis of a plane, range [3, ∞); None: 31, for a surface 61.
+        examples: Of the training part, on which J is, range [1, ∞).
+        seed: Of the sample of examples, and of the directions.
+        megabytes: That may be taken, range (0, ∞).
+        overrides: Changes to the data's configuration, such as {"root": "data"}.
+        trust: As for `load_trained`.
+
+    Returns:
+        The folder, and the pictures by name.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint, or no such data.
+        ValueError: The checkpoint cannot be used, an argument is out of range, the folder is taken,
+            or memory does not suffice. Nothing was written.
+
+    Example:
+        >>> landscape("missing.ckpt")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no checkpoint missing.ckpt. ...
+    """
+    from gdtrain.landscape import Landscape, Snapshots, save
+
+    path = Path(path)
+    if isinstance(megabytes, bool) or not 0 < megabytes < math.inf:
+        raise ValueError(f"megabytes must be finite and > 0. Received: megabytes={megabytes}.")
+    run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    folder = _free(run_folder / "landscape") if directory is None else Path(directory)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already; choose another output=…")
+    recorded = run_folder / "trajectory.npz"
+    size = path.stat().st_size if path.is_file() else 0
+    read = size + (recorded.stat().st_size if recorded.is_file() else 0)
+    _check_memory(read, megabytes, f"The files of {path}")
+    trained = load_trained(path, trust)
+    model = trained.module.model
+    params = [p for p in model.parameters() if p.requires_grad]
+    update = int(trained.state["gdtrain"]["updates"])
+    snapshots = None
+    if recorded.is_file():
+        snapshots = Snapshots.load(recorded)
+        snapshots.check(model, recorded)
+        snapshots = snapshots.until(update, parameters_to_vector(params))
+    parameters = sum(p.numel() for p in params)
+    if parameters <= 2:
+        if span is not None:
+            raise ValueError(
+                f"span is of random directions, and a model with {parameters} parameters is drawn "
+                f"on its exact surface. Received: span={span:g}. Leave it out."
+            )
+        model.double()  # so that the minimum is one to many digits
+    elif params[0].dtype in (torch.bfloat16, torch.float16):
+        model.float()
+    needed = Landscape.bytes_needed(parameters, params[0].element_size())
+    _check_memory(read + needed, megabytes, f"Pictures of {parameters:,} parameters")
+    objective, total = _training_objective(trained, path, overrides)
+    made = Landscape(
+        objective,
+        weight_decay=_weight_decay(trained),
+        examples=examples,
+        total=total,
+        seed=seed,
+    )
+    was_there = folder.parent.exists()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".landscape-") as scratch:
+            pictures = made.pictures(snapshots, span=span, points=points)
+            save(pictures, Path(scratch) / "new", update)
+            os.replace(Path(scratch) / "new", folder)  # all of it or nothing
+    finally:
+        if not was_there:
+            discard_empty(folder.parent)
+    return folder, pictures
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The last checkpoint of a run.
+
+    Args:
+        folder: The run's, or its `checkpoints`.
+
+    Returns:
+        The path of `last.ckpt`.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or no checkpoint in it.
+
+    Example:
+        >>> find_checkpoint("missing")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no folder missing. ...
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}. A run's is outputs/<name>/<time>.")
+    for path in (folder / "checkpoints" / "last.ckpt", folder / "last.ckpt"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(
+        f"{folder} holds no run: expected checkpoints/last.ckpt in it. Received: "
+        f"{', '.join(sorted(os.listdir(folder))[:5]) or 'an empty folder'}."
+    )
+
+
+def _free(folder: Path) -> Path:
+    """The folder, or the first free one with a number."""
+    number = 2
+    free = folder
+    while free.exists():
+        free = folder.with_name(f"{folder.name}-{number}")
+        number += 1
+    return free
+
+
+def _check_memory(needed: int, megabytes: float, what: str) -> None:
+    if needed > megabytes * 2**20:
+        raise ValueError(
+            f"{what} take about {needed / 2**20:,.0f} MB of memory, more than megabytes="
+            f"{megabytes:g}. Raise it if there is more."
+        )
+
+
+def _training_objective(
+    trained: Trained, path: Path, overrides: Mapping[str, Any] | None
+) -> tuple[Objective, int]:
+    """J of a checkpoint on its training examples, and their number N."""
+    from gdtrain.rate_finder import _examples
+
+    data = _same_data(trained, path, overrides)
+    module = trained.module
+    dtype = next(module.model.parameters()).dtype
+    inputs, targets = (
+        t.to("cpu", dtype if t.is_floating_point() else None) for t in _examples(data)
+    )
+    return Objective(module.model, module.loss, inputs, targets), data.num_train
+
+
+def _weight_decay(trained: Trained) -> list[float]:
+    """λ of each trainable parameter, from the optimizer's groups; a decoupled one is not of J."""
+    model, state = trained.module.model, trained.state
+    saved = (state.get("optimizer_states") or [{}])[0].get("param_groups", [])
+    own = parameter_groups(model, state["gdtrain"]["settings"]["decay_biases"] == "True")
+    decays: dict[int, float] = {}
+    for group, then in zip(own, saved, strict=False):
+        decay = 0.0 if then.get("decoupled_weight_decay") else then.get("weight_decay", 0.0)
+        decays.update({id(p): float(decay) for p in group["params"]})
+    return [decays.get(id(p), 0.0) for p in model.parameters() if p.requires_grad]

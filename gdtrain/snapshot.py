@@ -58,8 +58,8 @@ class Snapshot:
         """Put all back as it was; may be called again."""
         for tensor, old in zip(self._tensors, self._kept, strict=True):
             tensor.copy_(old)
-        for p, gradient in zip(self._objective.params, self._gradients, strict=True):
-            p.grad = gradient
+        for parameter, gradient in zip(self._objective.params, self._gradients, strict=True):
+            parameter.grad = gradient
         self._optimizer.state.clear()
         for p, state in self._states:
             self._optimizer.state[p] = copy.deepcopy(state)

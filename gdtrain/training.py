@@ -25,17 +25,22 @@ from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from numpy.typing import ArrayLike, NDArray
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
+from torch.utils.tensorboard.summary import hparams
 
 from gdtrain.callbacks import (
     BestAndLast,
     Convergence,
     Divergence,
     History,
+    Instrument,
     Interrupt,
     LossCurves,
     ProgressLine,
 )
+from gdtrain.callbacks.curves import described
 from gdtrain.configuration import read_defaults
 from gdtrain.data import ArrayDataModule, DataModule, features
 from gdtrain.distributed import ExactDDP
@@ -63,6 +68,7 @@ __all__ = [
 Variant = Literal["gd", "sgd", "minibatch"]
 _OPTIMIZERS = {"gd": GD, "sgd": SGD, "minibatch": MiniBatchSGD}
 _log = logging.getLogger("gdtrain")
+_TELLING = ("variant", "optimizer.lr", "lr", "data.batch_size", "schedule", "seed")
 _MODELS = {"linear": Linear, "mlp": MLP, "cnn": CNN}
 
 
@@ -116,8 +122,8 @@ class Result:
         """
         return predict(self.module, self.data.preprocessing, inputs)
 
-    def plot(self, by: Literal["update", "examples", "seconds"] = "update") -> Any:
-        """Training and validation loss.
+    def plot(self, by: Literal["update", "examples", "epoch", "seconds"] = "update") -> Any:
+        """Training and validation loss; the band is the smallest and largest of an interval.
 
         Args:
             by: The horizontal axis.
@@ -129,15 +135,26 @@ class Result:
 
         figure = Figure(figsize=(6, 4), layout="constrained")
         axes = figure.subplots()
+        x, low, high = (self.history.array("train", name) for name in (by, "min", "max"))
+        if (low < high).any():
+            axes.fill_between(x, low, high, alpha=0.2, linewidth=0, label="smallest to largest")
         for part, tag, style in (("train", "loss", "-"), ("val", "loss/val", "--")):
             x, y = self.history.array(part, by), self.history.array(part, tag)
             if len(y):
                 axes.plot(x, y, style, label={"train": "training", "val": "validation"}[part])
-        labels = {"update": "updates", "examples": "examples seen", "seconds": "seconds"}
+        labels = {
+            "update": "updates",
+            "examples": "examples seen",
+            "epoch": "epochs",
+            "seconds": "seconds",
+        }
         axes.set(xlabel=labels[by], ylabel="loss", title=f"{self.summary['variant']}: loss")
-        losses = self.history.array("train", "loss")
-        if len(losses) and (losses > 0).all():
+        drawn = np.append(
+            self.history.array("train", "loss"), self.history.array("val", "loss/val")
+        )
+        if len(drawn) and (drawn > 0).all():
             axes.set_yscale("log")
+            axes.set_ylim(bottom=drawn.min() / 2)  # the smallest of one example may be far below
         axes.legend()
         return figure
 
@@ -427,6 +444,9 @@ def run(
                 if isinstance(callback, BestAndLast) and lightning.is_global_zero:
                     callback.take_over(Path(checkpoint))
         seed_everything(seed, verbose=False)
+        if folder is not None and (folder / "config.yaml").is_file():
+            config = (folder / "config.yaml").read_text(encoding="utf-8")
+            _log_text(lightning, "configuration", f"```yaml\n{config}```", module.updates)
         lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
         seconds = curves.seconds
         stop = _why(lightning, module)
@@ -441,6 +461,8 @@ def run(
                 loader = data.evaluation_loader(part, rank, ranks)
                 metrics.update(module.evaluate(loader, part))
         if lightning.is_global_zero:
+            report = _report(stop, metrics, module, seconds)
+            _log_text(lightning, "result", report, module.updates)
             _log_final(lightning, module, metrics, hyperparameters or {})
         for logger in made_loggers:
             logger.finalize("success")
@@ -678,24 +700,66 @@ def _log_final(
     metrics: Mapping[str, float],
     hyperparameters: Mapping[str, Any],
 ) -> None:
-    final = {tag: value for tag, value in metrics.items() if not tag.startswith("loss/train")}
+    tested = {t: v for t, v in metrics.items() if t.endswith("/test")}
+    shown = {t: v for t, v in metrics.items() if t.endswith(("/val", "/test"))}
+    plain = {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in hyperparameters.items()
+    }
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_metrics(
-                {t: v for t, v in final.items() if t.endswith("/test")}, step=module.updates
-            )
-            shown = {t: v for t, v in metrics.items() if t.endswith(("/val", "/test"))}
-            logger.log_hyperparams(dict(hyperparameters), shown, step=module.updates)
+            logger.log_hyperparams(plain)
+            writer = logger.experiment.file_writer  # open again for the text, since fit closed it
+            missing = tested if module.validated_at == module.updates else shown
+            writer.add_summary(described(missing, set()), module.updates)
+            for part in hparams(plain, shown):
+                writer.add_summary(_telling_first(part), module.updates)
         else:
             logger.log_metrics(
                 {
                     "examples": module.examples_seen,
                     "epoch": module.updates / module.updates_per_epoch,
-                    **{t: v for t, v in final.items() if t.endswith("/test")},
+                    **tested,
                 },
                 step=module.updates,
             )
-            logger.log_hyperparams(dict(hyperparameters))
+            logger.log_hyperparams(plain)
+
+
+def _telling_first(summary: Summary) -> Summary:
+    """TensorBoard's table shows five hyperparameters: those that "differ" first, then by name."""
+    plugin = summary.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name in _TELLING
+    plugin.content = data.SerializeToString()
+    return summary
+
+
+def _log_text(trainer: Trainer, tag: str, markdown: str, step: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            logger.experiment.add_text(tag, markdown, step)
+
+
+def _report(
+    stop: Stop, metrics: Mapping[str, float], module: SupervisedModule, seconds: float
+) -> str:
+    """How the run ended, as Markdown."""
+    parts = [part for part in ("train", "val", "test") if f"loss/{part}" in metrics]
+    names = ["loss", *sorted({t.split("/")[1] for t in metrics if t.startswith("metric/")})]
+    rows = [["", *parts], ["---"] * (1 + len(parts))]
+    for name in names:
+        tags = [f"loss/{p}" if name == "loss" else f"metric/{name}/{p}" for p in parts]
+        rows.append([name, *(f"{metrics[tag]:.6g}" if tag in metrics else "–" for tag in tags)])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    work = (
+        f"{module.updates:,} updates, {module.examples_seen:,} examples seen, {seconds:.1f} s, "
+        f"engine {module.engine_in_use}."
+    )
+    return "\n\n".join(
+        filter(None, (f"**{stop.reason.value}**: {stop.message}", stop.advice, table, work))
+    )
 
 
 def _summary(
@@ -718,6 +782,7 @@ def _summary(
         "stop_message": stop.message,
         "stop_numbers": _plain(stop.numbers),
         "certificate": _plain(module.certificate),
+        "instruments": _shown(trainer),
         "lr": _rate(module),
         "stop_advice": stop.advice,
         "metrics": {tag: value if math.isfinite(value) else None for tag, value in metrics.items()},
@@ -747,6 +812,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _shown(trainer: Trainer) -> dict[str, Any]:
+    """What the instruments tell of the run, by name."""
+    found: dict[str, Any] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Instrument):
+            found |= callback.summary()
+    return _plain(found)
 
 
 def _rate(module: SupervisedModule) -> dict[str, Any] | None:

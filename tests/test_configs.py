@@ -21,7 +21,8 @@ MNIST = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "mni
 GROUPS = {
     "callbacks": 5,
     "data": 13,
-    "experiment": 13,
+    "experiment": 21,
+    "instruments": 3,
     "logger": 3,
     "loss": 8,
     "model": 4,
@@ -72,10 +73,10 @@ def test_each_file_composes_and_instantiates(group, choice, tmp_path):
     config = composed(*overrides)
     check(OmegaConf.to_container(config, resolve=True))
     for name in GROUPS:
-        if name in ("experiment", "callbacks", "logger") or not config[name]:
+        if name in ("experiment", "callbacks", "instruments", "logger") or not config[name]:
             continue
         assert instantiate(config[name], _convert_="all") is not None
-    for name in ("callbacks", "logger"):
+    for name in ("callbacks", "instruments", "logger"):
         for entry in (config[name] or {}).values():
             assert instantiate(entry, _convert_="all") is not None
 

@@ -31,12 +31,12 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 LAYERS = [
     ["rules", "schedules", "losses", "dropout", "stopping", "configuration", "step_sizes"],
     ["objective", "optim"],
-    ["models", "data", "minimization", "curvature"],
+    ["models", "data", "minimization", "curvature", "landscape", "snapshot", "instruments"],
     ["sweep"],
     ["race", "diagnosis", "certificates"],
     ["module"],
-    ["callbacks", "distributed", "rate_finder"],
-    ["training"],
+    ["callbacks", "distributed", "rate_finder", "explanation", "comparison"],
+    ["training", "report"],
     ["experiment"],
     ["cli"],
 ]

@@ -1,17 +1,31 @@
-"""What TensorBoard itself answers about a sweep of the three variants."""
+"""What TensorBoard itself answers, and shows, about a sweep of the three variants."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 from tensorboard import program
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gdtrain.experiment import train
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture(scope="module")
-def answer(tmp_path_factory):
+def url(tmp_path_factory):
     from hydra import compose, initialize_config_dir
 
     from gdtrain.configuration import conf_directory
@@ -19,12 +33,16 @@ def answer(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs with spaces, ü")
     for variant in ("gd", "sgd", "minibatch"):
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            config = compose("train", [f"optimizer={variant}", "trainer.max_epochs=10"])
+            words = [f"optimizer={variant}", "instruments=off", "trainer.max_epochs=10"]
+            config = compose("train", words)
         train(config, root / f"digits-mlp-{variant}" / "now")
     board = program.TensorBoard()
     board.configure(argv=["tensorboard", "--logdir", str(root), "--port", "0", "--load_fast=false"])
-    url = board.launch()
+    return board.launch()
 
+
+@pytest.fixture(scope="module")
+def answer(url):
     def ask(path, body=None, **query):
         address = f"{url}data/{path}?{urllib.parse.urlencode(query)}"
         data = None if body is None else json.dumps(body).encode()
@@ -32,8 +50,6 @@ def answer(tmp_path_factory):
         request = urllib.request.Request(address, data=data, headers=headers)
         with urllib.request.urlopen(request, timeout=30) as reply:
             return json.loads(reply.read())
-
-    import time
 
     for _ in range(60):
         if len(ask("plugin/scalars/tags")) == 3:
@@ -68,8 +84,8 @@ def test_losses_of_the_variants_lie_over_each_other_by_examples(answer):
     }
 
 
-def test_no_tag_but_those_of_the_contract(answer):
-    for tags in answer("plugin/scalars/tags").values():
+def test_no_tag_but_those_of_the_contract_and_their_axes(answer):
+    for run, tags in answer("plugin/scalars/tags").items():
         assert set(tags) == {
             "loss/train",
             "loss/val",
@@ -77,21 +93,78 @@ def test_no_tag_but_those_of_the_contract(answer):
             "lr",
             "metric/accuracy/val",
             "metric/accuracy/test",
-            "by_sample/loss/train",
-            "by_sample/loss/val",
+            "time/updates_per_second",
+            *(
+                f"{axis}/loss/{part}"
+                for axis in ("by_sample", "by_epoch", "by_millisecond")
+                for part in ("train", "val")
+            ),
+            *(
+                f"spread/loss/train/{name}"
+                for name in ("mean", "min", "max")
+                if "sgd" in run  # the others make fewer updates than there are points
+            ),
         }
+        assert all(tag["description"].startswith("<p>") for tag in tags.values())
 
 
-def test_training_and_validation_loss_share_a_chart(answer):
+def test_losses_of_the_variants_lie_over_each_other_by_epochs(answer):
+    for run in answer("runs"):
+        points = answer("plugin/scalars/scalars", run=run, tag="by_epoch/loss/train")
+        assert [step for _, step, _ in points] == list(range(1, 11))
+        points = answer("plugin/scalars/scalars", run=run, tag="by_epoch/loss/val")
+        validated = [10] if run == "digits-mlp-gd/now" else list(range(1, 11))
+        assert [step for _, step, _ in points] == validated
+
+
+def test_the_page_of_custom_scalars_shows_what_the_runs_have(answer):
     layout = answer("plugin/custom_scalars/layout")
+    titles = [category["title"] for category in layout["category"]]
+    assert titles == ["loss", "rate", "gradient", "time"]  # once, not once for each run
     charts = [chart for category in layout["category"] for chart in category["chart"]]
-    assert ["loss/train", "loss/val"] in [chart["multiline"]["tag"] for chart in charts]
+    lines = {c["title"]: "|".join(c["multiline"]["tag"]) for c in charts if "multiline" in c}
+    run = "digits-mlp-sgd/now"
+    shown = {
+        title: set(answer("plugin/custom_scalars/scalars", run=run, tag=tags)["tag_to_events"])
+        for title, tags in lines.items()
+    }
+    assert shown["against updates"] == {"loss/train", "loss/val"}
+    axes = {"examples seen": "by_sample", "epochs": "by_epoch", "milliseconds": "by_millisecond"}
+    for title, axis in axes.items():
+        assert shown[f"against {title}"] == {f"{axis}/loss/train", f"{axis}/loss/val"}
+    assert shown["step size η, and from where on descent is unstable"] == {"lr"}
+    assert shown["updates per second"] == {"time/updates_per_second"}
+    (band,) = (c["margin"]["series"][0] for c in charts if "margin" in c)
+    edges = {name: answer("plugin/scalars/scalars", run=run, tag=tag) for name, tag in band.items()}
+    steps = {name: [step for _, step, _ in points] for name, points in edges.items()}
+    assert steps["value"] == steps["lower"] == steps["upper"]  # else TensorBoard draws nothing
+    numbers = {name: np.array([v for *_, v in points]) for name, points in edges.items()}
+    assert (numbers["lower"] <= numbers["value"]).all()
+    assert (numbers["value"] <= numbers["upper"]).all()
+
+
+def test_text_holds_the_configuration_and_the_end(answer):
+    for run, tags in answer("plugin/text/tags").items():
+        assert {tag.split("/")[0] for tag in tags} == {"configuration", "result"}
+        texts = {
+            tag.split("/")[0]: answer("plugin/text/text", run=run, tag=tag)[0]["text"]
+            for tag in tags
+        }
+        variant = run.split("/")[0].rsplit("-", 1)[-1]
+        assert f"variant: {variant}" in texts["configuration"]
+        assert "max_epochs: 10" in texts["configuration"]
+        assert "<strong>BUDGET</strong>: All" in texts["result"]
+        tested = answer("plugin/scalars/scalars", run=run, tag="metric/accuracy/test")[-1][-1]
+        row = texts["result"].partition("<td>accuracy</td>")[2].partition("</tr>")[0]
+        assert float(row.split("<td>")[-1].partition("<")[0]) == pytest.approx(tested, rel=1e-5)
 
 
 def test_hyperparameters_stand_beside_the_final_metrics(answer):
     experiment = answer("plugin/hparams/experiment", body={"experimentName": ""})
     names = {info["name"] for info in experiment["hparamInfos"]}
     assert {"variant", "optimizer.lr", "data.batch_size", "schedule", "seed"} <= names
+    first = [info["name"] for info in experiment["hparamInfos"]][:5]
+    assert first == ["data.batch_size", "optimizer.lr", "schedule", "seed", "variant"]
     metrics = {info["name"]["tag"] for info in experiment["metricInfos"]}
     assert {"loss/test", "metric/accuracy/test", "loss/val"} <= metrics
     body = {
@@ -107,3 +180,144 @@ def test_hyperparameters_stand_beside_the_final_metrics(answer):
     groups = answer("plugin/hparams/session_groups", body=body)["sessionGroups"]
     assert {group["hparams"]["variant"] for group in groups} == {"gd", "sgd", "minibatch"}
     assert all(group["metricValues"][0]["value"] > 0 for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "digits-mlp-sgd/lr-auto_batch-1_seed-0_"),
+        (["optimizer.lr=1e-05", "seed=3"], "digits-mlp-sgd/lr-1e-05_batch-1_seed-3_"),
+        (["optimizer=gd", "data=csv"], "csv-mlp-gd/lr-auto_batch-full_seed-0_"),
+        (["optimizer=minibatch", "~optimizer.lr"], "digits-mlp-minibatch/lr-own_batch-32_seed-0_"),
+    ],
+)
+def test_the_runs_of_a_sweep_have_telling_names(words, name):
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from gdtrain.configuration import conf_directory
+
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        config = compose("train", [*words, "hydra.job.num=7"], return_hydra_config=True)
+        HydraConfig.instance().set_config(config)
+        folder = config.hydra.sweep.subdir
+    assert folder.startswith(name)
+    assert re.fullmatch(r"[\d_-]+-7", folder.removeprefix(name))
+    assert not set(folder) & set(':=,*?"<>|\\ ')  # for Windows, and for ckpt_path=…
+    override = OverridesParser.create().parse_override(f"ckpt_path={folder}/last.ckpt")
+    assert override.value() == f"{folder}/last.ckpt"
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_readable_curves(tmp_path):
+    folder = tmp_path / "läufe mit leerzeichen"
+    folder.mkdir()
+    words = ["optimizer=sgd", "data=iris", "model=linear", "trainer.max_epochs=100000"]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *words, "instruments=off"],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not list(folder.glob("outputs/*/*/metrics.csv")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(2)
+        os.kill(process.pid, signal.SIGKILL)
+    (run,) = folder.glob("outputs/*/*")
+    assert not (run / "summary.json").exists()
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    points = events.Scalars("by_epoch/loss/val")
+    killed = max(path.stat().st_mtime for path in run.iterdir())
+    assert len(points) > 10
+    assert killed - 2 < points[-1].wall_time <= killed
+    assert (
+        b"max_epochs: 100000"
+        in events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0]
+    )
+    assert len(pd.read_csv(run / "metrics.csv")) > 10
+
+
+# ------------------------------------------------------------------ as a browser shows it
+
+TEXT = """
+const found = [];
+const walk = node => {
+  if (node.nodeType === Node.TEXT_NODE) found.push(node.textContent.trim());
+  if (["STYLE", "SCRIPT", "TEMPLATE", "NOSCRIPT"].includes(node.nodeName)) return;
+  if (node.shadowRoot) walk(node.shadowRoot);
+  node.childNodes.forEach(walk);
+};
+walk(document.body);
+return found.filter(text => text).join("\\n");
+"""
+
+
+@pytest.fixture(scope="module")
+def page():
+    """From an address to the text that headless Chromium shows there."""
+    driver, browser = shutil.which("chromedriver"), shutil.which("chromium")
+    if driver is None or browser is None:
+        pytest.skip("Chromium and its driver are not installed.")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL)
+    address = f"http://127.0.0.1:{port}"
+
+    def call(method, path, body=None):
+        request = urllib.request.Request(
+            address + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+            method=method,
+        )
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return json.loads(reply.read())["value"]
+
+    for _ in range(100):
+        try:
+            call("GET", "/status")
+            break
+        except OSError:
+            time.sleep(0.1)
+    arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage"]
+    options = {"goog:chromeOptions": {"args": [*arguments, "--window-size=1280,2000"]}}
+    session = call("POST", "/session", {"capabilities": {"alwaysMatch": options}})
+    address += f"/session/{session['sessionId']}"
+
+    def text(url, *awaited):
+        call("POST", "/url", {"url": "about:blank"})
+        call("POST", "/url", {"url": url})
+        shown = ""
+        for _ in range(120):
+            shown = call("POST", "/execute/sync", {"script": TEXT, "args": []})
+            if all(part in shown for part in awaited):
+                break
+            time.sleep(0.25)
+        return shown
+
+    yield text
+    call("DELETE", "")
+    process.terminate()
+    process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tab", "parts"),
+    [
+        ("timeseries", ["by_epoch/loss", "by_millisecond/loss", "digits-mlp-minibatch/now"]),
+        ("scalars", ["by_epoch/loss/train", "spread", "digits-mlp-gd/now"]),
+        ("custom_scalars", ["against epochs", "Matches (6)", "updates per second"]),
+        ("text", ["variant: gd", "configuration/text_summary", "max_epochs: 10"]),
+        ("hparams", ["optimizer.lr", "minibatch", "PARALLEL COORDINATES VIEW"]),
+    ],
+)
+def test_a_browser_shows(answer, url, page, tab, parts):
+    assert len(answer("runs")) == 3
+    shown = page(f"{url}#{tab}", *parts)
+    for part in parts:
+        assert part in shown
+    assert "Missing Tags" not in shown

@@ -730,8 +730,8 @@ class _Slopes:
 
 def _rate(group: dict[str, Any]) -> float:
     """η (1 − dampening)/(1 − μ): how far a gradient moves θ in the end."""
-    momentum = float(group["momentum"])
-    share = (1 - float(group["dampening"])) / (1 - momentum) if 0 < momentum < 1 else 1.0
+    momentum = float(group.get("momentum", 0.0))  # other optimizers have none
+    share = (1 - float(group.get("dampening", 0.0))) / (1 - momentum) if 0 < momentum < 1 else 1.0
     return float(group["lr"]) * share
 
 

@@ -1,28 +1,73 @@
-"""Loss curves: by update and by example, in TensorBoard, in metrics.csv and in memory."""
+"""Loss curves by update, example, epoch and time: in TensorBoard, metrics.csv and memory."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
 from gdtrain.module import SupervisedModule
 
-__all__ = ["History", "LossCurves"]
+__all__ = ["History", "LossCurves", "described"]
 
-_LAYOUT = {
+_BAND = tuple(f"spread/loss/train/{name}" for name in ("mean", "min", "max"))
+_SPEED = "time/updates_per_second"
+_AXES = {  # further horizontal axes of the losses: TensorBoard's is the update number
+    "by_sample": "Step: examples seen, so that variants with different batch sizes compare.",
+    "by_epoch": "Step: passes over the training examples.",
+    "by_millisecond": "Step: milliseconds since training began (12k are 12 seconds).",
+}
+_DESCRIPTIONS = {
+    "loss/train": "Mean loss of the updates since the point before, each taken on the update's own "
+    "examples, before it.",
+    "loss/val": "Mean loss of the validation examples.",
+    "loss/test": "Mean loss of the test examples, at the end.",
+    "spread/loss/train/mean": "Mean loss of the updates since the point before, as `loss/train`.",
+    "spread/loss/train/min": "Smallest loss of an update since the point before.",
+    "spread/loss/train/max": "Largest loss of an update since the point before.",
+    "lr": "η, the step size, of the last update before the point.",
+    _SPEED: "Updates per second of training since the point before, without validations.",
+}
+# The same in all runs: TensorBoard joins the pages of the runs that it shows. Tags are regular
+# expressions in "Multiline", and names in "Margin" (value, lower edge, upper edge).
+_PAGE = {
     "loss": {
-        "training and validation": ["Multiline", ["loss/train", "loss/val"]],
-        "by examples seen": ["Multiline", ["by_sample/loss/train", "by_sample/loss/val"]],
+        "against updates": ["Multiline", ["^loss/train$", "^loss/val$"]],
+        "training, smallest to largest of an interval": ["Margin", list(_BAND)],
+        "against examples seen": ["Multiline", ["^by_sample/loss/train$", "^by_sample/loss/val$"]],
+        "against epochs": ["Multiline", ["^by_epoch/loss/train$", "^by_epoch/loss/val$"]],
+        "against milliseconds": [
+            "Multiline",
+            ["^by_millisecond/loss/train$", "^by_millisecond/loss/val$"],
+        ],
     },
-    "rate": {"step size": ["Multiline", ["lr"]]},
+    "rate": {
+        "step size η, and from where on descent is unstable": [
+            "Multiline",
+            ["^lr$", "^curvature/limit$"],
+        ],
+        "curvature, and 2/η": [
+            "Multiline",
+            ["^curvature/(batch_)?sharpness$", "^curvature/two_over_lr$"],
+        ],
+        "length of a step, relative to the parameters": ["Multiline", ["^step/ratio$"]],
+    },
+    "gradient": {
+        "norm": ["Multiline", ["^gradient/norm$"]],
+        "norm, by layer": ["Multiline", ["^gradient/norm/"]],
+        "cosine of one gradient with the next": ["Multiline", ["^gradient/cosine$"]],
+        "signal to noise": ["Multiline", ["^noise/signal_to_noise$"]],
+        "noise scale, in examples, with its interval": ["Multiline", ["^noise/scale"]],
+    },
+    "time": {"updates per second": ["Multiline", [f"^{_SPEED}$"]]},
 }
 
 
@@ -31,8 +76,9 @@ class History:
     """A run in numbers: columns by name, one row for each logged point.
 
     Args:
-        train: "update", "examples", "seconds", "loss" (mean since the row before) and "lr".
-        val: "update", "examples", "seconds", and each validation metric by its tag.
+        train: "update", "examples", "epoch", "seconds", "loss" (mean since the row before), "min"
+            and "max" (of an update since the row before) and "lr".
+        val: "update", "examples", "epoch", "seconds", and each validation metric by its tag.
 
     Example:
         >>> History().array("train", "loss")
@@ -65,16 +111,27 @@ class History:
 class LossCurves(Callback):
     """Writes the curves of a `SupervisedModule` to the trainer's loggers.
 
-    Tags: `loss/train` (mean over the updates since the last point), `lr`, `loss/val`,
-    `metric/<name>/val`, with the number of updates made as step; the losses again under
-    `by_sample/…` with the number of examples seen as step, so that variants with different batch
-    sizes lie over each other. Loggers other than TensorBoard get examples, epoch and seconds as
-    columns instead.
+    Tags, with the number of updates made as step:
 
-    State in checkpoints: the unfinished point, the seconds so far, and the history.
+    - `loss/train`, the mean over the updates since the last point; the same as
+      `spread/loss/train/mean` between `…/min` and `…/max`, the smallest and largest of them, unless
+      every update is a point; `loss/val`; `metric/<name>/val`;
+    - `lr`, η of the last update; `time/updates_per_second`, over the time of training alone.
+
+    The losses stand again under `by_sample/…` with the number of examples seen as step, so that
+    variants with different batch sizes lie over each other; under `by_millisecond/…` with the time
+    since the start; and under `by_epoch/…`, where `loss/train` is the mean over an epoch's
+    examples (over several epochs, where there are more epochs than points). Each event carries the
+    time at which its update was made. Loggers other than TensorBoard get examples, epoch and
+    seconds as columns instead.
+
+    What was logged is on disk about a second later, whatever becomes of the process.
+
+    State in checkpoints: the unfinished point and epoch, the seconds so far, and the history.
 
     Args:
-        points: About how many points the training curves get, range [1, ∞).
+        points: At most how many points the training curves get, range [1, ∞). Where the number of
+            updates is not known, points become rarer: so many in each doubling of the run.
 
     Raises:
         ValueError: `points` is out of range.
@@ -90,31 +147,39 @@ class LossCurves(Callback):
             raise ValueError(f"points must be a whole number of at least 1. Received: {points!r}.")
         self.points = points
         self.history = History()
-        self._sum, self._count = 0.0, 0
+        self._point = _Point()
+        self._epoch = _Point()
         self._seconds_before = 0.0
         self._started = time.perf_counter()
+        self._on_disk_at = 0.0  # on the same clock
+        self._described: list[set[str]] = []  # of each logger: tags that have their description
 
     @property
     def seconds(self) -> float:
         """Since training started, over all sessions of a resumed run."""
         return self._seconds_before + time.perf_counter() - self._started
 
-    def every(self, module: SupervisedModule) -> int:
+    def every(self, module: SupervisedModule, update: int = 0) -> int:
         """Updates per point.
 
         Args:
             module: Knows the planned updates.
+            update: Where in the run, range [0, ∞).
         """
-        if module.total_updates is None:
-            return max(1, module.updates_per_epoch // 10)
-        return max(1, math.ceil(module.total_updates / self.points))
+        return self._every(module.total_updates, update, max(1, module.updates_per_epoch // 10))
+
+    def _every(self, total: int | None, done: int, least: int) -> int:
+        if total is not None:
+            return max(1, math.ceil(total / self.points))
+        return least << max(0, (done // (least * self.points)).bit_length() - 1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; lay out TensorBoard's custom scalars."""
-        self._started = time.perf_counter()
+        self._started = self._on_disk_at = time.perf_counter()
+        self._described = [set() for _ in trainer.loggers]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_custom_scalars(_LAYOUT)
+                logger.experiment.add_custom_scalars(_PAGE)
 
     def on_train_batch_end(
         self,
@@ -124,33 +189,49 @@ class LossCurves(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Cut the losses of the sweep into points."""
+        """Cut the losses of the sweep into points, and into epochs."""
         module = cast(SupervisedModule, pl_module)
         losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
         rates = outputs["rates"]
-        first, per_update = outputs["first"], outputs["examples"]
-        last = first + len(losses)
-        every = self.every(module)
+        first, size = outputs["first"], outputs["examples"]
+        last, total = first + len(losses), module.total_updates
         # Within the sweep the clock was not read: its updates take equal times.
+        each = outputs["seconds"] / len(losses)
         now = self.seconds
-        began = now - outputs["seconds"]
-        done = first
-        while done < last:
-            point = min((done // every + 1) * every, last)
-            self._sum += float(losses[done - first : point - first].sum())
-            self._count += point - done
-            done = point
-            if done % every == 0 or done == module.total_updates:
+        for start, end in _pieces(first, last, lambda done: self.every(module, done)):
+            self._point.add(losses[start - first : end - first], size, each)
+            if end % self.every(module, start) == 0 or end == total:
+                point, self._point = self._point, _Point()
                 row = {
-                    "update": done,
-                    "examples": module.examples_seen - (last - done) * per_update,
-                    "seconds": began + (now - began) * (done - first) / len(losses),
-                    "loss": self._sum / self._count,
-                    "lr": float(rates[done - 1 - first]),
+                    "update": end,
+                    "examples": module.examples_seen - (last - end) * size,
+                    "epoch": end / module.updates_per_epoch,
+                    "seconds": now - (last - end) * each,
+                    "loss": point.sum / point.updates,
+                    "min": point.min,
+                    "max": point.max,
+                    "lr": float(rates[end - 1 - first]),
                 }
-                self._sum, self._count = 0.0, 0
                 self.history.append("train", row)
-                self._log(trainer, module, {"loss/train": row["loss"], "lr": row["lr"]}, row)
+                values = {"loss/train": row["loss"], "lr": row["lr"]}
+                if total is None or self.every(module) > 1:
+                    values |= zip(_BAND, (row["loss"], point.min, point.max), strict=True)
+                if point.seconds > 0:
+                    values[_SPEED] = point.updates / point.seconds
+                self._log(trainer, values, row)
+        per_epoch = module.updates_per_epoch
+        epochs = None if total is None else math.ceil(total / per_epoch)
+
+        def whole(done: int) -> int:
+            return per_epoch * self._every(epochs, done // per_epoch, 1)
+
+        for start, end in _pieces(first, last, whole):
+            self._epoch.add(losses[start - first : end - first], size, each)
+            if end % whole(start) == 0 or (end == total and end % per_epoch == 0):
+                epoch, self._epoch = self._epoch, _Point()
+                values = {"by_epoch/loss/train": epoch.weighted / epoch.examples}
+                self._write(trainer, {end // per_epoch: values}, now - (last - end) * each)
+        self._keep(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the validation metrics."""
@@ -167,43 +248,63 @@ class LossCurves(Callback):
         if module.validated_at != module.updates:
             return  # of an interruption, not of the run
         values = module.validation
-        row = {"update": module.updates, "examples": module.examples_seen, "seconds": self.seconds}
-        self.history.append("val", {**row, **values})
-        self._log(trainer, module, values, row)
-
-    def _log(
-        self,
-        trainer: Trainer,
-        module: SupervisedModule,
-        values: dict[str, float],
-        row: dict[str, Any],
-    ) -> None:
-        update, examples = row["update"], row["examples"]
-        by_sample = {
-            f"by_sample/{tag}": value for tag, value in values.items() if tag.startswith("loss/")
+        row = {
+            "update": module.updates,
+            "examples": module.examples_seen,
+            "epoch": module.updates / module.updates_per_epoch,
+            "seconds": self.seconds,
         }
+        self.history.append("val", {**row, **values})
+        self._log(trainer, values, row)
+        if module.updates % module.updates_per_epoch == 0:
+            by_epoch = {"by_epoch/loss/val": values["loss/val"]}
+            self._write(trainer, {int(row["epoch"]): by_epoch}, row["seconds"])
+        self._keep(trainer)
+
+    def _log(self, trainer: Trainer, values: dict[str, float], row: dict[str, Any]) -> None:
+        events: dict[int, dict[str, float]] = {row["update"]: dict(values)}
+        for axis, step in (
+            ("by_sample", row["examples"]),
+            ("by_millisecond", round(1000 * row["seconds"])),
+        ):
+            losses = {f"{axis}/{t}": v for t, v in values.items() if t.startswith("loss/")}
+            events.setdefault(step, {}).update(losses)
+        self._write(trainer, events, row["seconds"])
+        place = {**row, "seconds": round(row["seconds"], 4)}
+        columns = {name: place[name] for name in ("examples", "epoch", "seconds")}
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_metrics({**columns, **values}, step=row["update"])
+
+    def _write(
+        self, trainer: Trainer, events: Mapping[int, Mapping[str, float]], seconds: float
+    ) -> None:
+        """All values of a step in one event: half the time of one event for each."""
+        if not trainer.is_global_zero:
+            return
+        clock = time.time() - (self.seconds - seconds)
+        for logger, known in zip(trainer.loggers, self._described, strict=True):
+            if isinstance(logger, TensorBoardLogger):
+                for step, values in events.items():
+                    logger.experiment.file_writer.add_summary(described(values, known), step, clock)
+
+    def _keep(self, trainer: Trainer) -> None:
+        """A process may be killed: put what was logged on disk, at most once a second."""
+        now = time.perf_counter()
+        if now - self._on_disk_at < 1 or not trainer.is_global_zero:
+            return
+        self._on_disk_at = now
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                if not trainer.is_global_zero:
-                    continue
-                if update == examples:
-                    _write(logger, {**values, **by_sample}, update)
-                else:
-                    _write(logger, values, update)
-                    _write(logger, by_sample, examples)
+                logger.experiment.flush()
             else:
-                place = {
-                    "examples": examples,
-                    "epoch": update / module.updates_per_epoch,
-                    "seconds": round(row["seconds"], 4),
-                }
-                logger.log_metrics({**place, **values}, step=update)
+                logger.save()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
         return {
-            "sum": self._sum,
-            "count": self._count,
+            "point": asdict(self._point),
+            "epoch": asdict(self._epoch),
             "seconds": self.seconds,
             "train": {k: list(v) for k, v in self.history.train.items()},
             "val": {k: list(v) for k, v in self.history.val.items()},
@@ -211,13 +312,85 @@ class LossCurves(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self._sum, self._count = state_dict["sum"], state_dict["count"]
+        self._point, self._epoch = _Point(**state_dict["point"]), _Point(**state_dict["epoch"])
         self._seconds_before = state_dict["seconds"]
         self.history = History(state_dict["train"], state_dict["val"])
 
 
-def _write(logger: TensorBoardLogger, values: dict[str, float], step: int) -> None:
-    """All values of a step in one event: half the time of one event for each."""
-    entries = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-    if entries:
-        logger.experiment.file_writer.add_summary(Summary(value=entries), step)
+@dataclass
+class _Point:
+    """Losses of updates, as they come in."""
+
+    updates: int = 0
+    examples: int = 0
+    sum: float = 0.0
+    weighted: float = 0.0  # each loss times its update's examples
+    min: float = math.inf
+    max: float = -math.inf
+    seconds: float = 0.0
+
+    def add(self, losses: NDArray[np.float64], size: int, seconds: float) -> None:
+        """`size` examples and `seconds` for each of the losses."""
+        total = float(losses.sum())
+        self.updates += len(losses)
+        self.examples += len(losses) * size
+        self.sum += total
+        self.weighted += total * size
+        self.min = float(np.minimum(self.min, losses.min()))
+        self.max = float(np.maximum(self.max, losses.max()))
+        self.seconds += len(losses) * seconds
+
+
+def _pieces(first: int, last: int, every: Callable[[int], int]) -> Iterator[tuple[int, int]]:
+    """Cut updates at the multiples of `every`, which may depend on the update."""
+    while first < last:
+        end = min((first // every(first) + 1) * every(first), last)
+        yield first, end
+        first = end
+
+
+def described(values: Mapping[str, float], known: set[str]) -> Summary:
+    """Scalars for TensorBoard; the first of a tag brings what its chart says about it.
+
+    Args:
+        values: By tag.
+        known: Tags that have been written; those of `values` are added.
+
+    Returns:
+        One summary, to be written at one step.
+
+    Example:
+        >>> known = set()
+        >>> first, second = described({"lr": 0.1}, known), described({"lr": 0.2}, known)
+        >>> first.value[0].metadata.summary_description
+        'η, the step size, of the last update before the point.'
+        >>> second.value[0].HasField("metadata")
+        False
+    """
+    entries = []
+    for tag, value in values.items():
+        entry = Summary.Value(tag=tag, simple_value=value)
+        if tag not in known:
+            known.add(tag)
+            entry.metadata.CopyFrom(
+                SummaryMetadata(
+                    display_name=tag,
+                    summary_description=_description(tag),
+                    plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
+                )
+            )
+        entries.append(entry)
+    return Summary(value=entries)
+
+
+def _description(tag: str) -> str:
+    axis, _, rest = tag.partition("/")
+    if axis in _AXES:
+        what = _DESCRIPTIONS[rest]
+        if axis == "by_epoch" and rest == "loss/train":
+            what = "Mean loss of an epoch's examples, each before its update."
+        return f"{what} {_AXES[axis]}"
+    if axis == "metric":
+        name, _, part = rest.partition("/")
+        return f"{name} of the {'validation' if part == 'val' else part} examples."
+    return _DESCRIPTIONS.get(tag, "")

@@ -30,11 +30,17 @@ from gdtrain.configuration import conf_directory
 from gdtrain.experiment import train
 from gdtrain.training import Result
 
-# What each row adds, to a run at a constant rate; and the ratio that is asked for, by variant.
+# What each row has, beside a run at a constant rate without instruments; and the ratio that is
+# asked for, by variant.
 ADDED: dict[str, tuple[list[str], dict[str, float]]] = {
-    "auto": (["optimizer.lr=auto"], {"gd": 1 / 1.35, "minibatch": 1 / 1.15, "sgd": 1 / 1.15}),
+    "auto": (
+        ["instruments=off", "optimizer.lr=auto"],
+        {"gd": 1 / 1.35, "minibatch": 1 / 1.15, "sgd": 1 / 1.15},
+    ),
+    "light": (["instruments=light"], {"gd": 0.95, "minibatch": 0.95, "sgd": 0.95}),
+    "full": (["instruments=full"], {"gd": 0.5, "minibatch": 0.5, "sgd": 0.5}),
     "curvature": (
-        ["+callbacks.curvature._target_=gdtrain.callbacks.Curvature"],
+        ["instruments=off", "+callbacks.curvature._target_=gdtrain.callbacks.Curvature"],
         {"gd": 0.95, "minibatch": 0.95, "sgd": 0.95},
     ),
 }
@@ -93,7 +99,7 @@ def rows(
     updates = 20
     once([*words, *added], updates)  # warms up
     while True:  # as many updates as take the time
-        pilot = once(words, updates)
+        pilot = once([*words, "instruments=off"], updates)
         if pilot.summary["fit_seconds"] > given.seconds / 3 or updates >= 10**7:
             break
         updates *= 4
@@ -112,7 +118,10 @@ def rows(
 
         return run
 
-    pair = {"without": contender("without", words), "with": contender("with", [*words, *added])}
+    pair = {
+        "without": contender("without", [*words, "instruments=off"]),
+        "with": contender("with", [*words, *added]),
+    }
     costs = alternate(pair, given.repetitions)
     work = f"{name}: {shown}, {model}, {variant}"
     made = [Row(f"{work}, whole", "without", costs["without"], costs["with"], asked[variant])]

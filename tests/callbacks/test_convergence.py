@@ -540,3 +540,13 @@ def test_pairs_of_a_dataset_are_left_alone():
     trainer.fit(module, DataLoader(TensorDataset(x, y), batch_size=5))
     assert module.stop is None
     assert module.certificate is None
+
+
+@pytest.mark.parametrize("batch_size", [16, "full"])
+def test_an_optimizer_without_momentum_options_is_watched_too(batch_size):
+    data = EmbeddedDataModule("iris", batch_size=batch_size)
+    module = SupervisedModule(
+        Linear((4,), 3), CrossEntropy(), partial(torch.optim.Adam, lr=0.01), Constant()
+    )
+    trainer = fit(module, data, Convergence(every=10), max_epochs=40)
+    assert trainer.global_step == module.total_updates > 0

@@ -1,0 +1,181 @@
+"""How noisy the gradient is, and the batch size that follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning import Trainer
+from torch import Tensor, nn
+
+from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.data.loader import IndexLoader
+from gdtrain.data.order import Order
+from gdtrain.instruments import NoiseEstimate, NoiseScale, gram, noise, noise_scale
+
+__all__ = ["GradientNoise"]
+
+_AVERAGED = 8  # looks, of which numerator and denominator are averaged
+_FEWEST = 4  # groups, for an interval
+_NUMBERS = 2**26  # that the gradients of all groups may have together
+_SEED = 2**21  # apart from the orders of training
+
+
+class GradientNoise(Instrument):
+    """Logs the variance of the gradient, its signal-to-noise ratio, and the simple noise scale.
+
+        B_simple = tr Σ / ‖G‖²
+
+    G is the gradient on all N training examples, Σ the covariance of the gradients of single ones.
+    Each look draws groups of examples anew and takes the gradient of each group, whatever the
+    model; numerator and denominator are estimated without bias (`gdtrain.instruments.noise`) and
+    averaged apart over the last 8 looks, and the 95% interval is Fieller's. Where ‖G‖² is not
+    significantly above 0 the scale is undefined, and is not logged. It is a heuristic for the batch
+    size from which larger batches help little. With BatchNorm a group is normalised by itself, and
+    Σ is that of groups of this size.
+
+    Tags: `noise/variance`, tr Σ, and `noise/gradient_square`, ‖G‖² (an estimate, which may be below
+    0), both of this look; `noise/signal_to_noise`, ‖G‖² B/tr Σ of an update's gradient, where B < N
+    (averaged; 0 where the estimate is below 0); `noise/scale`, `noise/scale_low`,
+    `noise/scale_high`, in examples.
+
+    Args:
+        groups: How many, range [4, ∞); fewer where N is small, or the model very large.
+        size: Examples in each, at most, range [1, ∞).
+        every: As for `Instrument`.
+        looks: Likewise.
+        share: Likewise.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning import Trainer
+        >>> from gdtrain import SGD, SupervisedModule
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> from gdtrain.losses import CrossEntropy
+        >>> from gdtrain.models import Linear
+        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ...     callbacks=[GradientNoise(every=50)])
+        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=1))
+
+    References:
+        McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv 1812.06162.
+    """
+
+    meaning: ClassVar[Mapping[str, str]] = {
+        "noise/variance": "tr Σ, the variance of the gradient of one example.",
+        "noise/gradient_square": "‖G‖² of the gradient on all examples: an unbiased estimate, "
+        "which may be below 0.",
+        "noise/signal_to_noise": "‖G‖² B/tr Σ: of an update's gradient, signal over noise.",
+        "noise/scale": "tr Σ/‖G‖², the simple noise scale, in examples, over the last 8 looks: a "
+        "heuristic for the batch size from which larger ones help little. No point where ‖G‖² is "
+        "not significantly above 0.",
+        "noise/scale_low": "Lower end of the 95% interval of the noise scale.",
+        "noise/scale_high": "Upper end of the 95% interval of the noise scale.",
+    }
+
+    def __init__(
+        self,
+        groups: int = 16,
+        size: int = 8,
+        every: int | None = None,
+        looks: int = 100,
+        share: float = 0.004,
+    ) -> None:
+        for name, value, least in (("groups", groups, _FEWEST), ("size", size, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name} must be a whole number of at least {least}. Received: "
+                    f"{name}={value!r}."
+                )
+        self.groups, self.size = groups, size
+        super().__init__(every, looks, share)
+
+    def forget(self) -> None:
+        """Be as before the first look."""
+        super().forget()
+        self._estimates: list[NoiseEstimate] = []
+
+    @property
+    def scale(self) -> NoiseScale | None:
+        """The noise scale over the last looks; None before the first."""
+        return noise_scale(self._estimates) if self._estimates else None
+
+    def objection(self, trainer: Trainer, loader: IndexLoader) -> str | None:
+        """There must be enough examples."""
+        count = loader.num_examples
+        least = _FEWEST * _least(trainer.lightning_module)
+        return f"there must be {least} examples (received: {count})." if count < least else None
+
+    def examples(self, loader: IndexLoader) -> int:
+        """All groups'."""
+        return self.groups * self.size
+
+    def see(self, look: Look) -> dict[str, float]:
+        """The estimates, and what they come to."""
+        many = look.loader.num_examples
+        rows = self._rows(look)
+        gradients = list(self._gradients(look, rows))
+        found = noise(gram(gradients), rows.shape[1], many)
+        self._estimates = [*self._estimates, found][-_AVERAGED:]
+        scale = noise_scale(self._estimates)
+        values = {"noise/variance": found.variance, "noise/gradient_square": found.square}
+        if not look.is_full and scale.variance > 0:
+            ratio = scale.square * look.loader.batch_size / scale.variance
+            values["noise/signal_to_noise"] = max(ratio, 0.0)
+        for tag, number in (("", scale.value), ("_low", scale.low), ("_high", scale.high)):
+            if number is not None:
+                values[f"noise/scale{tag}"] = number
+        return values
+
+    def _rows(self, look: Look) -> Tensor:
+        """(K, b), no example twice."""
+        many = look.loader.num_examples
+        parameters = sum(p.numel() for p in look.params)
+        groups = max(_FEWEST, min(self.groups, _NUMBERS // parameters))
+        size = max(min(self.size, many // groups), _least(look.module))
+        groups = min(groups, many // size)
+        drawn = Order(many, (_SEED + look.loader.seed, look.update))(0, groups * size)
+        return torch.from_numpy(drawn).view(groups, size)
+
+    def _gradients(self, look: Look, rows: Tensor) -> Iterator[list[Tensor | None]]:
+        for k, group in enumerate(rows):
+            yield look.gradient_on(group, look.update * len(rows) + k)
+
+    def summary(self) -> dict[str, Any]:
+        """The last noise scale."""
+        scale = self.scale
+        if scale is None:
+            return {}
+        return {
+            "noise_scale": {
+                "value": scale.value,
+                "interval": None if scale.value is None else [scale.low, scale.high],
+                "looks": scale.samples,
+                "words": scale.words,
+            }
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers only."""
+        rows = [[e.variance, e.square, *e.error, e.degrees] for e in self._estimates]
+        return {**super().state_dict(), "estimates": rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        super().load_state_dict(state_dict)
+        self._estimates = [
+            NoiseEstimate(variance, square, (a, b, c), degrees)
+            for variance, square, a, b, c, degrees in state_dict["estimates"]
+        ]
+
+
+def _least(module: nn.Module) -> int:
+    """Examples in a group: BatchNorm takes no single one."""
+    norms = nn.modules.batchnorm._BatchNorm
+    return 2 if any(isinstance(m, norms) for m in module.modules()) else 1

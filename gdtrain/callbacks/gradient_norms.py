@@ -1,0 +1,48 @@
+"""How long the gradient is, in all and layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.instruments import norms
+
+__all__ = ["GradientNorms"]
+
+
+class GradientNorms(Instrument):
+    """Logs ‖g‖ of the update's gradient, g = ∇J on its B examples, without weight decay.
+
+    Tags: `gradient/norm`, and `gradient/norm/<layer>` for the parameters of each module that has
+    some of its own.
+
+    Args:
+        every: As for `Instrument`.
+        looks: Likewise.
+        share: Likewise.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning import Trainer
+        >>> from gdtrain import SGD, SupervisedModule
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> from gdtrain.losses import CrossEntropy
+        >>> from gdtrain.models import Linear
+        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ...     callbacks=[GradientNorms(every=50)])
+        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=1))
+    """
+
+    meaning: ClassVar[Mapping[str, str]] = {
+        "gradient/norm": "‖g‖ of an update's gradient, before it is made: of all parameters, or of "
+        "the layer that is named.",
+    }
+
+    def see(self, look: Look) -> dict[str, float]:
+        """The norms."""
+        whole, by_layer = norms(look.gradient, look.layers)
+        parts = {f"gradient/norm/{name}": norm for name, norm in by_layer.items()}
+        return {"gradient/norm": whole, **parts}

@@ -1,0 +1,50 @@
+"""Weights and gradients of each layer, as TensorBoard draws them."""
+
+from __future__ import annotations
+
+import torch
+
+from gdtrain.callbacks.instrument import Instrument, Look
+
+__all__ = ["Histograms"]
+
+
+class Histograms(Instrument):
+    """Draws the parameters and the gradient of each layer as histograms in TensorBoard.
+
+    Tags: `weights/<layer>`, `gradients/<layer>`. It is in no preset, for its events take space:
+    `+instruments.histograms._target_=gdtrain.callbacks.Histograms`. Without a TensorBoard logger it
+    draws nothing.
+
+    Args:
+        every: As for `Instrument`.
+        looks: Likewise.
+        share: Likewise.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning import Trainer
+        >>> from gdtrain import SGD, SupervisedModule
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> from gdtrain.losses import CrossEntropy
+        >>> from gdtrain.models import Linear
+        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ...     callbacks=[Histograms(every=50)])
+        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=1))
+    """
+
+    def __init__(self, every: int | None = None, looks: int = 20, share: float = 0.01) -> None:
+        super().__init__(every, looks, share)
+
+    def see(self, look: Look) -> dict[str, float]:
+        """The histograms."""
+        for name, places in look.layers.items():
+            weights = [look.params[i] for i in places]
+            gradients = [g for i in places if (g := look.gradient[i]) is not None]
+            for tag, parts in (("weights", weights), ("gradients", gradients)):
+                if parts:
+                    numbers = torch.cat([p.flatten() for p in parts]).float().cpu()
+                    self.draw(look, f"{tag}/{name}", numbers)
+        return {}

@@ -1,0 +1,188 @@
+"""Whether steps end lower than they began, on examples that did not make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from lightning import Trainer
+from torch import Tensor
+
+from gdtrain.callbacks.instrument import Instrument, Look, is_full
+from gdtrain.curvature import _decays
+from gdtrain.data.loader import IndexLoader
+from gdtrain.data.order import Order
+from gdtrain.instruments import StepTrial, StepVerdict, dot, judge
+from gdtrain.optim.base import Descent
+
+__all__ = ["StepTest"]
+
+_JUDGED = 32  # steps at most, the last ones
+_FEWEST = 16  # probe examples that must be left when those of the batch are out
+_SEED = 2**22  # apart from the orders of training
+
+
+class StepTest(Instrument):
+    """Logs α, where along a parabola a step ends: −1 its start, 0 the lowest point, 1 as high.
+
+    The parabola has the slopes of J (with weight decay) along the step at both of its ends, on one
+    fixed probe of training examples, and never on those of the batch that made the step, which are
+    left out of it: that batch sees its own noise fall, and calls rates that diverge too small. On
+    the full batch there is no such noise: there the probe is all N, and the parabola that of J.
+
+    The verdict rests on stability, on whether steps end lower than they began
+    (`gdtrain.instruments.judge`), and not on α = 0, which is no aim.
+
+    Tags: `step/alpha`, of a step that begins downhill; of the last 32 steps `step/alpha_low`,
+    `step/alpha_median` and `step/alpha_high`, their quartiles, `step/alphas`, a histogram in
+    TensorBoard, and `step/share_higher`, the share that ended higher.
+
+    Args:
+        probe: Examples, where B < N, range [16, ∞); all N where there are fewer.
+        every: As for `Instrument`.
+        looks: Likewise.
+        share: Likewise.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning import Trainer
+        >>> from gdtrain import SGD, SupervisedModule
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> from gdtrain.losses import CrossEntropy
+        >>> from gdtrain.models import Linear
+        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ...     callbacks=[StepTest(every=50)])
+        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=1))
+
+    References:
+        Schneider et al., Cockpit: A Practical Debugging Tool for the Training of Deep Neural
+        Networks, 2021, arXiv 2102.06604.
+    """
+
+    meaning: ClassVar[Mapping[str, str]] = {
+        "step/alpha": "Where a step ends on probe examples: −1 at its start, 0 at the lowest point "
+        "along it, 1 as high as it began. Below 1 is stable; 0 is no aim.",
+        "step/alpha_median": "Median α of the last 32 steps that were looked at.",
+        "step/alpha_low": "Lower quartile of α of the last 32 steps that were looked at.",
+        "step/alpha_high": "Upper quartile of α of the last 32 steps that were looked at.",
+        "step/share_higher": "Share of the last 32 steps that ended higher than they began.",
+    }
+
+    def __init__(
+        self,
+        probe: int = 256,
+        every: int | None = None,
+        looks: int = 100,
+        share: float = 0.004,
+    ) -> None:
+        if isinstance(probe, bool) or not isinstance(probe, int) or probe < _FEWEST:
+            raise ValueError(
+                f"probe must be a whole number of at least {_FEWEST}. Received: probe={probe!r}."
+            )
+        self.probe = probe
+        super().__init__(every, looks, share)
+
+    def forget(self) -> None:
+        """Be as before the first look."""
+        super().forget()
+        self._trials: list[StepTrial] = []
+        self._probed = self.probe  # examples, in fact
+
+    @property
+    def verdict(self) -> StepVerdict:
+        """On the last 32 steps that were looked at."""
+        return judge(self._trials)
+
+    def objection(self, trainer: Trainer, loader: IndexLoader) -> str | None:
+        """There must be a function that is minimised, and examples beside a batch."""
+        if any(group.get("maximize") for group in trainer.optimizers[0].param_groups):
+            return "the optimizer maximises."
+        left = loader.num_examples - loader.batch_size
+        if loader.batch_size < loader.num_examples and left < _FEWEST:
+            return f"there must be {_FEWEST} examples beside a batch (received: {left})."
+        return None
+
+    def examples(self, loader: IndexLoader) -> int:
+        """The probe, at both ends."""
+        return 2 * (loader.num_examples if is_full(loader) else self.probe)
+
+    def see(self, look: Look) -> dict[str, float]:
+        """The parabola of this step, and the distribution of the last ones."""
+        rows = self._rows(look)
+        if len(rows) < _FEWEST:
+            return {}
+        trial = StepTrial(self._slope(look, rows), self._end(look, rows))
+        if not (np.isfinite(trial.start) and np.isfinite(trial.end)):
+            return {}
+        self._trials = [*self._trials, trial][-_JUDGED:]
+        self._probed = len(rows)
+        verdict = self.verdict
+        values = {"step/share_higher": verdict.higher / verdict.steps}
+        if trial.alpha is not None:
+            values["step/alpha"] = trial.alpha
+        if verdict.median is not None and verdict.quartiles is not None:
+            values["step/alpha_median"] = verdict.median
+            values["step/alpha_low"], values["step/alpha_high"] = verdict.quartiles
+            alphas = [t.alpha for t in self._trials if t.alpha is not None]
+            self.draw(look, "step/alphas", np.array(alphas))
+        return values
+
+    def _rows(self, look: Look) -> Tensor:
+        if look.is_full:
+            return look.rows
+        many = look.loader.num_examples
+        drawn = Order(many, (_SEED + look.loader.seed,))(0, min(self.probe, many))
+        rows = torch.from_numpy(drawn).sort().values.to(look.rows.device)
+        return rows[~torch.isin(rows, look.rows)]
+
+    def _end(self, look: Look, rows: Tensor) -> float:
+        with look.after():
+            return self._slope(look, rows)
+
+    def _slope(self, look: Look, rows: Tensor) -> float:
+        """⟨∇J + λθ, s⟩ at what the parameters are."""
+        gradient = look.gradient_on(rows, look.update)
+        return dot(gradient, look.step) + sum(
+            decay * dot([p], [s])
+            for decay, p, s in zip(self._decays(look), look.params, look.step, strict=True)
+            if decay
+        )
+
+    @staticmethod
+    def _decays(look: Look) -> Sequence[float]:
+        # Other optimizers may decay the parameters beside the gradient.
+        own = isinstance(look.optimizer, Descent | torch.optim.SGD)
+        return _decays(look.objective, look.optimizer if own else None)
+
+    def summary(self) -> dict[str, Any]:
+        """The verdict."""
+        verdict = self.verdict
+        if not verdict.steps:
+            return {}
+        return {
+            "step_test": {
+                "verdict": verdict.words(self._probed),
+                "state": verdict.state,
+                "steps": verdict.steps,
+                "median_alpha": verdict.median,
+                "probe": self._probed,
+            }
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers only."""
+        trials = [[t.start, t.end] for t in self._trials]
+        return {**super().state_dict(), "trials": trials, "probed": self._probed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        super().load_state_dict(state_dict)
+        self._trials = [StepTrial(*trial) for trial in state_dict["trials"]]
+        self._probed = state_dict["probed"]

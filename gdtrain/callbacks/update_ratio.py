@@ -1,0 +1,55 @@
+"""How far an update moves the parameters, beside how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.instruments import norms
+
+__all__ = ["UpdateRatio"]
+
+
+class UpdateRatio(Instrument):
+    """Logs ‖s‖/‖θ‖, s the step that the update makes: with momentum, schedule and all.
+
+    Tags: `step/norm`, ‖s‖; `step/ratio`, and `step/ratio/<layer>` for the parameters of each module
+    that has some of its own. A layer whose parameters are all 0 has no ratio.
+
+    Args:
+        every: As for `Instrument`.
+        looks: Likewise.
+        share: Likewise.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning import Trainer
+        >>> from gdtrain import SGD, SupervisedModule
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> from gdtrain.losses import CrossEntropy
+        >>> from gdtrain.models import Linear
+        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
+        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ...     callbacks=[UpdateRatio(every=50)])
+        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=1))
+    """
+
+    meaning: ClassVar[Mapping[str, str]] = {
+        "step/norm": "‖s‖, the length of the step that an update makes.",
+        "step/ratio": "‖s‖/‖θ‖: how far an update moves the parameters, beside how long they are; "
+        "of all, or of the layer that is named.",
+    }
+
+    def see(self, look: Look) -> dict[str, float]:
+        """The ratios."""
+        step, steps = norms(look.step, look.layers)
+        length, lengths = norms(look.params, look.layers)
+        found = {"step/norm": step}
+        if length > 0:
+            found["step/ratio"] = step / length
+        for name, own in lengths.items():
+            if own > 0:
+                found[f"step/ratio/{name}"] = steps[name] / own
+        return found

@@ -1,0 +1,620 @@
+"""The instruments: what they log, that it changes nothing, when they look and where not."""
+
+import json
+import logging
+import math
+from functools import partial
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.nn import functional
+
+from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain.callbacks import (
+    Distance,
+    Divergence,
+    GradientCosine,
+    GradientNoise,
+    GradientNorms,
+    Histograms,
+    Instrument,
+    LossCurves,
+    StepTest,
+    UpdateRatio,
+)
+from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
+from gdtrain.dropout import Dropout
+from gdtrain.losses import CrossEntropy, OneHotSquaredError, SquaredError
+from gdtrain.models import MLP, Linear
+from gdtrain.schedules import Cosine
+
+N = 105  # training examples of iris
+QUIET = {
+    "accelerator": "cpu",
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+class Odd(nn.Module):
+    """What a user may write: a shared weight, a frozen one, an idle one, and control flow."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.body = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        self.body["b"].weight = self.body["a"].weight
+        self.frozen = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.idle = nn.Parameter(torch.ones(2))
+
+    def forward(self, x):
+        hidden = torch.tanh(self.body["a"](x) * self.frozen)
+        for _ in range(2):
+            hidden = hidden + torch.tanh(self.body["b"](hidden))
+        return self.scale * hidden[:, :3]
+
+
+MODELS = {
+    "mlp": lambda: MLP((4,), 3, hidden=[6], activation="tanh"),
+    "cnn": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)),
+        nn.Conv2d(1, 3, 2, padding=1),
+        nn.BatchNorm2d(3),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(27, 3),
+    ),
+    "odd": Odd,
+}
+
+
+class Numbers(DummyLogger):
+    """Keeps what is logged: by tag, by update."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def log_metrics(self, metrics, step):
+        for tag, value in metrics.items():
+            self.found.setdefault(tag, {})[step] = value
+
+
+class Path(Callback):
+    """Keeps the way of a run, with one update in a sweep."""
+
+    def __init__(self):
+        self.theta, self.rows = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows.append(batch[0].clone())
+        self.theta.append([p.detach().clone() for p in pl_module.model.parameters()])
+
+
+def fit(*callbacks, model="mlp", batch=8, updates=24, sweep="auto", micro=None, logger=False,
+        schedule=None, ckpt_path=None, double=False, optimizer=None, engine="auto", rule=None,
+        data=None, loss=None, **options):  # fmt: skip
+    torch.manual_seed(0)
+    kind = optimizer or {"full": GD, 1: SGD}.get(batch, MiniBatchSGD)
+    made = partial(kind, **({"lr": 0.1, **options} if rule is None else options))
+    built = MODELS[model]() if isinstance(model, str) else model
+    module = SupervisedModule(
+        built, loss or CrossEntropy(), made, schedule, engine=engine, step_size=rule
+    )
+    data = data or EmbeddedDataModule(
+        "iris",
+        batch_size=batch,
+        updates_per_sweep=sweep,
+        micro_batch_size=micro,
+        dtype="float64" if double else "float32",
+    )
+    trainer = Trainer(
+        max_epochs=None,
+        max_steps=updates,
+        callbacks=list(callbacks),
+        logger=logger,
+        precision="64-true" if double else "32-true",
+        **QUIET,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return trainer, module, data
+
+
+def everything(every=None):
+    return [
+        GradientNorms(every=every),
+        UpdateRatio(every=every),
+        Distance(every=every),
+        GradientCosine(every=every),
+        GradientNoise(every=every, size=4),
+        StepTest(every=every, probe=64),
+        Histograms(every=every),
+    ]
+
+
+class Reference:
+    """Plain autograd in float64, on a model of its own."""
+
+    def __init__(self, model, data):
+        torch.manual_seed(0)
+        self.model = MODELS[model]().double()
+        self.x, self.y = (t.clone() for t in data.examples("train"))
+        assert self.x.dtype == torch.float64
+
+    def gradient(self, theta, rows):
+        """Of the mean over rows; one pass, or with no BatchNorm a loop over examples."""
+        trained = []
+        for p, value in zip(self.model.parameters(), theta, strict=True):
+            p.data.copy_(value)
+            trained += [p] * p.requires_grad
+        mixes = any(isinstance(m, nn.BatchNorm2d) for m in self.model.modules())
+        passes = [rows] if mixes else rows[:, None]
+        total = torch.zeros(sum(p.numel() for p in trained), dtype=torch.float64)
+        for part in passes:
+            loss = functional.cross_entropy(self.model(self.x[part]), self.y[part])
+            grads = torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+            total += torch.cat([g.flatten() for g in grads]) / len(passes)
+        return total
+
+    def flat(self, theta):
+        pairs = zip(self.model.parameters(), theta, strict=True)
+        return torch.cat([value.flatten() for p, value in pairs if p.requires_grad])
+
+    def slices(self):
+        """By layer, where its numbers are in a flat vector."""
+        found, done = {}, 0
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                places = found.setdefault(name.rpartition(".")[0] or name, [])
+                places += range(done, done + p.numel())
+                done += p.numel()
+        return found
+
+
+# ------------------------------------------------------------------ against float64
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize(("sweep", "micro"), [(1, None), (6, None), (6, 3)])
+def test_each_number_is_that_of_a_plain_loop(model, sweep, micro):
+    if model == "cnn" and micro:
+        pytest.skip("BatchNorm normalises each pass by itself: another gradient")
+    options = {"model": model, "momentum": 0.9, "weight_decay": 0.1, "schedule": Cosine()}
+    path, logger = Path(), Numbers()
+    _, _, data = fit(path, sweep=1, double=True, **options)
+    step_test = StepTest(every=6, probe=200)
+    fit(
+        GradientNorms(every=6), UpdateRatio(every=6), Distance(every=6), GradientCosine(every=6),
+        step_test, sweep=sweep, micro=micro, double=True, logger=logger, **options,
+    )  # fmt: skip
+    found, reference = logger.found, Reference(model, data)
+    looks = sorted(found["gradient/norm"])
+    assert looks[0] == 0
+    assert 3 <= len(looks) <= 4
+    start = reference.flat(path.theta[0])
+    decay = torch.zeros(len(start), dtype=torch.float64)  # not on biases and norms
+    named = [(n, p) for n, p in reference.model.named_parameters() if p.requires_grad]
+    decayed = [
+        p.numel() * [0.0 if n.endswith("bias") or n == "2.weight" else 0.1] for n, p in named
+    ]
+    decay.copy_(torch.tensor([d for part in decayed for d in part]))
+    for t in looks:
+        theta, after = reference.flat(path.theta[t]), reference.flat(path.theta[t + 1])
+        g = reference.gradient(path.theta[t], path.rows[t])
+        following = reference.gradient(path.theta[t + 1], path.rows[t + 1])
+        step = after - theta
+        assert found["gradient/norm"][t] == pytest.approx(float(g.norm()), rel=1e-9)
+        assert found["step/norm"][t] == pytest.approx(float(step.norm()), rel=1e-9)
+        assert found["step/ratio"][t] == pytest.approx(float(step.norm() / theta.norm()), rel=1e-9)
+        cosine = functional.cosine_similarity(g, following, dim=0)
+        assert found["gradient/cosine"][t] == pytest.approx(float(cosine), rel=1e-8)
+        way = float((theta - start).norm())
+        assert found["distance/from_start"][t] == pytest.approx(way, rel=1e-9)
+        assert found["distance/relative"][t] == pytest.approx(way / float(start.norm()), rel=1e-9)
+        for name, places in reference.slices().items():
+            norm = float(g[places].norm())
+            assert found[f"gradient/norm/{name}"][t] == pytest.approx(norm, rel=1e-9)
+            if theta[places].norm() > 0:
+                ratio = float(step[places].norm() / theta[places].norm())
+                assert found[f"step/ratio/{name}"][t] == pytest.approx(ratio, rel=1e-9)
+        # Both ends on all examples but those of the batch, in passes of 32; 97 are 33 + 33 + 31,
+        # for BatchNorm takes no pass of one.
+        rows = torch.tensor(sorted(set(range(N)) - set(path.rows[t].tolist())))
+        slopes = []
+        for point, vector in ((path.theta[t], theta), (path.theta[t + 1], after)):
+            parts = rows.split(33) if model == "cnn" else [rows]
+            mean = sum(len(p) * reference.gradient(point, p) for p in parts) / len(rows)
+            slopes.append(float((mean + decay * vector) @ step))
+        if slopes[0] < 0:
+            assert found["step/alpha"][t] == pytest.approx(-slopes[1] / slopes[0], rel=1e-7)
+        else:
+            assert t not in found["step/alpha"]
+    assert step_test.verdict.steps == len(looks)
+
+
+@pytest.mark.parametrize("model", ["mlp", "odd"])
+@pytest.mark.parametrize("micro", [None, 3])
+def test_the_noise_of_all_examples_is_that_of_their_gradients(model, micro):
+    path, logger = Path(), Numbers()
+    _, _, data = fit(path, model=model, sweep=1, double=True)
+    noise = GradientNoise(groups=N, size=1, every=12)
+    fit(noise, model=model, sweep=4, micro=micro, double=True, logger=logger)
+    reference, found = Reference(model, data), logger.found
+    ratios = []
+    for t in sorted(found["noise/variance"]):
+        gradients = torch.stack(
+            [reference.gradient(path.theta[t], torch.tensor([i])) for i in range(N)]
+        )
+        variance = float(gradients.var(dim=0).sum())  # with N − 1
+        square = float(gradients.mean(dim=0).square().sum())
+        assert found["noise/variance"][t] == pytest.approx(variance, rel=1e-9)
+        assert found["noise/gradient_square"][t] == pytest.approx(square, rel=1e-8)
+        ratios.append((variance, square))
+    variance, square = (sum(r[i] for r in ratios) for i in range(2))  # averaged apart
+    assert noise.scale.value == pytest.approx(variance / square, rel=1e-8)
+    assert found["noise/scale"][t] == pytest.approx(variance / square, rel=1e-8)
+    snr = found["noise/signal_to_noise"][t]
+    assert snr == pytest.approx(8 * square / variance, rel=1e-8)  # B = 8
+
+
+def test_with_batch_norm_the_noise_is_that_of_groups():
+    kept = []
+
+    class Kept(GradientNoise):
+        def _rows(self, look):
+            kept.append(super()._rows(look))
+            return kept[-1]
+
+    path, noise, logger = Path(), Kept(groups=10, size=6, every=30), Numbers()
+    _, _, data = fit(path, noise, model="cnn", sweep=1, double=True, logger=logger)
+    assert kept[0].shape == (10, 6)
+    assert len(set(kept[0].flatten().tolist())) == 60
+    reference = Reference("cnn", data)
+    means = torch.stack([reference.gradient(path.theta[0], rows) for rows in kept[0]])
+    variance = 6 * float(means.var(dim=0).sum())
+    square = float(means.mean(dim=0).square().sum()) - variance * (1 / 60 - 1 / N)
+    assert logger.found["noise/variance"][0] == pytest.approx(variance, rel=1e-8)
+    assert logger.found["noise/gradient_square"][0] == pytest.approx(square, rel=1e-7)
+
+
+@pytest.mark.parametrize(("share", "alpha"), [(0.5, -0.5), (1.0, 0.0), (2.0, 1.0)])
+def test_alpha_of_full_batch_descent_on_a_quadratic(share, alpha):
+    # One weight: the minimum along any step is at η = 1/J''.
+    x = torch.tensor([1.0, 2.0, 3.0, 4.0] * 8)[:, None]
+    data = ArrayDataModule(
+        x, 2 * x[:, 0], batch_size="full", standardize=False, task="regression", dtype="float64"
+    )
+    data.setup()
+    inputs, targets = data.examples("train")
+    w = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
+    value = SquaredError()(inputs @ w, targets).mean()
+    slope = torch.autograd.grad(value, w, create_graph=True)[0]
+    bend = float(torch.autograd.grad(slope, w)[0])
+    module = SupervisedModule(
+        nn.Linear(1, 1, bias=False), SquaredError(), partial(GD, lr=share / bend)
+    )
+    step_test = StepTest(every=1)
+    trainer = Trainer(
+        max_steps=1, callbacks=[step_test], logger=False, precision="64-true", **QUIET
+    )
+    trainer.fit(module, datamodule=data)
+    assert step_test.verdict.median == pytest.approx(alpha, abs=1e-12)
+
+
+class OnTheBatch(StepTest):
+    """What the step test would say on the batch that made the step."""
+
+    def _rows(self, look):
+        return look.rows
+
+
+@pytest.mark.parametrize(("lr", "state"), [(0.01, "stable"), (0.1, "unstable")])
+def test_the_verdict_tells_stable_rates_from_those_that_climb(lr, state):
+    trial, curves = least_squares(StepTest(every=1), lr)
+    assert trial.verdict.state == state
+    assert (curves[-1] < curves[0]) == (state == "stable")
+    words = trial.summary()["step_test"]["verdict"]
+    assert words.startswith(f"The steps are {state}")
+    assert "of the last 32 ended higher than they began" in words
+
+
+def test_on_the_batch_that_made_the_step_a_rate_near_the_limit_would_look_short():
+    on_the_probe, _ = least_squares(StepTest(every=1), 0.03)
+    on_the_batch, _ = least_squares(OnTheBatch(every=1), 0.03)
+    assert on_the_probe.verdict.median > 0.5
+    assert on_the_batch.verdict.median < -0.2
+
+
+def least_squares(step_test, lr):
+    """A linear model of digits by batches of 32; it diverges from about η = 0.07 on."""
+    curves = LossCurves()
+    fit(
+        step_test, curves, model=Linear((1, 8, 8), 10), loss=OneHotSquaredError(), lr=lr,
+        updates=50, data=EmbeddedDataModule("digits", batch_size=32),
+    )  # fmt: skip
+    return step_test, curves.history.train["loss"]
+
+
+# ------------------------------------------------------------------ nothing changes
+
+
+def outcome(trainer, module, curves):
+    state = trainer.optimizers[0].state_dict()
+    return {
+        "theta": [p.detach().clone() for p in module.model.parameters()],
+        "buffers": [b.clone() for b in module.model.buffers()],
+        "state": state["state"],
+        "groups": repr(state["param_groups"]),
+        "losses": curves.history.train["loss"],
+        "rates": curves.history.train["lr"],
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(a, b):
+    assert a.pop("groups") == b.pop("groups")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def noisy():
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 6), nn.BatchNorm1d(6),
+        Dropout(0.2), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+CASES = {
+    "native SGD": {"batch": 1, "engine": "native", "momentum": 0.9},
+    "native batches": {"batch": 8, "engine": "native", "momentum": 0.9, "schedule": Cosine()},
+    "native GD by rule": {"batch": "full", "engine": "native", "rule": "auto"},
+    "native, raced": {"batch": 8, "engine": "native", "rule": "auto"},
+    "eager GD by rule": {"batch": "full", "engine": "eager", "rule": "auto"},
+    "eager, micro-batches": {"batch": 8, "engine": "eager", "micro": 3, "momentum": 0.9},
+    "odd": {"batch": 8, "engine": "eager", "model": "odd", "weight_decay": 0.1},
+    "noisy": {"batch": 7, "engine": "eager", "model": noisy, "momentum": 0.9},
+    "Adam": {"batch": 8, "engine": "eager", "model": "cnn", "optimizer": torch.optim.Adam},
+}
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_run_with_all_instruments_is_the_same_bit_for_bit(case):
+    options = dict(CASES[case])
+    torch.manual_seed(0)
+    make = options.pop("model", "mlp")
+    ends = []
+    for instruments in ([], everything(every=5), everything()):
+        curves = LossCurves()
+        torch.manual_seed(0)
+        model = make() if callable(make) else make
+        trainer, module, _ = fit(
+            Divergence(), curves, *instruments, model=model, updates=40, sweep=7, **options
+        )
+        assert all(c._count for c in instruments if c.every)
+        ends.append(outcome(trainer, module, curves))
+    assert_same(dict(ends[0]), ends[1])
+    assert_same(dict(ends[0]), ends[2])
+
+
+@pytest.mark.parametrize("engine", ["native", "eager"])
+def test_a_resumed_run_with_instruments_is_the_same_run(engine, tmp_path):
+    def run(updates, instruments, ckpt_path=None, save=False):
+        logger, curves = Numbers(), LossCurves()
+        trainer, module, _ = fit(
+            curves, *instruments, updates=updates, sweep=1, engine=engine, momentum=0.9,
+            logger=logger, ckpt_path=ckpt_path,
+        )  # fmt: skip
+        if save:
+            trainer.save_checkpoint(tmp_path / "half.ckpt")
+        return outcome(trainer, module, curves), logger.found
+
+    plain, _ = run(40, [])
+    uncut = everything(every=8)
+    *_, noise_of_whole, step_of_whole, _ = uncut
+    whole, seen = run(40, uncut)
+    instruments = everything(every=8)
+    run(20, instruments, save=True)
+    torch.load(tmp_path / "half.ckpt", weights_only=True)
+    again = everything(every=8)
+    resumed, later = run(40, again, ckpt_path=tmp_path / "half.ckpt")
+    for end in (whole, resumed):
+        assert_same(dict(plain), end)
+    assert set(later) >= {"distance/from_start", "noise/variance", "gradient/norm"}
+    for tag in ("distance/from_start", "noise/variance", "gradient/cosine", "gradient/norm"):
+        for update, value in later[tag].items():
+            assert update >= 20
+            assert seen[tag][update] == value
+    assert set(later["gradient/norm"]) == {u for u in seen["gradient/norm"] if u >= 20}
+    assert again[4].scale == noise_of_whole.scale  # over looks before and after
+    assert again[5].verdict == step_of_whole.verdict
+
+
+def test_a_model_too_large_for_the_checkpoint_has_no_distance_after_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("gdtrain.callbacks.distance._SAVED", 10)
+    trainer, _, _ = fit(Distance(every=5), updates=12, sweep=4)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    logger = Numbers()
+    fit(Distance(every=5), updates=24, sweep=4, ckpt_path=tmp_path / "half.ckpt", logger=logger)
+    assert not logger.found
+
+
+# ------------------------------------------------------------------ when
+
+
+def test_they_share_one_look_and_make_one_step(monkeypatch):
+    from gdtrain.callbacks import instrument
+
+    made = []
+
+    class Counting(instrument.Eager):
+        def __call__(self, indices, factors, draw=0):
+            made.append(draw)
+            return super().__call__(indices, factors, draw)
+
+    monkeypatch.setattr(instrument, "Eager", Counting)
+    fit(*everything(every=10), updates=30, sweep=5, engine="native")
+    assert len(made) == len(set(made)) == 3
+
+
+def test_every_looks_at_the_first_start_of_a_sweep_from_each_multiple_on():
+    logger = Numbers()
+    fit(GradientNorms(every=7), updates=40, sweep=3, logger=logger)
+    looks = list(logger.found["gradient/norm"])
+    assert looks[0] == 0
+    for multiple, look in zip(range(7, 40, 7), looks[1:], strict=True):
+        assert multiple <= look < multiple + 3
+
+
+def test_as_often_as_the_share_allows_and_spread_over_the_run(monkeypatch):
+    clock = iter(range(10**9))
+    monkeypatch.setattr("gdtrain.callbacks.instrument.time.perf_counter", lambda: next(clock))
+    logger = Numbers()
+    norms = GradientNorms(looks=5, share=0.9)
+    fit(norms, updates=1000, sweep=5, logger=logger, batch=1)
+    looks = list(logger.found["gradient/norm"])
+    assert len(looks) == 5
+    for i, look in enumerate(looks):
+        assert i * 200 <= look < i * 200 + 10
+
+
+def test_a_costly_look_waits_until_it_is_paid_for():
+    # Three passes over all N at the start would be more than 2% of ten updates.
+    norms = GradientNorms(share=0.02)
+    fit(norms, updates=10, batch="full", sweep=1)
+    assert norms._looked_at != 0
+    long = GradientNorms(share=0.02)
+    fit(long, updates=200, batch="full", sweep=1)
+    assert long._count >= 1
+
+
+# ------------------------------------------------------------------ where
+
+
+class OneByOne(torch.utils.data.Dataset):
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        return torch.full((4,), i / 60), i % 3
+
+
+def test_without_resident_examples_they_say_once_that_they_do_not_look(caplog):
+    data = DatasetDataModule(OneByOne(), batch_size=8, val_fraction=0.2)
+    caplog.set_level(logging.INFO, logger="gdtrain")
+    logger = Numbers()
+    _, module, _ = fit(*everything(every=1), data=data, updates=6, logger=logger)
+    assert module.updates == 6
+    assert not logger.found
+    said = [r.message for r in caplog.records if r.message.startswith("instruments:")]
+    assert len(said) == 1
+    assert "GradientNorms" in said[0]
+    assert "PairLoader" in said[0]
+
+
+def test_what_an_instrument_cannot_do_is_said_and_the_others_look(caplog):
+    caplog.set_level(logging.INFO, logger="gdtrain")
+    logger = Numbers()
+    fit(*everything(every=1), batch=100, updates=2, logger=logger)
+    said = [r.message for r in caplog.records if r.message.startswith("instruments:")]
+    assert said == [
+        "instruments: StepTest do not look: there must be 16 examples beside a batch (received: 5)."
+    ]
+    assert "gradient/norm" in logger.found
+    assert "step/alpha" not in logger.found
+
+
+def test_after_divergence_there_is_nothing_to_see():
+    logger = Numbers()
+    options = {"batch": "full", "updates": 60, "lr": 1e30, "model": "odd", "sweep": 1}
+    fit(*everything(every=1), logger=logger, **options)
+    for values in logger.found.values():
+        assert all(math.isfinite(v) for v in values.values())
+
+
+def test_in_bfloat16_they_see_what_the_run_does():
+    logger = Numbers()
+    torch.manual_seed(0)
+    module = SupervisedModule(MODELS["mlp"](), CrossEntropy(), partial(MiniBatchSGD, lr=0.1))
+    trainer = Trainer(
+        max_steps=20, callbacks=everything(every=5), logger=logger, precision="bf16-mixed", **QUIET
+    )
+    trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=8))
+    assert logger.found["gradient/norm"][0] > 0
+
+
+# ------------------------------------------------------------------ loggers, summary, options
+
+
+def test_tensorboard_gets_scalars_and_histograms_and_csv_the_scalars(tmp_path):
+    loggers = [TensorBoardLogger(tmp_path, name="", version=""), CSVLogger(tmp_path / "csv")]
+    fit(*everything(every=5), updates=30, sweep=5, logger=loggers)
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    tags = events.Tags()
+    expected = "gradient/norm gradient/cosine step/ratio step/share_higher step/alpha_median "
+    expected += "distance/from_start distance/relative noise/variance noise/gradient_square"
+    assert set(expected.split()) <= set(tags["scalars"])
+    assert "step/alphas" in tags["histograms"]
+    layer = next(t for t in tags["histograms"] if t.startswith("weights/"))
+    assert layer.replace("weights/", "gradients/") in tags["histograms"]
+    assert events.Scalars("gradient/norm")[0].step == 0
+    text = next((tmp_path / "csv").rglob("metrics.csv")).read_text()
+    assert "noise/variance" in text.splitlines()[0]
+
+
+def test_the_summary_tells_the_noise_scale_and_the_verdict(tmp_path):
+    from hydra import compose, initialize_config_dir
+
+    from gdtrain.configuration import conf_directory
+    from gdtrain.experiment import train
+
+    found = {}
+    for preset in ("off", "light", "full"):
+        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+            config = compose(
+                "train",
+                ["data=iris", "optimizer=sgd", "callbacks=none", "logger=csv",
+                 "trainer.max_epochs=40", f"instruments={preset}"],
+            )  # fmt: skip
+        train(config, tmp_path / preset)
+        found[preset] = json.loads((tmp_path / preset / "summary.json").read_text())
+    assert found["off"]["instruments"] == {}
+    assert set(found["light"]["instruments"]) == {"noise_scale"}
+    assert "heuristic" in found["light"]["instruments"]["noise_scale"]["words"] or (
+        found["light"]["instruments"]["noise_scale"]["value"] is None
+    )
+    assert set(found["full"]["instruments"]) == {"noise_scale", "step_test"}
+    assert found["full"]["instruments"]["step_test"]["verdict"].endswith(".")
+    losses = {name: s["metrics"]["loss/train"] for name, s in found.items()}
+    assert losses["off"] == losses["light"] == losses["full"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradientNorms(every=0), "every must be a whole number of at least 1, or null"),
+        (lambda: GradientNorms(looks=0), "looks must be a whole number of at least 1. Received"),
+        (lambda: GradientNorms(share=1.0), r"share must lie in \(0, 1\). Received: share=1.0"),
+        (lambda: GradientNoise(groups=3), "groups must be a whole number of at least 4"),
+        (lambda: GradientNoise(size=0), "size must be a whole number of at least 1"),
+        (lambda: StepTest(probe=8), "probe must be a whole number of at least 16"),
+    ],
+)
+def test_options_out_of_range_are_told(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_instrument_of_ones_own():
+    class Longest(Instrument):
+        def see(self, look):
+            return {"longest": max(float(s.abs().max()) for s in look.step), "nan": math.nan}
+
+    logger = Numbers()
+    fit(Longest(every=10), updates=20, sweep=10, logger=logger)
+    assert set(logger.found) == {"longest"}
+    assert len(logger.found["longest"]) == 2
