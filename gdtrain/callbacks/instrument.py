@@ -32,7 +32,7 @@ __all__ = ["Instrument", "Look", "is_full"]
 
 _log = logging.getLogger("gdtrain")
 
-_ALLOWED = 0.15  # seconds of a run, however short it is
+_ALLOWED = 0.1  # seconds of a run, however short it is
 _PASS = 32  # examples that a pass over others than the batch has, where B is smaller
 
 
@@ -212,7 +212,7 @@ class Instrument(Callback):
         looks: With every=None, at most so many, spread evenly over the planned updates, range
             [1, ∞).
         share: With every=None, of the run's time, that this instrument may take, range (0, 1). The
-            instruments of a run add their shares up; 0.15 seconds they may take together in any
+            instruments of a run add their shares up; 0.1 seconds they may take together in any
             run. At the start they look where so many updates are planned that it will be paid for.
 
     Raises:
