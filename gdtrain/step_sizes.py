@@ -25,6 +25,7 @@ is saved with it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -145,6 +146,11 @@ class Sight:
     def resolution(self) -> float:
         """Differences of f below this are rounding: four units in its last place."""
         return 4 * self.precision * abs(self.value)
+
+    @property
+    def left(self) -> int:
+        """T − t, at least 1: the updates from this one on; without end where T is not known."""
+        return sys.maxsize if self._total_updates is None else max(self._total_updates - self.t, 1)
 
     @property
     def total_updates(self) -> int:
@@ -585,9 +591,10 @@ class BarzilaiBorwein(StepSize):
         f(θ − η d) ≤ max(f_t, …, f_{t−M+1}) − c η ‖d‖²
 
     BB1 is one over the curvature along the last step. It makes no decrease at each update, and
-    needs none: the test takes the largest of the last M values. Where it fails, η goes to the
-    minimum of the parabola through f, its slope and the trial, kept within [0.1, 0.5] of the trial.
-    Where the curvature is not positive, η = ‖s‖/‖y‖. With `f_star`, Polyak's step (f − f*)/‖d‖²
+    needs none: the test takes the largest of the last M values, or of the last T − t where the
+    optimizer knows its total_updates T, so that a run does not end on a rise. Where it fails, η
+    goes to the minimum of the parabola through f, its slope and the trial, kept within [0.1, 0.5]
+    of the trial. Where the curvature is not positive, η = ‖s‖/‖y‖. With `f_star`, Polyak's step (f − f*)/‖d‖²
     is tried instead where it is longer: it gets networks that can fit the data over plateaus. Each
     time it fails the test, twice as many updates pass before it is tried again (at most 64); each
     time it holds, half as many. Keeps two copies of the parameters; the test is one forward pass
@@ -659,7 +666,7 @@ class BarzilaiBorwein(StepSize):
         start = max(secant, self._polyak(sight))
         values = [*numbers.get("values", []), sight.value][-self.memory :]
         rate, numbers["last"] = _backtracked(
-            sight, start, max(values), self.c, "interpolate", self.max_backtracks
+            sight, start, max(values[-sight.left :]), self.c, "interpolate", self.max_backtracks
         )
         if start > secant:
             held, pause = rate == start, numbers.get("pause", 1)

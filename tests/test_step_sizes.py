@@ -732,3 +732,16 @@ def test_sparse_gradients_are_refused():
 
     with pytest.raises(ValueError, match="needs dense gradients"):
         optimizer.step(closure)
+
+
+def test_barzilai_borwein_does_not_end_a_planned_run_on_a_rise():
+    # As above, f rises on the way; the last step of a run of T updates must not.
+    for total in range(5, 30):
+        rule = BarzilaiBorwein(initial=0.01, memory=30)
+        run = Run(parabola(1, 100), [1.0, 0.1], rule, total_updates=total)
+        values = [run.loss(run.theta).item()]
+        for _ in range(total):
+            run.step()
+            values.append(run.loss(run.theta).item())
+        assert values[-1] <= values[-2] + 1e-12, total
+        assert values[-2] <= max(values[-4:-2]) + 1e-12, total
