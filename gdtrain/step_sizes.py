@@ -596,9 +596,9 @@ class BarzilaiBorwein(StepSize):
     goes to the minimum of the parabola through f, its slope and the trial, kept within [0.1, 0.5]
     of the trial. Where the curvature is not positive, η = ‖s‖/‖y‖. With `f_star`, Polyak's step
     (f − f*)/‖d‖² is tried instead where it is longer: it gets networks that can fit the data over
-    plateaus. Each time it fails the test, twice as many updates pass before it is tried again (at most 64); each
-    time it holds, half as many. Keeps two copies of the parameters; the test is one forward pass
-    per update, two now and then.
+    plateaus. Each time it fails the test, twice as many updates pass before it is tried again (at
+    most 64); each time it holds, half as many. Keeps two copies of the parameters; the test is one
+    forward pass per update, two now and then.
 
     Args:
         short: BB2 instead of BB1.
