@@ -37,7 +37,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gdtrain.configuration import ConfigurationError, check, closest, conf_directory
+from gdtrain.configuration import (
+    ConfigurationError,
+    check,
+    closest,
+    conf_directory,
+    new_folder,
+)
 
 if TYPE_CHECKING:
     from gdtrain.comparison import Comparison
@@ -254,8 +260,7 @@ def _show(result: Result) -> None:
             highlight=False,
         )
     if result.directory is not None:
-        shown = os.path.relpath(result.directory)
-        shown = str(result.directory) if shown.startswith("..") else shown
+        shown = _shown(result.directory)
         console.print(f"Run: {shown}", highlight=False, soft_wrap=True)
         root = shown.split(os.sep)[0] or shown
         console.print(f"Curves: tensorboard --logdir {root}", highlight=False, soft_wrap=True)
@@ -392,12 +397,10 @@ def find_lr_main() -> None:
         sys.exit(0)
     overrides: list[str] = []
     try:
-        options, words, config_dir = _finder_words(usage, _FINDER, "test")
+        options, words, config_dir = _own_words(usage, _FINDER, "test")
         overrides = words
-        composed = _compose(words, config_dir, whole=True)
-        choices = composed.hydra.runtime.choices
+        config, choices = _composed(words, config_dir)
         names = {name: str(choices[name]) for name in ("data", "model", "optimizer")}
-        config = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
         if "lr" in config.optimizer:
             config.optimizer.lr = 1.0  # what is looked for: not used, whatever it was
         if config.get("step_size"):
@@ -421,7 +424,14 @@ def find_lr_main() -> None:
     _show_curve(curve, folder)
 
 
-def _finder_words(
+def _composed(words: list[str], config_dir: str | None) -> tuple[DictConfig, dict[str, str]]:
+    """The configuration of a run, and the choice of each group."""
+    whole = _compose(words, config_dir, whole=True)
+    own = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+    return own, dict(whole.hydra.runtime.choices)
+
+
+def _own_words(
     usage: str, kinds: dict[str, type], what: str
 ) -> tuple[dict[str, Any], list[str], str | None]:
     """A command's own options, the overrides of the configuration, and a folder of more."""
@@ -441,8 +451,8 @@ def _finder_words(
             try:
                 options[key] = kind(value)
             except ValueError:
-                what = "a whole number" if kind is int else "a number"
-                raise ConfigurationError(f"{key} must be {what}. Received: {word}") from None
+                number = "a whole number" if kind is int else "a number"
+                raise ConfigurationError(f"{key} must be {number}. Received: {word}") from None
             if value == "":
                 raise ConfigurationError(
                     f"{key} must name {_NAMED.get(key, 'a folder')}. Received: {word}"
@@ -472,8 +482,7 @@ def _show_curve(curve: RateCurve, folder: Path) -> None:
     console.print(said, highlight=False, soft_wrap=True, markup=False)
     if curve.suggestion is not None:
         console.print(f"Train with optimizer.lr={curve.suggestion:g}", highlight=False)
-    shown = os.path.relpath(folder)
-    shown = str(folder) if shown.startswith("..") else shown
+    shown = _shown(folder)
     for line in (f"Curve: {shown}/find_lr.png", f"TensorBoard: tensorboard --logdir {shown}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -508,17 +517,17 @@ def explain_main() -> None:
         sys.exit(0)
     overrides: list[str] = []
     try:
-        options, words, config_dir = _finder_words(usage, _EXPLANATION, "update")
+        options, words, config_dir = _own_words(usage, _EXPLANATION, "update")
         overrides = _with_readable_model(words)
-        composed = _compose(overrides, config_dir, whole=True)
-        choices = composed.hydra.runtime.choices
-        config = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+        config, choices = _composed(overrides, config_dir)
         check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         warnings.showwarning = _warn  # type: ignore[assignment]
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         update = options.pop("update", 0)
         names = f"{config.variant} on {choices['data']}, {choices['model']}"
-        print(_explained(config, update, {**options, "title": f"Update {update} of {names}"}))
+        from gdtrain.experiment import explain
+
+        print(explain(config, update, title=f"Update {update} of {names}", **options))
     except (ConfigurationError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_complain(error, words=overrides))
     except KeyboardInterrupt:
@@ -532,29 +541,6 @@ def _with_readable_model(words: list[str]) -> list[str]:
     of_mlp = ("model.hidden", "model.activation", "model.dropout")
     wants_mlp = any(w.partition("=")[0] in of_mlp for w in words)
     return ["experiment=demo_iris_sgd", *(["model=mlp"] if wants_mlp else []), *words]
-
-
-def _explained(config: DictConfig, update: int, options: dict[str, Any]) -> str:
-    from hydra.utils import instantiate
-
-    from gdtrain.experiment import _USER_ERRORS, _build, _message
-    from gdtrain.explanation import _check_text, explain_run
-    from gdtrain.training import _quiet
-
-    try:
-        if config.ckpt_path is not None:
-            raise ConfigurationError(
-                f"The updates are made from the first one on. Received: ckpt_path="
-                f"{config.ckpt_path}. Leave it out, and set update=… to a later one."
-            )
-        _check_text(options.get("digits", 4), options.get("examples", 2))
-        data, module = _build(config)
-        with _quiet():
-            trainer = instantiate(config.trainer, _convert_="all")
-            found = explain_run(module, data, trainer, update)
-        return found.text(**options)
-    except _USER_ERRORS as error:
-        raise ConfigurationError(_message(error)) from error
 
 
 # ---------------------------------------------------------------------- comparing
@@ -595,7 +581,7 @@ def compare_main() -> None:
         sys.exit(0)
     words: list[str] = []
     try:
-        options, words, config_dir = _finder_words(usage, _COMPARISON, "comparison")
+        options, words, config_dir = _own_words(usage, _COMPARISON, "comparison")
         _check_comparison(options)
         warnings.showwarning = _warn  # type: ignore[assignment]
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -674,12 +660,12 @@ def _compare_trained(
     common = list(words)
     if "epochs" in options or "trainer.max_epochs" not in keys:
         common.append(f"trainer.max_epochs={options.get('epochs', 20)}")
-    choices: dict[str, str] = {}
+    first: dict[str, str] = {}
     for overrides in contenders.values():
-        config = _compose([*common, *overrides], config_dir, whole=True)
-        choices = choices or dict(config.hydra.runtime.choices)
-        _check_contender(config, overrides)
-    folder = _comparison_folder(options, f"{choices['data']}-{choices['model']}")
+        config, choices = _composed([*common, *overrides], config_dir)
+        first = first or choices
+        _check_contender(config, choices["logger"], overrides)
+    folder = _comparison_folder(options, f"{first['data']}-{first['model']}")
     count = options.get("seeds", 3)
     places = {
         folder / "runs" / _slug(name, i) / f"seed-{seed}": (name, [*overrides, f"seed={seed}"])
@@ -739,9 +725,8 @@ def _contenders(text: str) -> dict[str, list[str]]:
     return found
 
 
-def _check_contender(config: DictConfig, overrides: list[str]) -> None:
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    plain: dict[str, Any] = OmegaConf.to_container(own, resolve=True)  # type: ignore[assignment]
+def _check_contender(config: DictConfig, logger: str, overrides: list[str]) -> None:
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     try:
         check(plain)
     except ConfigurationError as error:
@@ -750,7 +735,7 @@ def _check_contender(config: DictConfig, overrides: list[str]) -> None:
     if not any(name.endswith("CSVLogger") for name in loggers):
         raise ConfigurationError(
             "Curves are read from metrics.csv, so logger must be csv or tensorboard. Received: "
-            f"logger={config.hydra.runtime.choices.logger}"
+            f"logger={logger}"
         )
     if plain["trainer"].get("strategy") is not None:
         raise ConfigurationError(
@@ -761,10 +746,7 @@ def _check_contender(config: DictConfig, overrides: list[str]) -> None:
 
 def _comparison_folder(options: dict[str, Any], name: str) -> Path:
     time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    folder = Path(options.get("output") or Path("outputs") / "compare" / name / time)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} exists already; choose another output=…")
-    return folder
+    return new_folder(options.get("output") or Path("outputs") / "compare" / name / time)
 
 
 def _slug(name: str, number: int) -> str:
@@ -958,8 +940,7 @@ def landscape_main() -> None:
         sys.exit(_complain(_innermost(error)))
     except KeyboardInterrupt:
         sys.exit(_EXIT_CODES["INTERRUPTED"])
-    shown = os.path.relpath(folder)
-    shown = str(folder) if shown.startswith("..") else shown
+    shown = _shown(folder)
     for name, picture in pictures.items():
         print(f"{shown}/{name}.png: {picture.title.splitlines()[0]}")
     if "trajectory" not in pictures and "surface" not in pictures:

@@ -10,7 +10,14 @@ from typing import Any
 
 import yaml
 
-__all__ = ["ConfigurationError", "check", "closest", "conf_directory", "read_defaults"]
+__all__ = [
+    "ConfigurationError",
+    "check",
+    "closest",
+    "conf_directory",
+    "new_folder",
+    "read_defaults",
+]
 
 
 class ConfigurationError(ValueError):
@@ -37,6 +44,28 @@ def conf_directory() -> Path:
     package = Path(__file__).resolve().parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
+
+
+def new_folder(path: str | Path) -> Path:
+    """A folder to leave results in.
+
+    Args:
+        path: It must not be there, or be empty.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConfigurationError: It is a file, or there is something in it.
+
+    Example:
+        >>> new_folder("not there yet").name
+        'not there yet'
+    """
+    folder = Path(path)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigurationError(f"{folder} exists already; choose another output=…")
+    return folder
 
 
 def read_defaults(choice: str) -> dict[str, Any]:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gdtrain.objective import Objective
+from gdtrain.objective import Objective, untouched
 
 __all__ = [
     "RECTIFIERS",
@@ -206,7 +205,7 @@ def examine(objective: Objective, indices: Tensor, draw: int = 0) -> Finding | N
             return Finding(
                 cause, f"{{{what}:{column}}} of {{example:{i}}} is {value}{more}", numbers
             )
-    with _untouched(objective):
+    with untouched(objective.model):
         losses = objective.losses(indices, draw)
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
@@ -242,7 +241,7 @@ def examine(objective: Objective, indices: Tensor, draw: int = 0) -> Finding | N
 
 def _gradient(objective: Objective, indices: Tensor, draw: int) -> dict[str, Tensor | None]:
     names = {id(p): name for name, p in objective.model.named_parameters()}
-    with torch.enable_grad(), _untouched(objective):
+    with torch.enable_grad(), untouched(objective.model):
         _, made = objective.value_and_grad(indices, draw)
     return {names[id(p)]: g for p, g in zip(objective.params, made, strict=True)}
 
@@ -324,7 +323,7 @@ def health(objective: Objective, indices: Tensor, draw: int = 0) -> Health:
     ]
     handles.append(objective.model.register_forward_hook(keep))
     try:
-        with _untouched(objective):
+        with untouched(objective.model):
             value = float(objective.value(indices, draw))
     finally:
         for handle in handles:
@@ -375,7 +374,7 @@ def step_limit(objective: Objective, optimizer: Optimizer) -> tuple[float, float
     count = len(objective.targets)
     group = optimizer.param_groups[0]
     try:
-        with _untouched(objective):
+        with untouched(objective.model):
             found = sharpness(
                 objective,
                 None if count <= _LIMIT_EXAMPLES else _LIMIT_EXAMPLES,
@@ -417,7 +416,7 @@ def overshoot(objective: Objective, indices: Tensor, rate: float) -> float | Non
         >>> round(overshoot(objective, torch.tensor([0]), rate=1.5), 4)  # λ = 1
         1.5
     """
-    with _untouched(objective):
+    with untouched(objective.model):
         _, before = objective.value_and_grad(indices)
         kept = [p.detach().clone() for p in objective.params]
         with torch.no_grad():
@@ -439,18 +438,3 @@ def overshoot(objective: Objective, indices: Tensor, rate: float) -> float | Non
     if not 0 < square < math.inf or not math.isfinite(product):
         return None
     return 1 - product / square
-
-
-@contextmanager
-def _untouched(objective: Objective) -> Iterator[None]:
-    """Buffers (of BatchNorm) and torch's generators stay as they are."""
-    buffers = [(b, b.clone()) for b in objective.model.buffers()]
-    device = objective.params[0].device
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)

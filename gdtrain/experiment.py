@@ -11,7 +11,8 @@ import os
 import pkgutil
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from gdtrain.configuration import ConfigurationError, check
+from gdtrain.configuration import ConfigurationError, check, new_folder
 from gdtrain.data import DataModule, Preprocessing, read_features
 from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule, parameter_groups
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Trained",
     "evaluate",
+    "explain",
     "find_checkpoint",
     "find_lr",
     "landscape",
@@ -245,23 +247,29 @@ def find_lr(config: DictConfig, directory: str | Path, name: str = "", **options
         ...     (Path(folder) / "test" / "find_lr.png").is_file()
         True
     """
-    folder = Path(directory)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} exists already; choose another output=…")
+    folder = new_folder(directory)
+    try:
+        with _all_or_nothing(folder) as new:
+            curve = _range_test(config, options)
+            curve.details = {"name": name, **(curve.details or {})}
+            curve.save(new)
+    except _USER_ERRORS as error:
+        raise ConfigurationError(_message(error)) from error
+    return curve
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[Path]:
+    """A place to make a folder in, which is moved to where it belongs once all is written."""
     was_there = folder.parent.exists()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".find_lr-") as scratch:
-            curve = _range_test(config, options)
-            curve.details = {"name": name, **(curve.details or {})}
-            curve.save(Path(scratch) / "new")
-            os.replace(Path(scratch) / "new", folder)  # all of it or nothing
-    except _USER_ERRORS as error:
-        raise ConfigurationError(_message(error)) from error
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+            yield Path(scratch) / "new"
+            os.replace(Path(scratch) / "new", folder)
     finally:
         if not was_there:
             discard_empty(folder.parent)
-    return curve
 
 
 def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
@@ -286,6 +294,50 @@ def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
         module.to(trainer.strategy.root_device)
         with trainer.precision_plugin.forward_context():
             return rate_finder.find_lr(module, data, **options)
+
+
+# ---------------------------------------------------------------------- one update in full
+
+
+def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
+    """Train what the configuration names up to an update, and write that one out in full.
+
+    Args:
+        config: Composed from `conf/train.yaml`.
+        update: Which, range [0, T).
+        **options: As for `gdtrain.explanation.Explanation.text`.
+
+    Returns:
+        The text.
+
+    Raises:
+        ConfigurationError: The configuration, the data or an option is wrong, or the update cannot
+            be explained.
+
+    Example:
+        >>> from hydra import compose, initialize_config_dir
+        >>> from gdtrain.configuration import conf_directory
+        >>> with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        ...     config = compose("train", ["experiment=demo_iris_sgd"])
+        >>> "The model, before the update" in explain(config)
+        True
+    """
+    from gdtrain.explanation import check_text, explain_run
+
+    try:
+        if config.ckpt_path is not None:
+            raise ConfigurationError(
+                f"The updates are made from the first one on. Received: ckpt_path="
+                f"{config.ckpt_path}. Leave it out, and set update=… to a later one."
+            )
+        check_text(options.get("digits", 4), options.get("examples", 2))
+        data, module = _build(config)
+        with _quiet():
+            trainer = instantiate(config.trainer, _convert_="all")
+            found = explain_run(module, data, trainer, update)
+        return found.text(**options)
+    except _USER_ERRORS as error:
+        raise ConfigurationError(_message(error)) from error
 
 
 # ---------------------------------------------------------------------- the run's folder
@@ -625,9 +677,7 @@ def landscape(
     if isinstance(megabytes, bool) or not 0 < megabytes < math.inf:
         raise ValueError(f"megabytes must be finite and > 0. Received: megabytes={megabytes}.")
     run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    folder = _free(run_folder / "landscape") if directory is None else Path(directory)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already; choose another output=…")
+    folder = _free(run_folder / "landscape") if directory is None else new_folder(directory)
     recorded = run_folder / "trajectory.npz"
     size = path.stat().st_size if path.is_file() else 0
     read = size + (recorded.stat().st_size if recorded.is_file() else 0)
@@ -661,16 +711,9 @@ def landscape(
         total=total,
         seed=seed,
     )
-    was_there = folder.parent.exists()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".landscape-") as scratch:
-            pictures = made.pictures(snapshots, span=span, points=points)
-            save(pictures, Path(scratch) / "new", update)
-            os.replace(Path(scratch) / "new", folder)  # all of it or nothing
-    finally:
-        if not was_there:
-            discard_empty(folder.parent)
+    with _all_or_nothing(folder) as new:
+        pictures = made.pictures(snapshots, span=span, points=points)
+        save(pictures, new, update)
     return folder, pictures
 
 

@@ -42,7 +42,7 @@ from gdtrain.module import SupervisedModule
 from gdtrain.objective import Objective
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 
-__all__ = ["Explanation", "Layer", "Step", "explain", "explain_run"]
+__all__ = ["Explanation", "Layer", "Step", "check_text", "explain", "explain_run"]
 
 _WIDTH = 100  # characters of a line
 _ROWS = 8  # of a matrix that is shown
@@ -274,7 +274,7 @@ class Explanation:
         Raises:
             ValueError: digits or examples is out of range.
         """
-        _check_text(digits, examples)
+        check_text(digits, examples)
         shown = min(examples, len(self.indices))
         lines = [title, ""] if title else []
         lines += self._model(digits)
@@ -772,7 +772,19 @@ def explain_run(
 # ---------------------------------------------------------------------- as text
 
 
-def _check_text(digits: int, examples: int) -> None:
+def check_text(digits: int, examples: int) -> None:
+    """Refuse what `Explanation.text` would refuse, before anything is trained.
+
+    Args:
+        digits: As there.
+        examples: As there.
+
+    Raises:
+        ValueError: One is out of range.
+
+    Example:
+        >>> check_text(digits=4, examples=2)
+    """
     for name, value, low, high in (("digits", digits, 1, 12), ("examples", examples, 0, math.inf)):
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             bound = f"in [{low}, {high}]" if high < math.inf else f"of at least {low}"

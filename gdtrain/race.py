@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gdtrain.objective import Objective
-from gdtrain.snapshot import Snapshot, random_states, set_random_states
+from gdtrain.objective import Objective, untouched
+from gdtrain.snapshot import Snapshot
 
 __all__ = ["Race", "race"]
 
@@ -201,30 +201,25 @@ def _scale(
     """The median of f_B / ‖g_B‖² at the start, and how many examples it took."""
     ratios: list[float] = []
     done = examples = 0
-    kept = [b.clone() for b in objective.model.buffers()]
-    before = random_states(objective)
-    while done < batches:
-        indices = block(done, batches - done).to(objective.targets.device)
-        for row in indices:
-            value, gradient = objective.value_and_grad(row, draw + done)
-            square = sum(float(g.double().square().sum()) for g in gradient if g is not None)
-            if not (math.isfinite(float(value)) and math.isfinite(square)):
-                raise ValueError(
-                    f"The loss or its gradient is not finite at the start (loss "
-                    f"{float(value):g}): look at the examples and the initial weights."
-                )
-            if value < 0:
-                raise ValueError(
-                    f"lr=auto bounds each step by f/‖g‖², which asks for a loss that is never "
-                    f"below 0. Received: loss {float(value):g} at the start. Set the learning "
-                    f"rate, or add a constant to the loss."
-                )
-            if square > 0 and value > 0:
-                ratios.append(float(value) / square)
-            done, examples = done + 1, examples + len(row)
-    for b, old in zip(objective.model.buffers(), kept, strict=True):
-        b.copy_(old)
-    set_random_states(objective, before)
+    with untouched(objective.model):
+        while done < batches:
+            for row in block(done, batches - done).to(objective.targets.device):
+                value, gradient = objective.value_and_grad(row, draw + done)
+                square = sum(float(g.double().square().sum()) for g in gradient if g is not None)
+                if not (math.isfinite(float(value)) and math.isfinite(square)):
+                    raise ValueError(
+                        f"The loss or its gradient is not finite at the start (loss "
+                        f"{float(value):g}): look at the examples and the initial weights."
+                    )
+                if value < 0:
+                    raise ValueError(
+                        f"lr=auto bounds each step by f/‖g‖², which asks for a loss that is never "
+                        f"below 0. Received: loss {float(value):g} at the start. Set the learning "
+                        f"rate, or add a constant to the loss."
+                    )
+                if square > 0 and value > 0:
+                    ratios.append(float(value) / square)
+                done, examples = done + 1, examples + len(row)
     if not ratios:
         raise ValueError(
             "The gradient of the first batches is 0, so that no step size can be found: the start "

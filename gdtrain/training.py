@@ -196,8 +196,8 @@ def fit(
         nesterov: Nesterov momentum.
         weight_decay: λ, range [0, ∞); not on biases.
         loss: None: cross-entropy for classes, squared error for numbers.
-        schedule: The factor on η; None: with `lr="auto"` a warm-up and a decay to zero, but none
-            where a rule finds the length of full-batch steps.
+        schedule: The factor on η; None: a warm-up and a decay to zero, but constant where a rule
+            finds the length of full-batch steps ("auto" of `SupervisedModule`).
         step_size: A rule that computes η, with `lr="auto"`; None: the automatic one.
         seed: Of initial weights (if the model is built here), order and dropout.
         engine: How updates are made, see `SupervisedModule`.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from gdtrain.certificates import (
 )
 from gdtrain.dropout import Dropout
 from gdtrain.module import SupervisedModule
-from gdtrain.objective import Objective
+from gdtrain.objective import Objective, untouched
 from gdtrain.schedules import ReduceOnPlateau
 from gdtrain.stopping import Stop, StopReason
 
@@ -737,21 +736,13 @@ def _rate(group: dict[str, Any]) -> float:
 
 @contextmanager
 def _untouched(objective: Objective) -> Iterator[None]:
-    """Leaves buffers, micro-batch size and random numbers as they are."""
-    model, micro = objective.model, objective.micro_batch_size
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = [p.device for p in objective.params[:1] if p.device.type == "cuda"]
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (user code may draw from it)
+    """Leaves M, too, as it is."""
+    micro = objective.micro_batch_size
     try:
-        with torch.random.fork_rng(devices):
+        with untouched(objective.model):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002
         objective.micro_batch_size = micro
-        with torch.no_grad():
-            for b, before in buffers:
-                b.copy_(before)
 
 
 @contextmanager

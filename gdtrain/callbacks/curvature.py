@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 
+from gdtrain.callbacks.curves import described
 from gdtrain.curvature import NotFiniteError, Sharpness, batch_sharpness, sharpness, stability_limit
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
@@ -25,6 +25,14 @@ _PAYS = 1000  # full-batch updates, of whose time a first look takes about 4%
 _BATCHES = 16
 _TOLERANCE = 0.02
 _SEED = 2**20  # apart from the orders of training
+_MEANING = {
+    "curvature/sharpness": "λ, the largest eigenvalue of the Hessian of the objective with weight "
+    "decay, on the full batch.",
+    "curvature/limit": "The η beyond which full-batch descent with this momentum is unstable.",
+    "curvature/batch_sharpness": "Curvature along the gradients of batches of B examples.",
+    "curvature/lr": "η of the last update; at the start, of the first.",
+    "curvature/two_over_lr": "2/η, with which the sharpness compares (without momentum).",
+}
 
 
 class Curvature(Callback):
@@ -84,6 +92,7 @@ class Curvature(Callback):
         self.every, self.examples = every, examples
         self.looks: list[tuple[int, Sharpness]] = []
         self._looked_at = -1  # update
+        self._known: set[str] = set()  # tags that have their description
         self._spent, self._cost = 0.0, 0.0
         self._seconds_before = 0.0
         self._started = time.perf_counter()
@@ -180,7 +189,7 @@ class Curvature(Callback):
             if lr is not None and lr > 0:
                 values |= {"curvature/lr": lr, "curvature/two_over_lr": 2 / lr}
             self.looks.append((module.updates, found))
-            _log(trainer, module, values)
+            _log(trainer, module, values, self._known)
         self._cost = time.perf_counter() - started
         self._spent += self._cost
 
@@ -255,11 +264,13 @@ def _batches(trainer: Trainer, update: int, device: torch.device) -> Tensor:
     return torch.cat(drawn).view(-1, size)[:_BATCHES].to(device)
 
 
-def _log(trainer: Trainer, module: SupervisedModule, values: dict[str, float]) -> None:
+def _log(
+    trainer: Trainer, module: SupervisedModule, values: dict[str, float], known: set[str]
+) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             if trainer.is_global_zero:
-                entries = [Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
-                logger.experiment.file_writer.add_summary(Summary(value=entries), module.updates)
+                summary = described(values, known, _MEANING.__getitem__)
+                logger.experiment.file_writer.add_summary(summary, module.updates)
         else:
             logger.log_metrics(values, step=module.updates)

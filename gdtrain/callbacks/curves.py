@@ -349,12 +349,15 @@ def _pieces(first: int, last: int, every: Callable[[int], int]) -> Iterator[tupl
         first = end
 
 
-def described(values: Mapping[str, float], known: set[str]) -> Summary:
+def described(
+    values: Mapping[str, float], known: set[str], describe: Callable[[str], str] | None = None
+) -> Summary:
     """Scalars for TensorBoard; the first of a tag brings what its chart says about it.
 
     Args:
         values: By tag.
         known: Tags that have been written; those of `values` are added.
+        describe: From a tag to what its chart says; None: as for the tags of `LossCurves`.
 
     Returns:
         One summary, to be written at one step.
@@ -375,7 +378,7 @@ def described(values: Mapping[str, float], known: set[str]) -> Summary:
             entry.metadata.CopyFrom(
                 SummaryMetadata(
                     display_name=tag,
-                    summary_description=_description(tag),
+                    summary_description=(describe or _description)(tag),
                     plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
                 )
             )

@@ -51,17 +51,9 @@ class GradientNoise(Instrument):
         ValueError: An argument is out of range.
 
     Example:
-        >>> from functools import partial
         >>> from lightning import Trainer
-        >>> from gdtrain import SGD, SupervisedModule
-        >>> from gdtrain.data import EmbeddedDataModule
-        >>> from gdtrain.losses import CrossEntropy
-        >>> from gdtrain.models import Linear
-        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
-        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False,
-        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ...     callbacks=[GradientNoise(every=50)])
-        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=1))
+        >>> trainer = Trainer(callbacks=[GradientNoise(every=50)], logger=False, accelerator="cpu",
+        ...     enable_checkpointing=False)
 
     References:
         McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv 1812.06162.

@@ -351,10 +351,7 @@ class Instrument(Callback):
     def _log(self, trainer: Trainer, update: int, values: dict[str, float]) -> None:
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                summary = described(values, self._described)
-                for entry in summary.value:
-                    if entry.HasField("metadata"):
-                        entry.metadata.summary_description = self._meaning(entry.tag)
+                summary = described(values, self._described, self._meaning)
                 logger.experiment.file_writer.add_summary(summary, update)
             else:
                 logger.log_metrics(values, step=update)

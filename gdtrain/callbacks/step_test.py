@@ -49,17 +49,9 @@ class StepTest(Instrument):
         ValueError: An argument is out of range.
 
     Example:
-        >>> from functools import partial
         >>> from lightning import Trainer
-        >>> from gdtrain import SGD, SupervisedModule
-        >>> from gdtrain.data import EmbeddedDataModule
-        >>> from gdtrain.losses import CrossEntropy
-        >>> from gdtrain.models import Linear
-        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
-        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False,
-        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ...     callbacks=[StepTest(every=50)])
-        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=1))
+        >>> trainer = Trainer(callbacks=[StepTest(every=50)], logger=False, accelerator="cpu",
+        ...     enable_checkpointing=False)
 
     References:
         Schneider et al., Cockpit: A Practical Debugging Tool for the Training of Deep Neural

@@ -61,7 +61,7 @@ class Trajectory(Callback):
 
     needs_every_epoch = False
 
-    def __init__(self, directory: str | Path, points: int = 50, megabytes: float = 16.0) -> None:
+    def __init__(self, directory: str | Path, points: int = 50, megabytes: float = 8.0) -> None:
         if isinstance(points, bool) or not isinstance(points, int) or points < _LEAST:
             raise ValueError(
                 f"points must be a whole number of at least {_LEAST}. Received: points={points!r}."

@@ -49,6 +49,7 @@ class Eager:
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
         self._ahead = Ahead()
+        self._draws = any(isinstance(m, Dropout) for m in objective.model.modules())
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
         """(K, B) example numbers and (K,) factors to (K,) losses.
@@ -139,8 +140,8 @@ class Eager:
     def _repeats(self, indices: Tensor) -> bool:
         """Whether the next update will see the same function, as far as can be known before."""
         objective = self.objective
-        drawn = any(isinstance(m, Dropout) for m in objective.model.modules())
-        return objective.ranks == 1 and len(indices) == len(objective.targets) and not drawn
+        whole = len(indices) == len(objective.targets)
+        return whole and objective.ranks == 1 and not self._draws
 
 
 def _nowhere() -> float:
