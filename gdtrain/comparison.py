@@ -6,6 +6,7 @@ Runs that differ in nothing but their seed are repetitions of one contender. N e
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +18,26 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-__all__ = ["CLOCKS", "Clock", "Comparison", "Contender", "Run", "compare", "find_runs", "read_run"]
+__all__ = [
+    "CLOCKS",
+    "Clock",
+    "Comparison",
+    "Contender",
+    "Curve",
+    "Run",
+    "compare",
+    "find_runs",
+    "read_run",
+]
 
 Clock = Literal["updates", "examples", "seconds"]
+Part = Literal["train", "val"]
 Values = NDArray[np.float64]
 
 CLOCKS: tuple[Clock, ...] = ("updates", "examples", "seconds")
 _POINTS = 160  # of a curve's common grid
 _WINDOW = 0.25  # of the examples seen: how far back a point of a curve averages, at most a pass
+_RISEN = 1.1  # times its lowest: a validation loss that has
 _LOST = ("DIVERGED", "NON_FINITE", "INTERRUPTED")
 # What repeats a run, or only watches it: runs that differ in it are the same contender.
 _WATCHING = ("logger", "callbacks", "instruments", "ckpt_path", "seed", "data.seed")
@@ -35,56 +48,25 @@ _LOWER_IS_BETTER = ("mae", "mse", "rmse")
 
 
 @dataclass
-class Run:
-    """A finished run, read from its folder. P logged points.
+class Curve:
+    """A loss against three clocks. P logged points.
 
     Args:
-        folder: Where it lies.
-        settings: The configuration, flat: "optimizer.lr" and the like.
-        summary: What `summary.json` holds.
         updates: Updates made, (P,).
         examples: Examples seen, (P,).
         seconds: Wall clock, (P,).
-        losses: Training loss, averaged over the last examples (see `read_run`), (P,).
+        losses: Mean per example, (P,).
 
     Example:
         >>> x = np.array([1.0, 2.0, 4.0])
-        >>> run = Run(Path("run"), {}, {"variant": "gd"}, x, 10 * x, x / 2, np.array([4, 2, 1.0]))
-        >>> run.reach(1.5)
+        >>> Curve(x, 10 * x, x / 2, np.array([4.0, 2.0, 1.0])).reach(1.5)
         {'updates': 3.0, 'examples': 30.0, 'seconds': 1.5}
     """
 
-    folder: Path
-    settings: dict[str, Any]
-    summary: dict[str, Any]
     updates: Values
     examples: Values
     seconds: Values
     losses: Values
-
-    @property
-    def variant(self) -> str:
-        """The optimizer's choice: gd, sgd, minibatch, …"""
-        return str(self.summary["variant"])
-
-    @property
-    def seed(self) -> int:
-        """Of initial weights and order."""
-        return int(self.summary.get("seed", 0))
-
-    @property
-    def lost(self) -> bool:
-        """Whether it ended without a result that can be compared."""
-        return self.summary["stop_reason"] in _LOST or not len(self.losses)
-
-    def value(self, tag: str) -> float:
-        """A final loss or metric, over all examples of a part.
-
-        Args:
-            tag: Such as "loss/train"; NaN where the run has none.
-        """
-        found = self.summary["metrics"].get(tag)
-        return math.nan if found is None else float(found)
 
     def clock(self, name: Clock) -> Values:
         """The points' positions, (P,).
@@ -95,12 +77,12 @@ class Run:
         return {"updates": self.updates, "examples": self.examples, "seconds": self.seconds}[name]
 
     def reach(self, target: float) -> dict[Clock, float] | None:
-        """When the curve first came down to a loss, by each clock; None: it did not.
+        """When it first came down to a loss, by each clock; None: it did not.
 
         Between two points the curve is a straight line.
 
         Args:
-            target: Training loss.
+            target: The loss.
         """
         below = np.flatnonzero(self.losses <= target)
         if not len(below):
@@ -117,13 +99,67 @@ class Run:
         return found
 
 
+def _nothing() -> Curve:
+    return Curve(*np.zeros((4, 0)))
+
+
+@dataclass
+class Run:
+    """A finished run, read from its folder.
+
+    Args:
+        folder: Where it lies.
+        settings: The configuration, flat: "optimizer.lr" and the like.
+        summary: What `summary.json` holds.
+        train: Training loss, averaged over the last examples (see `read_run`).
+        val: Loss over all validation examples; without points where there was no validation.
+
+    Example:
+        >>> x = np.array([1.0, 2.0, 4.0])
+        >>> run = Run(Path("run"), {}, {"variant": "gd"}, Curve(x, 10 * x, x / 2, 4 / x))
+        >>> run.variant, len(run.val.losses)
+        ('gd', 0)
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+    train: Curve
+    val: Curve = field(default_factory=_nothing)
+
+    @property
+    def variant(self) -> str:
+        """The optimizer's choice: gd, sgd, minibatch, …"""
+        return str(self.summary["variant"])
+
+    @property
+    def seed(self) -> int:
+        """Of initial weights and order."""
+        return int(self.summary.get("seed", 0))
+
+    @property
+    def lost(self) -> bool:
+        """Whether it ended without a result that can be compared."""
+        return self.summary["stop_reason"] in _LOST or not len(self.train.losses)
+
+    def value(self, tag: str) -> float:
+        """A final loss or metric, over all examples of a part.
+
+        Args:
+            tag: Such as "loss/train"; NaN where the run has none.
+        """
+        found = self.summary["metrics"].get(tag)
+        return math.nan if found is None else float(found)
+
+
 def read_run(folder: str | Path) -> Run:
     """Read what a run has left in its folder: config.yaml, summary.json and metrics.csv.
 
     A row of metrics.csv has the mean loss of the updates since the row before, which for few
     examples is noise. Row i, at e_i examples, becomes the mean over the rows that lie within
     (e_i − w, e_i], weighted by their examples, with w = min(N, e_i/4), and never less than the
-    row itself: so that a full-batch row stays as it is, and no curve is early.
+    row itself: so that a full-batch row stays as it is, and no curve is early. Validation losses
+    are over all held-out examples, and stay as they are.
 
     Args:
         folder: Of the run.
@@ -155,30 +191,28 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(
             f"{path} cannot be read: its config.yaml or summary.json is damaged."
         ) from None
-    rows = _rows(path)
-    updates, examples, seconds, losses = (np.array(column, dtype=float) for column in rows)
-    return Run(
-        path,
-        dict(_flat(config)),
-        summary,
-        updates,
-        examples,
-        np.maximum(seconds, 1e-4),  # the file's last digit
-        _smooth(examples, losses, size),
-    )
+    train, val = _curves(path)
+    train.losses = _smooth(train.examples, train.losses, size)
+    return Run(path, dict(_flat(config)), summary, train, val)
 
 
-def _rows(path: Path) -> list[list[float]]:
-    """Update, examples, seconds and loss of each row with a training loss, by update."""
-    columns = ("step", "examples", "seconds", "loss/train")
-    found: dict[int, list[float]] = {}
+def _curves(path: Path) -> tuple[Curve, Curve]:
+    """Training and validation as metrics.csv has them, each to its first loss that is not finite.
+
+    A resumed run may have a row twice: the last counts.
+    """
+    places, losses = ("step", "examples", "seconds"), ("loss/train", "loss/val")
+    found: dict[str, dict[int, list[float]]] = {tag: {} for tag in losses}
     try:
         with open(path / "metrics.csv", encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
-            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            names = reader.fieldnames or ()
+            missing = [name for name in (*places, "loss/train") if name not in names]
             for row in reader if not missing else ():
-                if row["loss/train"]:  # a resumed run may have a row twice: the last counts
-                    found[int(row["step"])] = [float(row[name]) for name in columns]
+                for tag in losses:
+                    if row.get(tag):
+                        columns = (*places, tag)
+                        found[tag][int(row["step"])] = [float(row[name]) for name in columns]
     except FileNotFoundError:
         raise ValueError(
             f"{path} has no metrics.csv: its curve was not kept. Train with logger=csv or "
@@ -188,12 +222,14 @@ def _rows(path: Path) -> list[list[float]]:
         raise ValueError(f"{path}/metrics.csv is damaged.") from None
     if missing:
         raise ValueError(f"{path}/metrics.csv has no column {missing[0]}.")
-    kept = []
-    for step in sorted(found):
-        if not math.isfinite(found[step][3]):
-            break
-        kept.append(found[step])
-    return [list(column) for column in zip(*kept, strict=True)] if kept else [[], [], [], []]
+    return _curve(found["loss/train"]), _curve(found["loss/val"])
+
+
+def _curve(rows: Mapping[int, Sequence[float]]) -> Curve:
+    ordered = [rows[step] for step in sorted(rows)]
+    kept = list(itertools.takewhile(lambda row: math.isfinite(row[-1]), ordered))
+    updates, examples, seconds, losses = np.array(kept, dtype=float).reshape(-1, 4).T
+    return Curve(updates, examples, np.maximum(seconds, 1e-4), losses)  # the file's last digit
 
 
 def _smooth(examples: Values, losses: Values, size: int) -> Values:
@@ -268,8 +304,9 @@ class Contender:
 
     Example:
         >>> x = np.array([1.0, 2.0, 4.0])
-        >>> runs = [Run(Path("run"), {}, {"variant": "gd"}, x, 10 * x, x, c / x) for c in (1, 2, 9)]
-        >>> Contender("gd", runs).curve("updates", points=3)[1].tolist()
+        >>> curves = [Curve(x, 10 * x, x, c / x) for c in (1, 2, 9)]
+        >>> runs = [Run(Path("run"), {}, {"variant": "gd"}, curve) for curve in curves]
+        >>> Contender("gd", runs).band("updates", points=3)[1].tolist()
         [2.0, 1.0, 0.5]
     """
 
@@ -277,23 +314,38 @@ class Contender:
     runs: list[Run]
     lost: list[Run] = field(default_factory=list)
 
-    def curve(self, clock: Clock, points: int = _POINTS) -> tuple[Values, Values, Values, Values]:
+    def curves(self, part: Part) -> list[Curve]:
+        """One for each run.
+
+        Args:
+            part: "train" or "val".
+        """
+        return [run.train if part == "train" else run.val for run in self.runs]
+
+    def band(
+        self, clock: Clock, part: Part = "train", points: int = _POINTS
+    ) -> tuple[Values, Values, Values, Values]:
         """Median over seeds and band, from where all have begun to where the last one ends.
 
         A run that has ended keeps its last loss.
 
         Args:
             clock: What the points are equally spaced on, by factors.
+            part: "train" or "val".
             points: Their number at most, range [2, ∞).
 
         Returns:
-            Positions, median, lowest and highest loss, each of equal length.
+            Positions, median, lowest and highest loss, each of equal length; none where a run has
+            no such curve.
         """
-        first = max(run.clock(clock)[0] for run in self.runs)
-        last = max(run.clock(clock)[-1] for run in self.runs)
+        curves = self.curves(part)
+        if not all(len(curve.losses) for curve in curves):
+            return (np.zeros(0),) * 4
+        first = max(curve.clock(clock)[0] for curve in curves)
+        last = max(curve.clock(clock)[-1] for curve in curves)
         x = np.geomspace(first, last, points) if last > first else np.array([last])
         x = np.clip(x, first, last)  # of rounding
-        values = np.stack([np.interp(x, run.clock(clock), run.losses) for run in self.runs])
+        values = np.stack([np.interp(x, curve.clock(clock), curve.losses) for curve in curves])
         return x, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
 
     def values(self, tag: str) -> Values:
@@ -315,7 +367,7 @@ class Contender:
 
     def noise(self) -> Values:
         """Gradient noise scale of each run, in examples; NaN where no instrument measured it."""
-        return np.array([_noise(run) for run in self.runs])
+        return np.array([noise_scale(run) for run in self.runs])
 
     def reached(self, target: float) -> dict[Clock, Values] | None:
         """When each run came down to a loss; None where one did not.
@@ -323,13 +375,13 @@ class Contender:
         Args:
             target: Training loss.
         """
-        found = [run.reach(target) for run in self.runs]
+        found = [run.train.reach(target) for run in self.runs]
         if any(place is None for place in found):
             return None
         return {name: np.array([p[name] for p in found if p is not None]) for name in CLOCKS}
 
 
-def _noise(run: Run) -> float:
+def noise_scale(run: Run) -> float:
     found = (run.summary.get("instruments") or {}).get("noise_scale") or {}
     value = found.get("value")
     return float(value) if isinstance(value, int | float) else math.nan
@@ -398,7 +450,7 @@ def compare(
             f"only in their seed are one contender."
         )
     if target is None:
-        target = max(float(run.losses.min()) for c in usable for run in c.runs)
+        target = max(float(run.train.losses.min()) for c in usable for run in c.runs)
     return Comparison(contenders, float(target), left_out)
 
 
@@ -451,7 +503,7 @@ def _short(value: Any) -> str:
 # ---------------------------------------------------------------------- numbers in words
 
 
-def _number(value: float) -> str:
+def rounded(value: float) -> str:
     if not math.isfinite(value):
         return "–"
     if value == 0:
@@ -462,16 +514,21 @@ def _number(value: float) -> str:
 
 
 def _middle(values: Values) -> str:
-    return _number(float(np.median(values)))
+    return rounded(float(np.median(values)))
 
 
-def _spread(values: Values, number: Any = _number) -> str:
+def _spread(values: Values, number: Any = rounded) -> str:
     """Median (lowest to highest)."""
     known = values[np.isfinite(values)]
     if not len(known):
         return "–"
     low, middle, high = (number(float(v)) for v in (known.min(), np.median(known), known.max()))
     return middle if low == high else f"{middle} ({low}–{high})"
+
+
+def _has_risen(curve: Curve) -> bool:
+    """Whether a loss ended well above its lowest."""
+    return len(curve.losses) > 1 and bool(curve.losses[-1] > _RISEN * curve.losses.min())
 
 
 def _times(factor: float) -> str:
@@ -482,7 +539,7 @@ def _overlap(first: Values, second: Values) -> bool:
     return bool(first.min() <= second.max() and second.min() <= first.max())
 
 
-def _listed(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
     if len(words) < 3:
         return " and ".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"
@@ -503,7 +560,8 @@ class Comparison:
         >>> def run(name, loss):
         ...     summary = {"variant": name, "stop_reason": "BUDGET", "data": {"train": 10},
         ...         "metrics": {"loss/train": loss}, "updates": 4, "epochs": 4.0}
-        ...     return Run(Path(name), {"variant": name}, summary, x, 10 * x, x, loss * 4 / x)
+        ...     curve = Curve(x, 10 * x, x, loss * 4 / x)
+        ...     return Run(Path(name), {"variant": name}, summary, curve)
         >>> compared = compare([run("gd", 2.0), run("sgd", 1.0)])
         >>> compared.target, compared.sentences()[0]
         (2.0, 'Counted in updates, sgd is the cheapest way to a training loss of 2: 2 updates. ...')
@@ -518,6 +576,11 @@ class Comparison:
     def usable(self) -> list[Contender]:
         """Those with a result."""
         return [c for c in self.contenders if c.runs]
+
+    @property
+    def validated(self) -> bool:
+        """Whether there is a validation curve to draw, of two points or more."""
+        return any(len(c.band("updates", "val")[0]) > 1 for c in self.usable)
 
     @property
     def metric(self) -> str | None:
@@ -537,7 +600,7 @@ class Comparison:
         runs = [run for c in self.usable for run in c.runs]
         models = {str(run.settings.get("model._target_", "")).rsplit(".", 1)[-1] for run in runs}
         model = f", {models.pop()}" if len(models) == 1 and models != {""} else ""
-        return f"{_data(runs[0])}{model}: {_listed([c.name for c in self.contenders])}"
+        return f"{_data(runs[0])}{model}: {listed([c.name for c in self.contenders])}"
 
     # ------------------------------------------------------------------ tables
 
@@ -574,7 +637,7 @@ class Comparison:
             reached = c.reached(self.target)
             row = {"contender": c.name}
             if reached is None:
-                count = sum(run.reach(self.target) is not None for run in c.runs)
+                count = sum(run.train.reach(self.target) is not None for run in c.runs)
                 row |= dict.fromkeys(
                     ("updates", "examples", "epochs", "seconds"), f"{count} of {len(c.runs)} did"
                 )
@@ -602,9 +665,23 @@ class Comparison:
             words = {"test": "test", "val": "validation", "train": "training"}[part]
             lower = name in _LOWER_IS_BETTER
             said.append(self._lowest("the end", f"{words} {name}", values, lower=lower))
+        said += [self._risen(c) for c in self.usable if all(map(_has_risen, c.curves("val")))]
         if min(len(c.runs) for c in self.usable) < 2:
             said.append("With one seed a contender shows no spread: small differences mean little.")
         return said
+
+    @staticmethod
+    def _risen(c: Contender) -> str:
+        curves = c.curves("val")
+        lowest = [int(curve.losses.argmin()) for curve in curves]
+        at = np.array([curve.updates[i] for curve, i in zip(curves, lowest, strict=True)])
+        least = np.array([curve.losses[i] for curve, i in zip(curves, lowest, strict=True)])
+        end = np.array([curve.losses[-1] for curve in curves])
+        return (
+            f"The validation loss of {c.name} was lowest at update {_spread(at)}, "
+            f"{_spread(least)}, and rose to {_spread(end)}: what it learned later did not help on "
+            f"held-out examples."
+        )
 
     def absent(self) -> list[str]:
         """A sentence for each run that is not in the numbers, and why."""
@@ -622,11 +699,11 @@ class Comparison:
         Args:
             clock: What is counted.
         """
-        target = _number(self.target)
+        target = rounded(self.target)
         found = {c.name: r[clock] for c in self.usable if (r := c.reached(self.target))}
         missed = [c.name for c in self.usable if c.name not in found]
         late = (
-            f" {_listed(missed)} did not come to it with every seed."
+            f" {listed(missed)} did not come to it with every seed."
             if missed and found
             else f"Counted in {clock}: nobody came to a training loss of {target} with every seed."
             if missed
@@ -644,10 +721,10 @@ class Comparison:
         far = [name for name in order[1:] if name not in close]
         parts = [f"{_times(self._ratio(found[name], best))} times as many" for name in far]
         parts = [f"{name} needs {words}" for name, words in zip(far, parts, strict=True)]
-        body = f" {_listed(parts)}." if parts else ""
+        body = f" {listed(parts)}." if parts else ""
         if close:
             verb = "is" if len(close) == 1 else "are"
-            body += f" {_listed(close)} {verb} within the seeds' spread of it."
+            body += f" {listed(close)} {verb} within the seeds' spread of it."
         return head + body + late
 
     @staticmethod
@@ -669,7 +746,7 @@ class Comparison:
         far = [f"{n} {_spread(known[n])}" for n in order[1:] if n not in close]
         body = f" {'; '.join(far)}." if far else ""
         if close:
-            shown = _listed([f"{n} with {_spread(known[n])}" for n in close])
+            shown = listed([f"{n} with {_spread(known[n])}" for n in close])
             body += f" {shown} {'is' if len(close) == 1 else 'are'} within the seeds' spread of it."
         return head + body
 
@@ -691,7 +768,7 @@ class Comparison:
             )
             per_epoch = float(np.median(updates / np.maximum(epochs, 1e-9)))
             text = (
-                f"An update sees {each}, so an epoch of {total:,} has {_number(per_epoch)} "
+                f"An update sees {each}, so an epoch of {total:,} has {rounded(per_epoch)} "
                 f"update{'' if round(per_epoch) == 1 else 's'}. In "
                 f"{_middle(epochs)} epochs and {_middle(seconds)} s it made {_middle(updates)} "
                 f"updates, {_middle(updates / np.maximum(seconds, 1e-3))} each second."
@@ -700,10 +777,10 @@ class Comparison:
         return told
 
     def _trade(self, c: Contender, found: Mapping[str, dict[Clock, Values]]) -> str:
-        target = _number(self.target)
+        target = rounded(self.target)
         if c.name not in found:
-            count = sum(run.reach(self.target) is not None for run in c.runs)
-            best = _spread(np.array([run.losses.min() for run in c.runs]))
+            count = sum(run.train.reach(self.target) is not None for run in c.runs)
+            best = _spread(np.array([run.train.losses.min() for run in c.runs]))
             return (
                 f" {count} of its {len(c.runs)} runs came to a training loss of {target}; the best "
                 f"was {best}."
@@ -712,7 +789,7 @@ class Comparison:
         passes = float(np.median(own["examples"])) / int(c.runs[0].summary["data"]["train"])
         text = (
             f" To come to {target} took {_middle(own['updates'])} updates, "
-            f"{_number(passes)} epochs, {_middle(own['seconds'])} s."
+            f"{rounded(passes)} epochs, {_middle(own['seconds'])} s."
         )
         buys, costs, ties = [], [], []
         for clock in CLOCKS:
@@ -728,9 +805,9 @@ class Comparison:
             else:
                 costs.append(f"{_times(1 / ratio)} times the {clock} of {rival}")
         if buys:
-            text += f" It buys the fewest {_listed(buys)}."
+            text += f" It buys the fewest {listed(buys)}."
         if costs:
-            text += f" It costs {_listed(costs)}."
+            text += f" It costs {listed(costs)}."
         if ties:
-            text += f" The seeds do not tell it from the best of the others in {_listed(ties)}."
+            text += f" The seeds do not tell it from the best of the others in {listed(ties)}."
         return text

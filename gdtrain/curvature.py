@@ -130,7 +130,7 @@ def sharpness(
     size = sum(p.numel() for p in params)
     start = torch.randn(size, generator=generator, dtype=torch.float64).to(params[0].device, dtype)
     indices = _indices(objective, examples, generator)
-    decays = _decays(objective, optimizer)
+    decays = weight_decays(objective, optimizer)
     decay = _flat([torch.full_like(p, w) for p, w in zip(params, decays, strict=True)]).to(dtype)
 
     hessian = objective.hessian(indices, draw)
@@ -189,7 +189,7 @@ def batch_sharpness(
         Andreyev and Beneventano, Edge of stochastic stability: revisiting the edge of stability for
         SGD, arXiv 2412.20553.
     """
-    decays = _decays(objective, optimizer)
+    decays = weight_decays(objective, optimizer)
     bends, squares, examples = [], [], 0
     for k, indices in enumerate(batches):
         # The same numbers for g and H: each starts from where the generators are.
@@ -349,7 +349,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return torch.sum(a * b, dtype=torch.float64).item()
 
 
-def _decays(objective: Objective, optimizer: Optimizer | None) -> list[float]:
+def weight_decays(objective: Objective, optimizer: Optimizer | None) -> list[float]:
     """The weight decay of each parameter of the objective."""
     if optimizer is None:
         return [0.0] * len(objective.params)

@@ -769,13 +769,13 @@ def _training_objective(
     trained: Trained, path: Path, overrides: Mapping[str, Any] | None
 ) -> tuple[Objective, int]:
     """J of a checkpoint on its training examples, and their number N."""
-    from gdtrain.rate_finder import _examples
+    from gdtrain.rate_finder import objective_examples
 
     data = _same_data(trained, path, overrides)
     module = trained.module
     dtype = next(module.model.parameters()).dtype
     inputs, targets = (
-        t.to("cpu", dtype if t.is_floating_point() else None) for t in _examples(data)
+        t.to("cpu", dtype if t.is_floating_point() else None) for t in objective_examples(data)
     )
     return Objective(module.model, module.loss, inputs, targets), data.num_train
 

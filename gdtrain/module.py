@@ -388,7 +388,7 @@ class SupervisedModule(LightningModule):
             elif trainer.max_steps >= 0:
                 self.total_updates = trainer.max_steps
         if self._random_state is not None:
-            _set_random_state(self._random_state)
+            set_random_state(self._random_state)
             self._random_state = None
         if self.step_size == "auto" and self.updates == 0:
             self._find_rate()
@@ -750,7 +750,11 @@ class SupervisedModule(LightningModule):
     def _lengthen(self, count: int, seconds: float) -> None:
         """Let automatic sweeps take a tenth of a second: no update depends on their length."""
         loader = self.trainer.train_dataloader
-        if isinstance(loader, IndexLoader) and loader.automatic and seconds > 0:
+        if not isinstance(loader, IndexLoader) or not loader.automatic:
+            return
+        if self.trainer.world_size > 1:  # of rank 0: all must have the same sweeps
+            seconds = self.trainer.strategy.broadcast(seconds)
+        if seconds > 0:
             fitting = int(count * _SWEEP_SECONDS / seconds)
             # In steps: the first updates warm up, and are no measure of the others.
             loader.updates_per_sweep = max(1, min(fitting, 8 * count, _MOST_UPDATES))
@@ -1034,7 +1038,7 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

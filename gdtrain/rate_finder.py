@@ -395,7 +395,7 @@ class _Test:
         parameter = next((p for p in module.model.parameters() if p.requires_grad), None)
         if parameter is None:
             raise ValueError("The model has no parameter to train.")
-        inputs, targets = _examples(data)
+        inputs, targets = objective_examples(data)
         self.inputs, self.targets = (
             t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
             for t in (inputs, targets)
@@ -554,7 +554,7 @@ class _Test:
         )
 
 
-def _examples(data: DataModule) -> tuple[Any, Tensor]:
+def objective_examples(data: DataModule) -> tuple[Any, Tensor]:
     """The training examples; of a Dataset that is fetched one by one, as many as J is read on.
 
     (For B = N all of them, which make one batch.)

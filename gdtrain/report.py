@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import itertools
 import math
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from gdtrain.comparison import CLOCKS, Clock, Comparison, _listed, _noise, _number
+from gdtrain.comparison import CLOCKS, Clock, Comparison, Part, listed, noise_scale, rounded
 
 __all__ = ["page", "plot", "plot_costs", "save"]
 
@@ -25,30 +26,40 @@ __all__ = ["page", "plot", "plot_costs", "save"]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)), (0, (8, 2)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
+_PARTS: tuple[Part, ...] = ("train", "val")
+_WHOSE = {"train": "training", "val": "validation"}
 _INK = "#1a2b3c"  # of axes and words in the page's charts, there replaced by the page's own
 
 
-def plot(comparison: Comparison, clock: Clock | None = None, *, ink: str = "black") -> Any:
-    """Training loss: median over seeds, with a band from the lowest to the highest.
+def plot(
+    comparison: Comparison, clock: Clock | None = None, part: Part = "train", *, ink: str = "black"
+) -> Any:
+    """A loss: median over seeds, with a band from the lowest to the highest.
 
     Args:
         comparison: Of finished runs.
         clock: The horizontal axis; None: all three, side by side.
+        part: "train" or "val".
         ink: Colour of axes and words.
 
     Returns:
         A matplotlib figure; `.savefig(path)` keeps it.
 
     Example:
-        >>> from gdtrain.comparison import Contender, Run
+        >>> from gdtrain.comparison import Contender, Curve, Run
         >>> x = np.arange(1.0, 9.0)
         >>> summary = {"data": {"train": 9}}
-        >>> runs = [Run(Path("run"), {}, summary, x, 9 * x, x / 9, c / x) for c in (1, 2)]
+        >>> curves = [Curve(x, 9 * x, x / 9, c / x) for c in (1, 2)]
+        >>> runs = [Run(Path("run"), {}, summary, curve) for curve in curves]
         >>> pair = Comparison([Contender("a", runs[:1]), Contender("b", runs[1:])], target=0.5)
         >>> len(plot(pair).axes)
         3
     """
-    return _figure(comparison, clock, ink, 3.0, _draw_loss, legend=True)
+
+    def draw(comparison: Comparison, axes: Any, clock: Clock) -> None:
+        _draw_loss(comparison, axes, clock, part)
+
+    return _figure(comparison, clock, ink, 3.0, draw, legend=True)
 
 
 def plot_costs(comparison: Comparison, clock: Clock | None = None, *, ink: str = "black") -> Any:
@@ -63,10 +74,11 @@ def plot_costs(comparison: Comparison, clock: Clock | None = None, *, ink: str =
         A matplotlib figure.
 
     Example:
-        >>> from gdtrain.comparison import Contender, Run
+        >>> from gdtrain.comparison import Contender, Curve, Run
         >>> x = np.arange(1.0, 9.0)
         >>> summary = {"data": {"train": 9}}
-        >>> runs = [Run(Path("run"), {}, summary, x, 9 * x, x / 9, c / x) for c in (1, 2)]
+        >>> curves = [Curve(x, 9 * x, x / 9, c / x) for c in (1, 2)]
+        >>> runs = [Run(Path("run"), {}, summary, curve) for curve in curves]
         >>> pair = Comparison([Contender("a", runs[:1]), Contender("b", runs[1:])], target=0.5)
         >>> plot_costs(pair, "updates").axes[0].get_xlabel()
         'updates'
@@ -106,10 +118,12 @@ def _figure(
     return figure
 
 
-def _draw_loss(comparison: Comparison, axes: Any, clock: Clock) -> None:
+def _draw_loss(comparison: Comparison, axes: Any, clock: Clock, part: Part) -> None:
     lowest, nearest, highest, furthest = math.inf, math.inf, 0.0, 0.0
     for i, c in enumerate(comparison.usable):
-        x, middle, low, high = c.curve(clock)
+        x, middle, low, high = c.band(clock, part)
+        if not len(x):
+            continue
         colour = _COLOURS[i % len(_COLOURS)]
         axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
         step = max(1, len(x) // 6)
@@ -126,18 +140,18 @@ def _draw_loss(comparison: Comparison, axes: Any, clock: Clock) -> None:
         )
         lowest, highest = min(lowest, float(low.min())), max(highest, float(high.max()))
         nearest, furthest = min(nearest, float(x[0])), max(furthest, float(x[-1]))
-    shown = _number(comparison.target)
-    axes.axhline(
-        comparison.target,
-        color="#808080",
-        linewidth=1,
-        linestyle=(0, (1, 3)),
-        label=f"target {shown}",
-    )
+    if part == "train":
+        axes.axhline(
+            comparison.target,
+            color="#808080",
+            linewidth=1,
+            linestyle=(0, (1, 3)),
+            label=f"target {rounded(comparison.target)}",
+        )
     axes.set(
-        title=f"Training loss against {clock}",
+        title=f"{_WHOSE[part].capitalize()} loss against {clock}",
         xlabel=_axis(comparison, clock, furthest >= 10 * nearest),
-        ylabel="training loss (mean per example)",
+        ylabel=f"{_WHOSE[part]} loss (mean per example)",
         xscale="log" if furthest >= 10 * nearest else "linear",
         yscale="log" if lowest > 0 else "linear",
     )
@@ -168,7 +182,7 @@ def _draw_cost(comparison: Comparison, axes: Any, clock: Clock) -> None:
         furthest = max(furthest, float(values.max()))
     wide = furthest >= 10 * nearest
     axes.set(
-        title=f"{clock.capitalize()} to a loss of {_number(comparison.target)}",
+        title=f"{clock.capitalize()} to a loss of {rounded(comparison.target)}",
         xlabel=_axis(comparison, clock, wide),
         xscale="log" if wide else "linear",
         yticks=range(len(comparison.usable)),
@@ -196,6 +210,8 @@ def _axis(comparison: Comparison, clock: Clock, logarithmic: bool) -> str:
 def save(comparison: Comparison, folder: str | Path) -> None:
     """Write report.html, loss.png, loss.pdf, costs.png, costs.pdf, runs.csv and curves.csv.
 
+    And validation.png and validation.pdf, where the runs were validated.
+
     Args:
         comparison: Of finished runs.
         folder: Made if it is not there. Each file appears whole or not at all.
@@ -204,11 +220,12 @@ def save(comparison: Comparison, folder: str | Path) -> None:
         OSError: The folder cannot be written.
 
     Example:
-        >>> from gdtrain.comparison import Contender, Run
+        >>> from gdtrain.comparison import Contender, Curve, Run
         >>> x = np.arange(1.0, 9.0)
         >>> summary = {"variant": "gd", "data": {"train": 9}, "metrics": {}, "epochs": 8,
         ...     "stop_reason": "BUDGET", "updates": 8, "fit_seconds": 1.0, "batch_size": 9}
-        >>> runs = [Run(Path("run"), {}, summary, x, 9 * x, x / 9, c / x) for c in (1, 2)]
+        >>> curves = [Curve(x, 9 * x, x / 9, c / x) for c in (1, 2)]
+        >>> runs = [Run(Path("run"), {}, summary, curve) for curve in curves]
         >>> pair = Comparison([Contender("a", runs[:1]), Contender("b", runs[1:])], target=0.5)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(pair, folder)
@@ -219,7 +236,10 @@ def save(comparison: Comparison, folder: str | Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path, prefix=".report-") as scratch:
         new = Path(scratch)
-        for name, figure in (("loss", plot(comparison)), ("costs", plot_costs(comparison))):
+        figures = {"loss": plot(comparison), "costs": plot_costs(comparison)}
+        if comparison.validated:
+            figures["validation"] = plot(comparison, part="val")
+        for name, figure in figures.items():
             figure.savefig(new / f"{name}.png", dpi=120)
             figure.savefig(new / f"{name}.pdf", metadata={"CreationDate": None})
         _write_rows(new / "runs.csv", _run_rows(comparison))
@@ -238,25 +258,25 @@ def _run_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
                 row[key] = run.summary.get(key)
             row["stop_reason"] = run.summary["stop_reason"]
             row |= {tag: run.summary["metrics"].get(tag) for tag in tags}
-            row["noise_scale"] = _noise(run)
-            reached = (None if run.lost else run.reach(comparison.target)) or {}
+            row["noise_scale"] = noise_scale(run)
+            reached = (None if run.lost else run.train.reach(comparison.target)) or {}
             row["target"] = comparison.target
             row |= {f"{clock}_to_target": reached.get(clock) for clock in CLOCKS}
             yield {k: None if v != v else v for k, v in row.items()}  # NaN: nothing
 
 
 def _curve_rows(comparison: Comparison) -> Iterator[dict[str, Any]]:
-    for c in comparison.usable:
-        for clock in CLOCKS:
-            for x, middle, low, high in zip(*c.curve(clock), strict=True):
-                yield {
-                    "contender": c.name,
-                    "clock": clock,
-                    "at": float(x),
-                    "median": float(middle),
-                    "lowest": float(low),
-                    "highest": float(high),
-                }
+    for c, part, clock in itertools.product(comparison.usable, _PARTS, CLOCKS):
+        for x, middle, low, high in zip(*c.band(clock, part), strict=True):
+            yield {
+                "contender": c.name,
+                "loss": _WHOSE[part],
+                "clock": clock,
+                "at": float(x),
+                "median": float(middle),
+                "lowest": float(low),
+                "highest": float(high),
+            }
 
 
 def page(comparison: Comparison) -> str:
@@ -269,11 +289,12 @@ def page(comparison: Comparison) -> str:
         HTML, with the charts inside.
 
     Example:
-        >>> from gdtrain.comparison import Contender, Run
+        >>> from gdtrain.comparison import Contender, Curve, Run
         >>> x = np.arange(1.0, 9.0)
         >>> summary = {"variant": "gd", "data": {"train": 9}, "metrics": {}, "epochs": 8,
         ...     "stop_reason": "BUDGET", "updates": 8, "fit_seconds": 1.0, "batch_size": 9}
-        >>> runs = [Run(Path("run"), {}, summary, x, 9 * x, x / 9, c / x) for c in (1, 2)]
+        >>> curves = [Curve(x, 9 * x, x / 9, c / x) for c in (1, 2)]
+        >>> runs = [Run(Path("run"), {}, summary, curve) for curve in curves]
         >>> pair = Comparison([Contender("a", runs[:1]), Contender("b", runs[1:])], target=0.5)
         >>> page(pair).count("<svg")
         6
@@ -286,11 +307,18 @@ def page(comparison: Comparison) -> str:
         else "One seed each, so there are no bands; "
     )
     absent = _paragraphs(comparison.absent(), "li")
-    charts = {
-        "loss": "".join(
-            _chart(plot(comparison, clock, ink=_INK), f"{clock}-loss", _alt(comparison, clock))
+    charts: dict[str, str] = {
+        part: "".join(
+            _chart(
+                plot(comparison, clock, part, ink=_INK),
+                f"{clock}-{part}",
+                _alt(comparison, clock, part),
+            )
             for clock in CLOCKS
-        ),
+        )
+        for part in (_PARTS if comparison.validated else _PARTS[:1])
+    }
+    charts |= {
         "costs": "".join(
             _chart(plot_costs(comparison, clock, ink=_INK), f"{clock}-cost", comparison.on(clock))
             for clock in CLOCKS
@@ -308,9 +336,15 @@ def page(comparison: Comparison) -> str:
             "mean over the last quarter of the examples seen, one epoch at most; a run that "
             "has ended keeps its last loss."
         ),
-        loss=charts["loss"],
+        loss=charts["train"],
+        validation=(
+            "<h2>Validation loss on three clocks</h2><p class=reading>Over all held-out examples, "
+            f"whenever it was measured.</p><div class=charts>{charts['val']}</div>"
+            if "val" in charts
+            else ""
+        ),
         costs=charts["costs"],
-        target=_number(comparison.target),
+        target=rounded(comparison.target),
         cost_table=_table(comparison.costs()),
         portraits=portraits,
         end_table=_table(comparison.ends()),
@@ -319,15 +353,17 @@ def page(comparison: Comparison) -> str:
     )
 
 
-def _alt(comparison: Comparison, clock: Clock) -> str:
+def _alt(comparison: Comparison, clock: Clock, part: Part) -> str:
     parts = []
     for c in comparison.usable:
-        x, middle, _, _ = c.curve(clock)
+        x, middle, _, _ = c.band(clock, part)
+        if not len(x):
+            continue
         parts.append(
-            f"{c.name} from {_number(float(middle[0]))} at {_number(float(x[0]))} to "
-            f"{_number(float(middle[-1]))} at {_number(float(x[-1]))}"
+            f"{c.name} from {rounded(float(middle[0]))} at {rounded(float(x[0]))} to "
+            f"{rounded(float(middle[-1]))} at {rounded(float(x[-1]))}"
         )
-    return f"Training loss against {clock}: {'; '.join(parts)}."
+    return f"{_WHOSE[part].capitalize()} loss against {clock}: {'; '.join(parts)}."
 
 
 def _versions(comparison: Comparison) -> str:
@@ -340,7 +376,7 @@ def _versions(comparison: Comparison) -> str:
     versions = ", ".join(f"{name} {'/'.join(sorted(v))}" for name, v in found.items())
     devices = sorted({str(run.summary.get("device", "cpu")) for run in runs})
     engines = sorted({str(run.summary.get("engine", "eager")) for run in runs})
-    return f"Device: {_listed(devices)}; engine: {_listed(engines)}. Versions: {versions}."
+    return f"Device: {listed(devices)}; engine: {listed(engines)}. Versions: {versions}."
 
 
 def _tick(axes: Any, which: str, low: float, high: float) -> None:
@@ -489,6 +525,7 @@ in the table as median (lowest–highest).</p>
 {cost_table}
 <h2>What each costs and buys</h2>
 <div class="cards">{portraits}</div>
+{validation}
 <h2>Where they ended</h2>
 <p class="reading">Losses and metrics of the last weights, over all examples of a part. Median
 (lowest–highest seed).</p>

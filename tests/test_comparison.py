@@ -36,9 +36,10 @@ def leave_run(
     size=100,
     every=1,
     reason="BUDGET",
+    val=(),
     **more,
 ):
-    """A run's folder with a known curve: row i after (i + 1)·every updates of `each` examples."""
+    """A run's folder with known curves: row i after (i + 1)·every updates of `each` examples."""
     folder.mkdir(parents=True)
     config = {"variant": variant, "seed": seed, "data": {"name": "known", "seed": seed}}
     config |= more.get("settings", {})
@@ -66,7 +67,8 @@ def leave_run(
         for i, loss in enumerate(losses):
             done = (i + 1) * every
             writer.writerow([done * each, loss, "", round(done * pace, 4), done])
-            writer.writerow([done * each, "", 1.0, round(done * pace, 4), done])
+            if i < len(val):
+                writer.writerow([done * each, "", val[i], round(done * pace, 4), done])
     return folder
 
 
@@ -98,13 +100,13 @@ def test_points_are_means_over_the_last_quarter_and_at_most_a_pass(tmp_path):
         end = 3 * (i + 1)
         start = end - min(90, end / 4)
         inside = [losses[j] for j in range(i + 1) if 3 * j >= start] or [losses[i]]
-        assert run.losses[i] == pytest.approx(sum(inside) / len(inside), rel=1e-9)
-    assert run.losses[-50:].std() < losses[-50:].std() / 3
+        assert run.train.losses[i] == pytest.approx(sum(inside) / len(inside), rel=1e-9)
+    assert run.train.losses[-50:].std() < losses[-50:].std() / 3
 
 
 def test_full_batch_rows_stay_as_they_are(tmp_path):
     run = read_run(leave_run(tmp_path / "run", "gd", falling(1, 30)))
-    assert run.losses == pytest.approx(np.array(falling(1, 30)), rel=1e-12)
+    assert run.train.losses == pytest.approx(np.array(falling(1, 30)), rel=1e-12)
 
 
 def test_rows_of_a_resumed_run_count_once_and_end_before_what_is_not_finite(tmp_path):
@@ -112,15 +114,15 @@ def test_rows_of_a_resumed_run_count_once_and_end_before_what_is_not_finite(tmp_
     with open(folder / "metrics.csv", "a") as file:
         file.write("300,0.5,,0.4,3\n400,nan,,0.5,4\n500,0.1,,0.6,5\n")
     run = read_run(folder)
-    assert run.updates.tolist() == [1, 2, 3]
-    assert run.losses.tolist() == [4, 2, 0.5]
+    assert run.train.updates.tolist() == [1, 2, 3]
+    assert run.train.losses.tolist() == [4, 2, 0.5]
 
 
 def test_a_target_is_reached_on_a_straight_line_between_two_points(tmp_path):
     run = read_run(leave_run(tmp_path / "run", "gd", [4.0, 2.0, 1.0], pace=0.5))
-    assert run.reach(1.5) == pytest.approx({"updates": 2.5, "examples": 250, "seconds": 1.25})
-    assert run.reach(5) == {"updates": 1, "examples": 100, "seconds": 0.5}
-    assert run.reach(0.5) is None
+    assert run.train.reach(1.5) == pytest.approx({"updates": 2.5, "examples": 250, "seconds": 1.25})
+    assert run.train.reach(5) == {"updates": 1, "examples": 100, "seconds": 0.5}
+    assert run.train.reach(0.5) is None
 
 
 def test_median_and_band_from_where_all_seeds_have_begun(tmp_path):
@@ -129,7 +131,7 @@ def test_median_and_band_from_where_all_seeds_have_begun(tmp_path):
         leave_run(tmp_path / f"a{seed}", "gd", losses, seed=seed, pace=1 + seed)
         leave_run(tmp_path / f"b{seed}", "sgd", losses, seed=seed)
     first, _ = compare(find_runs(tmp_path)[0]).contenders
-    x, middle, low, high = first.curve("seconds")
+    x, middle, low, high = first.band("seconds")
     assert (x[0], x[-1]) == pytest.approx((3, 78))  # the last begins at 3 s and ends at 26 · 3 s
     values = [
         np.interp(x, (1 + seed) * np.arange(1, len(c) + 1), c) for seed, c in enumerate(curves)
@@ -137,6 +139,43 @@ def test_median_and_band_from_where_all_seeds_have_begun(tmp_path):
     assert middle == pytest.approx(np.sort(values, axis=0)[1])
     assert low == pytest.approx(np.min(values, axis=0))
     assert high == pytest.approx(np.max(values, axis=0))
+
+
+def test_a_validation_curve_is_as_it_was_measured(tmp_path):
+    for seed in range(3):
+        val = [3.0 + seed, 1.0 + seed, 2.0 + 2 * seed]
+        leave_run(tmp_path / f"a{seed}", "gd", falling(1, 5), seed=seed, val=val)
+        leave_run(tmp_path / f"b{seed}", "sgd", falling(1, 5), seed=seed, val=val[: 2 + seed])
+    compared = compare(find_runs(tmp_path)[0])
+    first, second = compared.contenders
+    assert first.runs[1].val.losses.tolist() == [4, 2, 4]
+    assert first.runs[1].val.examples.tolist() == [100, 200, 300]
+    x, middle, low, high = first.band("updates", "val", points=3)
+    assert x == pytest.approx([1, 3**0.5, 3])
+    part = 3**0.5 - 1
+    assert middle == pytest.approx([4, 4 - 2 * part, 4])
+    assert (low[-1], high[-1]) == (2, 6)
+    assert compared.validated
+    (told,) = [s for s in compared.sentences() if s.startswith("The validation loss")]
+    assert told == (
+        "The validation loss of gd was lowest at update 2, 2 (1–3), and rose to 4 (2–6): what it "
+        "learned later did not help on held-out examples."
+    )
+    assert second.runs[0].val.losses.tolist() == [3, 1]  # has not risen, so nothing is said
+
+
+def test_without_validation_there_is_no_such_curve(two):
+    compared = compare(find_runs(two)[0])
+    assert not compared.validated
+    assert not len(compared.contenders[0].band("updates", "val")[0])
+    assert "Validation loss" not in page(compared)
+    for i, folder in enumerate(sorted(two.iterdir())):  # of one contender only
+        if i < 3:
+            with open(folder / "metrics.csv", "a") as file:
+                file.write("100,,2.0,0.1,1\n200,,1.0,0.2,2\n")
+    text = page(compare(find_runs(two)[0]))
+    assert text.count("<svg") == 9
+    assert "Validation loss against updates: gd from 2 at 1 to 1 at 2." in text
 
 
 # ---------------------------------------------------------------------- costs and words
@@ -378,27 +417,32 @@ def table(path):
 
 
 def test_what_is_saved(two, tmp_path):
+    for folder in two.iterdir():
+        with open(folder / "metrics.csv", "a") as file:
+            file.write("100,,2.0,0.1,1\n200,,1.0,0.2,2\n")
     compared = compare(find_runs(two)[0])
     compared.made = ["gdtrain-compare runs=…"]
     save(compared, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *("costs.pdf", "costs.png", "curves.csv", "loss.pdf", "loss.png", "report.html", "runs.csv")
-    ]
-    for name in ("loss", "costs"):
+    pictures = ("costs", "loss", "validation")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        ["curves.csv", "report.html", "runs.csv"]
+        + [f"{name}.{kind}" for name in pictures for kind in ("pdf", "png")]
+    )
+    for name in pictures:
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / "out" / f"{name}.pdf").read_bytes().startswith(b"%PDF")
     rows = table(tmp_path / "out" / "runs.csv")
     assert len(rows) == 6
     assert float(rows[0]["updates_to_target"]) == pytest.approx(
-        compared.contenders[0].runs[0].reach(compared.target)["updates"]
+        compared.contenders[0].runs[0].train.reach(compared.target)["updates"]
     )
     assert rows[0]["noise_scale"] == ""
     curve = [
         [float(row[key]) for key in ("at", "median", "lowest", "highest")]
         for row in table(tmp_path / "out" / "curves.csv")
-        if (row["contender"], row["clock"]) == ("sgd", "seconds")
+        if (row["contender"], row["loss"], row["clock"]) == ("sgd", "training", "seconds")
     ]
-    expected = np.stack(compared.contenders[1].curve("seconds"), axis=1)
+    expected = np.stack(compared.contenders[1].band("seconds"), axis=1)
     assert np.array(curve) == pytest.approx(expected)
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "gdtrain-compare runs=…" in text
@@ -648,6 +692,6 @@ def test_the_python_of_the_page(tmp_path, monkeypatch):
     for c in compared.contenders:
         (run,) = c.runs
         made = json.loads((run.folder / "summary.json").read_text())
-        assert run.updates[-1] == made["updates"]
+        assert run.train.updates[-1] == made["updates"]
         assert c.values("loss/train")[0] == made["metrics"]["loss/train"]
     assert [row["contender"] for row in compared.ends()] == ["gd", "sgd"]

@@ -156,6 +156,24 @@ def test_a_run_on_a_file_is_the_run_on_the_array(tmp_path, variant):
     assert np.array_equal(results[0].predict(x), results[1].predict(arrays[1]))
 
 
+def test_rows_read_piece_by_piece_are_those_of_the_file(tmp_path, monkeypatch):
+    x = np.random.default_rng(0).normal(size=(500, 7, 2)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    array = np.load(tmp_path / "x.npy", mmap_mode="r")
+    monkeypatch.setattr("gdtrain.data.mapped._FAULT", 4096)
+    monkeypatch.setattr("gdtrain.data.mapped._RESIDENT", 3 * 4096)
+    given_back = []
+    monkeypatch.setattr("gdtrain.data.mapped.give_back", lambda array: given_back.append(1))
+    kept = np.arange(0, 500, 2)
+    inputs = MappedInputs(array, kept, Preprocessing(), torch.float32)
+    for rows in (torch.randperm(250), torch.arange(250), torch.tensor([3, 3, 249]), slice(9, 200)):
+        assert np.array_equal(inputs[rows].numpy(), x[kept[rows]])
+    assert inputs[torch.arange(0)].shape == (0, 7, 2)
+    # In random order nearly each row is in another block than that before; in a pass of 28 KB
+    # there are seven blocks.
+    assert 60 < len(given_back) < 120
+
+
 def test_npy_files_are_mapped_on_demand(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).normal(size=(60, 3)))
     np.save(tmp_path / "y.npy", np.arange(60) % 2)
@@ -403,6 +421,32 @@ def test_fifty_updates_on_two_ranks_are_those_on_one(tmp_path, words):
     ]
     for name, value in states[0].items():
         assert torch.allclose(value, states[1][name], rtol=1e-6, atol=1e-9), name
+
+
+@pytest.mark.slow
+def test_ranks_whose_clocks_differ_make_the_same_sweeps(tmp_path):
+    """Automatic sweeps are as long as time allows; what ranks agree on falls between sweeps."""
+    script = tmp_path / "two_clocks.py"
+    script.write_text(
+        "import os, time\n"
+        "real = time.perf_counter\n"
+        "if os.environ.get('LOCAL_RANK') == '1':\n"
+        "    time.perf_counter = lambda: 1000 * real()\n"
+        "from gdtrain.cli import train_main\n"
+        "train_main()\n"
+    )
+    words = ["optimizer=minibatch", "data=digits", "model=linear", "data.batch_size=2"]
+    words += ["optimizer.lr=0.01", "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    done = subprocess.run(
+        [sys.executable, str(script), *words, "trainer.max_epochs=2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "BUDGET: All 1258 planned updates were made." in done.stdout
 
 
 @pytest.mark.slow

@@ -19,25 +19,36 @@ import pytest
 from tensorboard import program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gdtrain.experiment import train
+from gdtrain.experiment import find_checkpoint, landscape
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
+LOOKS = ("gradient_norms", "update_ratio", "gradient_cosine", "gradient_noise", "distance")
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
-    from hydra import compose, initialize_config_dir
+def outputs(tmp_path_factory):
+    """A multirun of the three, as one types it, and pictures of one of them."""
+    folder = tmp_path_factory.mktemp("runs with spaces, ü")
+    words = ["optimizer=gd,sgd,minibatch", "trainer.max_epochs=10"]
+    words += [f"instruments.{name}.every=100" for name in LOOKS]
+    subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *words],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    (run,) = (folder / "outputs").glob("digits-mlp-sgd/*")
+    landscape(find_checkpoint(run), points=5, examples=64)
+    return folder / "outputs"
 
-    from gdtrain.configuration import conf_directory
 
-    root = tmp_path_factory.mktemp("runs with spaces, ü")
-    for variant in ("gd", "sgd", "minibatch"):
-        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-            words = [f"optimizer={variant}", "instruments=off", "trainer.max_epochs=10"]
-            config = compose("train", words)
-        train(config, root / f"digits-mlp-{variant}" / "now")
+@pytest.fixture(scope="module")
+def url(outputs):
     board = program.TensorBoard()
-    board.configure(argv=["tensorboard", "--logdir", str(root), "--port", "0", "--load_fast=false"])
+    argv = ["tensorboard", "--logdir", str(outputs), "--port", "0"]
+    board.configure(argv=[*argv, "--load_fast=false"])
     return board.launch()
 
 
@@ -52,78 +63,90 @@ def answer(url):
             return json.loads(reply.read())
 
     for _ in range(60):
-        if len(ask("plugin/scalars/tags")) == 3:
+        if len(ask("plugin/scalars/tags")) == 3 and len(ask("plugin/images/tags")) == 1:
             break
         time.sleep(0.5)
     return ask
 
 
-def test_runs_have_readable_names(answer):
-    assert sorted(answer("runs")) == [
-        "digits-mlp-gd/now",
-        "digits-mlp-minibatch/now",
-        "digits-mlp-sgd/now",
-    ]
+@pytest.fixture(scope="module")
+def runs(answer):
+    """The run of each variant, by TensorBoard's name."""
+    names = [name for name in answer("runs") if not name.endswith("/landscape")]
+    return {name.split("/")[0].rpartition("-")[2]: name for name in names}
 
 
-def test_losses_of_the_variants_lie_over_each_other_by_examples(answer):
-    last = {}
-    for run in answer("runs"):
+def test_runs_of_a_multirun_have_telling_names(answer, runs):
+    assert len(answer("runs")) == 4
+    names = {variant: name.rpartition("_seed-0_")[0] for variant, name in runs.items()}
+    assert names == {
+        "gd": "digits-mlp-gd/lr-auto_batch-full",
+        "minibatch": "digits-mlp-minibatch/lr-auto_batch-32",
+        "sgd": "digits-mlp-sgd/lr-auto_batch-1",
+    }
+
+
+def test_losses_of_the_variants_lie_over_each_other_by_examples(answer, runs):
+    for run in runs.values():
         points = answer("plugin/scalars/scalars", run=run, tag="by_sample/loss/train")
         steps = [step for _, step, _ in points]
         assert steps == sorted(set(steps))
-        last[run] = steps[-1]
-    assert set(last.values()) == {10 * 1258}
+        assert steps[-1] == 10 * 1258
     updates = {
-        run: answer("plugin/scalars/scalars", run=run, tag="loss/train")[-1][1] for run in last
+        variant: answer("plugin/scalars/scalars", run=run, tag="loss/train")[-1][1]
+        for variant, run in runs.items()
     }
-    assert updates == {
-        "digits-mlp-gd/now": 10,
-        "digits-mlp-minibatch/now": 400,
-        "digits-mlp-sgd/now": 12580,
-    }
+    assert updates == {"gd": 10, "minibatch": 400, "sgd": 12580}
 
 
-def test_no_tag_but_those_of_the_contract_and_their_axes(answer):
-    for run, tags in answer("plugin/scalars/tags").items():
-        assert set(tags) == {
-            "loss/train",
-            "loss/val",
-            "loss/test",
-            "lr",
-            "metric/accuracy/val",
-            "metric/accuracy/test",
-            "time/updates_per_second",
-            *(
-                f"{axis}/loss/{part}"
-                for axis in ("by_sample", "by_epoch", "by_millisecond")
-                for part in ("train", "val")
-            ),
-            *(
-                f"spread/loss/train/{name}"
-                for name in ("mean", "min", "max")
-                if "sgd" in run  # the others make fewer updates than there are points
-            ),
-        }
+def test_no_tag_but_those_of_the_contract_their_axes_and_the_instruments(answer, runs):
+    contract = {
+        "loss/train",
+        "loss/val",
+        "loss/test",
+        "lr",
+        "metric/accuracy/val",
+        "metric/accuracy/test",
+        "time/updates_per_second",
+        *(
+            f"{axis}/loss/{part}"
+            for axis in ("by_sample", "by_epoch", "by_millisecond")
+            for part in ("train", "val")
+        ),
+    }
+    of_each = ("layers.1", "layers.3")
+    seen = {
+        *("gradient/cosine", "gradient/norm", "step/norm", "step/ratio"),
+        *(f"{what}/{layer}" for what in ("gradient/norm", "step/ratio") for layer in of_each),
+        *("distance/from_start", "distance/relative", "noise/variance", "noise/gradient_square"),
+    }
+    for variant, run in runs.items():
+        tags = answer("plugin/scalars/tags")[run]
+        band = {f"spread/loss/train/{name}" for name in ("mean", "min", "max")}
+        signal = set() if variant == "gd" else {"noise/signal_to_noise"}
+        # The others make fewer updates than there are points.
+        expected = contract | seen | signal | (band if variant == "sgd" else set())
+        scale = {f"noise/scale{end}" for end in ("", "_low", "_high")}  # where it is defined
+        assert set(tags) - scale == expected
         assert all(tag["description"].startswith("<p>") for tag in tags.values())
 
 
-def test_losses_of_the_variants_lie_over_each_other_by_epochs(answer):
-    for run in answer("runs"):
+def test_losses_of_the_variants_lie_over_each_other_by_epochs(answer, runs):
+    for variant, run in runs.items():
         points = answer("plugin/scalars/scalars", run=run, tag="by_epoch/loss/train")
         assert [step for _, step, _ in points] == list(range(1, 11))
         points = answer("plugin/scalars/scalars", run=run, tag="by_epoch/loss/val")
-        validated = [10] if run == "digits-mlp-gd/now" else list(range(1, 11))
+        validated = [10] if variant == "gd" else list(range(1, 11))
         assert [step for _, step, _ in points] == validated
 
 
-def test_the_page_of_custom_scalars_shows_what_the_runs_have(answer):
+def test_the_page_of_custom_scalars_shows_what_the_runs_have(answer, runs):
     layout = answer("plugin/custom_scalars/layout")
     titles = [category["title"] for category in layout["category"]]
     assert titles == ["loss", "rate", "gradient", "time"]  # once, not once for each run
     charts = [chart for category in layout["category"] for chart in category["chart"]]
     lines = {c["title"]: "|".join(c["multiline"]["tag"]) for c in charts if "multiline" in c}
-    run = "digits-mlp-sgd/now"
+    run = runs["sgd"]
     shown = {
         title: set(answer("plugin/custom_scalars/scalars", run=run, tag=tags)["tag_to_events"])
         for title, tags in lines.items()
@@ -133,6 +156,11 @@ def test_the_page_of_custom_scalars_shows_what_the_runs_have(answer):
     for title, axis in axes.items():
         assert shown[f"against {title}"] == {f"{axis}/loss/train", f"{axis}/loss/val"}
     assert shown["step size η, and from where on descent is unstable"] == {"lr"}
+    assert shown["length of a step, relative to the parameters"] == {"step/ratio"}
+    assert shown["norm"] == {"gradient/norm"}
+    assert shown["norm, by layer"] == {"gradient/norm/layers.1", "gradient/norm/layers.3"}
+    assert shown["cosine of one gradient with the next"] == {"gradient/cosine"}
+    assert shown["signal to noise"] == {"noise/signal_to_noise"}
     assert shown["updates per second"] == {"time/updates_per_second"}
     (band,) = (c["margin"]["series"][0] for c in charts if "margin" in c)
     edges = {name: answer("plugin/scalars/scalars", run=run, tag=tag) for name, tag in band.items()}
@@ -143,14 +171,27 @@ def test_the_page_of_custom_scalars_shows_what_the_runs_have(answer):
     assert (numbers["value"] <= numbers["upper"]).all()
 
 
-def test_text_holds_the_configuration_and_the_end(answer):
-    for run, tags in answer("plugin/text/tags").items():
+def test_images_are_the_landscapes(answer, url, outputs, runs):
+    ((run, tags),) = answer("plugin/images/tags").items()
+    assert run == f"{runs['sgd']}/landscape"
+    assert set(tags) == {f"landscape/{n}" for n in ("landscape-1d", "landscape-2d", "trajectory")}
+    for tag in tags:
+        (image,) = answer("plugin/images/images", run=run, tag=tag, sample=0)
+        assert image["step"] == 12580
+        with urllib.request.urlopen(
+            f"{url}data/plugin/images/individualImage?{image['query']}", timeout=30
+        ) as png:
+            assert png.read() == (outputs / run / f"{tag.split('/')[1]}.png").read_bytes()
+
+
+def test_text_holds_the_configuration_and_the_end(answer, runs):
+    for variant, run in runs.items():
+        tags = answer("plugin/text/tags")[run]
         assert {tag.split("/")[0] for tag in tags} == {"configuration", "result"}
         texts = {
             tag.split("/")[0]: answer("plugin/text/text", run=run, tag=tag)[0]["text"]
             for tag in tags
         }
-        variant = run.split("/")[0].rsplit("-", 1)[-1]
         assert f"variant: {variant}" in texts["configuration"]
         assert "max_epochs: 10" in texts["configuration"]
         assert "<strong>BUDGET</strong>: All" in texts["result"]
@@ -308,15 +349,16 @@ def page():
 @pytest.mark.parametrize(
     ("tab", "parts"),
     [
-        ("timeseries", ["by_epoch/loss", "by_millisecond/loss", "digits-mlp-minibatch/now"]),
-        ("scalars", ["by_epoch/loss/train", "spread", "digits-mlp-gd/now"]),
+        ("timeseries", ["by_epoch/loss", "by_millisecond/loss", "digits-mlp-minibatch/lr-auto"]),
+        ("scalars", ["by_epoch/loss/train", "spread", "digits-mlp-gd/lr-auto_batch-full"]),
+        ("images", ["landscape/landscape-1d", "landscape/trajectory", "12,580"]),
         ("custom_scalars", ["against epochs", "Matches (6)", "updates per second"]),
         ("text", ["variant: gd", "configuration/text_summary", "max_epochs: 10"]),
         ("hparams", ["optimizer.lr", "minibatch", "PARALLEL COORDINATES VIEW"]),
     ],
 )
 def test_a_browser_shows(answer, url, page, tab, parts):
-    assert len(answer("runs")) == 3
+    assert len(answer("runs")) == 4
     shown = page(f"{url}#{tab}", *parts)
     for part in parts:
         assert part in shown

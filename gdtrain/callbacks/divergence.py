@@ -32,7 +32,7 @@ from gdtrain.diagnosis import (
     overshoot,
     step_limit,
 )
-from gdtrain.module import SupervisedModule, _set_random_state
+from gdtrain.module import SupervisedModule, set_random_state
 from gdtrain.objective import Objective
 from gdtrain.schedules import ReduceOnPlateau
 from gdtrain.stopping import Stop, StopReason
@@ -180,9 +180,6 @@ class Divergence(Callback):
         if trainer.global_step == 0:
             self.events = []
             self._forget()
-        loader = trainer.train_dataloader
-        if trainer.world_size > 1 and isinstance(loader, IndexLoader):
-            loader.automatic = False  # by a clock: ranks that replay must have the same sweeps
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -845,7 +842,7 @@ class _Kept:
         for i, p in enumerate(_owned(optimizer)):
             if i in self.states:
                 optimizer.state[p] = _copied(self.states[i])
-        _set_random_state(_plain(self.random))
+        set_random_state(_plain(self.random))
 
     @property
     def size(self) -> int:

@@ -11,7 +11,7 @@ from lightning import Trainer
 from torch import Tensor
 
 from gdtrain.callbacks.instrument import Instrument, Look, is_full
-from gdtrain.curvature import _decays
+from gdtrain.curvature import weight_decays
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
 from gdtrain.instruments import StepTrial, StepVerdict, dot, judge
@@ -151,7 +151,7 @@ class StepTest(Instrument):
     def _decays(look: Look) -> Sequence[float]:
         # Other optimizers may decay the parameters beside the gradient.
         own = isinstance(look.optimizer, Descent | torch.optim.SGD)
-        return _decays(look.objective, look.optimizer if own else None)
+        return weight_decays(look.objective, look.optimizer if own else None)
 
     def summary(self) -> dict[str, Any]:
         """The verdict."""

@@ -16,8 +16,8 @@ from gdtrain.data.preprocessing import Preprocessing, give_back
 
 __all__ = ["MappedInputs"]
 
-_RESIDENT = 128 * 2**20  # bytes that may be read before the file's pages are given back
-_FAULT = 64 * 2**10  # bytes that come along when a page of the file is touched (Linux)
+_RESIDENT = 128 * 2**20  # bytes that may be in memory before the file's pages are given back
+_FAULT = 2 * 2**20  # bytes that may come along when one of them is touched (Linux, large folios)
 
 
 class MappedInputs:
@@ -73,13 +73,24 @@ class MappedInputs:
     def __getitem__(self, indices: Any) -> Tensor:
         if isinstance(indices, Tensor):
             indices = indices.cpu().numpy()
-        rows = self.rows[indices]
-        raw = self.array[rows]
-        self._read += len(raw) * max(raw[:1].nbytes, _FAULT)
-        if self._read > _RESIDENT:
-            self._read = 0
-            give_back(self.array)
+        raw = self._rows(self.rows[indices])
         return self.preprocessing.inputs(raw, self.dtype).to(self.device, self.out)
+
+    def _rows(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        each = self.array[:1].nbytes
+        blocks = rows * each // _FAULT
+        # Bytes in memory after each row, if its block was not that of the row before.
+        new = np.diff(blocks, prepend=-1) != 0
+        taken = self._read + np.cumsum(np.where(new, max(each, _FAULT), 0))
+        self._read = int(taken[-1]) if len(taken) else self._read
+        if self._read <= _RESIDENT:
+            return self.array[rows]
+        made = np.empty((len(rows), *self.array.shape[1:]), self.array.dtype)
+        for part in np.split(np.arange(len(rows)), np.flatnonzero(np.diff(taken // _RESIDENT)) + 1):
+            made[part] = self.array[rows[part]]
+            give_back(self.array)
+        self._read = 0
+        return made
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MappedInputs:
         """The same rows, as tensors elsewhere or of another type.
