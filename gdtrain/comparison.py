@@ -330,7 +330,8 @@ class Contender:
         A run that has ended keeps its last loss.
 
         Args:
-            clock: What the points are equally spaced on, by factors.
+            clock: What the points lie on: where validations were, and else equally spaced, by
+                factors.
             part: "train" or "val".
             points: Their number at most, range [2, ∞).
 
@@ -343,8 +344,11 @@ class Contender:
             return (np.zeros(0),) * 4
         first = max(curve.clock(clock)[0] for curve in curves)
         last = max(curve.clock(clock)[-1] for curve in curves)
-        x = np.geomspace(first, last, points) if last > first else np.array([last])
-        x = np.clip(x, first, last)  # of rounding
+        x = np.unique(np.concatenate([curve.clock(clock) for curve in curves]))
+        x = x[x >= first]
+        if part == "train" or len(x) > points:
+            x = np.geomspace(first, last, points) if last > first else np.array([last])
+            x = np.clip(x, first, last)  # of rounding
         values = np.stack([np.interp(x, curve.clock(clock), curve.losses) for curve in curves])
         return x, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
 

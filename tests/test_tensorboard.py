@@ -11,12 +11,12 @@ import sys
 import time
 import urllib.parse
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from tensorboard import program
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gdtrain.experiment import find_checkpoint, landscape
@@ -44,16 +44,21 @@ def outputs(tmp_path_factory):
     return folder / "outputs"
 
 
-@pytest.fixture(scope="module")
-def url(outputs):
-    board = program.TensorBoard()
-    argv = ["tensorboard", "--logdir", str(outputs), "--port", "0"]
-    board.configure(argv=[*argv, "--load_fast=false"])
-    return board.launch()
+@contextmanager
+def board(folder, *options):
+    """TensorBoard's address; by default it reads with its fast loader, where that is installed."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
+    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            found = (re.search(r" at (http://\S+)", line) for line in process.stderr)
+            yield next(match[1] for match in found if match)
+        finally:
+            process.terminate()
 
 
-@pytest.fixture(scope="module")
-def answer(url):
+def asking(url):
+    """From a path to what TensorBoard answers, when it has read all runs."""
+
     def ask(path, body=None, **query):
         address = f"{url}data/{path}?{urllib.parse.urlencode(query)}"
         data = None if body is None else json.dumps(body).encode()
@@ -67,6 +72,17 @@ def answer(url):
             break
         time.sleep(0.5)
     return ask
+
+
+@pytest.fixture(scope="module")
+def url(outputs):
+    with board(outputs) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def answer(url):
+    return asking(url)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +145,13 @@ def test_no_tag_but_those_of_the_contract_their_axes_and_the_instruments(answer,
         scale = {f"noise/scale{end}" for end in ("", "_low", "_high")}  # where it is defined
         assert set(tags) - scale == expected
         assert all(tag["description"].startswith("<p>") for tag in tags.values())
+
+
+def test_the_slow_loader_reads_the_same(answer, outputs):
+    with board(outputs, "--load_fast=false") as address:
+        slow = asking(address)
+        assert slow("plugin/scalars/tags") == answer("plugin/scalars/tags")
+        assert slow("plugin/images/tags").keys() == answer("plugin/images/tags").keys()
 
 
 def test_losses_of_the_variants_lie_over_each_other_by_epochs(answer, runs):

@@ -12,7 +12,7 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 
 from gdtrain.module import SupervisedModule
 
@@ -380,6 +380,7 @@ def described(
                     display_name=tag,
                     summary_description=(describe or _description)(tag),
                     plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
+                    data_class=DATA_CLASS_SCALAR,  # else TensorBoard's fast loader drops all this
                 )
             )
         entries.append(entry)
