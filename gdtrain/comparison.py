@@ -37,6 +37,7 @@ Values = NDArray[np.float64]
 CLOCKS: tuple[Clock, ...] = ("updates", "examples", "seconds")
 _POINTS = 160  # of a curve's common grid
 _WINDOW = 0.25  # of the examples seen: how far back a point of a curve averages, at most a pass
+_FEWEST = 32  # examples in such an average; curves begin with them
 _RISEN = 1.1  # times its lowest: a validation loss that has
 _LOST = ("DIVERGED", "NON_FINITE", "INTERRUPTED")
 # What repeats a run, or only watches it: runs that differ in it are the same contender.
@@ -157,9 +158,10 @@ def read_run(folder: str | Path) -> Run:
 
     A row of metrics.csv has the mean loss of the updates since the row before, which for few
     examples is noise. Row i, at e_i examples, becomes the mean over the rows that lie within
-    (e_i − w, e_i], weighted by their examples, with w = min(N, e_i/4), and never less than the
-    row itself: so that a full-batch row stays as it is, and no curve is early. Validation losses
-    are over all held-out examples, and stay as they are.
+    (e_i − w, e_i], weighted by their examples, with w = min(N, max(e_i/4, 32)), and never less than
+    the row itself: so that a full-batch row stays as it is, and no curve is early. The curve begins
+    with the first row at which min(N, 32) examples were seen: a single easy one is no loss.
+    Validation losses are over all held-out examples, and stay as they are.
 
     Args:
         folder: Of the run.
@@ -192,7 +194,7 @@ def read_run(folder: str | Path) -> Run:
             f"{path} cannot be read: its config.yaml or summary.json is damaged."
         ) from None
     train, val = _curves(path)
-    train.losses = _smooth(train.examples, train.losses, size)
+    train = _smooth(train, size)
     return Run(path, dict(_flat(config)), summary, train, val)
 
 
@@ -232,15 +234,19 @@ def _curve(rows: Mapping[int, Sequence[float]]) -> Curve:
     return Curve(updates, examples, np.maximum(seconds, 1e-4), losses)  # the file's last digit
 
 
-def _smooth(examples: Values, losses: Values, size: int) -> Values:
+def _smooth(curve: Curve, size: int) -> Curve:
+    examples, losses = curve.examples, curve.losses
     before = np.concatenate([[0.0], examples[:-1]]) if len(examples) else examples
     weights = np.maximum(examples - before, 1e-9)
     sums = np.concatenate([[0.0], np.cumsum(weights * losses)])
     total = np.concatenate([[0.0], np.cumsum(weights)])
     ends = np.arange(1, len(losses) + 1)
-    reach = np.minimum(size, _WINDOW * examples)
+    reach = np.minimum(size, np.maximum(_WINDOW * examples, _FEWEST))
     starts = np.minimum(np.searchsorted(before, examples - reach - 1e-9), ends - 1)
-    return (sums[ends] - sums[starts]) / (total[ends] - total[starts])
+    means = (sums[ends] - sums[starts]) / (total[ends] - total[starts])
+    kept = examples >= min(size, _FEWEST)
+    kept[-1:] = True  # of a run that has seen fewer
+    return Curve(curve.updates[kept], examples[kept], curve.seconds[kept], means[kept])
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -530,6 +536,10 @@ def _spread(values: Values, number: Any = rounded) -> str:
     return middle if low == high else f"{middle} ({low}–{high})"
 
 
+def _has_recovered(run: Run) -> bool:
+    return bool((run.summary.get("stop_numbers") or {}).get("recoveries"))
+
+
 def _has_risen(curve: Curve) -> bool:
     """Whether a loss ended well above its lowest."""
     return len(curve.losses) > 1 and bool(curve.losses[-1] > _RISEN * curve.losses.min())
@@ -669,6 +679,12 @@ class Comparison:
             words = {"test": "test", "val": "validation", "train": "training"}[part]
             lower = name in _LOWER_IS_BETTER
             said.append(self._lowest("the end", f"{words} {name}", values, lower=lower))
+        said += [
+            f"{count} of {len(c.runs)} runs of {c.name} diverged on the way and went on with a "
+            f"smaller step size than was set."
+            for c in self.usable
+            if (count := sum(map(_has_recovered, c.runs)))
+        ]
         said += [self._risen(c) for c in self.usable if all(map(_has_risen, c.curves("val")))]
         if min(len(c.runs) for c in self.usable) < 2:
             said.append("With one seed a contender shows no spread: small differences mean little.")

@@ -333,8 +333,8 @@ def page(comparison: Comparison) -> str:
         sentences=_paragraphs(comparison.sentences(), "li"),
         reading=html.escape(
             band + "each contender has a line style and a marker of its own. A point is the "
-            "mean over the last quarter of the examples seen, one epoch at most; a run that "
-            "has ended keeps its last loss."
+            "mean over the last quarter of the examples seen, over 32 at least and an epoch at "
+            "most; a run that has ended keeps its last loss."
         ),
         loss=charts["train"],
         validation=(

@@ -96,12 +96,24 @@ def test_points_are_means_over_the_last_quarter_and_at_most_a_pass(tmp_path):
     generator = np.random.default_rng(0)
     losses = generator.uniform(1, 2, 200)
     run = read_run(leave_run(tmp_path / "run", "sgd", losses, each=1, every=3, size=90))
-    for i in range(200):
+    assert run.train.examples[0] == 33  # the first row at which 32 were seen
+    for i in range(10, 200):
         end = 3 * (i + 1)
-        start = end - min(90, end / 4)
-        inside = [losses[j] for j in range(i + 1) if 3 * j >= start] or [losses[i]]
-        assert run.train.losses[i] == pytest.approx(sum(inside) / len(inside), rel=1e-9)
+        start = end - min(90, max(end / 4, 32))
+        inside = [losses[j] for j in range(i + 1) if 3 * j >= start]
+        assert run.train.losses[i - 10] == pytest.approx(sum(inside) / len(inside), rel=1e-9)
     assert run.train.losses[-50:].std() < losses[-50:].std() / 3
+
+
+def test_a_few_easy_examples_are_no_loss(tmp_path):
+    losses = np.full(100, 3.0)
+    losses[2:7] = 0.0  # of an unstable run, for one
+    run = read_run(leave_run(tmp_path / "run", "sgd", losses, each=1, size=90))
+    assert run.train.reach(2.0) is None
+    short = read_run(leave_run(tmp_path / "short", "sgd", losses[:10], each=1, size=90))
+    assert short.train.losses == pytest.approx([1.5])  # all that there is
+    tiny = read_run(leave_run(tmp_path / "tiny", "sgd", losses[:20], each=1, size=4))
+    assert tiny.train.examples[0] == 4
 
 
 def test_full_batch_rows_stay_as_they_are(tmp_path):
@@ -227,6 +239,18 @@ def test_a_target_that_not_all_reach(two):
     nobody = compare(find_runs(two)[0], target=1e-9)
     assert nobody.sentences()[0].startswith("Counted in updates: nobody came to")
     assert "0 of 3 did" in page(nobody)
+
+
+def test_a_run_that_recovered_is_told(tmp_path):
+    for seed in range(3):
+        numbers = {"recoveries": [{"update": 3, "lr": 1.0}] * (seed > 0)}
+        summary = {"stop_numbers": numbers}
+        leave_run(tmp_path / f"a{seed}", "gd", falling(1, 5), seed=seed, summary=summary)
+        leave_run(tmp_path / f"b{seed}", "sgd", falling(1, 5), seed=seed)
+    told = [s for s in compare(find_runs(tmp_path)[0]).sentences() if "diverged" in s]
+    assert told == [
+        "2 of 3 runs of gd diverged on the way and went on with a smaller step size than was set."
+    ]
 
 
 def test_one_seed_shows_no_spread(tmp_path):
