@@ -661,7 +661,11 @@ def _compare_trained(
     if "epochs" in options or "trainer.max_epochs" not in keys:
         common.append(f"trainer.max_epochs={options.get('epochs', 20)}")
     first: dict[str, str] = {}
-    for overrides in contenders.values():
+    for name, overrides in contenders.items():
+        if "seed" in (word.partition("=")[0].lstrip("+~") for word in overrides):
+            raise ConfigurationError(
+                f"seed=… is set for each run by the comparison: set seeds=COUNT. Received: {name}"
+            )
         config, choices = _composed([*common, *overrides], config_dir)
         first = first or choices
         _check_contender(config, choices["logger"], overrides)
@@ -944,7 +948,7 @@ def landscape_main() -> None:
     for name, picture in pictures.items():
         print(f"{shown}/{name}.png: {picture.title.splitlines()[0]}")
     if "trajectory" not in pictures and "surface" not in pictures:
-        print("No trajectory.npz lies in the run's folder: its path is not drawn.")
+        print("The path is not drawn: the run has left no trajectory.npz, or has not moved.")
     print(f"Images: tensorboard --logdir {shown}")
 
 

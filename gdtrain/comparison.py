@@ -186,6 +186,8 @@ def read_run(folder: str | Path) -> Run:
         needed = {"variant", "stop_reason", "metrics", "fit_seconds", "updates"}
         if not isinstance(config, Mapping) or not needed <= summary.keys():
             raise TypeError
+        if not isinstance(summary["metrics"], Mapping):
+            raise TypeError
     except FileNotFoundError as error:
         name = Path(error.filename).name
         raise ValueError(f"{path} holds no finished run: it has no {name}.") from None

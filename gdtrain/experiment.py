@@ -648,9 +648,9 @@ def landscape(
         path: Of a checkpoint that the command made.
         directory: Where to; it must not be there, or be empty. None: `landscape`, or the first free
             of `landscape-2`, …, in the run's folder.
-        span: Of the random directions, range (0, ∞), in lengths of the weights; None: 1. A model
+        span: Of the random directions, range (0, 10⁶], in lengths of the weights; None: 1. A model
             with one or two parameters has none.
-        points: Of each axis of a plane, range [3, ∞); None: 31, for a surface 61.
+        points: Of each axis of a plane, range [3, 1000]; None: 31, for a surface 61.
         examples: Of the training part, on which J is, range [1, ∞).
         seed: Of the sample of examples, and of the directions.
         megabytes: That may be taken, range (0, ∞).

@@ -35,6 +35,8 @@ _CHUNK = 2**20  # parameters that are in double precision at once
 _LEVELS = 12  # contours, at most
 _DPI = 120
 _WORTH_SAYING = 5.0  # seconds
+_MOST_POINTS = 1000  # of an axis: a million values of J
+_MOST_SPAN = 10**6  # lengths of the weights
 _TRIALS = 3  # by which the time of the pictures is foretold
 _DECADES = 10.0  # ratio of the highest to the lowest value, from which contours are logarithmic
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -736,8 +738,8 @@ class Landscape:
 
         Args:
             snapshots: The path of the run, with θ* as its last point; None: not known.
-            span: Of random directions; None: 1.
-            points: Of each axis of a plane, range [3, ∞); None: 31, of a surface 61.
+            span: Of random directions, range (0, 10⁶]; None: 1.
+            points: Of each axis of a plane, range [3, 1000]; None: 31, of a surface 61.
 
         Returns:
             "landscape-1d", "landscape-2d" and, with a path, "trajectory"; for one or two parameters
@@ -746,6 +748,9 @@ class Landscape:
         Raises:
             ValueError: An argument is out of range, or all weights are 0.
         """
+        for name, value, most in (("points", points, _MOST_POINTS), ("span", span, _MOST_SPAN)):
+            if value is not None and value > most:
+                raise ValueError(f"{name} must be at most {most:,}. Received: {name}={value}.")
         if self.count <= 2:
             return {"surface": self.surface(snapshots, points=61 if points is None else points)}
         span, points = 1.0 if span is None else span, 31 if points is None else points
@@ -756,7 +761,9 @@ class Landscape:
             for _ in range(_TRIALS):
                 self._here()
         seconds = (time.perf_counter() - started) / _TRIALS
-        moves = snapshots is not None and len(snapshots.updates) > 1
+        moves = snapshots is not None and bool(
+            (snapshots.parameters != snapshots.parameters[-1:]).any()
+        )
         evaluations = points**2 * (2 if moves else 1)
         if evaluations * seconds > _WORTH_SAYING:
             _log.info(

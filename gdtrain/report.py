@@ -183,7 +183,7 @@ def _draw_cost(comparison: Comparison, axes: Any, clock: Clock) -> None:
     wide = furthest >= 10 * nearest
     axes.set(
         title=f"{clock.capitalize()} to a loss of {rounded(comparison.target)}",
-        xlabel=_axis(comparison, clock, wide),
+        xlabel=_wrapped(_axis(comparison, clock, wide), 32),  # beside long names
         xscale="log" if wide else "linear",
         yticks=range(len(comparison.usable)),
         yticklabels=[_wrapped(c.name, 18) for c in comparison.usable],

@@ -537,6 +537,7 @@ def command(words, monkeypatch):
         ("target=nan", "target must be a finite loss. Received: target=nan"),
         ("optimizer=sgd", "set contenders='optimizer=…;…'. Received: optimizer=sgd"),
         ("seed=1", "set seeds=COUNT. Received: seed=1"),
+        ("contenders=optimizer=gd;optimizer=sgd,seed=5", "set seeds=COUNT. Received: sgd seed=5"),
         ("contenders=optimizer=gd", "contenders must name at least two, separated by a semicolon"),
         ("contenders=", "contenders must name at least two contenders. Received: contenders="),
         ("contenders=optimizer=gd;optimizer=gd", "Contenders must differ."),

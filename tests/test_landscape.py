@@ -230,6 +230,15 @@ def test_a_path_on_a_line_has_one_component_and_no_path_has_none():
         plane_of([[1.0, 2.0]], [1.0, 2.0])
 
 
+def test_of_a_run_that_has_not_moved_the_slices_are_drawn():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    objective = Objective(model, SquaredError(), torch.randn(5, 3), torch.randn(5))
+    theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach().numpy()
+    still = Snapshots(np.arange(2), np.stack([theta, theta]))
+    assert set(Landscape(objective).pictures(still, points=3)) == {"landscape-1d", "landscape-2d"}
+
+
 def test_the_picture_of_a_path_has_j_in_the_plane_and_at_the_points():
     torch.manual_seed(0)
     model = MLP((3,), 2, hidden=[4]).double()
@@ -490,7 +499,7 @@ def test_without_a_recorded_path_the_slices_are_drawn_all_the_same(run, capsys, 
     (alone / "only.ckpt").write_bytes((folder / "checkpoints" / "last.ckpt").read_bytes())
     code, out, _ = main(capsys, monkeypatch, f"ckpt_path={alone / 'only.ckpt'}", "points=3")
     assert code == 0
-    assert "No trajectory.npz lies in the run's folder" in out
+    assert "The path is not drawn: the run has left no trajectory.npz" in out
     assert not (alone / "landscape" / "trajectory.png").exists()
 
 
@@ -519,6 +528,8 @@ def test_wrong_words_are_told_in_one_message_and_leave_nothing(run, capsys, monk
         ([f"ckpt_path={tmp_path / 'model.ckpt'}"], "does not match the model"),
         ([f"run={tmp_path / 'other'}"], "trajectory.npz is the path of another model"),
         ([place, "points=2"], "points must be a whole number of at least 3. Received: points=2"),
+        ([place, "points=100000"], "points must be at most 1,000. Received: points=100000"),
+        ([place, "span=1e300"], "span must be at most 1,000,000. Received: span=1e+300"),
         ([place, "points=few"], "points must be a whole number. Received: points=few"),
         ([place, "span=0"], "span must be finite and > 0. Received: span=0"),
         ([place, "examples=0"], "examples must be a whole number of at least 1"),
