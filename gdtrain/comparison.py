@@ -240,12 +240,12 @@ def _smooth(curve: Curve, size: int) -> Curve:
     examples, losses = curve.examples, curve.losses
     before = np.concatenate([[0.0], examples[:-1]]) if len(examples) else examples
     weights = np.maximum(examples - before, 1e-9)
-    sums = np.concatenate([[0.0], np.cumsum(weights * losses)])
-    total = np.concatenate([[0.0], np.cumsum(weights)])
     ends = np.arange(1, len(losses) + 1)
     reach = np.minimum(size, np.maximum(_WINDOW * examples, _FEWEST))
     starts = np.minimum(np.searchsorted(before, examples - reach - 1e-9), ends - 1)
-    means = (sums[ends] - sums[starts]) / (total[ends] - total[starts])
+    # Not by differences of running sums, in which small losses are lost.
+    windows = [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+    means = np.array([np.average(losses[w], weights=weights[w]) for w in windows])
     kept = examples >= min(size, _FEWEST)
     kept[-1:] = True  # of a run that has seen fewer
     return Curve(curve.updates[kept], examples[kept], curve.seconds[kept], means[kept])
@@ -279,7 +279,8 @@ def find_runs(pattern: str | Path) -> tuple[list[Run], list[str]]:
     """
     import glob
 
-    roots = sorted(Path(name) for name in glob.glob(str(pattern)) if Path(name).is_dir())
+    named = [str(pattern)] if Path(pattern).is_dir() else glob.glob(str(pattern))
+    roots = sorted(Path(name) for name in named if Path(name).is_dir())
     if not roots:
         raise ValueError(f"There is no folder {pattern}.")
     folders = sorted({file.parent for root in roots for file in root.rglob("config.yaml")})
@@ -480,10 +481,13 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _data(run: Run) -> str:
     settings = run.settings
-    name = settings.get("data.name") or settings.get("data.path") or settings.get("data._target_")
+    path = settings.get("data.path")
+    kind = str(settings.get("data._target_") or "").rsplit(".", 1)[-1]
+    name = settings.get("data.name") or (Path(str(path)).name if path else kind) or "arrays"
+    target = settings.get("data.target") or settings.get("data.target_path")
     sizes = run.summary["data"]
     total = sum(int(sizes.get(part, 0)) for part in ("train", "val", "test"))
-    return f"{str(name).rsplit('.', 1)[-1] if name else 'arrays'} ({total:,} examples)"
+    return f"{name}{f', {target}' if target else ''} ({total:,} examples)"
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:

@@ -358,7 +358,7 @@ def weight_decays(objective: Objective, optimizer: Optimizer | None) -> list[flo
             "The sharpness is that of a function that is minimised. Received: maximize=True."
         )
     by_parameter = {
-        p: float(group.get("weight_decay", 0.0))
+        p: 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
         for group in optimizer.param_groups
         for p in group["params"]
     }

@@ -24,7 +24,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
-from gdtrain.objective import Objective
+from gdtrain.objective import Objective, untouched
 
 __all__ = ["Grid", "Landscape", "Line", "Plane", "Snapshots", "directions", "plane_of", "save"]
 
@@ -87,6 +87,11 @@ def directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[Tensor]:
             "Directions are as long as the weights, filter by filter. Received: a model without a "
             "weight other than 0."
         )
+    groups = {
+        id(m.weight): m.groups
+        for m in model.modules()
+        if isinstance(m, nn.modules.conv._ConvTransposeNd)
+    }
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
@@ -95,11 +100,23 @@ def directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[Tensor]:
             if not is_weight:
                 parts.append(torch.zeros_like(p.detach()).flatten())
                 continue
-            d = torch.randn(p.shape, generator=generator).to(p.device, p.dtype).flatten(1)
-            length = p.detach().flatten(1).norm(dim=1, keepdim=True)
-            parts.append((d * (length / d.norm(dim=1, keepdim=True))).flatten())
+            d = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+            ratio = _filters(p.detach(), groups.get(id(p))) / _filters(d, groups.get(id(p)))
+            parts.append((d * ratio).flatten())
         made.append(torch.cat(parts))
     return made
+
+
+def _filters(weight: Tensor, groups: int | None) -> Tensor:
+    """The length of each number's filter, as the weight; `groups` of a transposed convolution.
+
+    Such a one has its inputs first, and then the outputs of a group.
+    """
+    if groups is None:
+        return weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+    parts = weight.unflatten(0, (groups, -1)).flatten(3)  # (G, inputs, outputs, places)
+    length = parts.norm(dim=(1, 3), keepdim=True).expand_as(parts)
+    return length.reshape(weight.shape)
 
 
 # ---------------------------------------------------------------------- the path of a run
@@ -293,7 +310,9 @@ def plane_of(path: ArrayLike | Tensor, end: ArrayLike | Tensor) -> Plane:
         for k in range(2):
             coordinates[:, k] += (d @ found[k][part].double()).cpu().numpy()
     for k in range(2):
-        if coordinates[np.abs(coordinates[:, k]).argmax(), k] > 0:
+        furthest = np.abs(coordinates[:, k]).argmax()
+        start = coordinates[0, k]
+        if (start or coordinates[furthest, k]) > 0:
             coordinates[:, k] *= -1
             found[k] = -found[k]
     total = float(values.sum())
@@ -649,7 +668,7 @@ class Landscape:
         own = [p.detach().clone() for p in self.objective.params]
         model.eval()
         try:
-            with torch.no_grad():
+            with untouched(model), torch.no_grad():
                 yield
         finally:
             with torch.no_grad():
@@ -666,9 +685,16 @@ class Landscape:
 
     def _here(self) -> float:
         if not self._pass:
-            self._pass = self._examples_at_once()
-        total = 0.0
-        for part in self.indices.split(self._pass):
+            with untouched(self.objective.model):
+                self._pass = self._examples_at_once()
+        with untouched(self.objective.model):  # the same random numbers at all points
+            return self._mean()
+
+    def _mean(self) -> float:
+        total, size = 0.0, self._pass
+        while len(self.indices) % size == 1 and 1 < size < len(self.indices):
+            size += 1  # normalisation by the pass's own statistics takes no single example
+        for part in self.indices.split(size):
             total += float(self.objective.losses(part).double().sum())
         decay = sum(
             0.5 * d * float(p.double().square().sum())
@@ -687,13 +713,14 @@ class Landscape:
 
         hooks = [m.register_forward_hook(note) for m in self._modules() if not list(m.children())]
         try:
-            one = self.indices[:1]
-            x = self.objective.inputs[one]
-            self.objective.losses(one)
+            few = self.indices[:2]
+            x = self.objective.inputs[few]
+            self.objective.losses(few)
         finally:
             for hook in hooks:
                 hook.remove()
-        return max(1, _PASS // (2 * taken[0] + x.numel() * x.element_size()))
+        each = (2 * taken[0] + x.numel() * x.element_size()) // len(few)
+        return max(min(2, len(few)), _PASS // each)
 
     def value(self, theta: Tensor | None = None) -> float:
         """J.

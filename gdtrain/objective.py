@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gdtrain.dropout import Dropout, drawing
 
-__all__ = ["Objective", "Rows", "own_part", "untouched"]
+__all__ = ["Objective", "Rows", "buffers_of", "own_part", "untouched"]
 
 _ACTIVATIONS = 64 * 2**20  # bytes that a pass of automatic size may keep for its backward pass
 
@@ -50,6 +50,24 @@ def own_part(count: int, rank: int, ranks: int) -> tuple[int, int]:
     return start, start + share + (rank < more)
 
 
+def buffers_of(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Where each buffer lies: the module's own mapping, the name in it, and the buffer.
+
+    Args:
+        model: Any module.
+
+    Example:
+        >>> [(name, len(buffer)) for _, name, buffer in buffers_of(nn.BatchNorm1d(2))[:2]]
+        [('running_mean', 2), ('running_var', 2)]
+    """
+    return [
+        (module._buffers, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Leaves a model's buffers, and all generators that its layers may draw from, as they were.
@@ -66,17 +84,13 @@ def untouched(model: nn.Module) -> Iterator[None]:
         >>> layer.running_mean
         tensor([0.])
     """
-    own = [
-        (module._buffers, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    copies = {id(buffer): buffer.clone() for _, _, buffer in own if buffer is not None}
+    own = buffers_of(model)
+    copies = {id(buffer): buffer.clone() for _, _, buffer in own}
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (user code may draw from it)
     try:
         for owner, name, buffer in own:
-            owner[name] = None if buffer is None else copies[id(buffer)]
+            owner[name] = copies[id(buffer)]
         with torch.random.fork_rng(devices):
             yield
     finally:

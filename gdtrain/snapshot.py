@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
-from gdtrain.objective import Objective
+from gdtrain.objective import Objective, buffers_of
 
-__all__ = ["Snapshot", "random_states", "set_random_states"]
+__all__ = ["Snapshot", "random_states", "seed_all", "set_random_states"]
 
 
 class Snapshot:
@@ -40,7 +39,11 @@ class Snapshot:
 
     def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
         self._objective, self._optimizer = objective, optimizer
-        self._kept = [t.detach().clone() for t in self._tensors]
+        self._kept = [(p, p.detach().clone()) for p in objective.model.parameters()]
+        # A module may put another tensor in a buffer's place.
+        self._buffers = [
+            (*place, place[-1].detach().clone()) for place in buffers_of(objective.model)
+        ]
         self._gradients = [p.grad for p in objective.params]
         self._states = [(p, copy.deepcopy(v)) for p, v in optimizer.state.items()]
         self._groups = [
@@ -49,15 +52,13 @@ class Snapshot:
         ]
         self._random = random_states(objective)
 
-    @property
-    def _tensors(self) -> list[Tensor]:
-        return [*self._objective.model.parameters(), *self._objective.model.buffers()]
-
     @torch.no_grad()
     def give_back(self) -> None:
         """Put all back as it was; may be called again."""
-        for tensor, old in zip(self._tensors, self._kept, strict=True):
-            tensor.copy_(old)
+        for parameter, old in self._kept:
+            parameter.copy_(old)
+        for owner, name, buffer, old in self._buffers:
+            owner[name] = buffer.copy_(old)
         for parameter, gradient in zip(self._objective.params, self._gradients, strict=True):
             parameter.grad = gradient
         self._optimizer.state.clear()
@@ -68,6 +69,34 @@ class Snapshot:
                 del group[name]
             group.update(copy.deepcopy(options))
         set_random_states(self._objective, self._random)
+
+
+def seed_all(objective: Objective, seed: int) -> None:
+    """Seed all generators that layers may draw from.
+
+    Args:
+        objective: Tells the device.
+        seed: Any integer.
+
+    Example:
+        >>> from torch import nn
+        >>> from gdtrain.losses import SquaredError
+        >>> objective = Objective(nn.Linear(1, 1), SquaredError(), torch.ones(1, 1), torch.ones(1))
+        >>> states = random_states(objective)
+        >>> seed_all(objective, 3)
+        >>> drawn = torch.rand(1)
+        >>> seed_all(objective, 3)
+        >>> bool(torch.rand(1) == drawn)
+        True
+        >>> set_random_states(objective, states)
+    """
+    torch.default_generator.manual_seed(seed % 2**63)
+    device = objective.params[0].device
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed % 2**63)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
 def random_states(objective: Objective) -> tuple[Any, ...]:

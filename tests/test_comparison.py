@@ -105,6 +105,29 @@ def test_points_are_means_over_the_last_quarter_and_at_most_a_pass(tmp_path):
     assert run.train.losses[-50:].std() < losses[-50:].std() / 3
 
 
+def test_small_losses_are_not_lost_beside_large_ones(tmp_path):
+    losses = [1e3 * 0.7**t for t in range(200)]
+    run = read_run(leave_run(tmp_path / "run", "gd", losses))
+    assert run.train.losses == pytest.approx(np.array(losses), rel=1e-12)
+
+
+def test_a_folder_with_brackets_in_its_name_is_a_folder(tmp_path):
+    leave_run(tmp_path / "model.hidden=[8]" / "gd", "gd", falling(1, 5))
+    assert len(find_runs(tmp_path / "model.hidden=[8]")[0]) == 1
+    assert len(find_runs(tmp_path / "model*")[0]) == 1
+
+
+def test_tables_of_another_name_or_target_are_other_data(tmp_path):
+    for i, data in enumerate(
+        ({"path": "a.csv"}, {"path": "b.csv"}, {"path": "a.csv", "target": "z"})
+    ):
+        leave_run(tmp_path / f"{i}", "gd" if i else "sgd", falling(1, 5), settings={"data": data})
+    runs = [read_run(tmp_path / f"{i}") for i in range(3)]
+    for pair, said in (((0, 1), "a.csv (100 examples); b.csv"), ((0, 2), "a.csv, z (100")):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            compare([runs[i] for i in pair])
+
+
 def test_a_few_easy_examples_are_no_loss(tmp_path):
     losses = np.full(100, 3.0)
     losses[2:7] = 0.0  # of an unstable run, for one

@@ -82,6 +82,46 @@ def test_each_filter_of_a_direction_is_as_long_as_that_of_the_weights_and_the_re
     assert not torch.equal(d, directions(model, 1, seed=4)[0])
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_filters_of_a_transposed_convolution_lead_to_its_outputs(groups):
+    torch.manual_seed(0)
+    model = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False)
+    (d,) = directions(model, count=1)
+    for tensor in (d.view(model.weight.shape),):
+        for out in range(6):
+            group, place = divmod(out, 6 // groups)
+            rows = slice(group * 4 // groups, (group + 1) * 4 // groups)
+            own = model.weight.detach()[rows, place].norm()
+            assert tensor[rows, place].norm() == pytest.approx(float(own), rel=1e-5)
+
+
+def test_buffers_and_generators_are_put_back_and_values_repeat():
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.norm = nn.BatchNorm1d(2, track_running_stats=False)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            self.count += 1
+            return self.norm(self.linear(x)) + 0.1 * torch.rand(len(x), 2)
+
+    torch.manual_seed(0)
+    model = Counts()
+    landscape = Landscape(Objective(model, SquaredError(), torch.randn(5, 3), torch.randn(5, 2)))
+    before = torch.get_rng_state()
+    here = landscape.position
+    assert len({landscape.value(), landscape.value(), *landscape.values([here, here])}) == 1
+    assert model.count == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_path_starts_at_the_left():
+    plane = plane_of([[-1.0, 0.0, 0.1], [3.0, 0.0, 0.0]], [0.0, 0.0, 0.0])
+    assert plane.coordinates[0, 0] < 0
+
+
 def test_without_a_weight_there_is_no_length_for_a_direction():
     model = Linear((3,), 2, init="zeros")
     with pytest.raises(ValueError, match=r"as long as the weights.*Received: a model without"):
@@ -208,7 +248,7 @@ def test_the_plane_of_a_path_is_that_of_principal_component_analysis():
     basis = np.stack([found.first.numpy(), found.second.numpy()])
     assert basis @ basis.T == pytest.approx(np.eye(2), abs=1e-12)
     assert found.coordinates == pytest.approx((path - end) @ basis.T, abs=1e-10)
-    assert (found.coordinates[np.abs(found.coordinates).argmax(0), [0, 1]] < 0).all()
+    assert (found.coordinates[0] < 0).all()  # the start
 
 
 def test_in_chunks_and_float32_it_is_the_same(monkeypatch):

@@ -33,7 +33,8 @@ class GradientNoise(Instrument):
     averaged apart over the last 8 looks, and the 95% interval is Fieller's. Where ‖G‖² is not
     significantly above 0 the scale is undefined, and is not logged. It is a heuristic for the batch
     size from which larger batches help little. With BatchNorm a group is normalised by itself, and
-    Σ is that of groups of this size.
+    Σ is that of groups of this size. Where layers draw random numbers, Σ has their share, and ‖G‖²
+    is the mean square of the gradient on all N, with random numbers as well.
 
     Tags: `noise/variance`, tr Σ, and `noise/gradient_square`, ‖G‖² (an estimate, which may be below
     0), both of this look; `noise/signal_to_noise`, ‖G‖² B/tr Σ of an update's gradient, where B < N

@@ -25,7 +25,7 @@ from gdtrain.data.loader import IndexLoader
 from gdtrain.instruments import dot, layers
 from gdtrain.module import SupervisedModule
 from gdtrain.objective import Objective, untouched
-from gdtrain.snapshot import Snapshot
+from gdtrain.snapshot import Snapshot, seed_all
 from gdtrain.sweep import Eager
 
 __all__ = ["Instrument", "Look", "is_full"]
@@ -78,7 +78,6 @@ class Look:
             micro = "auto"
         # Objectives of its own: the run's remembers what it measured, and what it warned of.
         self._own = _Recording(own.model, own.loss, own.inputs, own.targets, micro)
-        self._size = max(_PASS, own.micro_batch_size or len(self.rows))
         self._wide = Objective(own.model, own.loss, own.inputs, own.targets)
         self._with_next = with_next
         self._taken: tuple[list[Tensor | None], list[Tensor], list[Tensor | None] | None] | None
@@ -128,12 +127,17 @@ class Look:
             rows: (n,), int64.
             draw: Names random numbers, from 0; apart from those of training.
         """
-        rows, size = rows.to(self._own.targets.device), self._size
+        self._take()  # after which an automatic micro-batch size is known
+        rows = rows.to(self._own.targets.device)
+        size = max(_PASS, self._own.micro_batch_size or len(self.rows))
         while len(rows) % size == 1 and size < len(rows):
             size += 1  # BatchNorm takes no pass of one example
         self._wide.micro_batch_size = size
+        named = self.module.draw_of(2**31 + draw % 2**31)
         with untouched(self._own.model):
-            return self._wide.value_and_grad(rows, self.module.draw_of(2**31 + draw % 2**31))[1]
+            # For layers that draw from the generators of torch, Python and NumPy.
+            seed_all(self._own, named * 1_000_003 + self.loader.seed)
+            return self._wide.value_and_grad(rows, named)[1]
 
     @contextmanager
     def after(self) -> Iterator[None]:

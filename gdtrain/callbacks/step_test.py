@@ -21,6 +21,18 @@ __all__ = ["StepTest"]
 
 _JUDGED = 32  # steps at most, the last ones
 _FEWEST = 16  # probe examples that must be left when those of the batch are out
+# Of torch.optim, those that add the decay to the gradient unless their groups say otherwise.
+_COUPLED = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.ASGD,
+)
 _SEED = 2**22  # apart from the orders of training
 
 
@@ -99,6 +111,12 @@ class StepTest(Instrument):
         left = loader.num_examples - loader.batch_size
         if loader.batch_size < loader.num_examples and left < _FEWEST:
             return f"there must be {_FEWEST} examples beside a batch (received: {left})."
+        expected = min(self.probe, loader.num_examples) * left / loader.num_examples
+        if not is_full(loader) and expected < _FEWEST:
+            return (
+                f"of {self.probe} probe examples about {expected:.0f} are not in a batch, and "
+                f"there must be {_FEWEST}: a larger probe helps."
+            )
         return None
 
     def examples(self, loader: IndexLoader) -> int:
@@ -149,9 +167,9 @@ class StepTest(Instrument):
 
     @staticmethod
     def _decays(look: Look) -> Sequence[float]:
-        # Other optimizers may decay the parameters beside the gradient.
-        own = isinstance(look.optimizer, Descent | torch.optim.SGD)
-        return weight_decays(look.objective, look.optimizer if own else None)
+        # Others may decay the parameters beside the gradient, which is no part of J.
+        coupled = isinstance(look.optimizer, (Descent, *_COUPLED))
+        return weight_decays(look.objective, look.optimizer if coupled else None)
 
     def summary(self) -> dict[str, Any]:
         """The verdict."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.dropout import Dropout
-from gdtrain.objective import Objective
+from gdtrain.objective import Objective, buffers_of
 from gdtrain.sweep.engine import Ahead, rates_by_schedule
 
 __all__ = ["Eager"]
@@ -107,15 +107,15 @@ class Eager:
         @contextmanager
         def again() -> Iterator[None]:
             self.evaluations += 1
-            buffers = [(b, b.clone()) for b in objective.model.buffers()]
+            buffers = [(*place, place[-1].clone()) for place in buffers_of(objective.model)]
             after = _random_states(objective)
             _set_random_states(objective, before)
             try:
                 yield
             finally:
                 _set_random_states(objective, after)
-                for buffer, kept in buffers:
-                    buffer.copy_(kept)
+                for owner, name, buffer, kept in buffers:
+                    owner[name] = buffer.copy_(kept)
 
         def evaluate() -> float:
             with again():

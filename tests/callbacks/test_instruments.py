@@ -5,6 +5,7 @@ import logging
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
@@ -31,6 +32,7 @@ from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
 from gdtrain.dropout import Dropout
 from gdtrain.losses import CrossEntropy, OneHotSquaredError, SquaredError
 from gdtrain.models import MLP, Linear
+from gdtrain.objective import Objective
 from gdtrain.schedules import Cosine
 
 N = 105  # training examples of iris
@@ -618,3 +620,110 @@ def test_an_instrument_of_ones_own():
     fit(Longest(every=10), updates=20, sweep=10, logger=logger)
     assert set(logger.found) == {"longest"}
     assert len(logger.found["longest"]) == 2
+
+
+# ------------------------------------------------------------------ what a module may do
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout, Dropout])
+def test_each_group_has_random_numbers_of_its_own(kind):
+    """Against the covariance over examples and masks, drawn in float64; G has masks too."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), kind(0.8), nn.Linear(64, 3))
+    logger = Numbers()
+    noise = GradientNoise(groups=13, size=8, every=1)
+    options = {"engine": "eager", "sweep": 1, "logger": logger, "lr": 1e-12, "double": True}
+    _, module, data = fit(noise, model=model, updates=300, **options)
+    x, y = data.examples("train")
+    generator = torch.Generator().manual_seed(1)
+    net = module.model
+
+    def drawn(rows):
+        hidden = torch.tanh(net[0](x[rows]))
+        mask = (torch.rand(hidden.shape, generator=generator) > 0.8) / 0.2
+        loss = functional.cross_entropy(net[3](hidden * mask), y[rows])
+        return torch.cat([p.flatten() for p in torch.autograd.grad(loss, list(net.parameters()))])
+
+    single = torch.stack([drawn(torch.randint(N, (1,), generator=generator)) for _ in range(4000)])
+    variance = float(single.var(0).sum())
+    whole = np.mean([float(drawn(torch.arange(N)).square().sum()) for _ in range(2000)])
+    found = np.array(list(logger.found["noise/variance"].values()))
+    assert found.mean() == pytest.approx(variance, rel=0.06)
+    found = np.array(list(logger.found["noise/gradient_square"].values()))
+    assert found.mean() == pytest.approx(whole, rel=0.06)
+
+
+class Remembers(nn.Module):
+    """Puts a longer tensor in its buffer's place at each pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = torch.cat([self.seen, self.seen[-1:] + 1])
+        return self.linear(x) * (1 + 0.01 * torch.sin(self.seen[-1]))
+
+
+@pytest.mark.parametrize("batch", [8, "full"])
+def test_a_buffer_that_is_replaced_by_a_longer_one_is_put_back(batch):
+    weights = []
+    for callbacks in ((), everything(every=1)):
+        _, module, _ = fit(*callbacks, model=Remembers(), batch=batch, updates=6, sweep=1)
+        weights.append(module.model.linear.weight.detach().clone())
+        assert len(module.model.seen) == 7
+    assert torch.equal(*weights)
+
+
+def test_before_the_first_update_passes_are_no_larger_than_the_run_would_make(monkeypatch):
+    monkeypatch.setattr(Objective, "_measured", lambda self, rows: 21)
+    sizes = []
+
+    class Sees(nn.Linear):
+        def forward(self, x):
+            sizes.append(len(x))
+            return super().forward(x)
+
+    fit(StepTest(every=1), model=Sees(4, 3), batch="full", micro="auto", updates=2, engine="eager")
+    assert max(sizes) <= 32
+
+
+def test_a_probe_that_batches_leave_too_little_of_is_told(caplog):
+    caplog.set_level(logging.INFO, logger="gdtrain")
+    fit(StepTest(probe=16, every=1), batch=60, updates=2)
+    (said,) = [r.message for r in caplog.records if r.message.startswith("instruments:")]
+    assert "of 16 probe examples about 7 are not in a batch, and there must be 16" in said
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.Adam, torch.optim.AdamW])
+def test_alpha_has_the_decay_that_is_in_the_gradient(optimizer):
+    """Half of λ‖θ‖² is a part of J for the first two: slopes by hand, in float64."""
+    alphas, steps = [], []
+
+    class Keeps(Instrument):
+        def see(self, look):
+            x, y = look.objective.inputs, look.objective.targets
+            steps.append(([p.clone() for p in look.params], look.step, x, y))
+            return {}
+
+    logger = Numbers()
+    callbacks = (StepTest(every=1), Keeps(every=1))
+    options = {"optimizer": optimizer, "weight_decay": 0.5, "lr": 0.05, "double": True}
+    _, module, _ = fit(*callbacks, batch="full", updates=3, sweep=1, logger=logger, **options)
+    coupled = optimizer is not torch.optim.AdamW
+    for before, step, x, y in steps:
+        slopes = []
+        for share in (0.0, 1.0):
+            at = [(p + share * s).requires_grad_() for p, s in zip(before, step, strict=True)]
+            names = [name for name, _ in module.model.named_parameters()]
+            out = torch.func.functional_call(module.model, dict(zip(names, at, strict=True)), x)
+            loss = functional.cross_entropy(out, y)
+            if coupled:
+                decayed = [0.25 * p.square().sum() for p in at if p.ndim > 1]
+                loss = loss + sum(decayed)
+            g = torch.autograd.grad(loss, at)
+            slopes.append(sum(float((a * s).sum()) for a, s in zip(g, step, strict=True)))
+        alphas.append(-slopes[1] / slopes[0])
+    assert list(logger.found["step/alpha"].values()) == pytest.approx(alphas, rel=1e-6)
