@@ -30,6 +30,8 @@ from torch.nn.utils import parameters_to_vector
 
 from gdtrain.configuration import ConfigurationError, check, new_folder
 from gdtrain.data import DataModule, Preprocessing, read_features
+from gdtrain.distributed import alone_in
+from gdtrain.launch import check_processes, is_first_process
 from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule, parameter_groups
 from gdtrain.objective import Objective
@@ -93,12 +95,15 @@ def train(config: DictConfig, directory: str | Path) -> Result:
     folder = Path(directory)
     plain = _plain(config)
     check(plain)
+    check_processes(plain["trainer"])
     before = set(os.listdir(folder)) if folder.is_dir() else None
     if is_first_process():
         try:
             claim(folder, plain)
         except ValueError as error:
             raise ConfigurationError(str(error)) from None
+    elif (folder / "summary.json").exists() or (folder / "checkpoints").exists():
+        raise ConfigurationError(f"{folder} already holds a run.")  # as the first process says
     module: SupervisedModule | None = None
     try:
         data, module = _build(config)
@@ -281,10 +286,8 @@ def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
         state = load_checkpoint(config.ckpt_path)
         check_fits(state["state_dict"], module, config.ckpt_path)
         module.load_state_dict(state["state_dict"])
-    with _quiet():
-        trainer = instantiate(config.trainer, _convert_="all")(
-            logger=False, enable_checkpointing=False
-        )
+    with _quiet(), alone_in(None, instantiate(config.trainer, _convert_="all")) as make_trainer:
+        trainer = make_trainer(logger=False, enable_checkpointing=False)
         if trainer.world_size > 1:
             raise ValueError(
                 f"The test runs on one device. Received: {trainer.world_size} processes. Set "
@@ -341,16 +344,6 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
 
 
 # ---------------------------------------------------------------------- the run's folder
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks and writes for the run: all but the further ranks do.
-
-    Example:
-        >>> is_first_process()
-        True
-    """
-    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 
 def _leave(folder: Path, before: set[str] | None) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
+from gdtrain.distributed import alone_in
 from gdtrain.dropout import Dropout, drawing
 from gdtrain.losses import (
     CrossEntropy,
@@ -753,17 +755,16 @@ def explain_run(
     _chain(module.model)  # before anything is trained
     _known_loss(module.loss)
     pause = _Pause(update)
-    lightning = trainer(callbacks=[pause], logger=False, enable_checkpointing=False)
-    if lightning.world_size > 1 or "mixed" in str(lightning.precision):
-        raise ValueError(
-            f"One update is written out on one device, in one precision. Received: "
-            f"{lightning.world_size} processes, precision={lightning.precision}. Set "
-            f"trainer=default trainer.precision=32."
-        )
-    try:
-        lightning.fit(module, datamodule=data)
-    except _Reached:
-        pass
+    with alone_in(None, trainer) as make_trainer:
+        lightning = make_trainer(callbacks=[pause], logger=False, enable_checkpointing=False)
+        if lightning.world_size > 1 or "mixed" in str(lightning.precision):
+            raise ValueError(
+                f"One update is written out on one device, in one precision. Received: "
+                f"{lightning.world_size} processes, precision={lightning.precision}. Set "
+                f"trainer=default trainer.precision=32."
+            )
+        with suppress(_Reached):
+            lightning.fit(module, datamodule=data)
     if pause.found is None:
         raise ValueError(f"The run ended before update {update}.")
     return pause.found

@@ -43,7 +43,7 @@ from gdtrain.callbacks import (
 from gdtrain.callbacks.curves import described
 from gdtrain.configuration import read_defaults
 from gdtrain.data import ArrayDataModule, DataModule, features
-from gdtrain.distributed import ExactDDP
+from gdtrain.distributed import ExactDDP, alone_in
 from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
@@ -419,9 +419,9 @@ def run(
     if curves is None:
         curves = LossCurves()
         built.append(curves)
-    with _quiet():
+    with _quiet(), alone_in(folder, trainer) as make_trainer:
         made_loggers = [] if folder is None else [make(save_dir=folder) for make in loggers]
-        lightning = trainer(
+        lightning = make_trainer(
             callbacks=built,
             logger=made_loggers or False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in built),

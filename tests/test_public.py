@@ -30,12 +30,12 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 
 LAYERS = [
     ["rules", "schedules", "losses", "dropout", "stopping", "configuration", "step_sizes"],
-    ["objective", "optim"],
+    ["objective", "optim", "launch"],
     ["models", "data", "minimization", "curvature", "landscape", "snapshot", "instruments"],
     ["sweep"],
     ["race", "diagnosis", "certificates"],
-    ["module"],
-    ["callbacks", "distributed", "rate_finder", "explanation", "comparison"],
+    ["module", "distributed"],
+    ["callbacks", "rate_finder", "explanation", "comparison"],
     ["training", "report"],
     ["experiment"],
     ["cli"],

@@ -66,7 +66,8 @@ class BestAndLast(Checkpoint):
         return self.directory / "last.ckpt"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; all ranks save together, whatever lies in their folders."""
+        self.best_value = trainer.strategy.broadcast(self.best_value)
         self._last_saved = time.monotonic()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
