@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,19 +87,25 @@ def read_defaults(choice: str) -> dict[str, Any]:
 
 
 # Key: (type, lowest, highest, whether the lowest itself is allowed). Absent keys are not asked for.
+_COUNT = 2**31  # more than that is a mistake
 _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "optimizer.lr": (float, 0, math.inf, False),
     "optimizer.momentum": (float, 0, math.inf, True),
     "optimizer.weight_decay": (float, 0, math.inf, True),
-    "data.micro_batch_size": (int, 1, math.inf, True),
+    "data.micro_batch_size": (int, 1, _COUNT, True),
+    "data.num_examples": (int, 1, _COUNT, True),
+    "data.num_features": (int, 1, _COUNT, True),
+    "data.data_seed": (int, 0, 2**32, True),
+    "data.seed": (int, 0, 2**32, True),
     "data.val_fraction": (float, 0, math.inf, True),
     "data.test_fraction": (float, 0, math.inf, True),
-    "data.updates_per_sweep": (int, 1, math.inf, True),
+    "data.updates_per_sweep": (int, 1, _COUNT, True),
     "data.split_seed": (int, 0, 2**32, True),
-    "trainer.max_epochs": (int, 1, math.inf, True),
-    "trainer.check_val_every_n_epoch": (int, 1, math.inf, True),
+    "trainer.max_epochs": (int, 1, _COUNT, True),
+    "trainer.check_val_every_n_epoch": (int, 1, _COUNT, True),
     "schedule.warmup": (float, 0, math.inf, True),
     "seed": (int, 0, 2**32, True),
+    "step_size.seed": (int, 0, 2**32, True),
 }
 _KEYS = (
     "variant",
@@ -106,6 +113,7 @@ _KEYS = (
     "ckpt_path",
     "decay_biases",
     "engine",
+    "optimized_metric",
     "data",
     "model",
     "loss",
@@ -123,6 +131,7 @@ _AUTOMATIC = ("optimizer.lr", "data.micro_batch_size", "data.updates_per_sweep")
 _BOUNDED_BY_LR = ("gdtrain.step_sizes.StochasticPolyak",)
 _ENGINES = ("auto", "eager", "compiled", "native")
 _OPTIONAL = ("data.micro_batch_size", "trainer.max_epochs")
+_METRIC = re.compile(r"(loss|metric/\w+)/(train|val|test)")
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -176,11 +185,18 @@ def check(config: Mapping[str, Any]) -> None:
     _check_batch_size(flat)
     _check_step_size(config, flat)
     steps = flat.get("trainer.max_steps", -1)
-    if isinstance(steps, bool) or not isinstance(steps, int) or (steps != -1 and steps < 1):
+    whole = isinstance(steps, int) and not isinstance(steps, bool)
+    if not whole or not (steps == -1 or 1 <= steps < 2**63):
         raise ConfigurationError(
-            f"trainer.max_steps must be a whole number of updates at least 1, or -1 for as many as "
-            f"the epochs have. Received: trainer.max_steps={steps}"
+            f"trainer.max_steps must be a whole number of updates at least 1 and below 2^63, or -1 "
+            f"for as many as the epochs have. Received: trainer.max_steps={_short(steps)}"
         )
+    if not _METRIC.fullmatch(str(flat["optimized_metric"])):
+        raise ConfigurationError(
+            f"optimized_metric must be the tag of a final value, such as loss/val or "
+            f"metric/accuracy/test. Received: optimized_metric={flat['optimized_metric']}"
+        )
+    _check_loggers(config["logger"])
     missing = [key for key, value in flat.items() if value == "???"]
     if missing:
         raise ConfigurationError(f"{missing[0]} has no default and must be set: {missing[0]}=…")
@@ -194,13 +210,46 @@ def _check_number(
     key: str, value: Any, kind: type, low: float, high: float, closed: bool, other: str = ""
 ) -> None:
     number = isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
-    inside = number and (value > low or (closed and value == low)) and value < high
+    try:
+        inside = number and (value > low or (closed and value == low)) and float(value) < high
+    except OverflowError:  # a whole number that no float holds
+        inside = False
     if not inside:
         what = "a whole number" if kind is int else "a finite number"
         bound = f"at least {low:g}" if closed else f"above {low:g}"
         if high != math.inf:
-            bound += f" and below {high:g}"
-        raise ConfigurationError(f"{key} must be {what} {bound}{other}. Received: {key}={value}")
+            bound += f" and below {high}"
+        raise ConfigurationError(
+            f"{key} must be {what} {bound}{other}. Received: {key}={_short(value)}"
+        )
+
+
+def _short(value: Any) -> str:
+    """As it came, unless it would fill the screen."""
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no whole numbers of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:20]}… ({len(text)} characters)"
+
+
+def _check_loggers(loggers: Any) -> None:
+    """Each is called with the run's folder, so it must wait for it."""
+    for name, entry in (loggers or {}).items():
+        if (
+            isinstance(entry, Mapping)
+            and "_target_" in entry
+            and entry.get("_partial_") is not True
+        ):
+            raise ConfigurationError(
+                f"logger.{name} must wait for the run's folder: add +logger.{name}._partial_=true. "
+                f"Received: logger.{name}._target_={entry['_target_']} without it."
+            )
+        if entry is not None and not (isinstance(entry, Mapping) and "_target_" in entry):
+            raise ConfigurationError(
+                f"logger.{name} must name a class: +logger.{name}._target_=… "
+                f"+logger.{name}._partial_=true. Received: logger.{name}={_short(entry)}"
+            )
 
 
 def _check_step_size(config: Mapping[str, Any], flat: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import pkgutil
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from gdtrain.configuration import ConfigurationError, check, new_folder
+from gdtrain.configuration import ConfigurationError, check, closest, new_folder
 from gdtrain.data import DataModule, Preprocessing, read_features
 from gdtrain.distributed import alone_in
 from gdtrain.launch import check_processes, is_first_process
@@ -121,10 +121,21 @@ def train(config: DictConfig, directory: str | Path) -> Result:
             hyperparameters=_hyperparameters(plain),
             description={name: plain.get(name) for name in ("model", "loss", "data")},
         )
-    except _USER_ERRORS as error:
-        if module is not None and module.total_updates is not None and module.updates > start:
+    except Exception as error:
+        trained = module is not None and module.total_updates is not None and module.updates > start
+        size = _too_large(error)
+        if not trained and (size is not None or isinstance(error, _USER_ERRORS)):
+            _leave(folder, before)
+        elif module is None or module.total_updates is None:
+            _leave(folder, before)
+        if size is not None:
+            raise ConfigurationError(
+                f"There is not enough memory to train{size}. Received: data.micro_batch_size="
+                f"{plain['data'].get('micro_batch_size')}. Set a smaller one, such as "
+                f"data.micro_batch_size=64, which changes no result."
+            ) from error
+        if trained or not isinstance(error, _USER_ERRORS):
             raise  # not the configuration's fault: the traceback tells more
-        _leave(folder, before)
         raise ConfigurationError(_message(error)) from error
     except BaseException:
         if module is None or module.total_updates is None:  # nothing was trained
@@ -144,14 +155,19 @@ _USER_ERRORS = (
 
 
 def _build(config: DictConfig) -> tuple[DataModule, SupervisedModule]:
-    data = instantiate(config.data, _convert_="all")
-    data.prepare_data()
-    data.setup()
+    for group, node in _plain(config).items():
+        _check_options(node, str(group))
+    with _named("data", config):
+        data = instantiate(config.data, _convert_="all")
+        data.prepare_data()
+        data.setup()
     loss = _loss(config.loss, data.num_classes)
     outputs = loss.outputs(data.num_classes, data.num_targets)
     seed_everything(config.seed, verbose=False)
-    model = _sized(instantiate(config.model, _convert_="all"), data.input_shape, outputs)
-    optimizer, step_size = _optimizer(config)
+    with _named("model", config):
+        model = _sized(instantiate(config.model, _convert_="all"), data.input_shape, outputs)
+    with _named("optimizer", config):
+        optimizer, step_size = _optimizer(config)
     module = SupervisedModule(
         model,
         loss,
@@ -171,7 +187,10 @@ def _optimizer(config: DictConfig) -> tuple[Any, Any]:
     if own.get("lr") == "auto":
         del own["lr"]
         rule = "auto" if rule is None else rule
-    return instantiate(own, _convert_="all"), rule
+    make = instantiate(own, _convert_="all")
+    with suppress(ValueError):  # which the module says; a value of a wrong kind is told here
+        make([nn.Parameter(torch.zeros(1, 1))])
+    return make, rule
 
 
 def _loss(config: Any, num_classes: int | None) -> Loss:
@@ -190,10 +209,124 @@ def _sized(make: Callable[..., nn.Module] | nn.Module, shape: Any, outputs: int)
         return make
     sizes = {"input_shape": shape, "num_outputs": outputs}
     asked = inspect.signature(make).parameters
+    return make(**{name: value for name, value in sizes.items() if name in asked})
+
+
+@contextmanager
+def _named(group: str, config: DictConfig) -> Iterator[None]:
+    """Say of a part that cannot be built which values it was to be built from."""
     try:
-        return make(**{name: value for name, value in sizes.items() if name in asked})
-    except TypeError as error:  # Python's own words do not say which value they are about
-        raise ValueError(f"The model cannot be built from its configuration: {error}") from error
+        yield
+    except Exception as error:
+        own = dict(_flat(_plain(config)[group] or {}))
+        target = str(own.pop("_target_", group))
+        values = ", ".join(f"{group}.{k}={v}" for k, v in own.items() if not k.endswith("_"))
+        size = _too_large(error)
+        if size is not None:
+            raise ConfigurationError(
+                f"There is not enough memory for the {group}{size}. Received: {values}. Choose "
+                f"smaller numbers."
+            ) from error
+        if not isinstance(error, TypeError):
+            raise
+        ours = target.startswith(("gdtrain.", "torch.", "torchvision."))
+        words = "" if ours else f" ({error})"  # Python's own do not say which value they are about
+        raise ConfigurationError(
+            f"The {group} cannot be built from its configuration: a value is of another kind than "
+            f"{target.rsplit('.', 1)[-1]} takes{words}. Received: {values}. --help shows the "
+            f"defaults."
+        ) from error
+
+
+_MEMORY = re.compile(r"allocate|out of memory|not enough memory|overflow|Maximum allowed dimension")
+
+
+def _too_large(error: BaseException) -> str | None:
+    """How much memory was asked for in vain, or nothing; None: that is not what was wrong."""
+    text = str(error)
+    kinds = (RuntimeError, ValueError, TypeError, OverflowError)
+    if not isinstance(error, MemoryError) and not (
+        isinstance(error, kinds)
+        and not isinstance(error, ConfigurationError)
+        and re.search(_MEMORY, text)
+    ):
+        return None
+    amount = re.search(r"allocate (\d+) bytes", text)
+    if amount:
+        return f" ({int(amount.group(1)) / 2**30:,.1f} GiB were asked for)"
+    written = re.search(r"allocate ([\d.]+ [KMGTPE]iB)", text)
+    return f" ({written.group(1)} were asked for)" if written else ""
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _check_options(node: Any, key: str) -> None:
+    """Raise where a class that is named cannot be found, or does not have an option beside it."""
+    if not isinstance(node, Mapping):
+        return
+    for name, value in node.items():
+        _check_options(value, f"{key}.{name}")
+    target = node.get("_target_")
+    if not isinstance(target, str) or "_args_" in node:
+        return
+    try:
+        found = pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError):
+        raise ConfigurationError(
+            f"{key}._target_ must name a class or function that can be imported, such as "
+            f"package.module.Class. Received: {key}._target_={target}, and there is no such name. "
+            f"Is it spelt as in Python, and its package installed?"
+        ) from None
+    if not callable(found):
+        raise ConfigurationError(
+            f"{key}._target_ must name a class or function. Received: {key}._target_={target}."
+        )
+    known, required, complete = _options(found)
+    short = target.rsplit(".", 1)[-1]
+    for name in node:
+        if complete and name not in known and not name.startswith("_"):
+            raise ConfigurationError(
+                f"{key}.{name}: {short} has no option {name}.{closest(name, known)} It has: "
+                f"{', '.join(known) or 'none'}. To take one away that the configuration has: "
+                f"~{key}.{name}"
+            )
+    missing = [name for name in required if name not in node]
+    if missing and not node.get("_partial_"):
+        raise ConfigurationError(
+            f"{key}: {short} needs {missing[0]}, and has no default for it. Add "
+            f"+{key}.{missing[0]}=…"
+        )
+
+
+def _options(found: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
+    """The names that a call takes, those it needs, and whether there are no others."""
+    makers: list[Any] = [found]
+    if inspect.isclass(found):
+        if found.__new__ is not object.__new__ or type(found) is not type:
+            return [], [], False
+        makers = [c.__init__ for c in found.__mro__[:-1] if "__init__" in vars(c)]
+    known: dict[str, inspect.Parameter] = {}
+    for maker in makers:
+        try:
+            parameters = list(inspect.signature(maker).parameters.values())
+        except (ValueError, TypeError):
+            return [], [], False
+        for parameter in parameters[inspect.isclass(found) :]:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                known.setdefault(parameter.name, parameter)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break  # else what is left goes to the class above
+    else:
+        if not inspect.isclass(found):
+            return [], [], False
+    needed = [name for name, p in known.items() if p.default is p.empty]
+    return list(known), needed, True
 
 
 def _values(group: DictConfig | None) -> list[Any]:
@@ -383,7 +516,7 @@ def _message(error: BaseException) -> str:
     key = re.search(r"full_key: (\S+)", str(error))
     while error.__cause__ is not None and isinstance(error, HydraException):
         error = error.__cause__
-    text = str(error).strip() or type(error).__name__
+    text = str(error).partition("\nException raised from")[0].strip() or type(error).__name__
     # Python's own words do not say which value they are about.
     return f"{key.group(1)}: {text}" if key and not isinstance(error, ValueError) else text
 

@@ -61,6 +61,7 @@ __all__ = [
     "fit",
     "leave",
     "load_checkpoint",
+    "loss_name",
     "predict",
     "run",
 ]
@@ -289,7 +290,7 @@ def fit(
         loggers = [partial(c, name="", version="") for c in (TensorBoardLogger, CSVLogger)]
         loggers[0].keywords.update(default_hp_metric=False, max_queue=1000)
     with _claimed(directory, {**hyperparameters, "epochs": arguments["max_epochs"]}, module):
-        return run(
+        result = run(
             module,
             data,
             trainer=partial(Trainer, **arguments),
@@ -301,6 +302,9 @@ def fit(
             checkpoint=checkpoint,
             hyperparameters=hyperparameters,
         )
+    lost = result.stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
+    _log.log(logging.WARNING if lost else logging.INFO, "%s", result.stop)
+    return result
 
 
 @contextmanager
@@ -342,6 +346,26 @@ def leave(folder: Path, before: set[str] | None) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     if before is None and not os.listdir(folder):
         folder.rmdir()
+
+
+def loss_name(data: DataModule) -> str:
+    """The loss, with its units where they are not the target's.
+
+    Args:
+        data: Set up.
+
+    Returns:
+        A heading for its values.
+
+    Example:
+        >>> from gdtrain.data import EmbeddedDataModule
+        >>> data = EmbeddedDataModule("diabetes", batch_size="full", standardize_targets=True)
+        >>> data.setup()
+        >>> loss_name(data)
+        'loss (standardised units)'
+    """
+    scale = getattr(data.preprocessing, "target_scale", None)
+    return "loss" if scale is None else "loss (standardised units)"
 
 
 def default_loss(num_classes: int | None) -> Loss:
@@ -450,9 +474,6 @@ def run(
         lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
         seconds = curves.seconds
         stop = _why(lightning, module)
-        if lightning.is_global_zero:
-            lost = stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
-            _log.log(logging.WARNING if lost else logging.INFO, "%s", stop)
         metrics = {}
         rank, ranks = lightning.global_rank, lightning.world_size
         parts: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
@@ -461,7 +482,7 @@ def run(
                 loader = data.evaluation_loader(part, rank, ranks)
                 metrics.update(module.evaluate(loader, part))
         if lightning.is_global_zero:
-            report = _report(stop, metrics, module, seconds)
+            report = _report(stop, metrics, module, seconds, loss_name(data))
             _log_text(lightning, "result", report, module.updates)
             _log_final(lightning, module, metrics, hyperparameters or {})
         for logger in made_loggers:
@@ -743,7 +764,11 @@ def _log_text(trainer: Trainer, tag: str, markdown: str, step: int) -> None:
 
 
 def _report(
-    stop: Stop, metrics: Mapping[str, float], module: SupervisedModule, seconds: float
+    stop: Stop,
+    metrics: Mapping[str, float],
+    module: SupervisedModule,
+    seconds: float,
+    loss: str = "loss",
 ) -> str:
     """How the run ended, as Markdown."""
     parts = [part for part in ("train", "val", "test") if f"loss/{part}" in metrics]
@@ -751,7 +776,8 @@ def _report(
     rows = [["", *parts], ["---"] * (1 + len(parts))]
     for name in names:
         tags = [f"loss/{p}" if name == "loss" else f"metric/{name}/{p}" for p in parts]
-        rows.append([name, *(f"{metrics[tag]:.6g}" if tag in metrics else "–" for tag in tags)])
+        shown = (f"{metrics[tag]:.6g}" if tag in metrics else "–" for tag in tags)
+        rows.append([loss if name == "loss" else name, *shown])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     work = (
         f"{module.updates:,} updates, {module.examples_seen:,} examples seen, {seconds:.1f} s, "

@@ -1,0 +1,143 @@
+"""The command line: `gdtrain`, `gdtrain-compare`, `gdtrain-evaluate`, …, and the scripts.
+
+Exit codes: 0, all went well; 2, the command was wrong, and nothing was trained; 3, the run diverged
+(or a number in it was not finite) and did not recover; 130, interrupted. A sweep of several runs
+ends with the highest.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from importlib import import_module
+from types import FrameType
+
+__all__ = [
+    "compare_main",
+    "evaluate_main",
+    "explain_main",
+    "find_lr_main",
+    "landscape_main",
+    "predict_main",
+    "train_main",
+]
+
+
+def train_main() -> None:
+    """Train from the command line; ends the process with its exit code.
+
+    Example:
+        >>> import sys
+        >>> sys.argv = ["gdtrain", "optimizer=sdg"]
+        >>> train_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    _start("train", "train")
+
+
+def compare_main() -> None:
+    """Train contenders with several seeds, or read finished runs, and leave a report.
+
+    Ends the process with its exit code where something was wrong.
+
+    Example:
+        >>> import sys
+        >>> sys.argv = ["compare.py", "runs=missing"]
+        >>> compare_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    _start("compare", "compare")
+
+
+def evaluate_main() -> None:
+    """Print the test metrics of a checkpoint; ends the process with its exit code.
+
+    Example:
+        >>> import sys
+        >>> sys.argv = ["gdtrain-evaluate", "ckpt_path=missing.ckpt"]
+        >>> evaluate_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    _start("tools", "evaluate")
+
+
+def predict_main() -> None:
+    """Write predictions for a file of examples; ends the process with its exit code.
+
+    Example:
+        >>> import sys
+        >>> sys.argv = ["gdtrain-predict", "ckpt_path=missing.ckpt"]
+        >>> predict_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    _start("tools", "predict")
+
+
+def find_lr_main() -> None:
+    """Look for a learning rate by a range test; ends the process with its exit code.
+
+    Example:
+        >>> import sys
+        >>> sys.argv = ["find_lr.py", "min_lr=fast"]
+        >>> find_lr_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    _start("tools", "find_lr")
+
+
+def explain_main() -> None:
+    """Print one update in full; ends the process with its exit code where something was wrong.
+
+    Example:
+        >>> import sys
+        >>> sys.argv = ["explain.py", "update=first"]
+        >>> explain_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    _start("tools", "explain")
+
+
+def landscape_main() -> None:
+    """Draw the objective around a checkpoint; ends the process with its exit code.
+
+    Example:
+        >>> import sys
+        >>> sys.argv = ["landscape.py", "run=outputs", "points=few"]
+        >>> landscape_main()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    _start("tools", "landscape")
+
+
+def _start(module: str, command: str) -> None:
+    """Run a command; Ctrl-C ends it at once for as long as it only imports and reads words."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if main_thread:
+            for number in before:
+                signal.signal(number, _leave)
+        getattr(import_module(f"gdtrain.cli.{module}"), command)()
+    finally:
+        if main_thread:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(130)  # nothing is made yet; an exception may be swallowed by what is being imported

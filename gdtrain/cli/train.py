@@ -1,0 +1,215 @@
+"""`gdtrain`: one run, or a sweep of them."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import tempfile
+from concurrent.futures import BrokenExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from gdtrain import __version__
+from gdtrain.cli.arguments import compose, flags, jobs
+from gdtrain.cli.messages import EXIT_CODES, complain, heard, listen, one_message, shown
+from gdtrain.cli.overview import overview
+from gdtrain.configuration import ConfigurationError, check, conf_directory
+from gdtrain.launch import check_processes, is_first_process
+
+if TYPE_CHECKING:
+    from gdtrain.training import Result
+
+__all__ = ["train"]
+
+
+def train() -> None:
+    """Train what the words name; ends the process with its exit code.
+
+    Example:
+        >>> sys.argv = ["gdtrain", "optimizer=sdg"]
+        >>> train()
+        Traceback (most recent call last):
+        ...
+        SystemExit: 2
+    """
+    words = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in words):
+        print(overview(words))
+        sys.exit(0)
+    if "--version" in words:
+        print(f"gdtrain {__version__}")
+        sys.exit(0)
+    with one_message():
+        arguments, sys.argv[1:] = flags(words)
+        several = bool(arguments.multirun)
+        only_shows = arguments.cfg or arguments.info or arguments.hydra_help
+        if not arguments.shell_completion and not arguments.hydra_help:
+            # Everything that can be told without torch is told before it is imported.
+            for overrides in jobs(arguments):
+                config = compose(overrides, arguments.config_dir)
+                plain: Any = OmegaConf.to_container(config, resolve=True)
+                if not several and not only_shows:
+                    check(plain)
+                    check_processes(plain["trainer"])
+            if several:
+                check_processes({})
+        if not only_shows and not arguments.shell_completion:
+            import gdtrain.experiment  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
+    with tempfile.TemporaryDirectory() as scratch:
+        sys.exit(_end(str(Path(scratch) / "codes"), several))
+
+
+def _end(codes: str, several: bool) -> int:
+    """Run the jobs; the highest of their exit codes, which each leaves in a file."""
+
+    # Launchers may run it in other processes: it carries all that it needs.
+    @hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="train")
+    def job(config: DictConfig) -> float:
+        _add(codes, 0)
+        code, value = _run(config, several)
+        _add(codes, code)
+        return value
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions out: what is not said below is a fault
+    listen()
+    try:
+        job()
+    except OSError as error:
+        if _read(codes):
+            raise
+        return complain(f"The run's folder cannot be made: {error}")
+    except ConfigurationError:  # said by the job; a sweeper of another kind does not go on
+        pass
+    except BrokenExecutor:
+        complain("The process of a run was killed; perhaps memory ran out. Run fewer side by side.")
+        return max(1, *_read(codes))
+    except KeyboardInterrupt:  # before or after the training itself, which ends in good order
+        return EXIT_CODES["INTERRUPTED"]
+    return max(_read(codes), default=0)
+
+
+def _add(codes: str, code: int) -> None:
+    with open(codes, "a", encoding="utf-8") as file:
+        file.write(f"{code}\n")
+
+
+def _read(codes: str) -> list[int]:
+    path = Path(codes)
+    return [int(line) for line in path.read_text("utf-8").split()] if path.is_file() else []
+
+
+def _run(config: DictConfig, several: bool) -> tuple[int, float]:
+    """One run: its exit code, and what a sweeper optimizes. A wrong one does not end the others."""
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    from gdtrain.experiment import discard_empty
+    from gdtrain.experiment import train as run
+
+    listen()
+    try:
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        check(plain)
+        if several and plain["trainer"].get("strategy") is not None:
+            raise ConfigurationError(
+                "A sweep (-m) runs its jobs in one process, and trainer=ddp needs several for "
+                "each. Start such runs one by one."
+            )
+        result = run(config, directory)
+    except (ConfigurationError, OmegaConfBaseException) as error:
+        discard_empty(directory)
+        overrides = HydraConfig.get().overrides.task
+        code = complain(heard(error), f" in {' '.join(overrides)}" if several else "")
+        if several and not _goes_on():
+            raise ConfigurationError(str(error)) from None
+        return code, math.nan
+    except KeyboardInterrupt:
+        discard_empty(directory)
+        raise
+    if is_first_process():
+        _show(result)
+    else:
+        discard_empty(directory)  # each rank of a launcher is given one
+    reason = result.stop.reason.value
+    if several and reason == "INTERRUPTED":
+        raise KeyboardInterrupt  # the whole sweep is meant
+    try:
+        value = _optimized(plain["optimized_metric"], result.metrics)
+    except ConfigurationError as error:
+        return complain(str(error)), math.nan
+    return EXIT_CODES.get(reason, 0), value
+
+
+def _goes_on() -> bool:
+    """Whether the sweeper asks nothing of a job's value."""
+    return str(HydraConfig.get().sweeper._target_).endswith("BasicSweeper")
+
+
+def _optimized(tag: str, metrics: dict[str, float]) -> float:
+    """What a sweeper that searches gets of a run; infinitely bad where it is not a number."""
+    if tag == "loss/val" and tag not in metrics:
+        tag = "loss/train"
+    if tag not in metrics:
+        raise ConfigurationError(
+            f"optimized_metric must be one of {', '.join(metrics)}. Received: optimized_metric="
+            f"{tag}. The run is kept."
+        )
+    value = metrics[tag]
+    if math.isfinite(value):
+        return value
+    return -math.inf if "accuracy" in tag or "r2" in tag else math.inf
+
+
+def _show(result: Result) -> None:
+    """A short table at the end of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from gdtrain.training import loss_name
+
+    summary, metrics = result.summary, result.metrics
+    table = Table(title=summary["variant"], title_justify="left")
+    parts = [part for part in ("train", "val", "test") if f"loss/{part}" in metrics]
+    table.add_column("")
+    for part in parts:
+        table.add_column(part, justify="right")
+    names = ["loss", *sorted({t.split("/")[1] for t in metrics if t.startswith("metric/")})]
+    for name in names:
+        tags = [f"loss/{p}" if name == "loss" else f"metric/{name}/{p}" for p in parts]
+        values = [metrics.get(tag) for tag in tags]
+        row = loss_name(result.data) if name == "loss" else name
+        table.add_row(row, *("–" if v is None else f"{v:.4g}" for v in values))
+    console = Console()
+    console.print(table)
+    updates, seconds = summary["updates"], max(summary["fit_seconds"], 1e-9)
+    console.print(
+        f"{updates:,} updates in {seconds:.1f} s ({updates / seconds:,.0f}/s), "
+        f"{summary['examples_seen']:,} examples seen.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result.module.micro_batch_size_is_automatic:
+        console.print(
+            f"Micro-batches of {summary['micro_batch_size']} examples were found to be fastest.",
+            highlight=False,
+        )
+    if result.directory is not None:
+        folder = shown(result.directory)
+        root = folder.split(os.sep)[0] or folder
+        for line in (f"Run: {folder}", f"Curves: tensorboard --logdir {root}"):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(_verdict(result), highlight=False, soft_wrap=True, markup=False)
+
+
+def _verdict(result: Result) -> str:
+    """How the run ended; one that did all that was planned has not failed for want of a budget."""
+    stop, module = result.stop, result.module
+    if stop.reason.value != "BUDGET":
+        return str(stop)
+    if module.total_updates is not None and module.updates >= module.total_updates:
+        return f"finished: all {module.updates:,} updates made"
+    return f"finished: {stop.message[:1].lower()}{stop.message[1:]}"
