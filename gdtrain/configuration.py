@@ -95,8 +95,6 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "data.micro_batch_size": (int, 1, _COUNT, True),
     "data.num_examples": (int, 1, _COUNT, True),
     "data.num_features": (int, 1, _COUNT, True),
-    "data.data_seed": (int, 0, 2**32, True),
-    "data.seed": (int, 0, 2**32, True),
     "data.val_fraction": (float, 0, math.inf, True),
     "data.test_fraction": (float, 0, math.inf, True),
     "data.updates_per_sweep": (int, 1, _COUNT, True),
@@ -105,6 +103,8 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "trainer.check_val_every_n_epoch": (int, 1, _COUNT, True),
     "schedule.warmup": (float, 0, math.inf, True),
     "seed": (int, 0, 2**32, True),
+    "data.data_seed": (int, 0, 2**32, True),
+    "data.seed": (int, 0, 2**32, True),
     "step_size.seed": (int, 0, 2**32, True),
 }
 _KEYS = (
@@ -157,7 +157,9 @@ def check(config: Mapping[str, Any]) -> None:
         raise ConfigurationError(f"{missing_keys[0]} is missing: it cannot be taken away.")
     unknown = [key for key in config if key not in _KEYS]
     if unknown:
-        raise ConfigurationError(f"Unknown key {unknown[0]}.{closest(unknown[0], list(_KEYS))}")
+        raise ConfigurationError(
+            f"Unknown key {unknown[0]}.{closest(unknown[0], list(_KEYS))} `--cfg job` shows all."
+        )
     for key in ("data", "model", "trainer", "optimizer", "schedule"):
         if key == "schedule" and config[key] == {}:
             continue
@@ -196,7 +198,19 @@ def check(config: Mapping[str, Any]) -> None:
             f"optimized_metric must be the tag of a final value, such as loss/val or "
             f"metric/accuracy/test. Received: optimized_metric={flat['optimized_metric']}"
         )
-    _check_loggers(config["logger"])
+    devices = flat.get("trainer.devices", 1)
+    number = isinstance(devices, int) and not isinstance(devices, bool)
+    if (number and devices < 1 and devices != -1) or (
+        isinstance(devices, str) and devices != "auto" and not re.fullmatch(r"[\d, ]+", devices)
+    ):
+        raise ConfigurationError(
+            f"trainer.devices must be a whole number of at least 1, auto, or a list of GPUs' "
+            f"numbers. Received: trainer.devices={devices}"
+        )
+    for group in ("callbacks", "instruments", "logger"):
+        _check_entries(group, config[group])
+    for key, value in flat.items():
+        _check_size(key, value)
     missing = [key for key, value in flat.items() if value == "???"]
     if missing:
         raise ConfigurationError(f"{missing[0]} has no default and must be set: {missing[0]}=…")
@@ -233,22 +247,34 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:20]}… ({len(text)} characters)"
 
 
-def _check_loggers(loggers: Any) -> None:
-    """Each is called with the run's folder, so it must wait for it."""
-    for name, entry in (loggers or {}).items():
-        if (
-            isinstance(entry, Mapping)
-            and "_target_" in entry
-            and entry.get("_partial_") is not True
-        ):
+def _check_size(key: str, value: Any) -> None:
+    """No number that nothing can be: infinite, or beyond what an index can be."""
+    for entry in value if isinstance(value, list) else [value]:
+        if isinstance(entry, list):
+            _check_size(key, entry)
+        infinite = isinstance(entry, float) and not math.isfinite(entry)
+        if infinite or (isinstance(entry, int) and abs(entry) >= 2**63):
             raise ConfigurationError(
-                f"logger.{name} must wait for the run's folder: add +logger.{name}._partial_=true. "
-                f"Received: logger.{name}._target_={entry['_target_']} without it."
+                f"{key} must be finite, and a whole number below 2^63. Received: {key}="
+                f"{_short(value)}"
             )
-        if entry is not None and not (isinstance(entry, Mapping) and "_target_" in entry):
+
+
+def _check_entries(group: str, entries: Any) -> None:
+    for name, entry in (entries or {}).items():
+        if entry is None:
+            continue
+        key = f"{group}.{name}"
+        partial = f" +{key}._partial_=true" if group == "logger" else ""
+        if not isinstance(entry, Mapping) or "_target_" not in entry:
             raise ConfigurationError(
-                f"logger.{name} must name a class: +logger.{name}._target_=… "
-                f"+logger.{name}._partial_=true. Received: logger.{name}={_short(entry)}"
+                f"{key} must name a class: +{key}._target_=…{partial}; or choose one that has it: "
+                f"--help shows the choices of {group}. Received: {key}={_short(entry)}"
+            )
+        if group == "logger" and entry.get("_partial_") is not True:  # it is called with a folder
+            raise ConfigurationError(
+                f"{key} must wait for the run's folder: add +{key}._partial_=true. Received: "
+                f"{key}._target_={entry['_target_']} without it."
             )
 
 

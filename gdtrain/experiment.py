@@ -21,14 +21,20 @@ import numpy as np
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
-from lightning import seed_everything
+from lightning import Callback, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
-from gdtrain.configuration import ConfigurationError, check, closest, new_folder
+from gdtrain.configuration import (
+    ConfigurationError,
+    check,
+    closest,
+    new_folder,
+    read_defaults,
+)
 from gdtrain.data import DataModule, Preprocessing, read_features
 from gdtrain.distributed import alone_in
 from gdtrain.launch import check_processes, is_first_process
@@ -124,15 +130,14 @@ def train(config: DictConfig, directory: str | Path) -> Result:
     except Exception as error:
         trained = module is not None and module.total_updates is not None and module.updates > start
         size = _too_large(error)
-        if not trained and (size is not None or isinstance(error, _USER_ERRORS)):
-            _leave(folder, before)
-        elif module is None or module.total_updates is None:
+        told = size is not None or isinstance(error, _USER_ERRORS)
+        if (told and not trained) or module is None or module.total_updates is None:
             _leave(folder, before)
         if size is not None:
             raise ConfigurationError(
                 f"There is not enough memory to train{size}. Received: data.micro_batch_size="
                 f"{plain['data'].get('micro_batch_size')}. Set a smaller one, such as "
-                f"data.micro_batch_size=64, which changes no result."
+                f"data.micro_batch_size=64, which changes no result, or train fewer updates."
             ) from error
         if trained or not isinstance(error, _USER_ERRORS):
             raise  # not the configuration's fault: the traceback tells more
@@ -208,7 +213,10 @@ def _sized(make: Callable[..., nn.Module] | nn.Module, shape: Any, outputs: int)
     if isinstance(make, nn.Module):
         return make
     sizes = {"input_shape": shape, "num_outputs": outputs}
-    asked = inspect.signature(make).parameters
+    try:
+        asked = inspect.signature(make).parameters
+    except ValueError:  # of a partial with options that the class does not take
+        raise TypeError("options that it does not take") from None
     return make(**{name: value for name, value in sizes.items() if name in asked})
 
 
@@ -217,10 +225,18 @@ def _named(group: str, config: DictConfig) -> Iterator[None]:
     """Say of a part that cannot be built which values it was to be built from."""
     try:
         yield
-    except Exception as error:
+    except Exception as outer:
+        error: BaseException = outer
+        while isinstance(error, HydraException) and error.__cause__ is not None:
+            error = error.__cause__
+        common = read_defaults("train").get(group, {})
         own = dict(_flat(_plain(config)[group] or {}))
         target = str(own.pop("_target_", group))
-        values = ", ".join(f"{group}.{k}={v}" for k, v in own.items() if not k.endswith("_"))
+        values = ", ".join(
+            f"{group}.{k}={v}"
+            for k, v in own.items()
+            if not k.endswith("_") and k != "seed" and (k not in common or common[k] != v)
+        )
         size = _too_large(error)
         if size is not None:
             raise ConfigurationError(
@@ -238,7 +254,9 @@ def _named(group: str, config: DictConfig) -> Iterator[None]:
         ) from error
 
 
-_MEMORY = re.compile(r"allocate|out of memory|not enough memory|overflow|Maximum allowed dimension")
+_MEMORY = re.compile(
+    r"allocate|out of memory|not enough memory|[Oo]verflow|Maximum allowed dimension|too big"
+)
 
 
 def _too_large(error: BaseException) -> str | None:
@@ -272,9 +290,9 @@ def _check_options(node: Any, key: str) -> None:
         return
     for name, value in node.items():
         _check_options(value, f"{key}.{name}")
-    target = node.get("_target_")
-    if not isinstance(target, str) or "_args_" in node:
+    if "_target_" not in node or "_args_" in node:
         return
+    target = str(node["_target_"])
     try:
         found = pkgutil.resolve_name(target)
     except (ImportError, AttributeError, ValueError):
@@ -310,7 +328,7 @@ def _options(found: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
     if inspect.isclass(found):
         if found.__new__ is not object.__new__ or type(found) is not type:
             return [], [], False
-        makers = [c.__init__ for c in found.__mro__[:-1] if "__init__" in vars(c)]
+        makers = [vars(c)["__init__"] for c in found.__mro__[:-1] if "__init__" in vars(c)]
     known: dict[str, inspect.Parameter] = {}
     for maker in makers:
         try:
@@ -330,7 +348,18 @@ def _options(found: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
 
 
 def _values(group: DictConfig | None) -> list[Any]:
-    return [instantiate(entry, _convert_="all") for entry in (group or {}).values() if entry]
+    made = []
+    for name, entry in (group or {}).items():
+        if not entry:
+            continue
+        one = instantiate(entry, _convert_="all")
+        if not isinstance(one, Callback) and not entry.get("_partial_"):
+            raise ConfigurationError(
+                f"{name} must be a Lightning callback, or have _partial_: true to be made with the "
+                f"run's folder. Received: {type(one).__name__}."
+            )
+        made.append(one)
+    return made
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
@@ -405,6 +434,12 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
             yield Path(scratch) / "new"
             os.replace(Path(scratch) / "new", folder)
+    except OSError as error:
+        if not error.filename or Path(error.filename).parent != folder.parent:
+            raise
+        raise ConfigurationError(
+            f"{folder} cannot be made: {error.strerror}. Choose another output=…"
+        ) from None
     finally:
         if not was_there:
             discard_empty(folder.parent)
@@ -651,6 +686,7 @@ def _same_data(
 ) -> DataModule:
     """The data that a checkpoint was trained on, split and prepared as then."""
     config = {**trained.state["gdtrain"]["description"]["data"], **(overrides or {})}
+    _check_options(config, "data")
     data: DataModule = instantiate(OmegaConf.create(config), _convert_="all")
     data.prepare_data()
     data.setup()

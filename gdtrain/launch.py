@@ -113,9 +113,9 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
     whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (devices, nodes))
     if several and whole and devices * nodes != started.size:
         raise ConfigurationError(
-            f"trainer.devices must be the number of processes that {started.by} has started on each "
-            f"node. Received: trainer.devices={devices} on {nodes} node{'s' * (nodes > 1)}, and "
-            f"{started.size} process{'es' * (started.size > 1)}. Set trainer.devices="
+            f"trainer.devices must be the number of processes that {started.by} has started on "
+            f"each node. Received: trainer.devices={devices} on {nodes} node{'s' * (nodes > 1)}, "
+            f"and {started.size} process{'es' * (started.size > 1)}. Set trainer.devices="
             f"{max(started.size // max(nodes, 1), 1)}."
         )
     if several and started.by.startswith("mpi") and find_spec("mpi4py") is None:

@@ -93,6 +93,11 @@ class Schedule:
     per: Literal["update", "epoch"] = "update"
 
     def __post_init__(self) -> None:
+        if type(self).shape is Schedule.shape:
+            raise ValueError(
+                f"A schedule must define shape(t, total), as Cosine and Step do. Received: "
+                f"{type(self).__name__}, without it."
+            )
         _check_duration("warmup", self.warmup)
         if self.per not in ("update", "epoch"):
             raise ValueError(f"per must be 'update' or 'epoch'. Received: per={self.per!r}.")

@@ -450,6 +450,10 @@ def run(
             logger=made_loggers or False,
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in built),
         )
+        if not isinstance(lightning, Trainer):
+            raise ValueError(
+                f"trainer must make a lightning.Trainer. Received: {type(lightning).__name__}."
+            )
         if lightning.world_size > 1 and not isinstance(lightning.strategy, ExactDDP):
             raise ValueError(
                 f"Several devices train together with trainer=ddp, which divides each update's "

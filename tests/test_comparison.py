@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from gdtrain import cli
+from gdtrain.cli import compare as compare_command
 from gdtrain.comparison import CLOCKS, compare, find_runs, read_run
 from gdtrain.report import page, plot, plot_costs, save
 
@@ -557,12 +558,12 @@ def command(words, monkeypatch):
         ("sedes=2", "Unknown argument sedes. Did you mean seeds?"),
         ("seeds=0", "seeds must be a whole number of at least 1. Received: seeds=0"),
         ("jobs=two", "jobs must be a whole number. Received: jobs=two"),
-        ("target=nan", "target must be a finite loss. Received: target=nan"),
+        ("target=nan", "target must be a finite number. Received: target=nan"),
         ("optimizer=sgd", "set contenders='optimizer=…;…'. Received: optimizer=sgd"),
         ("seed=1", "set seeds=COUNT. Received: seed=1"),
         ("contenders=optimizer=gd;optimizer=sgd,seed=5", "set seeds=COUNT. Received: sgd seed=5"),
         ("contenders=optimizer=gd", "contenders must name at least two, separated by a semicolon"),
-        ("contenders=", "contenders must name at least two contenders. Received: contenders="),
+        ("contenders=", "contenders must be at least two contenders, separated by a semicolon"),
         ("contenders=optimizer=gd;optimizer=gd", "Contenders must differ."),
         ("contenders=optimizer=gd;optimizer=sdg", "There is no optimizer=sdg. Did you mean sgd?"),
         ("contenders=optimizer=gd;optimizer=sgd,data.batch_size=3", "data.batch_size must be 1"),
@@ -592,7 +593,7 @@ def test_a_wrong_word_ends_with_one_message(words, said, tmp_path, monkeypatch, 
 
 def test_contenders_are_lists_of_overrides():
     text = "optimizer=sgd; optimizer=minibatch,model.hidden=[64, 32] +x={a: 1};optimizer.lr=0.1"
-    assert cli._contenders(text) == {
+    assert compare_command._contenders(text) == {
         "sgd": ["optimizer=sgd"],
         "minibatch model.hidden=[64, 32] +x={a: 1}": [
             *("optimizer=minibatch", "model.hidden=[64, 32]", "+x={a: 1}")
@@ -607,7 +608,9 @@ def test_a_run_that_fails_is_named_and_does_not_end_the_others(tmp_path, monkeyp
     words += ["logger=csv", "instruments=off"]
     failing = "optimizer=minibatch data.batch_size=9999"
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_launch", lambda _, places, *__: dict.fromkeys(places, "Too few."))
+        patch.setattr(
+            compare_command, "_launch", lambda _, places, *__: dict.fromkeys(places, "Too few.")
+        )
         assert command([*words, f"contenders={failing};optimizer=gd"], monkeypatch) == 2
     _, err = capsys.readouterr()
     last = err.splitlines()[-1]
@@ -640,8 +643,8 @@ def test_a_killed_process_does_not_end_what_had_to_wait(tmp_path, monkeypatch):
                 raise BrokenExecutor
             return [SimpleNamespace(_return_value=ValueError("no such thing"))]
 
-    monkeypatch.setattr(cli.Plugins, "instantiate_launcher", lambda *_: Launcher())
-    failed = cli._launch([[folder.name] for folder in folders], folders, 2, None)
+    monkeypatch.setattr(compare_command.Plugins, "instantiate_launcher", lambda *_: Launcher())
+    failed = compare_command._launch([[folder.name] for folder in folders], folders, 2, None)
     assert calls == [["finished", "running", "waiting"], ["waiting"]]
     assert failed == {
         folders[1]: "A process was killed; perhaps memory ran out.",
@@ -680,7 +683,7 @@ def test_what_the_commands_of_the_page_start(tmp_path, monkeypatch, capsys):
         started.append(jobs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_launch", stop)
+    monkeypatch.setattr(compare_command, "_launch", stop)
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^python scripts/compare.py (.*)$", PAGE, re.MULTILINE)
     trained = [shlex.split(line) for line in lines if "runs=" not in line]

@@ -406,7 +406,7 @@ def test_fifty_updates_on_two_ranks_are_those_on_one(tmp_path, words):
     for name, extra in (("one", []), ("two", ["trainer=ddp", "trainer.devices=2"])):
         done = train_in_processes(tmp_path, name, *extra, *words)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("BUDGET") == 2  # above the table, and in the last line
+        assert done.stdout.count("finished: all 50 updates made") == 1
     summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("one", "two")]
     assert [s["processes"] for s in summaries] == [1, 2]
     assert summaries[0]["data"]["train"] == 101
@@ -446,7 +446,7 @@ def test_ranks_whose_clocks_differ_make_the_same_sweeps(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "BUDGET: All 1258 planned updates were made." in done.stdout
+    assert "finished: all 1,258 updates made" in done.stdout
 
 
 @pytest.mark.slow

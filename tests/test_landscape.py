@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from gdtrain import cli
+from gdtrain.cli import tools
 from gdtrain.configuration import conf_directory
 from gdtrain.experiment import find_checkpoint, landscape, train
 from gdtrain.landscape import Grid, Landscape, Line, Snapshots, directions, plane_of, save
@@ -474,8 +475,7 @@ def run(tmp_path_factory):
 def main(capsys, monkeypatch, *words):
     """The command in this process, but for what it sets for the whole process."""
     monkeypatch.setattr(sys, "argv", ["landscape.py", *map(str, words)])
-    monkeypatch.setattr(cli, "_speak", lambda: None)
-    monkeypatch.setattr(cli.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(tools, "listen", lambda: None)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     code = 0
     try:

@@ -40,14 +40,13 @@ def test_each_python_example_runs(code, tmp_path):
 def test_each_command_composes(line, tmp_path, monkeypatch):
     from omegaconf import OmegaConf
 
-    from gdtrain import cli
+    from gdtrain.cli.arguments import compose, flags, jobs
     from gdtrain.configuration import check
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").touch()
-    arguments = cli.get_args_parser().parse_args(line.split()[2:])
-    for overrides in cli._jobs(arguments):
-        check(OmegaConf.to_container(cli._compose(overrides, None), resolve=True))
+    for overrides in jobs(flags(line.split()[2:])[0]):
+        check(OmegaConf.to_container(compose(overrides, None), resolve=True))
 
 
 def test_the_message_that_is_shown_is_the_message_that_comes(tmp_path):

@@ -201,6 +201,7 @@ class Command:
                 found.options[name] = key.read(name, value)
         if rest and not self.configures:
             raise ConfigurationError(self._unknown(rest[0]))
+        self._check_misspelt(rest)
         found.overrides = typed(rest) if rest else []
         for key in self.keys:
             if key.required and key.name not in found.options:
@@ -209,6 +210,15 @@ class Command:
                     f"--help shows all keys."
                 )
         return found
+
+    def _check_misspelt(self, words: Sequence[str]) -> None:
+        """Among the keys of the configuration, one may be meant for the command."""
+        names = [k.name for k in self.keys]
+        for word in words:
+            name = word.partition("=")[0]
+            hint = "" if set("./@+~") & set(name) else closest(name, names)
+            if hint and name not in known_keys([]):
+                raise ConfigurationError(f"Unknown argument {name}.{hint} --help shows all keys.")
 
     def _unknown(self, word: str) -> str:
         name, equals, _ = word.partition("=")
@@ -242,11 +252,11 @@ class Command:
         for key in self.keys:
             name = f"{key.name}KEY" if key.name.endswith(".") else key.name
             default = key.default or ("must be given" if key.required else "none")
-            if key.kind is str:
-                facts = f"default: {default}"
-            else:
-                facts = f"{key.range}; default: {default}"
-            lines += [f"  {name}={key.example}", f"      {key.meaning} ({facts})"]
+            bounds = "" if key.kind is str else f"{key.range}; "
+            lines += [
+                f"  {name}={key.example}",
+                f"      {key.meaning} ({bounds}default: {default})",
+            ]
         if self.configures:
             lines.append(
                 "  and every key of gdtrain, such as data=iris model=linear optimizer=gd "
@@ -327,6 +337,11 @@ def _typed(i: int, words: Sequence[str], several: bool) -> str:
         call = re.match(r"([A-Za-z_]\w*) ?\(.*\)$", value)
         if key in TEXTS and not quoted:
             return f"{name}={_in_quotes(value)}"
+        if several and not quoted and value[:1] not in ("[", "{") and set(",(") & set(value):
+            raise ConfigurationError(
+                f"{word} cannot be read as a sweep. Expected: values separated by commas, such as "
+                f"{key}=1,2,3, or one of {', '.join(_SWEEPS.values())}."
+            )
         if quoted or value[:1] in ("[", "{") or call or len(value) > 1000:
             raise ConfigurationError(_broken(word, key, value, call.group(1) if call else None))
         return f"{name}={_in_quotes(value)}"
@@ -387,15 +402,17 @@ def _not_key_value(i: int, words: Sequence[str]) -> str:
         return f"{said}: there is no key before the equals sign. Expected: such as optimizer.lr=0.1"
     colon = re.fullmatch(r"([\w.]+):\s*(\S.*)", word)
     if colon:
-        return f"{said}. Write {colon.group(1)}={colon.group(2)}"
+        return f"{said}. Write {colon.group(1)}={colon.group(2).lstrip('= ')}"
     if after.startswith("=") and _KEY.fullmatch(name):
         behind = after[1:] or (words[i + 2] if i + 2 < len(words) else "…")
         return f"{said}: there is a space behind it. Write {name}={behind}"
     for group in _groups():
         if (conf_directory() / group / f"{word}.yaml").is_file():
             return f"{said}. Did you mean {group}={word}?"
-    if not equals and _KEY.fullmatch(word) and (word in _groups() or "." in word):
+    if not equals and word.split(".")[0] in (*_groups(), "seed", "ckpt_path", "hydra"):
         return f"{said}: there is no value. Write {word}=VALUE; --help shows the values."
+    if before.endswith("="):
+        return f"{said}: there is a space before it. Write {before}{word}"
     if before and not equals and word:
         return (
             f"{said}. If it belongs to the word before it, put both in quotes, for the shell: "
@@ -410,8 +427,9 @@ def _broken(word: str, key: str, value: str, function: str | None) -> str:
             return f"{word} is no sweep. Expected: {key}={_SWEEPS[function]}, with -m."
         names = [*_SWEEPS, *create_functions().functions]
         return (
-            f"{word}: there is no function {function}.{closest(function, names)} Expected: a value, "
-            f'or a sweep, such as {key}=range(0,3) with -m. A text is put in quotes: {key}="…"'
+            f"{word}: there is no function {function}.{closest(function, names)} Expected: a "
+            f"value, or a sweep, such as {key}=range(0,3) with -m. A text is put in quotes: "
+            f'{key}="…"'
         )
     if value[:1] in ("'", '"'):
         text = value.strip(value[0])
@@ -448,8 +466,8 @@ class _Parser(argparse.ArgumentParser):
             meant = re.search(r"Did you mean (\S+)\?", hint)
             instead = meant.group(1) if meant else "key"
             message = (
-                f"Unknown argument {word}. Keys have no dashes: write {instead}={value or 'VALUE'}. "
-                f"--help shows all keys"
+                f"Unknown argument {word}. Keys have no dashes: write {instead}="
+                f"{value or 'VALUE'}. --help shows all keys"
             )
         raise ConfigurationError(f"{message}.")
 
@@ -491,6 +509,14 @@ def flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         )
     if arguments.resolve and not arguments.cfg:
         raise ConfigurationError("--resolve goes with --cfg job only. Write: --cfg job --resolve")
+    if arguments.shell_completion and not (
+        len(arguments.overrides) == 1
+        and re.fullmatch(r"(install|uninstall|query)=\w+", arguments.overrides[0])
+    ):
+        raise ConfigurationError(
+            'The completion of a shell is installed with eval "$(gdtrain -sc install=bash)"; '
+            "uninstall=bash takes it away. Received: -sc " + " ".join(arguments.overrides)
+        )
     own = list(words)
     for word in arguments.overrides:
         own.remove(word)
@@ -566,7 +592,20 @@ def compose(overrides: list[str], config_dir: str | None, whole: bool = False) -
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
             return hydra_compose("train", [*overrides, *extra], return_hydra_config=whole)
     except (HydraException, OmegaConfBaseException) as error:
-        unknown = re.search(r"Could not override '([^']+)'", str(error))
+        text = str(error)
+        gone = re.search(r"Could not delete from config. '([^']+)' does not exist", text)
+        if gone:
+            raise ConfigurationError(
+                f"~{gone.group(1)}: there is no key {gone.group(1)} to take away."
+                f"{closest(gone.group(1), known_keys(overrides))} `--cfg job` shows all keys."
+            ) from None
+        there = re.search(r"Could not append to config. An item is already at '([^']+)'", text)
+        if there:
+            name = there.group(1)
+            raise ConfigurationError(
+                f"{name} is there already: leave out the plus, {name}=…"
+            ) from None
+        unknown = re.search(r"Could not override '([^']+)'", text)
         if unknown is None:
             raise
         raise ConfigurationError(_unknown(unknown.group(1), overrides)) from None
@@ -615,14 +654,14 @@ def _unknown(key: str, words: list[str]) -> str:
             if rest in _keys_of(path, group)
         ]
         if having:
-            return f"Unknown key {name}: it is one of {group}={'|'.join(having)}. Set that too."
+            return f"Unknown key {name}. It is one of {group}={'|'.join(having)}: set that too."
     known = known_keys(words)
     elsewhere = _ELSEWHERE.get(name)
     hint = f" Did you mean {elsewhere}?" if elsewhere else closest(name, known)
-    if hint == f" Did you mean {group}?" and rest:
+    if (hint == f" Did you mean {group}?" and rest) or name.endswith("_target_"):
         hint = ""
     if not hint:
-        hint = f" A key that is new is added with a plus: +{word}"
+        hint = f" A key that is new is added with a plus: +{word}."
     return f"Unknown key {name}.{hint} `--cfg job` shows all keys."
 
 

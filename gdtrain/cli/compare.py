@@ -22,12 +22,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gdtrain.cli.arguments import Command, Key, composed, known_keys, typed
+from gdtrain.cli.arguments import Command, Key, composed, typed
 from gdtrain.cli.messages import listen, one_message, shown
 from gdtrain.configuration import (
     ConfigurationError,
     check,
-    closest,
     conf_directory,
     new_folder,
 )
@@ -139,11 +138,6 @@ def _compare_trained(
                 f"{key}=… is set for each run by the comparison: set {instead}. Received: "
                 f"{words[keys.index(key)]}"
             )
-    known = known_keys([])
-    for key in keys:
-        hint = "" if key in known else closest(key, [k.name for k in _COMMAND.keys])
-        if hint and not set("./@") & set(key):
-            raise ConfigurationError(f"Unknown argument {key}.{hint}")
     common = list(words)
     if "epochs" in options or "trainer.max_epochs" not in keys:
         common.append(f"trainer.max_epochs={options.get('epochs', 20)}")
@@ -318,7 +312,8 @@ def _contend(config: DictConfig) -> str:
         raise KeyboardInterrupt  # the whole comparison is meant
     loss = summary["metrics"].get("loss/train")
     print(
-        f"{where}: {'finished' if reason == 'BUDGET' else reason}, {summary['updates']:,} updates in {summary['fit_seconds']:.2f} s, "
+        f"{where}: {'finished' if reason == 'BUDGET' else reason}, {summary['updates']:,} updates "
+        f"in {summary['fit_seconds']:.2f} s, "
         f"training loss {'–' if loss is None else format(loss, '.4g')}",
         file=sys.stderr,
         flush=True,

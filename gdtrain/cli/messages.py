@@ -106,6 +106,8 @@ def heard(error: BaseException) -> str:
         key = getattr(error, "full_key", None) or "A value"
         name = missing.group(1) if missing else "…"
         return f"{key} refers to ${{{name}}}, and there is no key {name}. --cfg job shows all keys."
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename} cannot be read or written: {error.strerror}."
     twice = re.search(r"(\S+) appears more than once in the final defaults list", text)
     if twice:
         name = twice.group(1)

@@ -51,14 +51,19 @@ def train() -> None:
         only_shows = arguments.cfg or arguments.info or arguments.hydra_help
         if not arguments.shell_completion and not arguments.hydra_help:
             # Everything that can be told without torch is told before it is imported.
-            for overrides in jobs(arguments):
+            runs = jobs(arguments)
+            wrong: list[Exception] = []
+            for overrides in runs:
                 config = compose(overrides, arguments.config_dir)
-                plain: Any = OmegaConf.to_container(config, resolve=True)
-                if not several and not only_shows:
-                    check(plain)
-                    check_processes(plain["trainer"])
-            if several:
-                check_processes({})
+                try:
+                    plain: Any = OmegaConf.to_container(config, resolve=True)
+                    if not only_shows:
+                        check(plain)
+                        check_processes({} if several else plain["trainer"])
+                except (ConfigurationError, OmegaConfBaseException) as error:
+                    wrong.append(error)
+            if wrong and len(wrong) == len(runs):  # else the others run
+                raise wrong[0]
         if not only_shows and not arguments.shell_completion:
             import gdtrain.experiment  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
     with tempfile.TemporaryDirectory() as scratch:
