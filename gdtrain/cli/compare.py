@@ -289,7 +289,7 @@ def _contend(config: DictConfig) -> str:
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     where = f"{directory.parent.name}, {directory.name.replace('-', ' ')}"
-    listen()
+    listen(signals=False)
     log = logging.getLogger("gdtrain")
     level = log.level
     log.setLevel(logging.CRITICAL)  # one line a run, below

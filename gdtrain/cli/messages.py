@@ -122,13 +122,14 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or "none is left").splitlines()[0].rstrip(".")
 
 
-def listen(log: bool = True) -> None:
+def listen(log: bool = True, signals: bool = True) -> None:
     """From here on there may be something to put in order: Ctrl-C and a polite kill interrupt.
 
     Shows, too, warnings without the line of code that gave them.
 
     Args:
         log: Whether to show what gdtrain says on its log: which engine was chosen, and the like.
+        signals: False in a launcher's worker, which the launcher ends by signals of its own.
 
     Example:
         >>> listen()
@@ -141,7 +142,7 @@ def listen(log: bool = True) -> None:
         logger.setLevel(logging.INFO)
         logger.propagate = False
     warnings.showwarning = _warn  # type: ignore[assignment]
-    if threading.current_thread() is threading.main_thread():
+    if signals and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
 

@@ -115,7 +115,7 @@ def _run(config: DictConfig, several: bool) -> tuple[int, float]:
     from gdtrain.experiment import discard_empty
     from gdtrain.experiment import train as run
 
-    listen()
+    listen(signals=False)
     try:
         plain: Any = OmegaConf.to_container(config, resolve=True)
         check(plain)
