@@ -183,7 +183,7 @@ def _complain(error: BaseException, where: str = "", words: list[str] | None = N
 def _explain(error: BaseException, words: list[str]) -> str:
     """Hydra's message, said for a user: what was wrong, and what there is."""
     text = str(error).strip()
-    if isinstance(error, ConfigurationError):
+    if isinstance(error, ConfigurationError) or type(error) is ValueError:  # our own words
         return text
     group = re.search(r"Could not find '([^']+)'", text)
     if group:
@@ -312,8 +312,14 @@ def _trust(found: dict[str, str]) -> tuple[str, ...]:
     return tuple(name for name in found.get("trust", "").split(",") if name)
 
 
+def _header(found: dict[str, str]) -> Any:
+    """Whether a table has a header, where that was said."""
+    word = found.get("header")
+    return {"true": True, "false": False}.get((word or "").lower(), word)
+
+
 def evaluate_main() -> None:
-    """Print the test metrics of a checkpoint; ends the process with its exit code.
+    """Print a checkpoint's test metrics, or those on a new file; ends the process.
 
     Example:
         >>> sys.argv = ["gdtrain-evaluate", "ckpt_path=missing.ckpt"]
@@ -322,14 +328,26 @@ def evaluate_main() -> None:
         ...
         SystemExit: 2
     """
-    usage = "usage: evaluate.py ckpt_path=CHECKPOINT [data.KEY=VALUE …] [trust=PACKAGE]"
+    usage = (
+        "usage: evaluate.py ckpt_path=CHECKPOINT [data.KEY=VALUE …] [trust=PACKAGE], or for a new "
+        "file evaluate.py ckpt_path=CHECKPOINT input=FILE [target=COLUMN|FILE.npy] "
+        "[header=true|false]"
+    )
     try:
-        found = _key_values(usage, ("ckpt_path",), ("data.", "trust"))
+        found = _key_values(usage, ("ckpt_path",), ("data.", "trust", "input", "target", "header"))
         from gdtrain.experiment import evaluate
 
         dots = [f"{k[5:]}={v}" for k, v in found.items() if k.startswith("data.")]
-        overrides = OmegaConf.to_container(OmegaConf.from_dotlist(dots))
-        metrics = evaluate(found["ckpt_path"], overrides, _trust(found))  # type: ignore[arg-type]
+        overrides: Any = OmegaConf.to_container(OmegaConf.from_dotlist(dots))
+        _speak()
+        metrics = evaluate(
+            found["ckpt_path"],
+            overrides,
+            _trust(found),
+            input_path=found.get("input"),
+            target=found.get("target"),
+            header=_header(found),
+        )
     except (
         ValueError,
         OSError,
@@ -355,13 +373,20 @@ def predict_main() -> None:
     """
     usage = (
         "usage: predict.py ckpt_path=CHECKPOINT input=FILE.csv|FILE.npy output=FILE.csv "
-        "[trust=PACKAGE]"
+        "[header=true|false] [trust=PACKAGE]"
     )
     try:
-        found = _key_values(usage, ("ckpt_path", "input", "output"), ("trust",))
+        found = _key_values(usage, ("ckpt_path", "input", "output"), ("header", "trust"))
         from gdtrain.experiment import predict_file
 
-        count = predict_file(found["ckpt_path"], found["input"], found["output"], _trust(found))
+        _speak()
+        count = predict_file(
+            found["ckpt_path"],
+            found["input"],
+            found["output"],
+            _trust(found),
+            header=_header(found),
+        )
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         sys.exit(_complain(_innermost(error)))
     print(f"{count} predictions in {found['output']}")

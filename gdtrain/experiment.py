@@ -11,13 +11,12 @@ import os
 import pkgutil
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -25,11 +24,19 @@ from lightning import seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
 from gdtrain.configuration import ConfigurationError, check, new_folder
-from gdtrain.data import DataModule, Preprocessing, read_features
+from gdtrain.data import (
+    DataModule,
+    EvaluationLoader,
+    Preprocessing,
+    SparseInputs,
+    read_features,
+    read_labelled,
+)
+from gdtrain.data.tables import Header
 from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule, parameter_groups
 from gdtrain.objective import Objective
@@ -533,21 +540,32 @@ def _same_data(
 
 
 def evaluate(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, trust: tuple[str, ...] = ()
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    trust: tuple[str, ...] = (),
+    *,
+    input_path: str | Path | None = None,
+    target: str | None = None,
+    header: Header | None = None,
 ) -> dict[str, float]:
-    """Test metrics of a checkpoint, on the test part of the data that it was trained on.
+    """Metrics of a checkpoint, on the test part of its data or on a file of new examples.
 
     Args:
         path: Of a checkpoint that the command made.
         overrides: Changes to the data's configuration, such as {"root": "data"}.
         trust: As for `load_trained`.
+        input_path: Examples with targets, all of which are tested on (see
+            `gdtrain.data.read_labelled`); None: the test part of the data that was trained on.
+        target: Where the targets of `input_path` are, as for `read_labelled`; None: as in training.
+        header: Of `input_path`, as for `gdtrain.data.Table`; None: as in training.
 
     Returns:
         By tag: `loss/test`, `metric/<name>/test`.
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or no such data.
-        ValueError: The checkpoint cannot be used, or its data is another.
+        ValueError: The checkpoint cannot be used, its data is another, or the new examples are not
+            like those of training.
 
     Example:
         >>> evaluate("missing.ckpt")
@@ -556,12 +574,58 @@ def evaluate(
         FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
     trained = load_trained(path, trust)
-    data = _same_data(trained, path, overrides)
+    if input_path is not None:
+        if overrides:
+            raise ValueError(
+                f"input=… takes a new file, and data.… changes how the training data is found: set "
+                f"one of them. Received: both, data.{next(iter(overrides))}."
+            )
+        loader = _labelled_loader(trained, input_path, target, header)
+    else:
+        if target is not None or header is not None:
+            raise ValueError("target=… and header=… are of a new file: input=… must name it.")
+        loader = _test_loader(trained, path, overrides)
+    trained.module.use_target_scale(trained.preprocessing.target_scale)
+    return trained.module.evaluate(loader, "test")
+
+
+def _test_loader(
+    trained: Trained, path: str | Path, overrides: Mapping[str, Any] | None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The test part of the data that a checkpoint was trained on."""
+    try:
+        data = _same_data(trained, path, overrides)
+    except ValueError as error:
+        if "path" in (overrides or {}):
+            raise ValueError(f"{error} A new file is tested on with input=FILE.") from None
+        raise
     if not data.count("test"):
-        raise ValueError("There is no test part: test_fraction was 0.")
-    scale = data.preprocessing.target_scale
-    trained.module.use_target_scale(scale)
-    return trained.module.evaluate(data.evaluation_loader("test"), "test")
+        raise ValueError(
+            "There is no test part: test_fraction was 0. A new file is tested on with input=FILE."
+        )
+    return data.evaluation_loader("test")
+
+
+def _labelled_loader(
+    trained: Trained, input_path: str | Path, target: str | None, header: Header | None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """All examples of a new file, prepared as those of training."""
+    described = trained.state["gdtrain"]["description"]["data"]
+    numpy_file = Path(input_path).suffix.lower() in (".npy", ".npz")
+    if target is None and numpy_file == str(described["_target_"]).endswith("NPYDataModule"):
+        if described.get("target_path") is not None:
+            raise ValueError(
+                "The targets of training were in a file of their own: target=FILE.npy must name "
+                "those of the new examples."
+            )
+        target = None if described.get("target") is None else str(described["target"])
+    header = described.get("header", "auto") if header is None else header
+    raw, labels = read_labelled(input_path, trained.preprocessing, target, header=header)
+    dtype = next(trained.module.model.parameters()).dtype
+    inputs = trained.preprocessing.inputs(raw, dtype)
+    targets = trained.preprocessing.targets(labels, dtype)
+    size = min(1024, inputs.rows_at_once) if isinstance(inputs, SparseInputs) else 1024
+    return EvaluationLoader(inputs, targets, size)
 
 
 def predict_file(
@@ -569,16 +633,19 @@ def predict_file(
     input_path: str | Path,
     output_path: str | Path,
     trust: tuple[str, ...] = (),
+    *,
+    header: Header | None = None,
 ) -> int:
     """Predictions for a file of examples, as CSV.
 
     Args:
         path: Of a checkpoint that the command made.
-        input_path: `.csv` (columns by name where training had names), `.npy`, or sparse: LIBSVM
-            or `.npz` (see `gdtrain.data.read_features`).
+        input_path: A table (columns by name where training had names; others are not used),
+            `.npy`, or sparse: LIBSVM or `.npz` (see `gdtrain.data.read_features`).
         output_path: A new file, with a column "prediction" (or prediction_0, … for several
-            targets).
+            targets); with tabs if it ends in `.tsv`, compressed if it ends in `.gz` and the like.
         trust: As for `load_trained`.
+        header: Of `input_path`, as for `gdtrain.data.Table`; None: as in training.
 
     Returns:
         The number of examples.
@@ -586,7 +653,8 @@ def predict_file(
     Raises:
         FileNotFoundError: There is no such file.
         FileExistsError: `output_path` exists.
-        ValueError: The examples do not have the training data's shape.
+        ValueError: The examples do not have the training data's shape, or `output_path` cannot be
+            written. It is written whole or not at all.
 
     Example:
         >>> predict_file("missing.ckpt", "new.csv", "predictions.csv")
@@ -596,30 +664,55 @@ def predict_file(
     """
     import pandas as pd
 
-    trained = load_trained(path, trust)
-    preprocessing = trained.preprocessing
-    inputs = read_features(
-        input_path,
-        preprocessing.feature_names,
-        num_features=math.prod(preprocessing.input_shape or ()) or None,
-        first_feature=preprocessing.first_feature,
-    )
-    answers = predict(trained.module, trained.preprocessing, inputs)
-    columns = answers.reshape(len(answers), -1)
-    names = (
-        ["prediction"]
-        if columns.shape[1] == 1
-        else [f"prediction_{i}" for i in range(columns.shape[1])]
-    )
-    table = pd.DataFrame({name: columns[:, i] for i, name in enumerate(names)})
-    output = Path(output_path)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with _new_file(Path(output_path).expanduser()) as output:
+        trained = load_trained(path, trust)
+        preprocessing = trained.preprocessing
+        described = (trained.state["gdtrain"].get("description") or {}).get("data") or {}
+        inputs = read_features(
+            input_path,
+            preprocessing.feature_names,
+            num_features=math.prod(preprocessing.input_shape or ()) or None,
+            first_feature=preprocessing.first_feature,
+            header=described.get("header", "auto") if header is None else header,
+        )
+        answers = predict(trained.module, trained.preprocessing, inputs)
+        columns = answers.reshape(len(answers), -1)
+        names = (
+            ["prediction"]
+            if columns.shape[1] == 1
+            else [f"prediction_{i}" for i in range(columns.shape[1])]
+        )
+        table = pd.DataFrame({name: columns[:, i] for i, name in enumerate(names)})
+        table.to_csv(output, index=False, sep="\t" if ".tsv" in output.name.lower() else ",")
+    return len(answers)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A place to write a new file to, which is moved to where it belongs once all is written.
+
+    That it can be written is seen beforehand.
+    """
+    taken = f"{path} exists already; choose another output=…"
+    if path.is_dir():
+        raise ValueError(f"output must name a new file. Received: {path}, a folder.")
+    if path.exists():
+        raise FileExistsError(taken)
+    was_there = path.parent.exists()
     try:
-        with open(output, "x", encoding="utf-8", newline="") as file:
-            table.to_csv(file, index=False)
-    except FileExistsError:
-        raise FileExistsError(f"{output} exists already; choose another output=…") from None
-    return int(np.shape(inputs)[0])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=".predictions-")
+        except OSError as error:
+            raise ValueError(f"output={path} cannot be written: {error.strerror}.") from None
+        with scratch as folder:
+            yield Path(folder) / path.name
+            if path.exists():
+                raise FileExistsError(taken)
+            os.replace(Path(folder) / path.name, path)
+    finally:
+        if not was_there:
+            discard_empty(path.parent)
 
 
 # ---------------------------------------------------------------------- the landscape

@@ -64,8 +64,9 @@ def read_features(
         return features(_load_npz(path))
     if kind == "libsvm":
         return _load_libsvm([path], np.float64, first_feature, num_features)[0][0]
-    table = Table(path, header, expected=feature_names or (), key="header")
-    return table.read(_there(table, feature_names), advice=_LEAVE)[0]
+    names = _stripped(feature_names)
+    table = Table(path, header, expected=names, key="header")
+    return table.read(_there(table, names), advice=_LEAVE)[0]
 
 
 def read_labelled(
@@ -104,14 +105,15 @@ def read_labelled(
                [3., 4.]]), array(['yes', 'no'], dtype=object))
     """
     path = _input(path)
-    names, first = preprocessing.feature_names, preprocessing.first_feature
+    names, first = _stripped(preprocessing.feature_names), preprocessing.first_feature
     kind = _kind(path, names, first)
     if kind == "table":
         expected = names or ([] if target is None else [target])
         table = Table(path, header, expected=expected, key="header")
+        taken = _there(table, names)
         target = _target(table, names, target)
-        own = names or [name for name in table.all_names() if name != target]
-        x, y = table.read(_there(table, own), target, _labels(preprocessing), _LEAVE)
+        own = taken if names is not None else [name for name in taken if name != target]
+        x, y = table.read(own, target, _labels(preprocessing), _LEAVE)
         assert y is not None
         _check_labels(y, preprocessing, path, lambda row: f"line {table.lines([row])[row][0]}")
         return x, y
@@ -134,12 +136,12 @@ def read_labelled(
 _LEAVE = "train on other columns"
 
 
-def _input(path: str | Path) -> Path:
+def _input(path: str | Path, key: str = "input") -> Path:
     path = Path(path).expanduser()
     if path.is_dir():
-        raise ValueError(f"input must name a file of examples. Received: {path}, a folder.")
+        raise ValueError(f"{key} must name a file. Received: {path}, a folder.")
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Set input to one that exists.")
+        raise FileNotFoundError(f"There is no file {path}. Set {key} to one that exists.")
     return path
 
 
@@ -158,6 +160,11 @@ def _kind(path: Path, names: list[str] | None, first_feature: int | None) -> str
         f"Examples must come as .csv, .tsv or .npy, or sparse as .npz, .svm or .libsvm. "
         f"Received: {path}."
     )
+
+
+def _stripped(names: list[str] | None) -> list[str] | None:
+    """As tables have them."""
+    return None if names is None else [name.strip() for name in names]
 
 
 def _there(table: Table, names: list[str] | None) -> list[str]:
@@ -187,7 +194,7 @@ def _target(table: Table, names: list[str] | None, target: str | None) -> str:
 def _apart(x: Any, target: str | None, path: Path, kind: str) -> tuple[Any, NDArray[Any]]:
     """Inputs and targets of NumPy's files."""
     if target is not None and not target.strip().lstrip("-").isdigit():
-        return x, _load_npy(_input(target))
+        return x, _load_npy(_input(target, "target"))
     column = -1 if target is None else int(target)
     if kind == "npz" or x.ndim != 2 or not -x.shape[1] <= column < x.shape[1]:
         raise ValueError(

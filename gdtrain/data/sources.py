@@ -582,7 +582,7 @@ def _load_libsvm(
         unseen = np.unique(x.indices[x.indices >= first + width])
         if len(unseen):  # no weight was learnt for them
             _log.info(
-                f"{path}: {len(unseen)} features that training did not have are left out, from "
+                f"{path}: features that training did not have are left out: {len(unseen)}, from "
                 f"{unseen[0]} to {unseen[-1]}."
             )
             x = x[:, : first + width]

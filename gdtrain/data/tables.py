@@ -39,7 +39,8 @@ _MOST_BYTES = 8e9  # of the numbers, as a dense array
 _EXACT = 2**53  # float64 has every whole number up to here
 _MOST_SHOWN = 10
 _MISSING = frozenset(
-    ("", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "nat", "null", "none", "?", "missing")
+    ["", "na", "n/a", "<na>", "nan", "-nan", "nat", "null", "none", "?"]
+    + [f"#{word}" for word in ("n/a", "div/0!", "num!", "value!", "ref!", "name?")]  # Excel's
 )
 
 
@@ -86,7 +87,7 @@ class Table:
         path: The file; `.gz`, `.bz2`, `.xz` and `.zip` are unpacked.
         header: Whether the first line holds the columns' names; without them the columns are
             called 0, 1, …; "auto": a ValueError where the line looks like an example.
-        expected: Names that columns should have: a first line that has them all is a header.
+        expected: Names that columns have: a first line with all of them is a header.
         key: Of `header`, for the message.
 
     Raises:
@@ -107,7 +108,7 @@ class Table:
         path: str | Path,
         header: Header = "auto",
         *,
-        expected: Iterable[str] = (),
+        expected: list[str] | None = None,
         key: str = "data.header",
     ) -> None:
         if not isinstance(header, bool) and header != "auto":
@@ -121,8 +122,10 @@ class Table:
             if first is None:
                 raise ValueError(f"{self.path} is empty: expected a header and rows.")
             self._first_line, fields = first
-            names = [field.strip() for field in fields]
-            if header == "auto" and not set(expected or [""]) <= set(names) and _numeric(names):
+            # "Unnamed: 0" is what pandas calls a column without a name, and then writes.
+            names = [re.sub(r"^Unnamed: \d+$", "", field.strip()) for field in fields]
+            known = bool(expected) and set(expected or ()) <= set(names)
+            if header == "auto" and not known and _numeric(names):
                 shown = _quoted(self.delimiter.join(fields))
                 raise ValueError(
                     f"{self.path}, line {self._first_line}: expected the columns' names. Received "
@@ -130,6 +133,8 @@ class Table:
                     f"the columns 0, 1, …; {key}=true takes it as names."
                 )
             self._has_header = header is not False
+            if self._has_header and not any(names):
+                raise ValueError(f"{self.path}, line {self._first_line}: no column has a name.")
             self._columns = names if self._has_header else [str(i) for i in range(len(names))]
             self._width = len(names)  # of the rows
             self.num_rows = self._count(records if self._has_header else chain([first], records))
@@ -152,7 +157,7 @@ class Table:
                     yield file
         except UnicodeDecodeError:
             raise ValueError(self._not_text()) from None
-        except (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile) as error:
+        except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, BadZipFile) as error:
             raise ValueError(f"{self.path} could not be read: {error}.") from None
         finally:
             csv.field_size_limit(longest)
@@ -198,12 +203,12 @@ class Table:
             if said:
                 self._skipped_lines = 1
                 return said[1]
-        if "\0" in line:
-            raise ValueError(f"{self.path} could not be read as CSV: expected text in UTF-8.")
-        own = "\t" if _suffix(self.path) == ".tsv" else ","
-        ranked = sorted(_DELIMITERS, key=lambda d: d != own)
-        counts = {d: len(next(csv.reader([line], delimiter=d), [])) for d in ranked}
-        found = max(ranked, key=counts.__getitem__)
+            if "\0" in line:
+                raise ValueError(f"{self.path} could not be read as CSV: expected text in UTF-8.")
+            own = "\t" if _suffix(self.path) == ".tsv" else ","
+            ranked = sorted(_DELIMITERS, key=lambda d: d != own)
+            counts = {d: len(next(csv.reader([line], delimiter=d), [])) for d in ranked}
+            found = max(ranked, key=counts.__getitem__)
         if found != own:
             _log.info(f"{self.path}: fields are separated by {_DELIMITERS[found]}.")
         return found
@@ -257,18 +262,21 @@ class Table:
         if wrong.get((names + 1, True), [0, 0])[1] == total:
             self._width = names + 1  # each row ends in a delimiter
         elif wrong:
-            (fields_there, _), (line, _) = min(wrong.items(), key=lambda item: item[1])
+            (found, _), (line, _) = min(wrong.items(), key=lambda item: item[1])
             count = sum(rows for _, rows in wrong.values())
-            like_it = f", as {count} rows have more or fewer" if count > 1 else ""
-            raise ValueError(
-                f"{self.path}, line {line}: {_many(fields_there, 'field')}, and line "
-                f"{self._first_line} has {names}{like_it}. "
-                + (
+            if names == 1:
+                advice = f"Line {self._first_line} must hold the names, separated as the rows are."
+            elif found > names:
+                advice = (
                     "Give the column of row names a name, if that is what is first; put quotes "
                     'around fields with a delimiter in them ("1,5").'
-                    if fields_there > names
-                    else "Where a value is missing, the delimiter stands all the same."
                 )
+            else:
+                advice = "Where a value is missing, the delimiter stands all the same."
+            raise ValueError(
+                f"{self.path}, line {line}: {found} field{'s' * (found != 1)}, and line "
+                f"{self._first_line} has {names}"
+                f"{f', as {count} rows have more or fewer' * (count > 1)}. {advice}"
             )
         return last
 
@@ -308,7 +316,7 @@ class Table:
         if unnamed:
             raise ValueError(
                 f"{self.path}, line {self._first_line}: column {unnamed[0] + 1} has values, but no "
-                f"name. Give it one, or choose the columns: data.columns=[…]."
+                f"name. Give it one, or choose the columns: data.columns=[…] and data.target=…."
             )
         return self.names
 
@@ -423,7 +431,8 @@ class Table:
             said.append(f"and {len(faults) - len(shown)} more columns")
         return "\n  ".join(
             [
-                f"{self.path}: expected finite numbers. Received:",
+                f"{self.path}: expected a value in each row, and features that are finite numbers. "
+                f"Received:",
                 *said,
                 *dict.fromkeys(remedies),
             ]
@@ -455,7 +464,7 @@ def _reason(value: str) -> tuple[str, str]:
             "Subtract a constant from such numbers first, or leave them out if they name things.",
         )
     if _is_decorated(value):
-        return f"{shown}, a number with signs that are not read", _PLAIN
+        return f"{shown}, with a decimal comma, a separator or a unit", _PLAIN
     return f"{shown}, which is text", _TEXT
 
 
@@ -470,7 +479,7 @@ def _is_number(text: str) -> bool:
 def _is_decorated(text: str) -> bool:
     """Whether it is a number with a decimal comma, separators of thousands, or a unit's sign."""
     bare = re.sub("[\\s\u00a0\u202f'’$€£¥%]", "", text).replace(",", ".").replace("−", "-")
-    return re.fullmatch(r"[+-]?\d+(\.\d+)*", bare) is not None
+    return re.fullmatch(r"[+-]?\d+(\.\d+)*(e[+-]?\d+)?", bare, re.IGNORECASE) is not None
 
 
 def _numeric(names: list[str]) -> bool:
@@ -491,12 +500,18 @@ def _numbers(column: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     if column.dtype.kind in "biuf":
         values = column.to_numpy(dtype=np.float64)
     else:
-        values = pd.to_numeric(column.astype(str), errors="coerce").to_numpy(dtype=np.float64)
+        text = column.astype(str).str.strip().str.lower()
+        switches = text.map({"true": 1.0, "false": 0.0})
+        if switches.notna().any() and (switches.notna() | text.isin(_MISSING)).all():
+            values = switches.to_numpy(dtype=np.float64)
+        else:
+            values = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
     bad = ~np.isfinite(values)
     if column.dtype.kind != "f" and (np.abs(values[~bad]) >= _EXACT).any():
         for row in np.flatnonzero(~bad & (np.abs(values) >= _EXACT)):
-            text = str(column.iloc[row]).strip()
-            bad[row] = bool(re.fullmatch(r"[+-]?\d+", text)) and int(text) != int(values[row])
+            written = str(column.iloc[row]).strip()
+            whole = re.fullmatch(r"[+-]?\d+", written)
+            bad[row] = whole is not None and int(written) != int(values[row])
     return values, bad
 
 
@@ -533,10 +548,6 @@ def _quoted(value: str | bytes, most: int = 60) -> str:
 def _listed(names: list[str], most: int = 20) -> str:
     shown = ", ".join(_quoted(name) for name in names[:most])
     return shown + f" and {len(names) - most} more" * (len(names) > most)
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 # ---------------------------------------------------------------------- training
@@ -595,11 +606,13 @@ class CSVDataModule(DataModule):
     def load(self) -> Raw:
         """Read it."""
         target = None if self.target is None else str(self.target).strip()
-        expected = [*(self.columns or []), *([] if target is None else [target])]
-        table = Table(self.path, self.header, expected=expected)
+        said = [*(self.columns or []), *([] if target is None else [target])]
+        words = [name for name in said if not _is_number(name)]  # a number may be of an example
+        table = Table(self.path, self.header, expected=words)
+        everything = table.all_names() if target is None or self.columns is None else []
         if target is None:
-            target = table.names[-1]
-        names = self.columns or [name for name in table.all_names() if name != target]
+            target = everything[-1]
+        names = self.columns or [name for name in everything if name != target]
         if not names:
             raise ValueError(
                 f"{self.path} has no feature column beside the target {_quoted(target)}. Fields "
@@ -607,8 +620,8 @@ class CSVDataModule(DataModule):
             )
         if target in names or (self.columns and len(set(names)) < len(names)):
             raise ValueError(
-                f"columns must name each feature once, and not the target {target!r}. Received: "
-                f"{', '.join(names)}."
+                f"columns must name each feature once, and not the target {_quoted(target)}. "
+                f"Received: {_listed(names)}."
             )
         kinds: dict[str, Kind] = {"regression": "numbers", "classification": "labels"}
         features, targets = table.read(names, target, kinds.get(self.task, "auto"))
