@@ -169,7 +169,8 @@ def _stripped(names: list[str] | None) -> list[str] | None:
 
 def _there(table: Table, names: list[str] | None) -> list[str]:
     """The names to take; raises on all that a table lacks."""
-    missing = [name for name in names or () if name not in table.names]
+    there = set(table.names)
+    missing = [name for name in names or () if name not in there]
     if missing:
         raise ValueError(
             f"{table.path} lacks the feature{'s' * (len(missing) > 1)} {_listed(missing, 10)}. "

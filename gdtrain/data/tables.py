@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, TextIO
 from zipfile import BadZipFile, ZipFile
@@ -80,8 +80,8 @@ class Table:
 
     Fields are separated by commas (by tabs in `.tsv`), or by semicolons, tabs or bars where the
     header has more of these. Text is UTF-8 (or UTF-16 with its mark). Blank lines are skipped, and
-    so are rows without any value at the end, and a delimiter at the end of every line. Names and
-    labels lose the spaces around them. Lines are counted from 1, as an editor does.
+    so are rows without any value at the end. Names and labels lose the spaces around them. Lines
+    are counted from 1, as an editor does.
 
     Args:
         path: The file; `.gz`, `.bz2`, `.xz` and `.zip` are unpacked.
@@ -136,7 +136,6 @@ class Table:
             if self._has_header and not any(names):
                 raise ValueError(f"{self.path}, line {self._first_line}: no column has a name.")
             self._columns = names if self._has_header else [str(i) for i in range(len(names))]
-            self._width = len(names)  # of the rows
             self.num_rows = self._count(records if self._has_header else chain([first], records))
         if not self.num_rows:
             raise ValueError(f"{self.path} has a header, but no rows.")
@@ -152,11 +151,12 @@ class Table:
                 marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
                 encoding = "utf-16" if raw.peek(2)[:2] in marks else "utf-8-sig"
                 with io.TextIOWrapper(raw, encoding, newline="") as file:
-                    for _ in range(self._skipped_lines):
-                        file.readline()
-                    yield file
-        except UnicodeDecodeError:
-            raise ValueError(self._not_text()) from None
+                    try:
+                        for _ in range(self._skipped_lines):
+                            file.readline()
+                        yield file
+                    except UnicodeDecodeError:
+                        raise ValueError(self._not_text()) from None
         except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, BadZipFile) as error:
             raise ValueError(f"{self.path} could not be read: {error}.") from None
         finally:
@@ -183,11 +183,14 @@ class Table:
         """Where the first bytes stand that are not of the encoding."""
         where = ""
         with self._binary() as raw:
-            for number, line in enumerate(raw, 1):
+            for number in count(1):
+                line = raw.readline(_LONGEST_LINE)
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
                     where = f", line {number}: {_quoted(bytes(line[error.start :][:20]))}"
+                    break
+                if not line:
                     break
         return (
             f"{self.path} could not be read as CSV: expected text in UTF-8. Received{where}. Save "
@@ -249,23 +252,22 @@ class Table:
         names = len(self._columns)
         unnamed = [i for i, name in enumerate(self._columns) if not name]
         self._unnamed: set[int] = set()  # those of them that hold values
-        wrong: dict[tuple[int, bool], list[int]] = {}  # by fields: the first line, how many
-        total = last = 0
-        for line, fields in records:
-            total += 1
+        wrong: tuple[int, int, bool] | None = None  # line, fields, whether it ends in a delimiter
+        last = many = 0
+        for number, (line, fields) in enumerate(records, 1):
             if len(fields) != names:
-                wrong.setdefault((len(fields), not fields[-1]), [line, 0])[1] += 1
+                wrong = wrong or (line, len(fields), not fields[-1])
+                many += 1
             elif unnamed:
                 self._unnamed.update(i for i in unnamed if fields[i])
             if any(fields):
-                last = total
-        if wrong.get((names + 1, True), [0, 0])[1] == total:
-            self._width = names + 1  # each row ends in a delimiter
-        elif wrong:
-            (found, _), (line, _) = min(wrong.items(), key=lambda item: item[1])
-            count = sum(rows for _, rows in wrong.values())
+                last = number
+        if wrong is not None:
+            line, found, is_closed = wrong
             if names == 1:
                 advice = f"Line {self._first_line} must hold the names, separated as the rows are."
+            elif found == names + 1 and is_closed:
+                advice = "Let no line end in a delimiter, or all of them, the header too."
             elif found > names:
                 advice = (
                     "Give the column of row names a name, if that is what is first; put quotes "
@@ -276,7 +278,7 @@ class Table:
             raise ValueError(
                 f"{self.path}, line {line}: {found} field{'s' * (found != 1)}, and line "
                 f"{self._first_line} has {names}"
-                f"{f', as {count} rows have more or fewer' * (count > 1)}. {advice}"
+                f"{f', as {many} rows have more or fewer' * (many > 1)}. {advice}"
             )
         return last
 
@@ -350,14 +352,13 @@ class Table:
         import pandas as pd
 
         chosen = [*names, *([] if target is None else [target])]
-        self._check_names(chosen)
+        places = self._places(chosen)
         if self.num_rows * len(chosen) * 8 > _MOST_BYTES:
             raise ValueError(
                 f"{self.path} has {self.num_rows:,} rows of {len(chosen):,} columns, more than "
                 f"8 GB as an array. Take fewer, or write them with numpy.save and train on that "
                 f"(data=npy data.memory_map=true)."
             )
-        places = {name: self._columns.index(name) for name in chosen}
         with self._open() as file:
             if self._has_header:
                 next(self._records(file))
@@ -366,7 +367,7 @@ class Table:
                     file,
                     sep=self.delimiter,
                     header=None,
-                    names=list(range(self._width)),
+                    names=list(range(len(self._columns))),
                     usecols=sorted(places.values()),
                     nrows=self.num_rows,
                     index_col=False,
@@ -397,19 +398,24 @@ class Table:
             raise ValueError(self._explain(faults, kind, advice))
         return features, targets
 
-    def _check_names(self, chosen: list[str]) -> None:
-        unknown = [name for name in chosen if name not in self._columns or not name]
+    def _places(self, chosen: list[str]) -> dict[str, int]:
+        """Which columns have these names."""
+        places: dict[str, list[int]] = {}
+        for i, name in enumerate(self._columns):
+            places.setdefault(name, []).append(i)
+        unknown = [name for name in chosen if name not in places or not name]
         if unknown:
             raise ValueError(
                 f"{self.path} has no column {_listed(unknown)}. It has: {_listed(self.names)}."
             )
-        for name in chosen:
-            twice = [i + 1 for i, there in enumerate(self._columns) if there == name]
-            if len(twice) > 1:
-                raise ValueError(
-                    f"{self.path}, line {self._first_line}: each column needs a name of its own. "
-                    f"Received: {_quoted(name)} in the columns {twice[0]} and {twice[1]}."
-                )
+        twice = next((name for name in chosen if len(places[name]) > 1), None)
+        if twice is not None:
+            first, second = places[twice][:2]
+            raise ValueError(
+                f"{self.path}, line {self._first_line}: each column needs a name of its own. "
+                f"Received: {_quoted(twice)} in the columns {first + 1} and {second + 1}."
+            )
+        return {name: places[name][0] for name in chosen}
 
     def _explain(self, faults: list[_Fault], kind: Kind, advice: str) -> str:
         """All bad columns, each with its first bad line, and what to do."""

@@ -98,7 +98,6 @@ SAME = {
     "blank lines": "\n\na,b,y\n\n1,2,u\n   \n3,4,v\n\n\n",
     "empty rows at the end": TABLE + ",,\n,,\n",
     "a delimiter at the end of every line": TABLE.replace("\n", ",\n"),
-    "a delimiter at the end of every row": "a,b,y\n1,2,u,\n3,4,v,\n",
     "row names of R and pandas": '"","a","b","y"\n"1",1,2,"u"\n"2",3,4,"v"\n',
     "row names read and written again": "Unnamed: 0,a,b,y\n0,1,2,u\n1,3,4,v\n",
 }
@@ -300,6 +299,8 @@ LENGTHS = {
     "all longer": ("a,b,y\nr1,1,2,u\nr2,3,4,v\n", "line 2: 4 fields, and line 1 has 3, as 2 rows"),
     "shorter": ("a,b,y\n1,2,u\n\n3,4\n", "line 4: 2 fields, and line 1 has 3. Where a value"),
     "after a quoted line": ('a,b,y\n1,"2\n",u\n3,4\n', "line 4: 2 fields"),
+    "a delimiter after each row": ("a,b,y\n1,2,u,\n3,4,v,\n", "line 2: 4 fields, and line 1 has 3"),
+    "numbered rows without targets": ("a,b,y\n1,5,6,\n2,7,8,\n", "line 2: 4 fields"),
     "one delimiter too many": ("a,b,y\n1,2,u\n3,4,v,\n", "line 3: 4 fields"),
     "a comma in a number": ("a,y\n1,5,u\n", "line 2: 3 fields"),
     "a comment first": ("# made by hand\na,b,y\n1,2,u\n", "line 2: 3 fields, and line 1 has 1"),
@@ -334,6 +335,11 @@ REFUSED = {
     "UTF-16 without its mark": (TABLE.encode("utf-16-le"), {}, "expected text in UTF-8"),
     "packed, and not named so": (gzip.compress(TABLE.encode()), {}, "expected text in UTF-8"),
     "Excel's own format": (zipped("xl/workbook.xml"), {"name": "t.xlsx"}, "expected text in UTF-8"),
+    "packed, and not of UTF-8": (
+        gzip.compress("a,y\n1,Köln\n".encode("cp1252")),
+        {"name": "t.csv.gz"},
+        "t.csv.gz could not be read as CSV: expected text in UTF-8. Received, line 2",
+    ),
     "a cut archive": (gzip.compress(TABLE.encode())[:-9], {"name": "t.csv.gz"}, "could not be rea"),
     "no archive": (TABLE, {"name": "t.csv.zip"}, "t.csv.zip could not be read"),
     "two files": (
