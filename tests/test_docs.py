@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
-WHOLE = ("learning-rate", "convergence", "edge-of-stability", "drop-in")  # pages whose examples are whole
+# Pages whose examples are whole.
+WHOLE = ("learning-rate", "convergence", "edge-of-stability", "drop-in")
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{k}")
     for name in WHOLE

@@ -86,7 +86,9 @@ class OwnSignals(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put back the handler that was there when this was made."""
-        if trainer.world_size == 1 and threading.current_thread() is threading.main_thread():
+        in_main = threading.current_thread() is threading.main_thread()
+        # None: a handler that was not set from Python, and cannot be
+        if trainer.world_size == 1 and in_main and self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
             if trainer.received_sigterm:  # it came before
                 signal.raise_signal(signal.SIGTERM)
