@@ -41,6 +41,7 @@ from gdtrain.callbacks import (
     ProgressLine,
 )
 from gdtrain.callbacks.curves import described
+from gdtrain.callbacks.interrupt import OwnSignals, as_keyboard_interrupt
 from gdtrain.configuration import read_defaults
 from gdtrain.data import ArrayDataModule, DataModule, features
 from gdtrain.distributed import ExactDDP
@@ -179,6 +180,7 @@ def fit(
     directory: str | Path | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    interruptible: bool = False,
     **data_options: Any,
 ) -> Result:
     """Train a model on arrays: the same run as the command, without Hydra.
@@ -205,6 +207,9 @@ def fit(
             None: nothing is written.
         checkpoint: Go on from this checkpoint.
         progress: Whether to draw a progress bar on a terminal.
+        interruptible: True: at the first Ctrl-C or SIGTERM the run ends in good order, and the
+            result says INTERRUPTED. False: signals are the program's; Ctrl-C is a
+            KeyboardInterrupt, and SIGTERM ends the process.
         **data_options: As for `ArrayDataModule`: `val_fraction`, `test_fraction`, `task`, `test`,
             `sampling`, `standardize`, …
 
@@ -279,7 +284,9 @@ def fit(
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs must be a whole number of at least 1. Received: {epochs!r}.")
         arguments["max_epochs"] = epochs
-    callbacks: list[Any] = [Divergence(), LossCurves(), Convergence(), Interrupt()]
+    callbacks: list[Any] = [Divergence(), LossCurves(), Convergence()]
+    if interruptible:
+        callbacks.append(Interrupt())
     loggers: list[Any] = []
     if progress:
         callbacks.append(ProgressLine())
@@ -419,6 +426,8 @@ def run(
     if curves is None:
         curves = LossCurves()
         built.append(curves)
+    if not any(isinstance(c, Interrupt) for c in built):
+        built.append(OwnSignals())
     with _quiet():
         made_loggers = [] if folder is None else [make(save_dir=folder) for make in loggers]
         lightning = trainer(
@@ -447,7 +456,8 @@ def run(
         if folder is not None and (folder / "config.yaml").is_file():
             config = (folder / "config.yaml").read_text(encoding="utf-8")
             _log_text(lightning, "configuration", f"```yaml\n{config}```", module.updates)
-        lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
+        with as_keyboard_interrupt():
+            lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
         seconds = curves.seconds
         stop = _why(lightning, module)
         if lightning.is_global_zero:
