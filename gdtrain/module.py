@@ -392,6 +392,40 @@ class SupervisedModule(LightningModule):
             self._random_state = None
         if self.step_size == "auto" and self.updates == 0:
             self._find_rate()
+        if isinstance(loader, IndexLoader):
+            loader.next_update = self.next_update
+            # Lightning has fetched the first block already, before anybody could be asked.
+            iter(trainer.fit_loop._data_fetcher)
+
+    def next_update(self, update: int) -> int | None:
+        """The smallest update number above one at which a callback must see the run.
+
+        A sweep ends there. A callback that acts on batches, and knows that a batch may be a sweep
+        of several updates, declares at which updates it must see the state, by a method
+        `next_update(update)` of the same meaning (None: wherever sweeps end will do). It must be a
+        function of the update number alone, and of what is fixed before training or carried in its
+        state in checkpoints: a block is fetched before the one before it is trained on.
+
+        Args:
+            update: Number of updates made, range [0, ∞).
+
+        Returns:
+            None: there is no such update.
+
+        Raises:
+            ValueError: A callback names an update that is not above the one asked about.
+        """
+        wanted: list[int] = []
+        for callback in cast(Any, self.trainer).callbacks:
+            if hasattr(callback, "next_update"):
+                found = callback.next_update(update)
+                if found is not None and found <= update:
+                    raise ValueError(
+                        f"{type(callback).__name__}.next_update({update}) must be above {update}, "
+                        f"or None. Received: {found}."
+                    )
+                wanted += [] if found is None else [found]
+        return min(wanted, default=None)
 
     def _find_rate(self) -> None:
         """Let step sizes race, where an update sees only some of the examples."""

@@ -65,6 +65,14 @@ class BestAndLast(Checkpoint):
         """Of the last checkpoint."""
         return self.directory / "last.ckpt"
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._last_saved = time.monotonic()

@@ -173,6 +173,14 @@ class LossCurves(Callback):
             return max(1, math.ceil(total / self.points))
         return least << max(0, (done // (least * self.points)).bit_length() - 1)
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; lay out TensorBoard's custom scalars."""
         self._started = self._on_disk_at = time.perf_counter()

@@ -174,6 +174,14 @@ class Divergence(Callback):
 
     # ------------------------------------------------------------------ hooks
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew, unless a run is resumed."""
         self._forget_session()
