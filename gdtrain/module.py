@@ -210,6 +210,7 @@ class SupervisedModule(LightningModule):
         self._micro_batch_size: int | None = None
         self._pair_micro_batch_size: int | None = None
         self._draws = 0
+        self._declaring: list[Any] = []  # callbacks that say at which updates they must see the run
         self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -392,10 +393,10 @@ class SupervisedModule(LightningModule):
             self._random_state = None
         if self.step_size == "auto" and self.updates == 0:
             self._find_rate()
+        self._declaring = [c for c in cast(Any, trainer).callbacks if hasattr(c, "next_update")]
         if isinstance(loader, IndexLoader):
-            loader.next_update = self.next_update
             # Lightning has fetched the first block already, before anybody could be asked.
-            iter(trainer.fit_loop._data_fetcher)
+            iter(cast(Any, trainer.fit_loop._data_fetcher))
 
     def next_update(self, update: int) -> int | None:
         """The smallest update number above one at which a callback must see the run.
@@ -416,16 +417,28 @@ class SupervisedModule(LightningModule):
             ValueError: A callback names an update that is not above the one asked about.
         """
         wanted: list[int] = []
-        for callback in cast(Any, self.trainer).callbacks:
-            if hasattr(callback, "next_update"):
-                found = callback.next_update(update)
-                if found is not None and found <= update:
-                    raise ValueError(
-                        f"{type(callback).__name__}.next_update({update}) must be above {update}, "
-                        f"or None. Received: {found}."
-                    )
-                wanted += [] if found is None else [found]
+        for callback in self._declaring:
+            found = callback.next_update(update)
+            if found is not None and found <= update:
+                raise ValueError(
+                    f"{type(callback).__name__}.next_update({update}) must be above {update}, "
+                    f"or None. Received: {found}."
+                )
+            wanted += [] if found is None else [found]
         return min(wanted, default=None)
+
+    def next_validation(self, update: int) -> int | None:
+        """The smallest update number above one at which the run validates; None: it never does.
+
+        Args:
+            update: Number of updates made, range [0, ∞).
+        """
+        trainer: Any = self.trainer
+        data = trainer.datamodule
+        if self._plan is None or not trainer.enable_validation or not data.count("val"):
+            return None
+        every = (trainer.check_val_every_n_epoch or 1) * self.updates_per_epoch
+        return (update // every + 1) * every
 
     def _find_rate(self) -> None:
         """Let step sizes race, where an update sees only some of the examples."""
@@ -504,6 +517,7 @@ class SupervisedModule(LightningModule):
 
     def on_train_end(self) -> None:
         """End at the average, if there is one, and in the default layout, as view() expects."""
+        self._declaring = []
         optimizer, rule = self._averaging()
         if rule is not None:
             rule.eval(optimizer)

@@ -11,9 +11,9 @@ from gdtrain.losses import CrossEntropy
 from gdtrain.models import Linear
 
 
-def fit(callbacks=(), *, updates=100, optimizer=partial(SGD, lr=0.01), batch_size=1, **options):
+def fit(callbacks=(), *, updates=100, optimizer=None, batch_size=1, **options):
     data = EmbeddedDataModule("iris", batch_size=batch_size, **options)
-    module = SupervisedModule(Linear((4,), 3), CrossEntropy(), optimizer)
+    module = SupervisedModule(Linear((4,), 3), CrossEntropy(), optimizer or partial(SGD, lr=0.01))
     trainer = Trainer(
         callbacks=list(callbacks),
         max_epochs=-1,
