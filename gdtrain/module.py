@@ -18,8 +18,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from lightning import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -30,11 +30,13 @@ from gdtrain.data.dataset import DatasetDataModule, PairLoader
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.hooks import Sight, before_step, call, overrides, sight
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective, Rows
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.race import Race, race
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule, WarmupStableDecay
+from gdtrain.snapshot import Snapshot
 from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
 from gdtrain.stopping import Stop
 from gdtrain.sweep import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
@@ -50,7 +52,7 @@ _MOST_UPDATES = 2**16  # of such a sweep
 _BATCH = 8  # examples, from which on convolutions gain from another layout
 
 # Callbacks to which only the epochs with a validation matter.
-_INDIFFERENT = (EarlyStopping, GradientAccumulationScheduler)
+_INDIFFERENT = (EarlyStopping,)
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -211,6 +213,9 @@ class SupervisedModule(LightningModule):
         self._pair_micro_batch_size: int | None = None
         self._draws = 0
         self._declaring: list[Any] = []  # callbacks that say at which updates they must see the run
+        self._sight = Sight("", (), ())
+        self._hook: Any = None  # of the optimizer's steps
+        self._is_training = self._guarded = False
         self._checked = False
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,6 +296,8 @@ class SupervisedModule(LightningModule):
         Args:
             stage: Lightning's.
         """
+        if stage == "fit":
+            self._see()  # before callbacks do anything
         preprocessing = getattr(self.trainer.datamodule, "preprocessing", None)  # type: ignore[attr-defined]
         self.use_target_scale(getattr(preprocessing, "target_scale", None))
         for part in ("val", "test"):
@@ -326,6 +333,21 @@ class SupervisedModule(LightningModule):
                 f"have. Use trainer.precision=bf16-mixed or 32."
             )
         self.stop = None
+        self._see()
+
+    def _see(self) -> None:
+        """Ask who must see which updates of the run; refuse who cannot."""
+        trainer: Any = self.trainer
+        by_rule = any(getattr(o, "step_size", None) is not None for o in trainer.optimizers)
+        found = sight(trainer.callbacks, self, trainer.log_every_n_steps, by_rule)
+        if type(self).training_step is not SupervisedModule.training_step and not found.single:
+            found = found._replace(single=f"{type(self).__name__} has its own training_step")
+        self._sight = found
+        self._guarded = any(isinstance(c, OnExceptionCheckpoint) for c in trainer.callbacks)
+        # Right here, where the state after an update is what a resumed run goes on with.
+        warnings.filterwarnings(
+            "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_st"
+        )
 
     def on_train_start(self) -> None:
         """Go on from the update that the trainer is at."""
@@ -391,12 +413,33 @@ class SupervisedModule(LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
+        self._listen()
         if self.step_size == "auto" and self.updates == 0:
             self._find_rate()
         self._declaring = [c for c in cast(Any, trainer).callbacks if hasattr(c, "next_update")]
         if isinstance(loader, IndexLoader):
             # Lightning has fetched the first block already, before anybody could be asked.
             iter(cast(Any, trainer.fit_loop._data_fetcher))
+
+    def _listen(self) -> None:
+        """Call the hooks of those who act on each step of the optimizer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._sight.step:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, Optimizer)
+
+            def listen(optimizer: Any, arguments: Any, options: Any) -> None:
+                if self._is_training:  # and no update that is only tried, or made once more
+                    before_step(self._sight.step, self.trainer, self, optimizer)
+
+            self._hook = optimizer.register_step_pre_hook(listen)
+        if self._sight.single and isinstance(self.trainer.train_dataloader, IndexLoader):
+            _log.info(
+                "sweeps: one update a step, because %s; each step costs Lightning about 0.4 ms",
+                self._sight.single,
+            )
 
     def next_update(self, update: int) -> int | None:
         """The smallest update number above one at which a callback must see the run.
@@ -405,7 +448,8 @@ class SupervisedModule(LightningModule):
         of several updates, declares at which updates it must see the state, by a method
         `next_update(update)` of the same meaning (None: wherever sweeps end will do). It must be a
         function of the update number alone, and of what is fixed before training or carried in its
-        state in checkpoints: a block is fetched before the one before it is trained on.
+        state in checkpoints: a block is fetched before the one before it is trained on. For other
+        callbacks that act on batches, a batch is one update.
 
         Args:
             update: Number of updates made, range [0, ∞).
@@ -416,7 +460,9 @@ class SupervisedModule(LightningModule):
         Raises:
             ValueError: A callback names an update that is not above the one asked about.
         """
-        wanted: list[int] = []
+        if self._sight.single:
+            return update + 1
+        wanted = [cut(update) for cut in self._sight.cuts]
         for callback in self._declaring:
             found = callback.next_update(update)
             if found is not None and found <= update:
@@ -494,11 +540,7 @@ class SupervisedModule(LightningModule):
             trainer.world_size > 1
             or trainer.fast_dev_run
             or trainer.reload_dataloaders_every_n_epochs
-            or any(
-                getattr(type(owner), hook) is not getattr(kind, hook)
-                for owner, kind in ((self, LightningModule), *((c, Callback) for c in callbacks))
-                for hook in hooks
-            )
+            or any(overrides(owner, hook) for owner in (self, *callbacks) for hook in hooks)
         ):
             return 1
         if validated and trainer.enable_validation:
@@ -517,7 +559,10 @@ class SupervisedModule(LightningModule):
 
     def on_train_end(self) -> None:
         """End at the average, if there is one, and in the default layout, as view() expects."""
-        self._declaring = []
+        self._declaring, self._sight = [], Sight("", (), ())
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         optimizer, rule = self._averaging()
         if rule is not None:
             rule.eval(optimizer)
@@ -631,12 +676,14 @@ class SupervisedModule(LightningModule):
             batch_idx: Lightning's.
 
         Returns:
-            "losses" (K,), "rates" (K,), η of the first group, "first", the number of the first of
-            these updates, "examples", how many made one update, and "seconds" that all took.
+            "losses" (K,), "loss", the last of them, "rates" (K,), η of the first group, "first",
+            the number of the first of these updates, "examples", how many made one update, and
+            "seconds" that all took.
         """
         first = self.updates
         started = time.perf_counter()
-        losses, indices = self.make_updates(batch, first)
+        with self._training():
+            losses, indices = self.make_updates(batch, first)
         count = len(indices)
         if losses.is_cuda:
             torch.cuda.synchronize()  # once per sweep: its time is measured
@@ -655,12 +702,31 @@ class SupervisedModule(LightningModule):
         epoch_loop._batches_that_stepped = self.updates - 1
         self._lengthen(count, seconds)
         return {
+            "loss": losses[-1],
             "losses": losses,
             "rates": self._rates,
             "seconds": seconds,
             "first": first,
             "examples": indices.shape[1],
         }
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Around the updates of the run itself."""
+        trainer, optimizer = self.trainer, self.optimizers(use_pl_optimizer=False)
+        call(self._sight.step, "on_before_zero_grad", trainer, self, optimizer)
+        before = None
+        if self._guarded and self._objective is not None and isinstance(optimizer, Optimizer):
+            before = Snapshot(self._objective, optimizer)
+        self._is_training = True
+        try:
+            yield
+        except BaseException:
+            if before is not None:  # what OnExceptionCheckpoint saves is the state that is counted
+                before.give_back()
+            raise
+        finally:
+            self._is_training = False
 
     def make_updates(
         self, batch: Tensor | tuple[Tensor, Tensor], first: int
