@@ -918,9 +918,7 @@ class _Search:
             problem.passes += share * (rows + 8)
             return problem.passes > self.most
 
-        found, b = _box_quadratic(
-            factor, linear, s if problem.balances else None, -excess, is_over
-        )
+        found, b = _box_quadratic(factor, linear, s if problem.balances else None, -excess, is_over)
         made = others
         made[near] = found.clamp(0, 1)
         return made, b

@@ -19,7 +19,11 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from lightning import LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -32,7 +36,8 @@ from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.hooks import Sight, before_step, call, overrides, sight
 from gdtrain.losses import Loss
-from gdtrain.objective import Objective, Rows
+from gdtrain.models import exact_batch_norm_
+from gdtrain.objective import Objective, Rows, own_part, prediction_of, untouched
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.race import Race, race
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule, WarmupStableDecay
@@ -49,6 +54,8 @@ _SWEEP_SECONDS = (
     0.1  # that a sweep of automatic length takes: Lightning's own cost is then below 1%
 )
 _MOST_UPDATES = 2**16  # of such a sweep
+_PASS = 1024  # examples, of a pass that renews the statistics of BatchNorm
+_SCHEDULED = "scheduled_lr"  # of a group: its "lr" as the schedule left it
 _BATCH = 8  # examples, from which on convolutions gain from another layout
 
 # Callbacks to which only the epochs with a validation matter.
@@ -96,11 +103,16 @@ class SupervisedModule(LightningModule):
     - a block of indices (K, B) from a gdtrain data module, whose examples stay resident;
     - a pair (inputs, targets), from `DatasetDataModule` or any other loader: one update.
 
+    Between two steps, callbacks may freeze or free parameters, add groups to the optimizer
+    (`BaseFinetuning`), set a group's "lr", or bring a scheduler (`StochasticWeightAveraging`): the
+    next update has what they set.
+
     It logs `loss/val`, `loss/test` and `metric/<name>/val`, `metric/<name>/test` for callbacks;
     `gdtrain.callbacks.LossCurves` writes them, with the training loss, to the loggers.
 
     Args:
-        model: (B, …) to (B, C).
+        model: (B, …) to (B, C); a tuple whose first entry that is, or a mapping with it as
+            `logits`, will do (`gdtrain.objective.prediction_of`).
         loss: Per example.
         optimizer: From parameters or groups to an optimizer, such as
             `functools.partial(SGD, lr=0.1)`; or an optimizer of the model's parameters.
@@ -217,6 +229,10 @@ class SupervisedModule(LightningModule):
         self._hook: Any = None  # of the optimizer's steps
         self._is_training = self._guarded = False
         self._checked = False
+        self._constant: frozenset[str] = frozenset()  # buffers that were not finite at the start
+        self._owned = 0  # parameters of the optimizer, in all groups
+        self._renews_statistics = False  # of BatchNorm, at the end
+        self._single = ""  # where a pass over one example will come from, if one will
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's predictions.
@@ -224,7 +240,7 @@ class SupervisedModule(LightningModule):
         Args:
             x: (B, …).
         """
-        return self.model(x)
+        return prediction_of(self.model(x))
 
     # ------------------------------------------------------------------ set-up
 
@@ -332,6 +348,9 @@ class SupervisedModule(LightningModule):
                 f"precision={precision} needs a gradient scaler, which a sweep of updates does not "
                 f"have. Use trainer.precision=bf16-mixed or 32."
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging):
+                self._prepare_averaging(callback)
         self.stop = None
         self._see()
 
@@ -349,12 +368,32 @@ class SupervisedModule(LightningModule):
             "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_st"
         )
 
+    def _prepare_averaging(self, callback: StochasticWeightAveraging) -> None:
+        """Let Lightning average weights, but not renew BatchNorm's statistics in a further epoch.
+
+        Its way needs sized loaders, and would be planned as an epoch of updates; the statistics are
+        made at the end of training instead.
+        """
+        rule = getattr(self.trainer.optimizers[0], "step_size", None)
+        if rule is not None and rule.owns_rate:
+            raise ValueError(
+                f"StochasticWeightAveraging sets η (swa_lrs), and {type(rule).__name__} computes "
+                f"it: set optimizer.lr to a number, without a step-size rule."
+            )
+        if callback._model_contains_batch_norm and self.trainer.max_epochs != -1:
+            callback._model_contains_batch_norm = False
+            self.trainer.fit_loop.max_epochs -= 1  # type: ignore[operator]
+            self._renews_statistics = True
+
     def on_train_start(self) -> None:
         """Go on from the update that the trainer is at."""
         trainer = self.trainer
         loader = trainer.train_dataloader
         self.updates = trainer.global_step
         self.validation, self.validated_at = {}, -1
+        self._constant = frozenset(
+            name for name, b in self.model.named_buffers() if not torch.isfinite(b).all()
+        )
         self._engine, self._ended_at_average = None, False
         self._objective, self._pair_micro_batch_size = None, None
         if self.updates == 0:
@@ -369,6 +408,7 @@ class SupervisedModule(LightningModule):
             self._draws = data.seed & (2**30 - 1)
         if isinstance(loader, PairLoader):
             self._pair_micro_batch_size = data.micro_batch_size
+            self._single = _single_example(plan)
         elif isinstance(loader, IndexLoader):
             inputs, targets = (_to(t, self.device, self._precision) for t in data.examples("train"))
             micro: int | Literal["auto"] | None = data.micro_batch_size
@@ -395,6 +435,7 @@ class SupervisedModule(LightningModule):
             )
             if self._micro_batch_size is not None:  # of the run that is resumed
                 self._objective.micro_batch_size = self._micro_batch_size
+            self._single = _single_example(plan, self._objective)
             self._check(inputs, targets)
             self._lay_out(loader.batch_size)
             loader.epochs_per_iteration = self._epochs_at_once(data.count("val") > 0)
@@ -402,6 +443,7 @@ class SupervisedModule(LightningModule):
             if getattr(optimizer, "step_size", None) is not None:
                 optimizer.batch_fraction = loader.batch_size / loader.num_examples
         else:
+            self._single = _single_example(loader)
             per_epoch = trainer.num_training_batches
             if math.isfinite(per_epoch):
                 self.updates_per_epoch = int(per_epoch)
@@ -414,8 +456,12 @@ class SupervisedModule(LightningModule):
             set_random_state(self._random_state)
             self._random_state = None
         self._listen()
+        groups = self.optimizers(use_pl_optimizer=False).param_groups  # type: ignore[union-attr]
+        self._owned = sum(len(group["params"]) for group in groups)
         if self.step_size == "auto" and self.updates == 0:
             self._find_rate()
+        for group in groups:
+            group[_SCHEDULED] = group["lr"]
         self._declaring = [c for c in cast(Any, trainer).callbacks if hasattr(c, "next_update")]
         if isinstance(loader, IndexLoader):
             # Lightning has fetched the first block already, before anybody could be asked.
@@ -570,6 +616,11 @@ class SupervisedModule(LightningModule):
         for m in self.model.modules():
             if isinstance(m, nn.Conv2d):
                 m.to(memory_format=torch.contiguous_format)
+        if self._renews_statistics and self._objective is not None:
+            self._renews_statistics = False
+            inputs = self._objective.inputs
+            parts = torch.arange(len(inputs), device=self.device).split(_PASS)
+            exact_batch_norm_(self.model, lambda: (inputs[part] for part in parts))
 
     def _refuse_counts_of_steps(self) -> None:
         trainer = self.trainer
@@ -610,6 +661,16 @@ class SupervisedModule(LightningModule):
         every = self.trainer.check_val_every_n_epoch or 1
         return self.updates == self.total_updates or (position == 0 and epoch % every == 0)
 
+    def watched(self) -> dict[str, Tensor]:
+        """What stays finite in a sound run, by name: trainable parameters, and buffers.
+
+        A buffer that was not finite when training began, such as a causal mask of −∞, is left out.
+        """
+        return {
+            **{name: p for name, p in self.model.named_parameters() if p.requires_grad},
+            **{n: b for n, b in self.model.named_buffers() if n not in self._constant},
+        }
+
     @property
     def micro_batch_size(self) -> int | None:
         """M, once training has begun; None: a whole batch, or a rank's part of it."""
@@ -636,7 +697,7 @@ class SupervisedModule(LightningModule):
         examples, targets = inputs[extremes], targets[extremes]
         self.model.eval()
         try:
-            prediction = self.model(examples)
+            prediction = self(examples)
         except RuntimeError as error:
             raise ValueError(
                 f"The model does not take examples of shape {tuple(examples.shape[1:])}: {error}"
@@ -644,7 +705,21 @@ class SupervisedModule(LightningModule):
         finally:
             self.model.train()
         self.loss.check(prediction, targets)
+        if self._single:
+            self._refuse_one(examples[:1])
         self._checked = True
+
+    def _refuse_one(self, example: Tensor) -> None:
+        """Raise, if the model cannot be trained on the passes over one example that will come."""
+        with untouched(self.model):
+            try:
+                self.model(example)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"The model cannot be trained on one example by itself ({error}), and "
+                    f"{self._single}. Choose another batch_size, or a norm that does not mix "
+                    f"examples: model.norm=group (torch.nn.GroupNorm, LayerNorm)."
+                ) from error
 
     # ------------------------------------------------------------------ training
 
@@ -658,6 +733,8 @@ class SupervisedModule(LightningModule):
         Returns:
             (K,), float64.
         """
+        if self.trainer.lr_scheduler_configs:  # a callback's, which decides from here on
+            return torch.full((count,), self.rate_cut, dtype=torch.float64)
         total = self.total_updates if self.total_updates is not None else first + count
         made = self.schedule(
             torch.from_numpy(np.arange(first, first + count, dtype=np.float64)),
@@ -681,6 +758,7 @@ class SupervisedModule(LightningModule):
             "seconds" that all took.
         """
         first = self.updates
+        self._follow_callbacks()
         started = time.perf_counter()
         with self._training():
             losses, indices = self.make_updates(batch, first)
@@ -700,6 +778,11 @@ class SupervisedModule(LightningModule):
             counts.completed += count
         # What Lightning passes to loggers as the step; it adds 1 for this batch itself.
         epoch_loop._batches_that_stepped = self.updates - 1
+        if self.updates % self.updates_per_epoch == 0:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            for config in self.trainer.lr_scheduler_configs:
+                optimizer._opt_called = True  # schedulers ask: not every engine calls step()
+                self.lr_scheduler_step(config.scheduler, None)
         self._lengthen(count, seconds)
         return {
             "loss": losses[-1],
@@ -727,6 +810,29 @@ class SupervisedModule(LightningModule):
             raise
         finally:
             self._is_training = False
+
+    def _follow_callbacks(self) -> None:
+        """Go on with what a callback has changed since the last sweep.
+
+        Parameters that were frozen are left alone, those that were freed are trained. A group that
+        was added, or whose "lr" was set, has that η at the next update, and is scheduled from there
+        on in proportion.
+        """
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        factor = float(self.rate_factors(self.updates, 1))
+        scheduled = bool(self.trainer.lr_scheduler_configs)  # by a callback's scheduler
+        for group in optimizer.param_groups:
+            if scheduled or "initial_lr" not in group or group["lr"] != group[_SCHEDULED]:
+                group["initial_lr"] = group["lr"] / factor if factor > 0 else group["lr"]
+        objective = self._objective
+        if objective is None:
+            return
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        owned = sum(len(group["params"]) for group in optimizer.param_groups)
+        if owned != self._owned or [*map(id, trainable)] != [*map(id, objective.params)]:
+            for p in objective.params:
+                p.grad = None  # a frozen parameter is not stepped along an old gradient
+            objective.params, self._owned, self._engine = trainable, owned, None
 
     def make_updates(
         self, batch: Tensor | tuple[Tensor, Tensor], first: int
@@ -830,6 +936,8 @@ class SupervisedModule(LightningModule):
     def _run(self, engine: Engine, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
         losses = engine(indices, factors, draw)
         self._rates = engine.rates
+        for group in engine.optimizer.param_groups:
+            group[_SCHEDULED] = group["lr"]
         return losses
 
     def _choose(self, optimizer: Optimizer) -> Engine:
@@ -892,7 +1000,7 @@ class SupervisedModule(LightningModule):
             batch_idx: Lightning's.
         """
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
-        return self.loss.decide(self.model(_to(inputs, self.device, self._precision)))
+        return self.loss.decide(self(_to(inputs, self.device, self._precision)))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one slice of the test part in.
@@ -949,7 +1057,7 @@ class SupervisedModule(LightningModule):
         if not len(inputs):
             return
         inputs, targets = (_to(t, self.device, self._precision) for t in (inputs, targets))
-        prediction = self.model(inputs)
+        prediction = self(inputs)
         losses = self.loss(prediction, targets)
         decided = self.loss.decide(prediction)
         if self.loss.task == "regression":
@@ -1068,6 +1176,46 @@ class SupervisedModule(LightningModule):
         self._engine_before = state["engine"]
         if isinstance(self.schedule, ReduceOnPlateau) and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
+
+
+def _single_example(loader: Any, objective: Objective | None = None) -> str:
+    """Where a pass over a single example will come from; nothing, where none will, or none knows.
+
+    Args:
+        loader: A plan, or a `DataLoader`.
+        objective: J, whose micro-batches and ranks divide the batches.
+    """
+    try:
+        size = loader.batch_size
+        count = loader.num_examples if isinstance(loader, IndexLoader) else len(loader.dataset)
+    except (AttributeError, TypeError):
+        return ""
+    if size is None:
+        return ""
+    sizes = [size]
+    if count % size and not getattr(loader, "drop_last", False):
+        sizes.append(count % size)
+    if 1 in sizes:
+        return (
+            "each update sees one"
+            if size == 1
+            else f"the last batch of an epoch has one: {count} examples in batches of {size}; "
+            f"batches of {next(b for b in range(size + 1, count + 2) if count % b != 1)} end "
+            f"otherwise"
+        )
+    if objective is None:
+        return ""
+    micro = objective.micro_batch_size
+    for size in sizes:
+        start, end = own_part(size, objective.rank, objective.ranks)
+        own = end - start
+        if 1 in ({own} if micro is None else {min(micro, own), own % micro}):
+            return (
+                f"a pass has one: {own} examples of a batch"
+                + (f" in passes of {micro}" if micro is not None else "")
+                + (f" on one of {objective.ranks} processes" if objective.ranks > 1 else "")
+            )
+    return ""
 
 
 class _MeanLoss(Metric):

@@ -505,7 +505,7 @@ def predict(
     model.eval()
     with torch.no_grad():
         decided = [
-            module.loss.decide(model(part.to(parameter.device))) for part in x.split(batch_size)
+            module.loss.decide(module(part.to(parameter.device))) for part in x.split(batch_size)
         ]
     model.train(was_training)
     return preprocessing.answers(torch.cat(decided))
@@ -584,7 +584,7 @@ def _check_settings(state: Mapping[str, Any], module: SupervisedModule, path: st
     groups = state["optimizer_states"][0]["param_groups"]
     for i, group in enumerate(module.configure_optimizers().param_groups):
         saved = groups[i] if i < len(groups) else {}
-        unlike = {"params", "lr", "param_names", "step_size"}  # what a run changes
+        unlike = {"params", "lr", "scheduled_lr", "param_names", "step_size"}  # what a run changes
         if module.step_size == "auto":
             unlike.add("initial_lr")
         for name in sorted((group.keys() | saved.keys()) - unlike):

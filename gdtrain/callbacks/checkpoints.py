@@ -158,6 +158,5 @@ class BestAndLast(Checkpoint):
 
 def _spoilt(module: LightningModule) -> bool:
     """Whether a parameter or buffer is not finite: such a model is never saved."""
-    model = cast(SupervisedModule, module).model
-    tensors = (*model.parameters(), *model.buffers())
+    tensors = cast(SupervisedModule, module).watched().values()
     return not all(bool(torch.isfinite(t).all()) for t in tensors)

@@ -531,7 +531,7 @@ class Divergence(Callback):
         if not _is_finite(module):
             update = self._last_finite(module, kept, update)
         objective, indices = self._examples(module, update)
-        finding = examine(objective, indices, module.draw_of(update))
+        finding = examine(objective, indices, module.draw_of(update), module.watched())
         if finding is None and update < spoilt:
             finding = Finding(
                 Cause.STEP,
@@ -610,7 +610,9 @@ class Divergence(Callback):
             self._good, self._seen.good_mean = self._first, math.inf
             self._first.give_back(module)
         # What is not finite for the good parameters either, no step size can help.
-        hopeless = data is not None and examine(*data, module.draw_of(failure.update)) is not None
+        hopeless = data is not None and (
+            examine(*data, module.draw_of(failure.update), module.watched()) is not None
+        )
         objective = module.objective
         limit = None
         if objective is not None and _is_full(module) and not hopeless:
@@ -916,13 +918,14 @@ def _changing(module: SupervisedModule) -> list[Tensor]:
 
 
 def _is_finite(module: SupervisedModule) -> bool:
-    sums = [t.detach().sum() for t in _changing(module) if t.is_floating_point()]
+    watched = [t.detach() for t in module.watched().values() if t.is_floating_point()]
+    sums = [t.sum() for t in watched]
     if module.device.type == "cuda":  # one wait for the device instead of many
         sums = [torch.stack([total.float() for total in sums]).sum()]
     if all(math.isfinite(float(total)) for total in sums):
         return True
     # A sum may overflow where no number does.
-    return all(bool(torch.isfinite(t).all()) for t in _changing(module))
+    return all(bool(torch.isfinite(t).all()) for t in watched)
 
 
 def _is_full(module: SupervisedModule) -> bool:

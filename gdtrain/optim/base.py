@@ -197,6 +197,8 @@ class Descent(Optimizer):
     _examples_argument: ClassVar[str | None] = None
     # Whether torch has put its own wrapper, which runs the hooks, around the step of a subclass.
     _hooks_run_outside: ClassVar[bool] = False
+    # Whether it is stepped without a gradient scaler, whatever it offers one.
+    _has_no_scaler: bool = False
     # Whether each update averages all N examples, so that no gradient is noisy.
     _full_batch: ClassVar[bool] = False
 
@@ -378,8 +380,11 @@ class Descent(Optimizer):
         """Asked by GradScaler, which then calls step() whatever it saw, and says so in attributes.
 
         The fused kernel unscales; when gathering, step() must count the examples of a micro-batch
-        that overflowed. (Computed: survives deepcopy and pickle.)
+        that overflowed. (Computed: survives deepcopy and pickle.) Lightning asks it too, and where
+        it is true clips no gradients: `GatherMicroBatches`, which uses no scaler, says so here.
         """
+        if self._has_no_scaler:
+            return False
         return self._examples is not None or all(group["fused"] for group in self.param_groups)
 
     # ------------------------------------------------------------------ the step
