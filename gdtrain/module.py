@@ -54,6 +54,7 @@ _SWEEP_SECONDS = (
     0.1  # that a sweep of automatic length takes: Lightning's own cost is then below 1%
 )
 _MOST_UPDATES = 2**16  # of such a sweep
+_ENDLESS = 2**62  # updates of a run without a planned end
 _PASS = 1024  # examples, of a pass that renews the statistics of BatchNorm
 _SCHEDULED = "scheduled_lr"  # of a group: its "lr" as the schedule left it
 _BATCH = 8  # examples, from which on convolutions gain from another layout
@@ -455,6 +456,8 @@ class SupervisedModule(LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
+        if self.total_updates is None:
+            self._check_endless()
         self._listen()
         groups = self.optimizers(use_pl_optimizer=False).param_groups  # type: ignore[union-attr]
         self._owned = sum(len(group["params"]) for group in groups)
@@ -466,6 +469,20 @@ class SupervisedModule(LightningModule):
         if isinstance(loader, IndexLoader):
             # Lightning has fetched the first block already, before anybody could be asked.
             iter(cast(Any, trainer.fit_loop._data_fetcher))
+
+    def _check_endless(self) -> None:
+        """Where no end is planned, η must not depend on one."""
+        if self._schedule_is_automatic:
+            self.schedule = Constant()
+        updates, size = 2.0 ** torch.arange(-1, 40, dtype=torch.float64), self.updates_per_epoch
+        totals = (2**20, 2**30)
+        one, other = (self.schedule(updates.floor(), total, size) for total in totals)
+        if not torch.equal(one, other):
+            raise ValueError(
+                f"{self.schedule!r} is a function of the planned updates. Received: max_epochs="
+                f"{self.trainer.max_epochs} and max_steps={self.trainer.max_steps}, which plan no "
+                f"end. Set one of them, or take schedule=constant."
+            )
 
     def _listen(self) -> None:
         """Call the hooks of those who act on each step of the optimizer."""
@@ -735,12 +752,9 @@ class SupervisedModule(LightningModule):
         """
         if self.trainer.lr_scheduler_configs:  # a callback's, which decides from here on
             return torch.full((count,), self.rate_cut, dtype=torch.float64)
-        total = self.total_updates if self.total_updates is not None else first + count
-        made = self.schedule(
-            torch.from_numpy(np.arange(first, first + count, dtype=np.float64)),
-            max(total, 1),
-            self.updates_per_epoch,
-        )
+        total = _ENDLESS if self.total_updates is None else max(self.total_updates, 1)
+        updates = torch.from_numpy(np.arange(first, first + count, dtype=np.float64))
+        made = self.schedule(updates, total, self.updates_per_epoch)
         return made if self.rate_cut == 1.0 else made * self.rate_cut
 
     def training_step(
