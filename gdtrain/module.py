@@ -18,10 +18,10 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule
+from lightning import LightningModule
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    GradientAccumulationScheduler,
+    OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
 from torch import Tensor, nn
@@ -34,12 +34,14 @@ from gdtrain.data.dataset import DatasetDataModule, PairLoader
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.hooks import Sight, before_step, call, overrides, sight
 from gdtrain.losses import Loss
 from gdtrain.models import exact_batch_norm_
 from gdtrain.objective import Objective, Rows, own_part, prediction_of, untouched
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.race import Race, race
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule, WarmupStableDecay
+from gdtrain.snapshot import Snapshot
 from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
 from gdtrain.stopping import Stop
 from gdtrain.sweep import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
@@ -52,12 +54,13 @@ _SWEEP_SECONDS = (
     0.1  # that a sweep of automatic length takes: Lightning's own cost is then below 1%
 )
 _MOST_UPDATES = 2**16  # of such a sweep
+_ENDLESS = 2**62  # updates of a run without a planned end
 _PASS = 1024  # examples, of a pass that renews the statistics of BatchNorm
 _SCHEDULED = "scheduled_lr"  # of a group: its "lr" as the schedule left it
 _BATCH = 8  # examples, from which on convolutions gain from another layout
 
 # Callbacks to which only the epochs with a validation matter.
-_INDIFFERENT = (EarlyStopping, GradientAccumulationScheduler)
+_INDIFFERENT = (EarlyStopping,)
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -222,6 +225,10 @@ class SupervisedModule(LightningModule):
         self._micro_batch_size: int | None = None
         self._pair_micro_batch_size: int | None = None
         self._draws = 0
+        self._declaring: list[Any] = []  # callbacks that say at which updates they must see the run
+        self._sight = Sight("", (), ())
+        self._hook: Any = None  # of the optimizer's steps
+        self._is_training = self._guarded = False
         self._checked = False
         self._constant: frozenset[str] = frozenset()  # buffers that were not finite at the start
         self._owned = 0  # parameters of the optimizer, in all groups
@@ -306,6 +313,8 @@ class SupervisedModule(LightningModule):
         Args:
             stage: Lightning's.
         """
+        if stage == "fit":
+            self._see()  # before callbacks do anything
         preprocessing = getattr(self.trainer.datamodule, "preprocessing", None)  # type: ignore[attr-defined]
         self.use_target_scale(getattr(preprocessing, "target_scale", None))
         for part in ("val", "test"):
@@ -344,6 +353,21 @@ class SupervisedModule(LightningModule):
             if isinstance(callback, StochasticWeightAveraging):
                 self._prepare_averaging(callback)
         self.stop = None
+        self._see()
+
+    def _see(self) -> None:
+        """Ask who must see which updates of the run; refuse who cannot."""
+        trainer: Any = self.trainer
+        by_rule = any(getattr(o, "step_size", None) is not None for o in trainer.optimizers)
+        found = sight(trainer.callbacks, self, trainer.log_every_n_steps, by_rule)
+        if type(self).training_step is not SupervisedModule.training_step and not found.single:
+            found = found._replace(single=f"{type(self).__name__} has its own training_step")
+        self._sight = found
+        self._guarded = any(isinstance(c, OnExceptionCheckpoint) for c in trainer.callbacks)
+        # Right here, where the state after an update is what a resumed run goes on with.
+        warnings.filterwarnings(
+            "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_st"
+        )
 
     def _prepare_averaging(self, callback: StochasticWeightAveraging) -> None:
         """Let Lightning average weights, but not renew BatchNorm's statistics in a further epoch.
@@ -432,12 +456,98 @@ class SupervisedModule(LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
+        if self.total_updates is None:
+            self._check_endless()
+        self._listen()
         groups = self.optimizers(use_pl_optimizer=False).param_groups  # type: ignore[union-attr]
         self._owned = sum(len(group["params"]) for group in groups)
         if self.step_size == "auto" and self.updates == 0:
             self._find_rate()
         for group in groups:
             group[_SCHEDULED] = group["lr"]
+        self._declaring = [c for c in cast(Any, trainer).callbacks if hasattr(c, "next_update")]
+        if isinstance(loader, IndexLoader):
+            # Lightning has fetched the first block already, before anybody could be asked.
+            iter(cast(Any, trainer.fit_loop._data_fetcher))
+
+    def _check_endless(self) -> None:
+        """Where no end is planned, η must not depend on one."""
+        if self._schedule_is_automatic:
+            self.schedule = Constant()
+        updates, size = 2.0 ** torch.arange(-1, 40, dtype=torch.float64), self.updates_per_epoch
+        totals = (2**20, 2**30)
+        one, other = (self.schedule(updates.floor(), total, size) for total in totals)
+        if not torch.equal(one, other):
+            raise ValueError(
+                f"{self.schedule!r} is a function of the planned updates. Received: max_epochs="
+                f"{self.trainer.max_epochs} and max_steps={self.trainer.max_steps}, which plan no "
+                f"end. Set one of them, or take schedule=constant."
+            )
+
+    def _listen(self) -> None:
+        """Call the hooks of those who act on each step of the optimizer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._sight.step:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, Optimizer)
+
+            def listen(optimizer: Any, arguments: Any, options: Any) -> None:
+                if self._is_training:  # and no update that is only tried, or made once more
+                    before_step(self._sight.step, self.trainer, self, optimizer)
+
+            self._hook = optimizer.register_step_pre_hook(listen)
+        if self._sight.single and isinstance(self.trainer.train_dataloader, IndexLoader):
+            _log.info(
+                "sweeps: one update a step, because %s; each step costs Lightning about 0.4 ms",
+                self._sight.single,
+            )
+
+    def next_update(self, update: int) -> int | None:
+        """The smallest update number above one at which a callback must see the run.
+
+        A sweep ends there. A callback that acts on batches, and knows that a batch may be a sweep
+        of several updates, declares at which updates it must see the state, by a method
+        `next_update(update)` of the same meaning (None: wherever sweeps end will do). It must be a
+        function of the update number alone, and of what is fixed before training or carried in its
+        state in checkpoints: a block is fetched before the one before it is trained on. For other
+        callbacks that act on batches, a batch is one update.
+
+        Args:
+            update: Number of updates made, range [0, ∞).
+
+        Returns:
+            None: there is no such update.
+
+        Raises:
+            ValueError: A callback names an update that is not above the one asked about.
+        """
+        if self._sight.single:
+            return update + 1
+        wanted = [cut(update) for cut in self._sight.cuts]
+        for callback in self._declaring:
+            found = callback.next_update(update)
+            if found is not None and found <= update:
+                raise ValueError(
+                    f"{type(callback).__name__}.next_update({update}) must be above {update}, "
+                    f"or None. Received: {found}."
+                )
+            wanted += [] if found is None else [found]
+        return min(wanted, default=None)
+
+    def next_validation(self, update: int) -> int | None:
+        """The smallest update number above one at which the run validates; None: it never does.
+
+        Args:
+            update: Number of updates made, range [0, ∞).
+        """
+        trainer: Any = self.trainer
+        data = trainer.datamodule
+        if self._plan is None or not trainer.enable_validation or not data.count("val"):
+            return None
+        every = (trainer.check_val_every_n_epoch or 1) * self.updates_per_epoch
+        return (update // every + 1) * every
 
     def _find_rate(self) -> None:
         """Let step sizes race, where an update sees only some of the examples."""
@@ -493,11 +603,7 @@ class SupervisedModule(LightningModule):
             trainer.world_size > 1
             or trainer.fast_dev_run
             or trainer.reload_dataloaders_every_n_epochs
-            or any(
-                getattr(type(owner), hook) is not getattr(kind, hook)
-                for owner, kind in ((self, LightningModule), *((c, Callback) for c in callbacks))
-                for hook in hooks
-            )
+            or any(overrides(owner, hook) for owner in (self, *callbacks) for hook in hooks)
         ):
             return 1
         if validated and trainer.enable_validation:
@@ -516,6 +622,10 @@ class SupervisedModule(LightningModule):
 
     def on_train_end(self) -> None:
         """End at the average, if there is one, and in the default layout, as view() expects."""
+        self._declaring, self._sight = [], Sight("", (), ())
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         optimizer, rule = self._averaging()
         if rule is not None:
             rule.eval(optimizer)
@@ -642,12 +752,9 @@ class SupervisedModule(LightningModule):
         """
         if self.trainer.lr_scheduler_configs:  # a callback's, which decides from here on
             return torch.full((count,), self.rate_cut, dtype=torch.float64)
-        total = self.total_updates if self.total_updates is not None else first + count
-        made = self.schedule(
-            torch.from_numpy(np.arange(first, first + count, dtype=np.float64)),
-            max(total, 1),
-            self.updates_per_epoch,
-        )
+        total = _ENDLESS if self.total_updates is None else max(self.total_updates, 1)
+        updates = torch.from_numpy(np.arange(first, first + count, dtype=np.float64))
+        made = self.schedule(updates, total, self.updates_per_epoch)
         return made if self.rate_cut == 1.0 else made * self.rate_cut
 
     def training_step(
@@ -660,13 +767,15 @@ class SupervisedModule(LightningModule):
             batch_idx: Lightning's.
 
         Returns:
-            "losses" (K,), "rates" (K,), η of the first group, "first", the number of the first of
-            these updates, "examples", how many made one update, and "seconds" that all took.
+            "losses" (K,), "loss", the last of them, "rates" (K,), η of the first group, "first",
+            the number of the first of these updates, "examples", how many made one update, and
+            "seconds" that all took.
         """
         first = self.updates
         self._follow_callbacks()
         started = time.perf_counter()
-        losses, indices = self.make_updates(batch, first)
+        with self._training():
+            losses, indices = self.make_updates(batch, first)
         count = len(indices)
         if losses.is_cuda:
             torch.cuda.synchronize()  # once per sweep: its time is measured
@@ -690,12 +799,31 @@ class SupervisedModule(LightningModule):
                 self.lr_scheduler_step(config.scheduler, None)
         self._lengthen(count, seconds)
         return {
+            "loss": losses[-1],
             "losses": losses,
             "rates": self._rates,
             "seconds": seconds,
             "first": first,
             "examples": indices.shape[1],
         }
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Around the updates of the run itself."""
+        trainer, optimizer = self.trainer, self.optimizers(use_pl_optimizer=False)
+        call(self._sight.step, "on_before_zero_grad", trainer, self, optimizer)
+        before = None
+        if self._guarded and self._objective is not None and isinstance(optimizer, Optimizer):
+            before = Snapshot(self._objective, optimizer)
+        self._is_training = True
+        try:
+            yield
+        except BaseException:
+            if before is not None:  # what OnExceptionCheckpoint saves is the state that is counted
+                before.give_back()
+            raise
+        finally:
+            self._is_training = False
 
     def _follow_callbacks(self) -> None:
         """Go on with what a callback has changed since the last sweep.

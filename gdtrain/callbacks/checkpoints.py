@@ -22,7 +22,9 @@ class BestAndLast(Checkpoint):
     """Keeps `best.ckpt`, of the lowest validation loss, and `last.ckpt`.
 
     A file is written beside its place and then put there in one move, so that a run that dies, or a
-    full disk, leaves the checkpoint before. A model that is not finite is never saved.
+    full disk, leaves the checkpoint before. A model that is not finite is never saved. Which is the
+    best depends on no clock. When the last is written does, and what resumes from it does not: it
+    is the same run from any update on.
 
     State in checkpoints: the best value.
 
@@ -65,6 +67,14 @@ class BestAndLast(Checkpoint):
         """Of the last checkpoint."""
         return self.directory / "last.ckpt"
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._last_saved = time.monotonic()
@@ -89,6 +99,9 @@ class BestAndLast(Checkpoint):
         """Save the last if it is old: epochs of one-example descent can be long."""
         if trainer.world_size > 1:  # not worth an agreement of the ranks at each sweep
             return
+        module = cast(SupervisedModule, pl_module)
+        if module.next_validation(module.updates - 1) == module.updates:
+            return  # it comes next, and belongs to what is saved
         old = time.monotonic() - self._last_saved > max(self.seconds_between, 1.0)
         if old and not _spoilt(pl_module):
             self._save_last(trainer, pl_module)
