@@ -41,7 +41,7 @@ from gdtrain.data.tables import Header
 from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule, parameter_groups
 from gdtrain.objective import Objective
-from gdtrain.reading import printable
+from gdtrain.reading import printable, unpacked_bytes
 from gdtrain.training import (
     Result,
     _quiet,
@@ -820,13 +820,15 @@ def landscape(
     run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     folder = _free(run_folder / "landscape") if directory is None else new_folder(directory)
     recorded = run_folder / "trajectory.npz"
-    size = path.stat().st_size if path.is_file() else 0
-    read = size + (recorded.stat().st_size if recorded.is_file() else 0)
+    files = [file for file in (path, recorded) if file.is_file()]
+    read = sum(unpacked_bytes(file) for file in files)
     _check_memory(read, megabytes, f"The files of {path}")
     trained = load_trained(path, trust)
     model = trained.module.model
     params = [p for p in model.parameters() if p.requires_grad]
-    update = int(trained.state["gdtrain"]["updates"])
+    update = trained.state["gdtrain"].get("updates")
+    if type(update) is not int or update < 0:
+        raise ValueError(f"{path} does not say how many updates were made.")
     snapshots = None
     if recorded.is_file():
         snapshots = Snapshots.load(recorded)
@@ -924,10 +926,13 @@ def _training_objective(
 def _weight_decay(trained: Trained) -> list[float]:
     """λ of each trainable parameter, from the optimizer's groups; a decoupled one is not of J."""
     model, state = trained.module.model, trained.state
-    saved = (state.get("optimizer_states") or [{}])[0].get("param_groups", [])
-    own = parameter_groups(model, state["gdtrain"]["settings"]["decay_biases"] == "True")
-    decays: dict[int, float] = {}
-    for group, then in zip(own, saved, strict=False):
-        decay = 0.0 if then.get("decoupled_weight_decay") else then.get("weight_decay", 0.0)
-        decays.update({id(p): float(decay) for p in group["params"]})
+    try:
+        saved = (state.get("optimizer_states") or [{}])[0].get("param_groups", [])
+        own = parameter_groups(model, state["gdtrain"]["settings"]["decay_biases"] == "True")
+        decays: dict[int, float] = {}
+        for group, then in zip(own, saved, strict=False):
+            decay = 0.0 if then.get("decoupled_weight_decay") else then.get("weight_decay", 0.0)
+            decays.update({id(p): float(decay) for p in group["params"]})
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError("The checkpoint does not say which weight decay it had.") from error
     return [decays.get(id(p), 0.0) for p in model.parameters() if p.requires_grad]
