@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -519,6 +519,7 @@ def _data_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_preprocessing(state: Mapping[str, Any], shape: Sequence[Any], data: Any) -> None:
     """Raise unless it was learnt from such examples, so that its use makes nothing large."""
+    known = {field.name for field in fields(Preprocessing)}
     columns = [data["num_targets"]]
     of = {"mean": shape, "scale": shape, "target_mean": columns, "target_scale": columns}
     lengths = {"classes": data["num_classes"], "feature_names": math.prod(shape)}
@@ -542,7 +543,7 @@ def _check_preprocessing(state: Mapping[str, Any], shape: Sequence[Any], data: A
         elif name == "input_shape":
             right = value is None or list(value) == list(shape)
         else:
-            right = value is None or isinstance(value, bool | int | float | str)
+            right = name in known and (value is None or isinstance(value, bool | int | float | str))
         if not right:
             raise ValueError(f"its preprocessing is damaged: {name!r:.80} does not fit the data.")
 
@@ -553,8 +554,6 @@ def _same_data(
     """The data that a checkpoint was trained on, split and prepared as then."""
     own = dict(overrides or {})
     named = _merged(trained.state["gdtrain"]["description"]["data"], own)
-    if named.get("download"):  # to fetch files is for the user to ask
-        named["download"] = bool(own.get("download", False))
     size = _numbers(named.get("num_examples")) * _numbers(named.get("num_features"))
     if size > _LARGEST and not {"num_examples", "num_features"} & own.keys():
         raise ValueError(
@@ -565,6 +564,8 @@ def _same_data(
         if isinstance(named.get(key), str):
             _log.info("data: read from %s (%s)", printable(named[key]), key)
     data = build_data(named, trained.trust)
+    if getattr(data, "download", False) and not own.get("download"):
+        data.download = False  # type: ignore[attr-defined]  # to fetch files, the user must ask
     data.prepare_data()
     data.setup()
     try:
