@@ -105,16 +105,18 @@ DATA = "gdtrain.data.EmbeddedDataModule"
 ITSELF = {"_target_": "pathlib.Path", "_args_": ["canary"]}
 
 
-def _oc(target, *arguments, **named):
-    words = ",".join([*(f"{k}: {v}" for k, v in named.items())])
-    return f"${{oc.create:{{_target_: {target}, _args_: [{','.join(arguments)}] {', ' * bool(words)}{words}}}}}"
+def _oc(target, *arguments):
+    return f"${{oc.create:{{_target_: {target}, _args_: [{','.join(arguments)}]}}}}"
 
 
 # Where in the description, and what stands there. A part "a.b" is description["a"]["b"].
 DESCRIPTIONS = {
     "sympify": ("model.hidden", _oc("sympy.sympify", "'open(1)'")),
     "made by oc.create": ("model.hidden", _oc("os.mkdir", "canary")),
-    "made in the loss": ("loss", {"_target_": "gdtrain.losses.Huber", "delta": _oc("os.mkdir", "canary")}),
+    "made in the loss": (
+        "loss",
+        {"_target_": "gdtrain.losses.Huber", "delta": _oc("os.mkdir", "canary")},
+    ),
     "made in the data": ("data.name", _oc("os.mkdir", "canary")),
     "environment": ("data.name", "${oc.env:CANARY}"),
     "environment in the model": ("model.activation", "${oc.env:CANARY,relu}"),
@@ -128,16 +130,34 @@ DESCRIPTIONS = {
     "Path.touch": ("model", {"_target_": "pathlib.Path.touch", "_args_": [ITSELF]}),
     "os.system": ("model", {"_target_": "os.system", "command": "touch canary"}),
     "eval": ("model", {"_target_": "builtins.eval", "_args_": ["open('canary', 'w')"]}),
-    "exec in a list": ("model.hidden", [{"_target_": "builtins.exec", "_args_": ["import canary"]}]),
+    "exec in a list": (
+        "model.hidden",
+        [{"_target_": "builtins.exec", "_args_": ["import canary"]}],
+    ),
     "subprocess": ("model", {"_target_": "subprocess.Popen", "args": ["touch", "canary"]}),
     "import of a module": ("model", {"_target_": "canary.Model"}),
-    "our own folders": ("model", {"_target_": "gdtrain.training.claim", "folder": "canary", "config": {}}),
-    "our own data's folders": ("data", {"_target_": "gdtrain.data.sources.Path.mkdir", "_args_": [ITSELF]}),
-    "torch.load by a re-export": ("model", {"_target_": "torch.nn.functional.torch.load", "f": "x"}),
+    "our own folders": (
+        "model",
+        {"_target_": "gdtrain.training.claim", "folder": "canary", "config": {}},
+    ),
+    "our own data's folders": (
+        "data",
+        {"_target_": "gdtrain.data.sources.Path.mkdir", "_args_": [ITSELF]},
+    ),
+    "torch.load by a re-export": (
+        "model",
+        {"_target_": "torch.nn.functional.torch.load", "f": "x"},
+    ),
     "torch by a re-export": ("model", {"_target_": "torch.nn.modules.module.torch.load", "f": "x"}),
-    "torch of our models": ("model", {"_target_": "gdtrain.models.cnn.nn.Linear", "in_features": 4, "out_features": 3}),
+    "torch of our models": (
+        "model",
+        {"_target_": "gdtrain.models.cnn.nn.Linear", "in_features": 4, "out_features": 3},
+    ),
     "inner module": ("model", {"_target_": "gdtrain.models.mlp.MLP", "_partial_": True}),
-    "read_pickle": ("data", {"_target_": "gdtrain.data.sources.pd.read_pickle", "filepath_or_buffer": "x"}),
+    "read_pickle": (
+        "data",
+        {"_target_": "gdtrain.data.sources.pd.read_pickle", "filepath_or_buffer": "x"},
+    ),
     "a function of our data": ("data", {"_target_": "gdtrain.data.read_features", "path": "x"}),
     "a function of our models": ("model", {"_target_": "gdtrain.models.exact_batch_norm_"}),
     "a method": ("model", {"_target_": "torch.nn.Module.register_parameter"}),
@@ -145,11 +165,23 @@ DESCRIPTIONS = {
     "private": ("model", {"_target_": "torch.nn.modules._functions.SyncBatchNorm"}),
     "data as a model": ("model", {"_target_": DATA, "name": "iris"}),
     "a model as a loss": ("loss", {"_target_": "torch.nn.CrossEntropyLoss"}),
-    "a model as data": ("data", {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1}),
+    "a model as data": (
+        "data",
+        {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1},
+    ),
     "weights of torchvision": ("model", {"_target_": "torchvision.models.get_weight", "name": "x"}),
-    "any model of torchvision": ("model", {"_target_": "torchvision.models.get_model", "name": "resnet18", "weights": "DEFAULT"}),
-    "download of weights": ("model", {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"}),
-    "older download of weights": ("model", {"_target_": "torchvision.models.resnet18", "pretrained": True}),
+    "any model of torchvision": (
+        "model",
+        {"_target_": "torchvision.models.get_model", "name": "resnet18", "weights": "DEFAULT"},
+    ),
+    "download of weights": (
+        "model",
+        {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"},
+    ),
+    "older download of weights": (
+        "model",
+        {"_target_": "torchvision.models.resnet18", "pretrained": True},
+    ),
     "backbone's weights": ("model", {"_target_": "torchvision.models.segmentation.fcn_resnet50"}),
     "args": ("model", {"_target_": MLP, "_args_": [[4], 3]}),
     "recursive": ("model._recursive_", False),
@@ -158,7 +190,13 @@ DESCRIPTIONS = {
     "partial in the data": ("data._partial_", True),
     "partial of another kind": ("model._partial_", "yes"),
     "nested in the data": ("data.name", {"_target_": "gdtrain.losses.Huber"}),
-    "nested dataset": ("data", {"_target_": "gdtrain.data.DatasetDataModule", "train": {"_target_": "torchvision.datasets.FakeData"}}),
+    "nested dataset": (
+        "data",
+        {
+            "_target_": "gdtrain.data.DatasetDataModule",
+            "train": {"_target_": "torchvision.datasets.FakeData"},
+        },
+    ),
     "an argument that there is not": ("model.device", "cuda:99"),
     "a name with a line": ("model._target_", "gdtrain.models.MLP\nos.system"),
     "no name": ("model._target_", 3),
@@ -173,12 +211,36 @@ DESCRIPTIONS = {
     "many wide layers": ("model.hidden", [60_000] * 50),
     "many layers": ("model.hidden", [1] * 50_000),
     "beyond 64 bits": ("model.hidden", [10**30]),
-    "layers without end": ("model", {"_target_": "torch.nn.LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 60_000}),
-    "copies without end": ("model", {"_target_": "torch.nn.Transformer", "d_model": 8, "nhead": 1, "num_encoder_layers": 60_000}),
-    "a wide embedding": ("model", {"_target_": "torch.nn.Embedding", "num_embeddings": 10**10, "embedding_dim": 100}),
-    "a wide window": ("model", {"_target_": "torchvision.models.SwinTransformer", "patch_size": [4, 4], "embed_dim": 8, "depths": [1], "num_heads": [1], "window_size": [60_000, 60_000]}),
+    "layers without end": (
+        "model",
+        {"_target_": "torch.nn.LSTM", "input_size": 1, "hidden_size": 1, "num_layers": 60_000},
+    ),
+    "copies without end": (
+        "model",
+        {
+            "_target_": "torch.nn.Transformer",
+            "d_model": 8,
+            "nhead": 1,
+            "num_encoder_layers": 60_000,
+        },
+    ),
+    "a wide embedding": (
+        "model",
+        {"_target_": "torch.nn.Embedding", "num_embeddings": 10**10, "embedding_dim": 100},
+    ),
+    "a wide window": (
+        "model",
+        {
+            "_target_": "torchvision.models.SwinTransformer",
+            "patch_size": [4, 4],
+            "embed_dim": 8,
+            "depths": [1],
+            "num_heads": [1],
+            "window_size": [60_000, 60_000],
+        },
+    ),
     "text without end": ("model.activation", "x" * 10**6),
-}  # fmt: skip
+}
 
 
 def _put(state, place, value):
@@ -426,7 +488,9 @@ CHECKPOINTS = {
     "a tensor of nothing in the pickle": _calling(torch.Tensor, 10**9),
     "text that doubles": _hex,
     "keys in keys": _nested_keys,
-    "an old pickle": _of_bytes(pickle.dumps({"state_dict": {}, "gdtrain": _Calls(os.mkdir, "canary")})),
+    "an old pickle": _of_bytes(
+        pickle.dumps({"state_dict": {}, "gdtrain": _Calls(os.mkdir, "canary")})
+    ),
     "packed": _packed,
     "a part twice": _twice,
     "a part outside": _outside,
@@ -448,7 +512,7 @@ CHECKPOINTS = {
     "weights that are texts": _with(lambda s: s["state_dict"].update({_first(s): "x"})),
     "text": _of_bytes(b"state_dict: 1"),
     "nothing": _of_bytes(b""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("attempt", CHECKPOINTS)
@@ -467,7 +531,7 @@ def _resume(path):
 @pytest.mark.parametrize("attempt", ["packed", "text that doubles", "a number for all weights"])
 def test_every_entrance_checks(attempt, entrance, run):
     path = CHECKPOINTS[attempt](run / "checkpoints" / "last.ckpt")
-    with pytest.raises(ValueError, match="cannot be read as a checkpoint|is damaged"):
+    with pytest.raises(ValueError, match=r"cannot be read as a checkpoint|is damaged"):
         entrance(path)
 
 
@@ -547,7 +611,9 @@ ARRAYS = {
     "row starts beyond": _matrix(data=ONES, indices=[0, 1, 2, 0], indptr=[0, 1, 2, 3, 10**9]),
     "row starts fall": _matrix(data=ONES, indices=[0, 1, 2, 0], indptr=[0, 3, 1, 10**8, 4]),
     "row starts below": _matrix(data=ONES, indices=[0, 1, 2, 0], indptr=[-(10**8), 1, 2, 3, 4]),
-    "indices of 2⁶³ and more": _matrix(data=ONES, indices=np.array([0, 1, 2, 2**64 - 1], np.uint64), indptr=range(5)),
+    "indices of 2⁶³ and more": _matrix(
+        data=ONES, indices=np.array([0, 1, 2, 2**64 - 1], np.uint64), indptr=range(5)
+    ),
     "indices with a point": _matrix(data=ONES, indices=[0, 1, 2, 1e18], indptr=range(5)),
     "fewer columns than values": _matrix(data=ONES, indices=[0], indptr=range(5)),
     "fewer row starts than rows": _matrix(data=ONES, indices=[0, 1, 2, 0], indptr=[0, 4]),
@@ -558,14 +624,24 @@ ARRAYS = {
     "CSC, starts fall": _matrix(b"csc", data=ONES, indices=FOUR, indptr=[0, 3, 10**8, 4]),
     "COO, row beyond": _matrix(b"coo", data=ONES, row=[0, 1, 2, 10**9], col=[0, 1, 2, 0]),
     "COO, column below": _matrix(b"coo", data=ONES, row=FOUR, col=[0, 1, 2, -1]),
-    "COO, rows without end": _matrix(b"coo", data=ONES, row=FOUR, col=[0, 1, 2, 0], shape=(10**10, 3)),
-    "BSR, block beyond": _matrix(b"bsr", data=np.ones((2, 2, 3)), indices=[0, 10**8], indptr=[0, 1, 2]),
-    "BSR, starts fall": _matrix(b"bsr", data=np.ones((2, 2, 3)), indices=[0, 0], indptr=[0, 10**8, 2]),
+    "COO, rows without end": _matrix(
+        b"coo", data=ONES, row=FOUR, col=[0, 1, 2, 0], shape=(10**10, 3)
+    ),
+    "BSR, block beyond": _matrix(
+        b"bsr", data=np.ones((2, 2, 3)), indices=[0, 10**8], indptr=[0, 1, 2]
+    ),
+    "BSR, starts fall": _matrix(
+        b"bsr", data=np.ones((2, 2, 3)), indices=[0, 0], indptr=[0, 10**8, 2]
+    ),
     "DIA, offset beyond": _matrix(b"dia", data=np.ones((1, 3)), offsets=[2**62]),
-    "columns without end": _matrix(data=ONES, indices=[0, 1, 2, 10**12], indptr=range(5), shape=(4, 2 * 10**12)),
+    "columns without end": _matrix(
+        data=ONES, indices=[0, 1, 2, 10**12], indptr=range(5), shape=(4, 2 * 10**12)
+    ),
     "another format": _matrix(b"os.system", data=ONES, indices=FOUR, indptr=range(5)),
     "a header of 10¹² in a matrix": _matrix(data=_npy((10**12,)), indices=FOUR, indptr=range(5)),
-    "objects in a matrix": _matrix(data=_npy((4,), "|O", pickle.dumps([1])), indices=FOUR, indptr=range(5)),
+    "objects in a matrix": _matrix(
+        data=_npy((4,), "|O", pickle.dumps([1])), indices=FOUR, indptr=range(5)
+    ),
     "a packed matrix": _matrix(data=ZEROS, indices=FOUR, indptr=range(5)),
     "10¹² rows": _file("hostile.npy", _npy((10**12, 3))),
     "rows below 0": _file("hostile.npy", _npy((-1, 3), content=bytes(24))),
@@ -573,8 +649,12 @@ ARRAYS = {
     "objects": _objects,
     "a structure": _file("hostile.npy", _npy((1,), [("a", "<f8")], bytes(8))),
     "nothing, 10¹² times": _file("hostile.npy", _npy((10**12,), "<U0")),
-    "a header in brackets": _file("hostile.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"(" * 9000),
-    "a long header": _file("hostile.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31 - 1) + b" " * 100),
+    "a header in brackets": _file(
+        "hostile.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", 9000) + b"(" * 9000
+    ),
+    "a long header": _file(
+        "hostile.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31 - 1) + b" " * 100
+    ),
     "a feature of 10¹⁸": _file("hostile.svm", b"1 1:1 1000000000000000000:2\n0 1:1\n"),
     "a feature of 2³²": _file("hostile.svm", b"1 1:1 4294967296:2\n0 1:1\n"),
     "a feature of 2⁸⁰": _file("hostile.svm", b"1 1:1 1208925819614629174706176:2\n"),
@@ -582,7 +662,7 @@ ARRAYS = {
     "a packed table": _file("hostile.csv.gz", gzip.compress(b"a,b\n" + b"1,2\n" * 2**24, 1)),
     "packed examples": _file("hostile.svm.gz", gzip.compress(b"1 1:1\n" * 2**24, 1)),
     "damaged packing": _file("hostile.svm.gz", gzip.compress(b"1 1:1\n")[:-9]),
-}  # fmt: skip
+}
 
 
 def _train(path):
@@ -697,7 +777,7 @@ FOLDERS = {
     "an endless table": _link("metrics.csv", "/dev/zero"),
     "a link to itself": _link("summary.json", "summary.json"),
     "a pipe": _pipe,
-}  # fmt: skip
+}
 
 
 @pytest.fixture
