@@ -8,12 +8,14 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import lzma
 import math
 import os
 import pickletools
 import stat
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,8 @@ _DEPTH = 32  # of containers in containers
 _DIRECTORY = 64 * _MEGABYTE  # bytes of the list of files in an archive
 _PACKED = 100  # times: how much larger than itself a file may be when it is unpacked
 _ANYWAY = 64 * _MEGABYTE  # bytes that it may be unpacked to in any case
+_XZ_MEMORY = 128 * _MEGABYTE
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _SHARED = 16  # times: how much larger than its file the tensors of a checkpoint may be, if shared
 _NUMBERS_HEADER = 10_000  # characters of what stands before an array
 
@@ -196,7 +200,7 @@ def lines(path: str | Path) -> Iterator[str]:
 
 
 def check_unpacked(path: str | Path) -> None:
-    """Raise where a `.gz` or `.bz2` file, or a `.zip`, would become very much larger.
+    """Raise where a `.gz`, `.bz2`, `.xz` or `.zip` file would become very much larger.
 
     Args:
         path: Of the file; another one is let pass.
@@ -214,18 +218,24 @@ def check_unpacked(path: str | Path) -> None:
     most = max(_ANYWAY, _PACKED * size)
     if suffix == ".zip":
         _check_total(sum(info.file_size for info in _listed(path)), size, path)
-    if suffix not in (".gz", ".bz2"):
+    if suffix not in _OPENERS:
         return
     total = 0
     try:
-        with gzip.open(path) if suffix == ".gz" else bz2.open(path) as file:
+        if suffix == ".xz":
+            _check_xz(path)
+        with _OPENERS[suffix](path) as file:
             while total <= most and (piece := file.read(_MEGABYTE)):
                 total += len(piece)
-    except (EOFError, OSError) as error:
-        raise ValueError(f"{printable(path)} cannot be unpacked: {error}") from None
-    except Exception as error:  # zlib.error
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"{printable(path)} cannot be unpacked: {error}") from None
     _check_total(total, size, path)
+
+
+def _check_xz(path: Path) -> None:
+    """Raise where the first block asks for more memory than xz's own settings do."""
+    with open(path, "rb") as file:
+        lzma.LZMADecompressor(memlimit=_XZ_MEMORY).decompress(file.read(_MEGABYTE), max_length=1)
 
 
 def _check_total(total: int, size: int, path: str | Path) -> None:

@@ -569,7 +569,10 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path)
         ValueError: The checkpoint last.ckpt does not match the model: expected weight of shape ...
     """
     own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    saved = {k: tuple(v.shape) for k, v in state.items()}
+    saved = {
+        k: tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"
+        for k, v in state.items()
+    }
     for name in sorted(own.keys() | saved.keys()):
         if own.get(name) != saved.get(name):
             raise ValueError(
