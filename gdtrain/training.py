@@ -49,6 +49,7 @@ from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
 from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.reading import check_checkpoint
 from gdtrain.schedules import ReduceOnPlateau, Schedule
 from gdtrain.step_sizes import StepSize
 from gdtrain.stopping import Stop, StopReason
@@ -546,11 +547,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"There is no checkpoint {path}. A run keeps its own in <its folder>/checkpoints/."
         )
     try:
+        check_checkpoint(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        why = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is damaged, or holds more than numbers, "
-            f"texts and tensors ({type(error).__name__})."
+            f"texts and tensors ({why})."
         ) from None
     parts = {"state_dict", "gdtrain"}
     if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
@@ -576,7 +579,10 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path)
         ValueError: The checkpoint last.ckpt does not match the model: expected weight of shape ...
     """
     own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    saved = {k: tuple(v.shape) for k, v in state.items()}
+    saved = {
+        k: tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"
+        for k, v in state.items()
+    }
     for name in sorted(own.keys() | saved.keys()):
         if own.get(name) != saved.get(name):
             raise ValueError(

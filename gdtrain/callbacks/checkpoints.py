@@ -132,11 +132,10 @@ class BestAndLast(Checkpoint):
         best = checkpoint.parent / "best.ckpt"
         if not best.is_file() or best.resolve() == self.best_path.resolve():
             return
-        updates = [
-            torch.load(path, map_location="cpu", weights_only=True)["gdtrain"]["updates"]
-            for path in (best, checkpoint)
-        ]
-        if updates[0] <= updates[1]:
+        from gdtrain.training import load_checkpoint
+
+        updates = [load_checkpoint(path)["gdtrain"].get("updates") for path in (best, checkpoint)]
+        if all(isinstance(n, int) for n in updates) and updates[0] <= updates[1]:
             self.directory.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(best, self.best_path)
 

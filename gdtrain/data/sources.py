@@ -7,7 +7,7 @@ import io
 import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -15,7 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from gdtrain.data.module import DataModule, Raw
-from gdtrain.data.sparse import is_sparse
+from gdtrain.data.sparse import is_sparse, rows_of
+from gdtrain.reading import check_array_file, check_unpacked, read_arrays
 
 __all__ = [
     "ArrayDataModule",
@@ -486,7 +487,7 @@ def features(inputs: Any) -> Any:
             f"Inputs must be numbers of shape (N, D) or (N, C, H, W), N and D >= 1. Received: "
             f"shape {x.shape}, dtype {x.dtype}."
         )
-    return x.tocsr() if is_sparse(x) else x
+    return rows_of(x) if is_sparse(x) else x
 
 
 def _array(values: Any) -> NDArray[Any]:
@@ -521,29 +522,66 @@ def _is_classification(targets: NDArray[Any], task: Task, whole: bool = False) -
 
 
 def _load_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
+    if is_zipfile(path):
+        raise ValueError(f"{path} must hold one array (.npy). Received: several (.npz).")
+    check_array_file(path)
     try:
-        loaded = np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
+        loaded: NDArray[Any] = np.load(
+            path, mmap_mode="r" if memory_map else None, allow_pickle=False
+        )
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} could not be read as an array of numbers in NumPy's format "
             f"({type(error).__name__})."
         ) from None
-    if not isinstance(loaded, np.ndarray):
-        loaded.close()
-        raise ValueError(f"{path} must hold one array (.npy). Received: several (.npz).")
     return loaded
 
 
 def _load_npz(path: Path) -> Any:
-    from scipy.sparse import load_npz
+    """A matrix as `scipy.sparse.save_npz` keeps it, made of arrays that were checked."""
+    from scipy import sparse
 
     try:
-        return load_npz(path)
-    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+        found = read_arrays(path)
+        kind = found["format"].item()
+        kind = kind.decode() if isinstance(kind, bytes) else kind
+        names = _SPARSE_ARRAYS[kind]
+        shape = tuple(int(n) for n in found["shape"])
+        numbers = tuple(found[name] for name in names)
+        if found["shape"].dtype.kind not in "iu" or any(
+            a.dtype.kind not in "fiub" for a in numbers
+        ):
+            raise TypeError("they are no numbers")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} could not be read as a matrix of scipy.sparse.save_npz "
-            f"({type(error).__name__})."
+            f"{path} could not be read as a matrix of scipy.sparse.save_npz ({error})."
         ) from None
+    stored = sum(a.nbytes for a in numbers)
+    if len(shape) != 2 or shape[0] > stored + 2**20 or not _is_wide_enough(shape[1], stored):
+        raise ValueError(
+            f"{path} could not be read as a matrix of scipy.sparse.save_npz: it claims the shape "
+            f"{shape}, and has {stored:,} bytes of entries."
+        )
+    parts: Any = (numbers[0], tuple(numbers[1:])) if kind == "coo" else numbers
+    try:
+        return rows_of(getattr(sparse, f"{kind}_array")(parts, shape=shape))
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path} could not be read as a matrix: {error}") from None
+
+
+# The arrays of each format in such a file, as SciPy's constructors take them.
+_SPARSE_ARRAYS = {
+    "csr": ("data", "indices", "indptr"),
+    "csc": ("data", "indices", "indptr"),
+    "bsr": ("data", "indices", "indptr"),
+    "coo": ("data", "row", "col"),
+    "dia": ("data", "offsets"),
+}
+
+
+def _is_wide_enough(width: int, stored: int) -> bool:
+    """Whether a file of so many bytes may have so many features: a weight is made for each."""
+    return width <= max(2**25, 8 * stored)
 
 
 def _load_libsvm(
@@ -560,12 +598,18 @@ def _load_libsvm(
 
     tables, targets = [], []
     for path in paths:
+        check_unpacked(path)
         try:
             x, y = load_svmlight_file(str(path), zero_based=True, dtype=number)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, OverflowError, EOFError) as error:
             raise ValueError(
                 f"{path} could not be read as LIBSVM, lines of a label and feature:value: {error}"
             ) from None
+        if not _is_wide_enough(x.shape[1], path.stat().st_size):
+            raise ValueError(
+                f"{path} could not be read as LIBSVM: it has a feature {x.shape[1] - 1:,}, and "
+                f"{path.stat().st_size:,} bytes."
+            )
         tables.append(csr_array(x))
         targets.append(y)
     has_zero = any((x.indices == 0).any() for x in tables)

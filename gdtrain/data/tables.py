@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from gdtrain.data.module import DataModule, Raw
 from gdtrain.data.sources import Task, _existing, _is_classification
+from gdtrain.reading import check_unpacked
 
 __all__ = ["CSVDataModule", "Table", "is_table"]
 
@@ -114,6 +115,7 @@ class Table:
         if not isinstance(header, bool) and header != "auto":
             raise ValueError(f"{key} must be true, false or auto. Received: {header!r}.")
         self.path = Path(path)
+        check_unpacked(self.path)
         self._skipped_lines = 0
         self.delimiter = self._find_delimiter()
         with self._open() as file:
