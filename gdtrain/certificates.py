@@ -100,10 +100,11 @@ class Certificate:
         dual: D at the best feasible α that was found: a lower bound of min P.
         gap: P − D, range [0, ∞) (rounding below 0 is shown as 0); P − min P is at most this.
         relative_gap: gap / max(|P|, tiny).
+        work: Passes over the N examples that it took, each with a product of all inputs.
         seconds: That it took to compute.
 
     Example:
-        >>> Certificate(primal=0.5, dual=0.49, gap=0.01, relative_gap=0.02, seconds=0.0).gap
+        >>> Certificate(0.5, dual=0.49, gap=0.01, relative_gap=0.02, work=2.0, seconds=0.0).gap
         0.01
     """
 
@@ -111,20 +112,22 @@ class Certificate:
     dual: float
     gap: float
     relative_gap: float
+    work: float
     seconds: float
 
     def numbers(self) -> dict[str, float]:
         """All of them in a plain container.
 
         Example:
-            >>> sorted(Certificate(0.5, 0.5, 0.0, 0.0, 0.0).numbers())
-            ['dual', 'gap', 'primal', 'relative_gap', 'seconds']
+            >>> sorted(Certificate(0.5, 0.5, 0.0, 0.0, 2.0, 0.0).numbers())
+            ['dual', 'gap', 'primal', 'relative_gap', 'seconds', 'work']
         """
         return {
             "primal": self.primal,
             "dual": self.dual,
             "gap": self.gap,
             "relative_gap": self.relative_gap,
+            "work": self.work,
             "seconds": self.seconds,
         }
 
@@ -139,7 +142,7 @@ def duality_gap(
     bias_decay: float = 0.0,
     *,
     tolerance: float = 1e-6,
-    seconds: float = math.inf,
+    work: float = math.inf,
 ) -> Certificate:
     """The duality gap of a linear model: how far its objective is from the minimum at most.
 
@@ -153,14 +156,14 @@ def duality_gap(
         bias_decay: λ_b, range [0, ∞).
         tolerance: A better α is looked for until the relative gap is at most this, or is known to
             be owed to W and b; range [0, ∞).
-        seconds: After which no better α is looked for, range [0, ∞].
+        work: As for `LinearProblem.certify`.
 
     Returns:
         P, D and their gap.
 
     Raises:
         NoCertificateError: The loss is not one of gdtrain's, or λ = 0.
-        ValueError: λ_b or the shapes are out of range.
+        ValueError: λ_b, `work` or the shapes are out of range.
 
     Example:
         One example x = 1, y = 1, λ = 1: P(w) = ½(w − 1)² + ½w², least at w = ½, where it is ¼.
@@ -174,7 +177,7 @@ def duality_gap(
     problem = LinearProblem(
         x, y, loss, len(w), weight_decay, bias=b is not None, bias_decay=bias_decay
     )
-    return problem.certify(w, b, tolerance=tolerance, seconds=seconds)
+    return problem.certify(w, b, tolerance=tolerance, work=work)
 
 
 # ---------------------------------------------------------------------- losses and conjugates
@@ -507,6 +510,7 @@ class LinearProblem:
         self.has_bias = bias
         self.dual = _dual_of(loss, targets, outputs)
         self.balances = bias and bias_decay == 0
+        self.passes = 0.0  # over the N examples, that were made so far
         self._kept: Tensor | None = None
         self._lowest: tuple[float, Tensor, Tensor | None] | None = None  # P met so far, W, b
         self._least_squares = _Quadratic(self) if weight_decay == 0 else None
@@ -586,11 +590,13 @@ class LinearProblem:
             weight: (C, D), float64.
             bias: (C,), float64.
         """
+        self.passes += 1
         made = torch.cat([x @ weight.T for _, x in self._parts()])
         return made if bias is None else made + bias
 
     def _gathered(self, alpha: Tensor) -> Tensor:
         """A = (1/N) Σ_i α_i x_iᵀ, (C, D)."""
+        self.passes += 1
         total: Tensor | float = 0.0
         for part, x in self._parts():
             total = total + alpha[part].T @ x
@@ -641,7 +647,7 @@ class LinearProblem:
         bias: Tensor | None = None,
         *,
         tolerance: float = 1e-6,
-        seconds: float = math.inf,
+        work: float = math.inf,
         lower: float = 0.0,
     ) -> Certificate:
         """The gap at W and b.
@@ -651,7 +657,9 @@ class LinearProblem:
             bias: (C,).
             tolerance: A better α is looked for until the relative gap is at most this, or is known
                 to be owed to W and b; range [0, ∞).
-            seconds: After which no better α is looked for, range [0, ∞].
+            work: Passes over the N examples, after which no better α is looked for; range (0, ∞].
+                The first α takes two, whatever it is. A search that has ended so goes on at the
+                next call; the answer depends on the calls before and on no clock.
             lower: A lower bound of min P that is known already, such as `dual` of an earlier
                 certificate of this problem. (0 always is one.)
 
@@ -659,9 +667,11 @@ class LinearProblem:
             P, D and their gap.
 
         Raises:
-            ValueError: The shapes do not fit.
+            ValueError: The shapes do not fit, or `work` is out of range.
         """
-        started = time.perf_counter()
+        if not work > 0:
+            raise ValueError(f"work must lie in (0, ∞]. Received: work={work}.")
+        started, before = time.perf_counter(), self.passes
         w, b = double(weight), None if bias is None else double(bias)
         if (b is None) == self.has_bias:
             raise ValueError(
@@ -676,7 +686,7 @@ class LinearProblem:
             primal = float(self.dual.values(z).mean()) + self._penalty(w, b)
             if math.isfinite(primal):
                 wanted = max(tolerance * abs(primal), 1e-15)
-                search = _Search(self, primal, wanted, started + seconds, lower)
+                search = _Search(self, primal, wanted, before + work, lower)
                 search.run(w, b, z)
                 lower = search.best
         gap = max(primal - lower, 0.0) if math.isfinite(primal) else math.inf
@@ -685,17 +695,32 @@ class LinearProblem:
             lower,
             gap,
             gap / max(abs(primal), torch.finfo(torch.float64).tiny) if gap < math.inf else gap,
+            self.passes - before,
             time.perf_counter() - started,
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a search goes on, in plain containers: the lowest P that was met, its W and b."""
+        return {"lowest": None if self._lowest is None else list(self._lowest)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from `state_dict`: `certify` then answers as it would have.
+
+        Args:
+            state_dict: Of a problem with the same data.
+        """
+        lowest = state_dict["lowest"]
+        self._lowest = None if lowest is None else (lowest[0], lowest[1], lowest[2])
 
 
 class _Search:
     """Looks for a good α: `best` is the largest D so far, a lower bound of min P."""
 
     def __init__(
-        self, problem: LinearProblem, primal: float, wanted: float, until: float, lower: float
+        self, problem: LinearProblem, primal: float, wanted: float, most: float, lower: float
     ) -> None:
-        self.problem, self.primal, self.wanted, self.until = problem, primal, wanted, until
+        self.problem, self.primal, self.wanted = problem, primal, wanted
+        self.most = most  # passes, counted by the problem, after which it is over
         self.best = lower
         self.least = primal  # the smallest P that was met: min P lies in [best, least]
 
@@ -707,8 +732,13 @@ class _Search:
             self.primal - self.best <= self.wanted
             or unknown <= 1e-2 * self.wanted
             or unknown <= 1e-3 * (self.primal - self.least)
-            or time.perf_counter() > self.until
+            or self.is_over
         )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether as many passes were made as it may make."""
+        return self.problem.passes >= self.most
 
     def run(self, w: Tensor, b: Tensor | None, z: Tensor) -> None:
         if self.primal - self.best <= self.wanted:
@@ -786,6 +816,7 @@ class _Search:
             return torch.cat([made, last[:, None]], 1)
 
         diagonal = torch.zeros_like(gradient)
+        problem.passes += 1
         for part, x in problem._parts():
             diagonal += second[part].T @ x.square() / problem.count
         diagonal += problem.weight_decay
@@ -802,7 +833,7 @@ class _Search:
         # Superlinear where the gap is far from what is wanted, exact near the end.
         enough = first * min(0.1, math.sqrt(first)) ** 2
         for _ in range(min(_CONJUGATE, 2 * r.numel())):
-            if inner <= enough or time.perf_counter() > self.until:
+            if inner <= enough or self.is_over:
                 break
             q = product(p)
             curved = float((p * q).sum())
@@ -880,9 +911,14 @@ class _Search:
         scale = problem.weight_decay * problem.count
         linear = s * (x @ fixed) / problem.weight_decay - 1
         factor = s[:, None] * x / math.sqrt(scale)
-        found, b = _box_quadratic(
-            factor, linear, s if problem.balances else None, -excess, self.until
-        )
+        # A step's matrix takes as many products as it has rows, and its solutions a few more.
+        share, rows = len(near) / problem.count, min(factor.shape)
+
+        def is_over() -> bool:
+            problem.passes += share * (rows + 8)
+            return problem.passes > self.most
+
+        found, b = _box_quadratic(factor, linear, s if problem.balances else None, -excess, is_over)
         made = others
         made[near] = found.clamp(0, 1)
         return made, b
@@ -898,7 +934,11 @@ class _Search:
 
 
 def _box_quadratic(
-    factor: Tensor, linear: Tensor, signs: Tensor | None, total: Tensor, until: float
+    factor: Tensor,
+    linear: Tensor,
+    signs: Tensor | None,
+    total: Tensor,
+    is_over: Callable[[], bool],
 ) -> tuple[Tensor, Tensor]:
     """min ½‖Mᵀβ‖² + ⟨q, β⟩ over 0 ≤ β ≤ 1 and, with signs s, ⟨s, β⟩ = total.
 
@@ -911,7 +951,7 @@ def _box_quadratic(
         linear: q, (n,).
         signs: s, (n,); None: no sum is asked for.
         total: Of s·β, a scalar.
-        until: `time.perf_counter()` after which it stops.
+        is_over: Asked before each step whether to stop.
 
     Returns:
         β (n,), strictly inside, and b.
@@ -932,7 +972,7 @@ def _box_quadratic(
         mu = float(low.sum() + high.sum()) / (2 * n)
         # 2 n μ bounds N (P − D).
         small = mu < 1e-13 and float(wrong.abs().max()) < 1e-9 and float(missing.abs()) < 1e-9 * n
-        if small or time.perf_counter() > until:
+        if small or is_over():
             break
         theta = z / beta + u / (1 - beta)
         if n <= d:

@@ -9,14 +9,16 @@ import csv
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
+
+from gdtrain.reading import lines, printable, read_json, read_yaml
 
 __all__ = [
     "CLOCKS",
@@ -35,7 +37,10 @@ Part = Literal["train", "val"]
 Values = NDArray[np.float64]
 
 CLOCKS: tuple[Clock, ...] = ("updates", "examples", "seconds")
+_WORD = 60  # characters of a setting in a contender's name
 _POINTS = 160  # of a curve's common grid
+_LARGEST = 1e15  # of a count, a time or a metric
+_INFINITE = 1e100  # from which on a loss counts as infinite
 _WINDOW = 0.25  # of the examples seen: how far back a point of a curve averages, at most a pass
 _FEWEST = 32  # examples in such an average; curves begin with them
 _RISEN = 1.1  # times its lowest: a validation loss that has
@@ -179,25 +184,65 @@ def read_run(folder: str | Path) -> Run:
         ValueError: missing holds no finished run: it has no summary.json.
     """
     path = Path(folder)
+    shown = printable(path)
     try:
-        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        size = int(summary["data"]["train"])
-        needed = {"variant", "stop_reason", "metrics", "fit_seconds", "updates"}
-        if not isinstance(config, Mapping) or not needed <= summary.keys():
-            raise TypeError
-        if not isinstance(summary["metrics"], Mapping):
-            raise TypeError
+        summary = read_json(path / "summary.json")
+        config = read_yaml(path / "config.yaml")
+        settings = dict(_flat(config))
+        json.dumps(settings, default=str)  # numbers that have no text
+        _check_summary(summary)
     except FileNotFoundError as error:
         name = Path(error.filename).name
-        raise ValueError(f"{path} holds no finished run: it has no {name}.") from None
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        raise ValueError(f"{shown} holds no finished run: it has no {name}.") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path} cannot be read: its config.yaml or summary.json is damaged."
+            f"{shown} cannot be read: its config.yaml or summary.json is damaged "
+            f"({printable(error)})."
         ) from None
     train, val = _curves(path)
-    train = _smooth(train, size)
-    return Run(path, dict(_flat(config)), summary, train, val)
+    train = _smooth(train, int(summary["data"]["train"]))
+    return Run(path, settings, summary, train, val)
+
+
+def _check_summary(summary: Any) -> None:
+    """Raise unless what is read of a summary is of the kind that a run writes."""
+
+    def check(right: bool, key: str) -> None:
+        if not right:
+            raise ValueError(f"{key} is missing, or of another kind")
+
+    def is_number(value: Any) -> bool:
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        return plain and (value != value or abs(value) <= _LARGEST)
+
+    def is_metric(tag: str, value: Any) -> bool:
+        named = len(tag) <= 200 and tag.isprintable() and tag[:1].isalnum()
+        return named and (value is None or isinstance(value, float) or is_number(value))
+
+    check(isinstance(summary, dict), "its content")
+    for key in ("variant", "stop_reason"):
+        value = summary.get(key)
+        check(isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z0-9][\w.-]{0,63}", value)), key)
+    for key in ("fit_seconds", "updates"):
+        check(is_number(summary.get(key)), key)
+    for key in ("batch_size", "examples_seen", "epochs", "parameters"):
+        check(summary.get(key) is None or is_number(summary[key]), key)
+    check(type(summary.get("seed", 0)) is int and is_number(summary.get("seed", 0)), "seed")
+    for key, words in (("device", str), ("engine", str)):
+        check(isinstance(summary.get(key, ""), words | None), key)
+    for key in ("data", "metrics"):
+        check(isinstance(summary.get(key), dict), key)
+    for key in ("versions", "instruments", "stop_numbers"):
+        check(isinstance(summary.get(key) or {}, dict), key)
+    for part in ("train", "val", "test"):
+        size = summary["data"].get(part, 0)
+        check(type(size) is int and 0 <= size <= _LARGEST, f"data.{part}")
+    check(summary["data"].get("train", 0) > 0, "data.train")
+    check(all(is_metric(tag, value) for tag, value in summary["metrics"].items()), "metrics")
+    noise = (summary.get("instruments") or {}).get("noise_scale") or {}
+    check(isinstance(noise, dict) and is_number(noise.get("value") or 0), "noise_scale")
+    versions = (summary.get("versions") or {}).values()
+    check(all(isinstance(v, str) and len(v) <= 100 for v in versions), "versions")
 
 
 def _curves(path: Path) -> tuple[Curve, Curve]:
@@ -207,31 +252,38 @@ def _curves(path: Path) -> tuple[Curve, Curve]:
     """
     places, losses = ("step", "examples", "seconds"), ("loss/train", "loss/val")
     found: dict[str, dict[int, list[float]]] = {tag: {} for tag in losses}
+    shown = printable(path)
     try:
-        with open(path / "metrics.csv", encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            names = reader.fieldnames or ()
-            missing = [name for name in (*places, "loss/train") if name not in names]
-            for row in reader if not missing else ():
-                for tag in losses:
-                    if row.get(tag):
-                        columns = (*places, tag)
-                        found[tag][int(row["step"])] = [float(row[name]) for name in columns]
+        reader = csv.reader(lines(path / "metrics.csv"))
+        names = next(reader, [])
+        missing = [name for name in (*places, "loss/train") if name not in names]
+        columns = {name: names.index(name) for name in (*places, *losses) if name in names}
+        for row in reader if not missing else ():
+            if len(row) != len(names):
+                if not row or len(row) < len(names):  # the line that was being written
+                    continue
+                raise ValueError("a row is longer than the header")
+            for tag in losses:
+                if tag in columns and row[columns[tag]]:
+                    values = [float(row[columns[name]]) for name in (*places, tag)]
+                    if not all(0 <= value <= _LARGEST for value in values[:3]) or 0 in values[:2]:
+                        raise ValueError("a row has no place on the clocks")
+                    found[tag][int(row[columns["step"]])] = values
     except FileNotFoundError:
         raise ValueError(
-            f"{path} has no metrics.csv: its curve was not kept. Train with logger=csv or "
+            f"{shown} has no metrics.csv: its curve was not kept. Train with logger=csv or "
             f"logger=tensorboard."
         ) from None
-    except (OSError, ValueError, TypeError):
-        raise ValueError(f"{path}/metrics.csv is damaged.") from None
+    except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
+        raise ValueError(f"{shown}/metrics.csv is damaged ({printable(error)}).") from None
     if missing:
-        raise ValueError(f"{path}/metrics.csv has no column {missing[0]}.")
+        raise ValueError(f"{shown}/metrics.csv has no column {missing[0]}.")
     return _curve(found["loss/train"]), _curve(found["loss/val"])
 
 
 def _curve(rows: Mapping[int, Sequence[float]]) -> Curve:
     ordered = [rows[step] for step in sorted(rows)]
-    kept = list(itertools.takewhile(lambda row: math.isfinite(row[-1]), ordered))
+    kept = list(itertools.takewhile(lambda row: abs(row[-1]) <= _INFINITE, ordered))
     updates, examples, seconds, losses = np.array(kept, dtype=float).reshape(-1, 4).T
     return Curve(updates, examples, np.maximum(seconds, 1e-4), losses)  # the file's last digit
 
@@ -252,6 +304,8 @@ def _smooth(curve: Curve, size: int) -> Curve:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(config, Mapping):
+        raise ValueError("no settings")
     for name, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -435,7 +489,7 @@ def compare(
     if len(losses) > 1:
         raise ValueError(
             f"Runs that minimise different losses cannot be compared by them. Received: "
-            f"{', '.join(name.rsplit('.', 1)[-1] for name in losses)}."
+            f"{', '.join(_short(name) for name in losses)}."
         )
     groups: dict[str, list[Run]] = {}
     seen: dict[Any, Run] = {}
@@ -447,7 +501,10 @@ def compare(
         if first is run:
             groups.setdefault(key, []).append(run)
         else:  # no new information, but it would narrow the spread
-            left_out.append(f"{run.folder}: the settings and the seed of {first.folder}, again.")
+            left_out.append(
+                f"{printable(run.folder)}: the settings and the seed of {printable(first.folder)}, "
+                f"again."
+            )
     titles = list(groups) if names else _titles([group[0] for group in groups.values()])
     contenders = [
         Contender(title, [r for r in group if not r.lost], [r for r in group if r.lost])
@@ -487,7 +544,8 @@ def _data(run: Run) -> str:
     target = settings.get("data.target") or settings.get("data.target_path")
     sizes = run.summary["data"]
     total = sum(int(sizes.get(part, 0)) for part in ("train", "val", "test"))
-    return f"{name}{f', {target}' if target else ''} ({total:,} examples)"
+    words = printable(f"{name}{f', {target}' if target else ''}")
+    return f"{words} ({total:,} examples)"
 
 
 def _titles(runs: Sequence[Run]) -> list[str]:
@@ -501,7 +559,9 @@ def _titles(runs: Sequence[Run]) -> list[str]:
         # Another choice in a group says what its values are.
         keys = [k for k in keys if k.endswith("._target_") or k.partition(".")[0] not in chosen]
         shown = [k.removeprefix("optimizer.").removesuffix("._target_") for k in keys[:4]]
-        words = [f"{name}={_short(own[k])}" for name, k in zip(shown, keys, strict=False)]
+        words = [
+            f"{printable(name)}={_short(own[k])}" for name, k in zip(shown, keys, strict=False)
+        ]
         more = ["…"] if len(keys) > 4 else []
         titles.append(" ".join([run.variant, *words, *more]))
     return [
@@ -513,7 +573,9 @@ def _titles(runs: Sequence[Run]) -> list[str]:
 def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return str(value).rsplit(".", 1)[-1] if isinstance(value, str) else str(value).replace(" ", "")
+    text = str(value).rsplit(".", 1)[-1] if isinstance(value, str) else str(value).replace(" ", "")
+    text = printable(text)
+    return text if len(text) <= _WORD else f"{text[:_WORD]}…"
 
 
 # ---------------------------------------------------------------------- numbers in words

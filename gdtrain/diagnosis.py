@@ -148,7 +148,12 @@ class Health:
 
 
 @torch.no_grad()
-def examine(objective: Objective, indices: Tensor, draw: int = 0) -> Finding | None:
+def examine(
+    objective: Objective,
+    indices: Tensor,
+    draw: int = 0,
+    watched: Mapping[str, Tensor] | None = None,
+) -> Finding | None:
     """Find what is infinite or not a number in an update, before it is made.
 
     Looks in the order in which one thing makes the next: parameters, inputs, targets, the loss of
@@ -158,6 +163,7 @@ def examine(objective: Objective, indices: Tensor, draw: int = 0) -> Finding | N
         objective: J, at the parameters before the update.
         indices: (B,), the update's examples.
         draw: Names the update's random numbers.
+        watched: The parameters and buffers that should be finite, by name; None: all.
 
     Returns:
         The first cause; None: all is finite, up to the gradient. "examples" in its numbers are
@@ -172,13 +178,11 @@ def examine(objective: Objective, indices: Tensor, draw: int = 0) -> Finding | N
         {'examples': [1], 'features': [0], 'values': ['nan']}
     """
     model = objective.model
-    broken = {
-        name: count
-        for name, t in (*model.named_parameters(), *model.named_buffers())
-        if (count := _bad(t))
-    }
+    if watched is None:
+        watched = dict((*model.named_parameters(), *model.named_buffers()))
+    broken = {name: count for name, t in watched.items() if (count := _bad(t))}
     if broken:
-        listed = [f"{count} of {_size(model, name)} in {name}" for name, count in broken.items()]
+        listed = [f"{count} of {watched[name].numel()} in {name}" for name, count in broken.items()]
         return Finding(
             Cause.WEIGHT,
             f"{_list(listed)} {'are' if sum(broken.values()) > 1 else 'is'} not finite",
@@ -250,10 +254,6 @@ def _bad(tensor: Tensor) -> int:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return 0
     return int((~torch.isfinite(tensor)).sum())
-
-
-def _size(model: nn.Module, name: str) -> int:
-    return dict((*model.named_parameters(), *model.named_buffers()))[name].numel()
 
 
 def _list(words: Sequence[str], count: int | None = None) -> str:

@@ -6,18 +6,18 @@ The only module below the scripts, with `gdtrain.cli`, that knows Hydra.
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import os
 import pkgutil
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -25,9 +25,10 @@ from lightning import Callback, seed_everything
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+from gdtrain.builder import build_data, build_loss, build_model, check_description
 from gdtrain.configuration import (
     ConfigurationError,
     check,
@@ -35,12 +36,21 @@ from gdtrain.configuration import (
     new_folder,
     read_defaults,
 )
-from gdtrain.data import DataModule, Preprocessing, read_features
+from gdtrain.data import (
+    DataModule,
+    EvaluationLoader,
+    Preprocessing,
+    SparseInputs,
+    read_features,
+    read_labelled,
+)
+from gdtrain.data.tables import Header
 from gdtrain.distributed import alone_in
 from gdtrain.launch import check_processes, is_first_process
 from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule, parameter_groups
 from gdtrain.objective import Objective
+from gdtrain.reading import printable, unpacked_bytes
 from gdtrain.training import (
     Result,
     _quiet,
@@ -69,8 +79,9 @@ __all__ = [
     "train",
 ]
 
-# What a checkpoint may name as the class of a model or loss, or of its data.
-_TRUSTED = ("gdtrain.models", "gdtrain.losses", "gdtrain.data", "torch.nn", "torchvision.models")
+_log = logging.getLogger("gdtrain")
+
+_LARGEST = 2**27  # numbers in an example, or in data that are drawn, which a checkpoint may ask for
 
 
 def train(config: DictConfig, directory: str | Path) -> Result:
@@ -355,7 +366,7 @@ def _values(group: DictConfig | None) -> list[Any]:
         one = instantiate(entry, _convert_="all")
         if not isinstance(one, Callback) and not entry.get("_partial_"):
             raise ConfigurationError(
-                f"{name} must be a Lightning callback, or have _partial_: true to be made with the "
+                f"{name!s} must be a Lightning callback, or have _partial_: true to be made with the "
                 f"run's folder. Received: {type(one).__name__}."
             )
         made.append(one)
@@ -567,6 +578,7 @@ class Trained:
         module: With the trained weights.
         preprocessing: As learnt in training.
         state: The checkpoint.
+        trust: Further packages whose classes may be built.
 
     Example:
         >>> from gdtrain.losses import SquaredError
@@ -578,6 +590,7 @@ class Trained:
     module: SupervisedModule
     preprocessing: Preprocessing
     state: dict[str, Any]
+    trust: tuple[str, ...] = ()
 
 
 def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
@@ -610,106 +623,160 @@ def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
             f"{path} does not say how its model is built (it was made in Python, not by the "
             f"command). Build the model there, and load state['state_dict'] into its module."
         )
-    _distrust(description, trust, path)
-    data = _data_state(state, path)
-    preprocessing = Preprocessing.from_state_dict(data["preprocessing"])
-    config = OmegaConf.create(description)
-    loss = _loss(config.loss, data["num_classes"])
-    outputs = loss.outputs(data["num_classes"], data["num_targets"])
-    make = instantiate(config.model, _convert_="all")
-    module = SupervisedModule(
-        _sized(make, tuple(data["input_shape"]), outputs),
-        loss,
-        lambda params: None,  # type: ignore[arg-type,return-value]
-    )
-    weights = {k: v for k, v in state["state_dict"].items() if not k.startswith("evaluation.")}
-    weights |= state["gdtrain"].get("average") or {}
+    try:
+        check_description(description, trust)
+        data = _data_state(state)
+        preprocessing = Preprocessing.from_state_dict(data["preprocessing"])
+        weights = _weights(state)
+        named = description.get("loss")
+        loss = build_loss(named, trust) if named else default_loss(data["num_classes"])
+        model = build_model(
+            description["model"],
+            data["input_shape"],
+            loss.outputs(data["num_classes"], data["num_targets"]),
+            {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")},
+            trust,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from error
+    module = SupervisedModule(model, loss, lambda params: None)  # type: ignore[arg-type,return-value]
     check_fits(weights, module, path)
     module.load_state_dict(weights)
     floating = [v.dtype for v in weights.values() if v.is_floating_point()]
     module.to(floating[0] if floating else None)
     module.eval()
-    return Trained(module, preprocessing, state)
+    return Trained(module, preprocessing, state, trust)
 
 
-def _distrust(node: Any, trust: tuple[str, ...], path: str | Path) -> None:
-    """Raise on a target that is not a layer, model, loss or data module of a trusted package."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            _distrust_target(str(node["_target_"]), trust, path)
-        for value in node.values():
-            _distrust(value, trust, path)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            _distrust(value, trust, path)
+def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of the module: averaged, where a step-size rule averages."""
+    weights = {k: v for k, v in state["state_dict"].items() if not k.startswith("evaluation.")}
+    average = state["gdtrain"].get("average") or {}
+    weights |= average if isinstance(average, dict) else {"average": average}
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(f"its weights must be tensors. Received: {name!r:.80}.")
+    return weights
 
 
-def _distrust_target(target: str, trust: tuple[str, ...], path: str | Path) -> None:
-    roots = (*_TRUSTED, *trust)
-
-    def within(name: str) -> bool:
-        return any(name == root or name.startswith(f"{root}.") for root in roots)
-
-    # First the name, since looking it up imports; then where what it names was defined, since
-    # packages hold other packages' functions: torch.nn.functional.torch.load is torch.load.
-    if within(target):
-        try:
-            found = pkgutil.resolve_name(target)
-        except (ImportError, AttributeError, ValueError):
-            found = None
-        home = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-        kinds = (nn.Module, DataModule)
-        is_model = inspect.isclass(found) and issubclass(found, kinds)
-        makes_model = inspect.isfunction(found) and re.match(
-            r"(gdtrain|torchvision)\.models\.[a-z]", home
-        )
-        trusted = any(home.startswith(f"{root}.") for root in trust)
-        if within(home) and (is_model or makes_model or trusted):
-            return
-    raise ValueError(
-        f"{path} asks to call {target}, which is no model, loss or data module of gdtrain, nor a "
-        f"layer of torch.nn. If you know where the checkpoint comes from: "
-        f"trust={target.split('.')[0]}"
-    )
-
-
-def _data_state(state: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+def _data_state(state: Mapping[str, Any]) -> dict[str, Any]:
     """What the data module has put into the checkpoint, under the name of its class."""
-    name = str(state["gdtrain"]["description"]["data"]["_target_"]).rsplit(".", 1)[-1]
-    if not isinstance(state.get(name), Mapping):
-        raise ValueError(f"{path} holds no preprocessing: no gdtrain data module was trained on.")
-    return dict(state[name])
+    name = str(state["gdtrain"]["description"]["data"].get("_target_")).rpartition(".")[2]
+    data = state.get(name)
+    if not isinstance(data, Mapping) or not isinstance(data.get("preprocessing"), Mapping):
+        raise ValueError("it holds no preprocessing: no gdtrain data module was trained on.")
+    shape, classes, columns = (
+        data.get(key) for key in ("input_shape", "num_classes", "num_targets")
+    )
+    sizes = list(shape) if isinstance(shape, list | tuple) else [None]
+    counts = [columns] if classes is None else [columns, classes]
+    if not all(type(n) is int and n >= 1 for n in (*sizes, *counts)) or math.prod(sizes) > _LARGEST:  # type: ignore[arg-type]
+        raise ValueError(
+            f"input_shape, num_classes and num_targets must be sizes of examples. Received: "
+            f"{shape!r:.80}, {classes!r:.40} and {columns!r:.40}."
+        )
+    _check_preprocessing(data["preprocessing"], sizes, data)
+    return dict(data)
+
+
+def _check_preprocessing(state: Mapping[str, Any], shape: Sequence[Any], data: Any) -> None:
+    """Raise unless it was learnt from such examples, so that its use makes nothing large."""
+    known = {field.name for field in fields(Preprocessing)}
+    columns = [data["num_targets"]]
+    of = {"mean": shape, "scale": shape, "target_mean": columns, "target_scale": columns}
+    lengths = {"classes": data["num_classes"], "feature_names": math.prod(shape)}
+    for name, value in state.items():
+        if name in of:
+            right = value is None or (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and value.ndim <= len(of[name])
+                and all(
+                    n in (1, size)
+                    for n, size in zip(value.shape[::-1], of[name][::-1], strict=False)
+                )
+            )
+        elif name in lengths:
+            right = value is None or (
+                isinstance(value, list)
+                and len(value) == lengths[name]
+                and all(isinstance(x, bool | int | float | str) for x in value)
+            )
+        elif name == "input_shape":
+            right = value is None or list(value) == list(shape)
+        else:
+            right = name in known and (value is None or isinstance(value, bool | int | float | str))
+        if not right:
+            raise ValueError(f"its preprocessing is damaged: {name!r:.80} does not fit the data.")
 
 
 def _same_data(
     trained: Trained, path: str | Path, overrides: Mapping[str, Any] | None
 ) -> DataModule:
     """The data that a checkpoint was trained on, split and prepared as then."""
-    config = {**trained.state["gdtrain"]["description"]["data"], **(overrides or {})}
-    _check_options(config, "data")
-    data: DataModule = instantiate(OmegaConf.create(config), _convert_="all")
+    own = dict(overrides or {})
+    named = _merged(trained.state["gdtrain"]["description"]["data"], own)
+    size = _numbers(named.get("num_examples")) * _numbers(named.get("num_features"))
+    if size > _LARGEST and not {"num_examples", "num_features"} & own.keys():
+        raise ValueError(
+            f"{path} asks for {size:,} numbers to be drawn as its data. If that is meant, say so: "
+            f"data.num_examples={named['num_examples']}."
+        )
+    for key in ("path", "test_path", "target_path", "root"):
+        if isinstance(named.get(key), str):
+            _log.info("data: read from %s (%s)", printable(named[key]), key)
+    data = build_data(named, trained.trust)
+    if getattr(data, "download", False) and not own.get("download"):
+        data.download = False  # type: ignore[attr-defined]  # to fetch files, the user must ask
     data.prepare_data()
     data.setup()
-    data.check_same_data(_data_state(trained.state, path))
+    try:
+        data.check_same_data(_data_state(trained.state))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no preprocessing that can be compared.") from error
     return data
 
 
+def _numbers(value: Any) -> int:
+    return value if type(value) is int and value > 0 else 1
+
+
+def _merged(then: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A description with the user's changes."""
+    merged = dict(then)
+    for key, value in own.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
 def evaluate(
-    path: str | Path, overrides: Mapping[str, Any] | None = None, trust: tuple[str, ...] = ()
+    path: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    trust: tuple[str, ...] = (),
+    *,
+    input_path: str | Path | None = None,
+    target: str | None = None,
+    header: Header | None = None,
 ) -> dict[str, float]:
-    """Test metrics of a checkpoint, on the test part of the data that it was trained on.
+    """Metrics of a checkpoint, on the test part of its data or on a file of new examples.
 
     Args:
         path: Of a checkpoint that the command made.
         overrides: Changes to the data's configuration, such as {"root": "data"}.
         trust: As for `load_trained`.
+        input_path: Examples with targets, all of which are tested on (see
+            `gdtrain.data.read_labelled`); None: the test part of the data that was trained on.
+        target: Where the targets of `input_path` are, as for `read_labelled`; None: as in training.
+        header: Of `input_path`, as for `gdtrain.data.Table`; None: as in training.
 
     Returns:
         By tag: `loss/test`, `metric/<name>/test`.
 
     Raises:
         FileNotFoundError: There is no such checkpoint, or no such data.
-        ValueError: The checkpoint cannot be used, or its data is another.
+        ValueError: The checkpoint cannot be used, its data is another, or the new examples are not
+            like those of training.
 
     Example:
         >>> evaluate("missing.ckpt")
@@ -718,12 +785,58 @@ def evaluate(
         FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
     trained = load_trained(path, trust)
-    data = _same_data(trained, path, overrides)
+    if input_path is not None:
+        if overrides:
+            raise ValueError(
+                f"input=… takes a new file, and data.… changes how the training data is found: set "
+                f"one of them. Received: both, data.{next(iter(overrides))}."
+            )
+        loader = _labelled_loader(trained, input_path, target, header)
+    else:
+        if target is not None or header is not None:
+            raise ValueError("target=… and header=… are of a new file: input=… must name it.")
+        loader = _test_loader(trained, path, overrides)
+    trained.module.use_target_scale(trained.preprocessing.target_scale)
+    return trained.module.evaluate(loader, "test")
+
+
+def _test_loader(
+    trained: Trained, path: str | Path, overrides: Mapping[str, Any] | None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """The test part of the data that a checkpoint was trained on."""
+    try:
+        data = _same_data(trained, path, overrides)
+    except ValueError as error:
+        if "path" in (overrides or {}):
+            raise ValueError(f"{error} A new file is tested on with input=FILE.") from None
+        raise
     if not data.count("test"):
-        raise ValueError("There is no test part: test_fraction was 0.")
-    scale = data.preprocessing.target_scale
-    trained.module.use_target_scale(scale)
-    return trained.module.evaluate(data.evaluation_loader("test"), "test")
+        raise ValueError(
+            "There is no test part: test_fraction was 0. A new file is tested on with input=FILE."
+        )
+    return data.evaluation_loader("test")
+
+
+def _labelled_loader(
+    trained: Trained, input_path: str | Path, target: str | None, header: Header | None
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """All examples of a new file, prepared as those of training."""
+    described = trained.state["gdtrain"]["description"]["data"]
+    numpy_file = Path(input_path).suffix.lower() in (".npy", ".npz")
+    if target is None and numpy_file == str(described["_target_"]).endswith("NPYDataModule"):
+        if described.get("target_path") is not None:
+            raise ValueError(
+                "The targets of training were in a file of their own: target=FILE.npy must name "
+                "those of the new examples."
+            )
+        target = None if described.get("target") is None else str(described["target"])
+    header = described.get("header", "auto") if header is None else header
+    raw, labels = read_labelled(input_path, trained.preprocessing, target, header=header)
+    dtype = next(trained.module.model.parameters()).dtype
+    inputs = trained.preprocessing.inputs(raw, dtype)
+    targets = trained.preprocessing.targets(labels, dtype)
+    size = min(1024, inputs.rows_at_once) if isinstance(inputs, SparseInputs) else 1024
+    return EvaluationLoader(inputs, targets, size)
 
 
 def predict_file(
@@ -731,16 +844,19 @@ def predict_file(
     input_path: str | Path,
     output_path: str | Path,
     trust: tuple[str, ...] = (),
+    *,
+    header: Header | None = None,
 ) -> int:
     """Predictions for a file of examples, as CSV.
 
     Args:
         path: Of a checkpoint that the command made.
-        input_path: `.csv` (columns by name where training had names), `.npy`, or sparse: LIBSVM
-            or `.npz` (see `gdtrain.data.read_features`).
+        input_path: A table (columns by name where training had names; others are not used),
+            `.npy`, or sparse: LIBSVM or `.npz` (see `gdtrain.data.read_features`).
         output_path: A new file, with a column "prediction" (or prediction_0, … for several
-            targets).
+            targets); with tabs if it ends in `.tsv`, compressed if it ends in `.gz` and the like.
         trust: As for `load_trained`.
+        header: Of `input_path`, as for `gdtrain.data.Table`; None: as in training.
 
     Returns:
         The number of examples.
@@ -748,7 +864,8 @@ def predict_file(
     Raises:
         FileNotFoundError: There is no such file.
         FileExistsError: `output_path` exists.
-        ValueError: The examples do not have the training data's shape.
+        ValueError: The examples do not have the training data's shape, or `output_path` cannot be
+            written. It is written whole or not at all.
 
     Example:
         >>> predict_file("missing.ckpt", "new.csv", "predictions.csv")
@@ -758,30 +875,55 @@ def predict_file(
     """
     import pandas as pd
 
-    trained = load_trained(path, trust)
-    preprocessing = trained.preprocessing
-    inputs = read_features(
-        input_path,
-        preprocessing.feature_names,
-        num_features=math.prod(preprocessing.input_shape or ()) or None,
-        first_feature=preprocessing.first_feature,
-    )
-    answers = predict(trained.module, trained.preprocessing, inputs)
-    columns = answers.reshape(len(answers), -1)
-    names = (
-        ["prediction"]
-        if columns.shape[1] == 1
-        else [f"prediction_{i}" for i in range(columns.shape[1])]
-    )
-    table = pd.DataFrame({name: columns[:, i] for i, name in enumerate(names)})
-    output = Path(output_path)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with _new_file(Path(output_path).expanduser()) as output:
+        trained = load_trained(path, trust)
+        preprocessing = trained.preprocessing
+        described = (trained.state["gdtrain"].get("description") or {}).get("data") or {}
+        inputs = read_features(
+            input_path,
+            preprocessing.feature_names,
+            num_features=math.prod(preprocessing.input_shape or ()) or None,
+            first_feature=preprocessing.first_feature,
+            header=described.get("header", "auto") if header is None else header,
+        )
+        answers = predict(trained.module, trained.preprocessing, inputs)
+        columns = answers.reshape(len(answers), -1)
+        names = (
+            ["prediction"]
+            if columns.shape[1] == 1
+            else [f"prediction_{i}" for i in range(columns.shape[1])]
+        )
+        table = pd.DataFrame({name: columns[:, i] for i, name in enumerate(names)})
+        table.to_csv(output, index=False, sep="\t" if ".tsv" in output.name.lower() else ",")
+    return len(answers)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """A place to write a new file to, which is moved to where it belongs once all is written.
+
+    That it can be written is seen beforehand.
+    """
+    taken = f"{path} exists already; choose another output=…"
+    if path.is_dir():
+        raise ValueError(f"output must name a new file. Received: {path}, a folder.")
+    if path.exists():
+        raise FileExistsError(taken)
+    was_there = path.parent.exists()
     try:
-        with open(output, "x", encoding="utf-8", newline="") as file:
-            table.to_csv(file, index=False)
-    except FileExistsError:
-        raise FileExistsError(f"{output} exists already; choose another output=…") from None
-    return int(np.shape(inputs)[0])
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=".predictions-")
+        except OSError as error:
+            raise ValueError(f"output={path} cannot be written: {error.strerror}.") from None
+        with scratch as folder:
+            yield Path(folder) / path.name
+            if path.exists():
+                raise FileExistsError(taken)
+            os.replace(Path(folder) / path.name, path)
+    finally:
+        if not was_there:
+            discard_empty(path.parent)
 
 
 # ---------------------------------------------------------------------- the landscape
@@ -841,13 +983,15 @@ def landscape(
     run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     folder = _free(run_folder / "landscape") if directory is None else new_folder(directory)
     recorded = run_folder / "trajectory.npz"
-    size = path.stat().st_size if path.is_file() else 0
-    read = size + (recorded.stat().st_size if recorded.is_file() else 0)
+    files = [file for file in (path, recorded) if file.is_file()]
+    read = sum(unpacked_bytes(file) for file in files)
     _check_memory(read, megabytes, f"The files of {path}")
     trained = load_trained(path, trust)
     model = trained.module.model
     params = [p for p in model.parameters() if p.requires_grad]
-    update = int(trained.state["gdtrain"]["updates"])
+    update = trained.state["gdtrain"].get("updates")
+    if type(update) is not int or update < 0:
+        raise ValueError(f"{path} does not say how many updates were made.")
     snapshots = None
     if recorded.is_file():
         snapshots = Snapshots.load(recorded)
@@ -945,10 +1089,13 @@ def _training_objective(
 def _weight_decay(trained: Trained) -> list[float]:
     """λ of each trainable parameter, from the optimizer's groups; a decoupled one is not of J."""
     model, state = trained.module.model, trained.state
-    saved = (state.get("optimizer_states") or [{}])[0].get("param_groups", [])
-    own = parameter_groups(model, state["gdtrain"]["settings"]["decay_biases"] == "True")
-    decays: dict[int, float] = {}
-    for group, then in zip(own, saved, strict=False):
-        decay = 0.0 if then.get("decoupled_weight_decay") else then.get("weight_decay", 0.0)
-        decays.update({id(p): float(decay) for p in group["params"]})
+    try:
+        saved = (state.get("optimizer_states") or [{}])[0].get("param_groups", [])
+        own = parameter_groups(model, state["gdtrain"]["settings"]["decay_biases"] == "True")
+        decays: dict[int, float] = {}
+        for group, then in zip(own, saved, strict=False):
+            decay = 0.0 if then.get("decoupled_weight_decay") else then.get("weight_decay", 0.0)
+            decays.update({id(p): float(decay) for p in group["params"]})
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError("The checkpoint does not say which weight decay it had.") from error
     return [decays.get(id(p), 0.0) for p in model.parameters() if p.requires_grad]

@@ -12,7 +12,6 @@ import math
 import os
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from gdtrain.objective import Objective, untouched
+from gdtrain.reading import read_arrays
 
 __all__ = ["Grid", "Landscape", "Line", "Plane", "Snapshots", "directions", "plane_of", "save"]
 
@@ -178,18 +178,26 @@ class Snapshots:
             ValueError: It holds something else, or is damaged.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                found = cls(
-                    file["updates"],
-                    file["parameters"],
-                    file["names"].tolist(),
-                    file["sizes"].tolist(),
-                )
-        except (ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-            raise ValueError(
-                f"{path} cannot be read as the path of a run ({type(error).__name__})."
-            ) from None
-        if found.parameters.ndim != 2 or found.updates.shape != found.parameters.shape[:1]:
+            file = read_arrays(path)
+            found = cls(
+                file["updates"],
+                file["parameters"],
+                file["names"].tolist(),
+                file["sizes"].tolist(),
+            )
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read as the path of a run ({error}).") from None
+        if (
+            found.parameters.ndim != 2
+            or found.parameters.dtype.kind != "f"
+            or found.updates.dtype.kind not in "iu"
+            or found.updates.shape != found.parameters.shape[:1]
+            or bool((np.diff(found.updates) <= 0).any())
+            or file["names"].dtype.kind != "U"
+            or file["sizes"].dtype.kind not in "iu"
+            or not file["names"].ndim == file["sizes"].ndim == 1
+            or len(found.names) != len(found.sizes)
+        ):
             raise ValueError(f"{path} cannot be read as the path of a run (of another shape).")
         return found
 

@@ -18,8 +18,12 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
+from lightning import LightningModule
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -30,11 +34,14 @@ from gdtrain.data.dataset import DatasetDataModule, PairLoader
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.hooks import Sight, before_step, call, overrides, sight
 from gdtrain.losses import Loss
-from gdtrain.objective import Objective, Rows
+from gdtrain.models import exact_batch_norm_
+from gdtrain.objective import Objective, Rows, own_part, prediction_of, untouched
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.race import Race, race
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule, WarmupStableDecay
+from gdtrain.snapshot import Snapshot
 from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
 from gdtrain.stopping import Stop
 from gdtrain.sweep import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
@@ -47,10 +54,13 @@ _SWEEP_SECONDS = (
     0.1  # that a sweep of automatic length takes: Lightning's own cost is then below 1%
 )
 _MOST_UPDATES = 2**16  # of such a sweep
+_ENDLESS = 2**62  # updates of a run without a planned end
+_PASS = 1024  # examples, of a pass that renews the statistics of BatchNorm
+_SCHEDULED = "scheduled_lr"  # of a group: its "lr" as the schedule left it
 _BATCH = 8  # examples, from which on convolutions gain from another layout
 
 # Callbacks to which only the epochs with a validation matter.
-_INDIFFERENT = (EarlyStopping, GradientAccumulationScheduler)
+_INDIFFERENT = (EarlyStopping,)
 
 _NORMS = (
     nn.modules.batchnorm._NormBase,
@@ -94,11 +104,16 @@ class SupervisedModule(LightningModule):
     - a block of indices (K, B) from a gdtrain data module, whose examples stay resident;
     - a pair (inputs, targets), from `DatasetDataModule` or any other loader: one update.
 
+    Between two steps, callbacks may freeze or free parameters, add groups to the optimizer
+    (`BaseFinetuning`), set a group's "lr", or bring a scheduler (`StochasticWeightAveraging`): the
+    next update has what they set.
+
     It logs `loss/val`, `loss/test` and `metric/<name>/val`, `metric/<name>/test` for callbacks;
     `gdtrain.callbacks.LossCurves` writes them, with the training loss, to the loggers.
 
     Args:
-        model: (B, …) to (B, C).
+        model: (B, …) to (B, C); a tuple whose first entry that is, or a mapping with it as
+            `logits`, will do (`gdtrain.objective.prediction_of`).
         loss: Per example.
         optimizer: From parameters or groups to an optimizer, such as
             `functools.partial(SGD, lr=0.1)`; or an optimizer of the model's parameters.
@@ -210,7 +225,15 @@ class SupervisedModule(LightningModule):
         self._micro_batch_size: int | None = None
         self._pair_micro_batch_size: int | None = None
         self._draws = 0
+        self._declaring: list[Any] = []  # callbacks that say at which updates they must see the run
+        self._sight = Sight("", (), ())
+        self._hook: Any = None  # of the optimizer's steps
+        self._is_training = self._guarded = False
         self._checked = False
+        self._constant: frozenset[str] = frozenset()  # buffers that were not finite at the start
+        self._owned = 0  # parameters of the optimizer, in all groups
+        self._renews_statistics = False  # of BatchNorm, at the end
+        self._single = ""  # where a pass over one example will come from, if one will
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's predictions.
@@ -218,7 +241,7 @@ class SupervisedModule(LightningModule):
         Args:
             x: (B, …).
         """
-        return self.model(x)
+        return prediction_of(self.model(x))
 
     # ------------------------------------------------------------------ set-up
 
@@ -290,6 +313,8 @@ class SupervisedModule(LightningModule):
         Args:
             stage: Lightning's.
         """
+        if stage == "fit":
+            self._see()  # before callbacks do anything
         preprocessing = getattr(self.trainer.datamodule, "preprocessing", None)  # type: ignore[attr-defined]
         self.use_target_scale(getattr(preprocessing, "target_scale", None))
         for part in ("val", "test"):
@@ -324,7 +349,42 @@ class SupervisedModule(LightningModule):
                 f"precision={precision} needs a gradient scaler, which a sweep of updates does not "
                 f"have. Use trainer.precision=bf16-mixed or 32."
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, StochasticWeightAveraging):
+                self._prepare_averaging(callback)
         self.stop = None
+        self._see()
+
+    def _see(self) -> None:
+        """Ask who must see which updates of the run; refuse who cannot."""
+        trainer: Any = self.trainer
+        by_rule = any(getattr(o, "step_size", None) is not None for o in trainer.optimizers)
+        found = sight(trainer.callbacks, self, trainer.log_every_n_steps, by_rule)
+        if type(self).training_step is not SupervisedModule.training_step and not found.single:
+            found = found._replace(single=f"{type(self).__name__} has its own training_step")
+        self._sight = found
+        self._guarded = any(isinstance(c, OnExceptionCheckpoint) for c in trainer.callbacks)
+        # Right here, where the state after an update is what a resumed run goes on with.
+        warnings.filterwarnings(
+            "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_st"
+        )
+
+    def _prepare_averaging(self, callback: StochasticWeightAveraging) -> None:
+        """Let Lightning average weights, but not renew BatchNorm's statistics in a further epoch.
+
+        Its way needs sized loaders, and would be planned as an epoch of updates; the statistics are
+        made at the end of training instead.
+        """
+        rule = getattr(self.trainer.optimizers[0], "step_size", None)
+        if rule is not None and rule.owns_rate:
+            raise ValueError(
+                f"StochasticWeightAveraging sets η (swa_lrs), and {type(rule).__name__} computes "
+                f"it: set optimizer.lr to a number, without a step-size rule."
+            )
+        if callback._model_contains_batch_norm and self.trainer.max_epochs != -1:
+            callback._model_contains_batch_norm = False
+            self.trainer.fit_loop.max_epochs -= 1  # type: ignore[operator]
+            self._renews_statistics = True
 
     def on_train_start(self) -> None:
         """Go on from the update that the trainer is at."""
@@ -332,6 +392,9 @@ class SupervisedModule(LightningModule):
         loader = trainer.train_dataloader
         self.updates = trainer.global_step
         self.validation, self.validated_at = {}, -1
+        self._constant = frozenset(
+            name for name, b in self.model.named_buffers() if not torch.isfinite(b).all()
+        )
         self._engine, self._ended_at_average = None, False
         self._objective, self._pair_micro_batch_size = None, None
         if self.updates == 0:
@@ -346,6 +409,7 @@ class SupervisedModule(LightningModule):
             self._draws = data.seed & (2**30 - 1)
         if isinstance(loader, PairLoader):
             self._pair_micro_batch_size = data.micro_batch_size
+            self._single = _single_example(plan)
         elif isinstance(loader, IndexLoader):
             inputs, targets = (_to(t, self.device, self._precision) for t in data.examples("train"))
             micro: int | Literal["auto"] | None = data.micro_batch_size
@@ -372,6 +436,7 @@ class SupervisedModule(LightningModule):
             )
             if self._micro_batch_size is not None:  # of the run that is resumed
                 self._objective.micro_batch_size = self._micro_batch_size
+            self._single = _single_example(plan, self._objective)
             self._check(inputs, targets)
             self._lay_out(loader.batch_size)
             loader.epochs_per_iteration = self._epochs_at_once(data.count("val") > 0)
@@ -379,6 +444,7 @@ class SupervisedModule(LightningModule):
             if getattr(optimizer, "step_size", None) is not None:
                 optimizer.batch_fraction = loader.batch_size / loader.num_examples
         else:
+            self._single = _single_example(loader)
             per_epoch = trainer.num_training_batches
             if math.isfinite(per_epoch):
                 self.updates_per_epoch = int(per_epoch)
@@ -390,8 +456,98 @@ class SupervisedModule(LightningModule):
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
+        if self.total_updates is None:
+            self._check_endless()
+        self._listen()
+        groups = self.optimizers(use_pl_optimizer=False).param_groups  # type: ignore[union-attr]
+        self._owned = sum(len(group["params"]) for group in groups)
         if self.step_size == "auto" and self.updates == 0:
             self._find_rate()
+        for group in groups:
+            group[_SCHEDULED] = group["lr"]
+        self._declaring = [c for c in cast(Any, trainer).callbacks if hasattr(c, "next_update")]
+        if isinstance(loader, IndexLoader):
+            # Lightning has fetched the first block already, before anybody could be asked.
+            iter(cast(Any, trainer.fit_loop._data_fetcher))
+
+    def _check_endless(self) -> None:
+        """Where no end is planned, η must not depend on one."""
+        if self._schedule_is_automatic:
+            self.schedule = Constant()
+        updates, size = 2.0 ** torch.arange(-1, 40, dtype=torch.float64), self.updates_per_epoch
+        totals = (2**20, 2**30)
+        one, other = (self.schedule(updates.floor(), total, size) for total in totals)
+        if not torch.equal(one, other):
+            raise ValueError(
+                f"{self.schedule!r} is a function of the planned updates. Received: max_epochs="
+                f"{self.trainer.max_epochs} and max_steps={self.trainer.max_steps}, which plan no "
+                f"end. Set one of them, or take schedule=constant."
+            )
+
+    def _listen(self) -> None:
+        """Call the hooks of those who act on each step of the optimizer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._sight.step:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, Optimizer)
+
+            def listen(optimizer: Any, arguments: Any, options: Any) -> None:
+                if self._is_training:  # and no update that is only tried, or made once more
+                    before_step(self._sight.step, self.trainer, self, optimizer)
+
+            self._hook = optimizer.register_step_pre_hook(listen)
+        if self._sight.single and isinstance(self.trainer.train_dataloader, IndexLoader):
+            _log.info(
+                "sweeps: one update a step, because %s; each step costs Lightning about 0.4 ms",
+                self._sight.single,
+            )
+
+    def next_update(self, update: int) -> int | None:
+        """The smallest update number above one at which a callback must see the run.
+
+        A sweep ends there. A callback that acts on batches, and knows that a batch may be a sweep
+        of several updates, declares at which updates it must see the state, by a method
+        `next_update(update)` of the same meaning (None: wherever sweeps end will do). It must be a
+        function of the update number alone, and of what is fixed before training or carried in its
+        state in checkpoints: a block is fetched before the one before it is trained on. For other
+        callbacks that act on batches, a batch is one update.
+
+        Args:
+            update: Number of updates made, range [0, ∞).
+
+        Returns:
+            None: there is no such update.
+
+        Raises:
+            ValueError: A callback names an update that is not above the one asked about.
+        """
+        if self._sight.single:
+            return update + 1
+        wanted = [cut(update) for cut in self._sight.cuts]
+        for callback in self._declaring:
+            found = callback.next_update(update)
+            if found is not None and found <= update:
+                raise ValueError(
+                    f"{type(callback).__name__}.next_update({update}) must be above {update}, "
+                    f"or None. Received: {found}."
+                )
+            wanted += [] if found is None else [found]
+        return min(wanted, default=None)
+
+    def next_validation(self, update: int) -> int | None:
+        """The smallest update number above one at which the run validates; None: it never does.
+
+        Args:
+            update: Number of updates made, range [0, ∞).
+        """
+        trainer: Any = self.trainer
+        data = trainer.datamodule
+        if self._plan is None or not trainer.enable_validation or not data.count("val"):
+            return None
+        every = (trainer.check_val_every_n_epoch or 1) * self.updates_per_epoch
+        return (update // every + 1) * every
 
     def _find_rate(self) -> None:
         """Let step sizes race, where an update sees only some of the examples."""
@@ -447,11 +603,7 @@ class SupervisedModule(LightningModule):
             trainer.world_size > 1
             or trainer.fast_dev_run
             or trainer.reload_dataloaders_every_n_epochs
-            or any(
-                getattr(type(owner), hook) is not getattr(kind, hook)
-                for owner, kind in ((self, LightningModule), *((c, Callback) for c in callbacks))
-                for hook in hooks
-            )
+            or any(overrides(owner, hook) for owner in (self, *callbacks) for hook in hooks)
         ):
             return 1
         if validated and trainer.enable_validation:
@@ -470,6 +622,10 @@ class SupervisedModule(LightningModule):
 
     def on_train_end(self) -> None:
         """End at the average, if there is one, and in the default layout, as view() expects."""
+        self._declaring, self._sight = [], Sight("", (), ())
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
         optimizer, rule = self._averaging()
         if rule is not None:
             rule.eval(optimizer)
@@ -477,6 +633,11 @@ class SupervisedModule(LightningModule):
         for m in self.model.modules():
             if isinstance(m, nn.Conv2d):
                 m.to(memory_format=torch.contiguous_format)
+        if self._renews_statistics and self._objective is not None:
+            self._renews_statistics = False
+            inputs = self._objective.inputs
+            parts = torch.arange(len(inputs), device=self.device).split(_PASS)
+            exact_batch_norm_(self.model, lambda: (inputs[part] for part in parts))
 
     def _refuse_counts_of_steps(self) -> None:
         trainer = self.trainer
@@ -517,6 +678,16 @@ class SupervisedModule(LightningModule):
         every = self.trainer.check_val_every_n_epoch or 1
         return self.updates == self.total_updates or (position == 0 and epoch % every == 0)
 
+    def watched(self) -> dict[str, Tensor]:
+        """What stays finite in a sound run, by name: trainable parameters, and buffers.
+
+        A buffer that was not finite when training began, such as a causal mask of −∞, is left out.
+        """
+        return {
+            **{name: p for name, p in self.model.named_parameters() if p.requires_grad},
+            **{n: b for n, b in self.model.named_buffers() if n not in self._constant},
+        }
+
     @property
     def micro_batch_size(self) -> int | None:
         """M, once training has begun; None: a whole batch, or a rank's part of it."""
@@ -543,7 +714,7 @@ class SupervisedModule(LightningModule):
         examples, targets = inputs[extremes], targets[extremes]
         self.model.eval()
         try:
-            prediction = self.model(examples)
+            prediction = self(examples)
         except RuntimeError as error:
             raise ValueError(
                 f"The model does not take examples of shape {tuple(examples.shape[1:])}: {error}"
@@ -551,7 +722,21 @@ class SupervisedModule(LightningModule):
         finally:
             self.model.train()
         self.loss.check(prediction, targets)
+        if self._single:
+            self._refuse_one(examples[:1])
         self._checked = True
+
+    def _refuse_one(self, example: Tensor) -> None:
+        """Raise, if the model cannot be trained on the passes over one example that will come."""
+        with untouched(self.model):
+            try:
+                self.model(example)
+            except (RuntimeError, ValueError) as error:
+                raise ValueError(
+                    f"The model cannot be trained on one example by itself ({error}), and "
+                    f"{self._single}. Choose another batch_size, or a norm that does not mix "
+                    f"examples: model.norm=group (torch.nn.GroupNorm, LayerNorm)."
+                ) from error
 
     # ------------------------------------------------------------------ training
 
@@ -565,12 +750,11 @@ class SupervisedModule(LightningModule):
         Returns:
             (K,), float64.
         """
-        total = self.total_updates if self.total_updates is not None else first + count
-        made = self.schedule(
-            torch.from_numpy(np.arange(first, first + count, dtype=np.float64)),
-            max(total, 1),
-            self.updates_per_epoch,
-        )
+        if self.trainer.lr_scheduler_configs:  # a callback's, which decides from here on
+            return torch.full((count,), self.rate_cut, dtype=torch.float64)
+        total = _ENDLESS if self.total_updates is None else max(self.total_updates, 1)
+        updates = torch.from_numpy(np.arange(first, first + count, dtype=np.float64))
+        made = self.schedule(updates, total, self.updates_per_epoch)
         return made if self.rate_cut == 1.0 else made * self.rate_cut
 
     def training_step(
@@ -583,12 +767,15 @@ class SupervisedModule(LightningModule):
             batch_idx: Lightning's.
 
         Returns:
-            "losses" (K,), "rates" (K,), η of the first group, "first", the number of the first of
-            these updates, "examples", how many made one update, and "seconds" that all took.
+            "losses" (K,), "loss", the last of them, "rates" (K,), η of the first group, "first",
+            the number of the first of these updates, "examples", how many made one update, and
+            "seconds" that all took.
         """
         first = self.updates
+        self._follow_callbacks()
         started = time.perf_counter()
-        losses, indices = self.make_updates(batch, first)
+        with self._training():
+            losses, indices = self.make_updates(batch, first)
         count = len(indices)
         if losses.is_cuda:
             torch.cuda.synchronize()  # once per sweep: its time is measured
@@ -605,14 +792,61 @@ class SupervisedModule(LightningModule):
             counts.completed += count
         # What Lightning passes to loggers as the step; it adds 1 for this batch itself.
         epoch_loop._batches_that_stepped = self.updates - 1
+        if self.updates % self.updates_per_epoch == 0:
+            optimizer: Any = self.optimizers(use_pl_optimizer=False)
+            for config in self.trainer.lr_scheduler_configs:
+                optimizer._opt_called = True  # schedulers ask: not every engine calls step()
+                self.lr_scheduler_step(config.scheduler, None)
         self._lengthen(count, seconds)
         return {
+            "loss": losses[-1],
             "losses": losses,
             "rates": self._rates,
             "seconds": seconds,
             "first": first,
             "examples": indices.shape[1],
         }
+
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        """Around the updates of the run itself."""
+        trainer, optimizer = self.trainer, self.optimizers(use_pl_optimizer=False)
+        call(self._sight.step, "on_before_zero_grad", trainer, self, optimizer)
+        before = None
+        if self._guarded and self._objective is not None and isinstance(optimizer, Optimizer):
+            before = Snapshot(self._objective, optimizer)
+        self._is_training = True
+        try:
+            yield
+        except BaseException:
+            if before is not None:  # what OnExceptionCheckpoint saves is the state that is counted
+                before.give_back()
+            raise
+        finally:
+            self._is_training = False
+
+    def _follow_callbacks(self) -> None:
+        """Go on with what a callback has changed since the last sweep.
+
+        Parameters that were frozen are left alone, those that were freed are trained. A group that
+        was added, or whose "lr" was set, has that η at the next update, and is scheduled from there
+        on in proportion.
+        """
+        optimizer: Any = self.optimizers(use_pl_optimizer=False)
+        factor = float(self.rate_factors(self.updates, 1))
+        scheduled = bool(self.trainer.lr_scheduler_configs)  # by a callback's scheduler
+        for group in optimizer.param_groups:
+            if scheduled or "initial_lr" not in group or group["lr"] != group[_SCHEDULED]:
+                group["initial_lr"] = group["lr"] / factor if factor > 0 else group["lr"]
+        objective = self._objective
+        if objective is None:
+            return
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        owned = sum(len(group["params"]) for group in optimizer.param_groups)
+        if owned != self._owned or [*map(id, trainable)] != [*map(id, objective.params)]:
+            for p in objective.params:
+                p.grad = None  # a frozen parameter is not stepped along an old gradient
+            objective.params, self._owned, self._engine = trainable, owned, None
 
     def make_updates(
         self, batch: Tensor | tuple[Tensor, Tensor], first: int
@@ -716,6 +950,8 @@ class SupervisedModule(LightningModule):
     def _run(self, engine: Engine, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
         losses = engine(indices, factors, draw)
         self._rates = engine.rates
+        for group in engine.optimizer.param_groups:
+            group[_SCHEDULED] = group["lr"]
         return losses
 
     def _choose(self, optimizer: Optimizer) -> Engine:
@@ -778,7 +1014,7 @@ class SupervisedModule(LightningModule):
             batch_idx: Lightning's.
         """
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
-        return self.loss.decide(self.model(_to(inputs, self.device, self._precision)))
+        return self.loss.decide(self(_to(inputs, self.device, self._precision)))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Take one slice of the test part in.
@@ -835,7 +1071,7 @@ class SupervisedModule(LightningModule):
         if not len(inputs):
             return
         inputs, targets = (_to(t, self.device, self._precision) for t in (inputs, targets))
-        prediction = self.model(inputs)
+        prediction = self(inputs)
         losses = self.loss(prediction, targets)
         decided = self.loss.decide(prediction)
         if self.loss.task == "regression":
@@ -954,6 +1190,46 @@ class SupervisedModule(LightningModule):
         self._engine_before = state["engine"]
         if isinstance(self.schedule, ReduceOnPlateau) and state["schedule"] is not None:
             self.schedule.load_state_dict(state["schedule"])
+
+
+def _single_example(loader: Any, objective: Objective | None = None) -> str:
+    """Where a pass over a single example will come from; nothing, where none will, or none knows.
+
+    Args:
+        loader: A plan, or a `DataLoader`.
+        objective: J, whose micro-batches and ranks divide the batches.
+    """
+    try:
+        size = loader.batch_size
+        count = loader.num_examples if isinstance(loader, IndexLoader) else len(loader.dataset)
+    except (AttributeError, TypeError):
+        return ""
+    if size is None:
+        return ""
+    sizes = [size]
+    if count % size and not getattr(loader, "drop_last", False):
+        sizes.append(count % size)
+    if 1 in sizes:
+        return (
+            "each update sees one"
+            if size == 1
+            else f"the last batch of an epoch has one: {count} examples in batches of {size}; "
+            f"batches of {next(b for b in range(size + 1, count + 2) if count % b != 1)} end "
+            f"otherwise"
+        )
+    if objective is None:
+        return ""
+    micro = objective.micro_batch_size
+    for size in sizes:
+        start, end = own_part(size, objective.rank, objective.ranks)
+        own = end - start
+        if 1 in ({own} if micro is None else {min(micro, own), own % micro}):
+            return (
+                f"a pass has one: {own} examples of a batch"
+                + (f" in passes of {micro}" if micro is not None else "")
+                + (f" on one of {objective.ranks} processes" if objective.ranks > 1 else "")
+            )
+    return ""
 
 
 class _MeanLoss(Metric):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gdtrain.dropout import Dropout, drawing
 
-__all__ = ["Objective", "Rows", "buffers_of", "own_part", "untouched"]
+__all__ = ["Objective", "Rows", "buffers_of", "own_part", "prediction_of", "untouched"]
 
 _ACTIVATIONS = 64 * 2**20  # bytes that a pass of automatic size may keep for its backward pass
 
@@ -100,6 +100,47 @@ def untouched(model: nn.Module) -> Iterator[None]:
             owner[name] = buffer
 
 
+def prediction_of(output: Any) -> Tensor:
+    """The prediction in what a model returns.
+
+    A tensor is the prediction itself; of a tuple or list, it is the first entry; of a mapping, the
+    entry `logits`, or the only one.
+
+    Args:
+        output: Of a model's forward pass.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        ValueError: There is none at that place.
+
+    Example:
+        >>> logits, hidden = torch.zeros(2, 3), torch.ones(2, 8)
+        >>> outputs = logits, (logits, hidden), {"hidden": hidden, "logits": logits}
+        >>> all(prediction_of(output) is logits for output in outputs)
+        True
+    """
+    if isinstance(output, Tensor):
+        return output
+    first = None
+    if isinstance(output, Mapping):
+        first = output.get("logits", next(iter(output.values())) if len(output) == 1 else None)
+    elif isinstance(output, tuple | list) and output:
+        first = output[0]
+    if isinstance(first, Tensor):
+        return first
+    what = type(output).__name__
+    if isinstance(output, Mapping):
+        what += f" with the keys {', '.join(map(repr, output)) or '(none)'}"
+    elif isinstance(output, tuple | list):
+        what += f" of {', '.join(type(entry).__name__ for entry in output) or 'nothing'}"
+    raise ValueError(
+        f"A model must return its prediction as a tensor, as the first entry of a tuple or list, "
+        f"or as the entry 'logits' (or the only one) of a mapping. Received: {what}."
+    )
+
+
 class Rows(Protocol):
     """What inputs must offer: a tensor does, and so do rows that stay in a file.
 
@@ -118,7 +159,7 @@ class Objective:
     """J over resident (or memory-mapped) examples, by micro-batches.
 
     Args:
-        model: (B, …) to (B, C).
+        model: (B, …) to (B, C), see `prediction_of`.
         loss: (B, C) and targets to (B,).
         inputs: (N, …).
         targets: (N, …), on the device of the model.
@@ -408,8 +449,8 @@ class Objective:
         params = {name: p for name, p in self.model.named_parameters() if id(p) in owned}
 
         def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            prediction = torch.func.functional_call(self.model, params, (x[None],))
-            return self.loss(prediction, y[None]).sum()
+            output = torch.func.functional_call(self.model, params, (x[None],))
+            return self.loss(prediction_of(output), y[None]).sum()
 
         gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
         detached = {name: p.detach() for name, p in params.items()}
@@ -428,7 +469,7 @@ class Objective:
         return [made[name] for name in params]
 
     def _losses(self, indices: Tensor) -> Tensor:
-        return self.loss(self.model(self.inputs[indices]), self.targets[indices])
+        return self.loss(prediction_of(self.model(self.inputs[indices])), self.targets[indices])
 
     # ------------------------------------------------------------------ ranks
 

@@ -30,7 +30,7 @@ from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.module import SupervisedModule, parameter_groups
-from gdtrain.objective import Objective, untouched
+from gdtrain.objective import Objective, prediction_of, untouched
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.sweep import choose
 
@@ -416,13 +416,13 @@ class _Test:
         extremes = torch.stack([flat.argmin(), flat.argmax()])
         with torch.no_grad():
             try:
-                prediction = model(self.inputs[extremes])
+                output = model(self.inputs[extremes])
             except RuntimeError as error:
                 raise ValueError(
                     f"The model does not take examples of shape {tuple(self.inputs.shape[1:])}: "
                     f"{error}"
                 ) from error
-            self.module.loss.check(prediction, self.targets[extremes])
+            self.module.loss.check(prediction_of(output), self.targets[extremes])
 
     def _copies(self) -> tuple[Objective, Optimizer]:
         """A model like the module's, with an optimizer of its parameters."""

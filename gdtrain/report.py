@@ -398,7 +398,8 @@ def _tick(axes: Any, which: str, low: float, high: float) -> None:
 
 
 def _wrapped(name: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(name, width))
+    """Over several lines; a dollar sign begins no formula."""
+    return "\n".join(textwrap.wrap(name, width)).replace("$", "\\$")
 
 
 def _write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:

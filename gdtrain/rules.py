@@ -79,8 +79,10 @@ def descend_(
     ours = maximize  # whether d is a temporary, which may change in place, or `grads`
     # Autograd, where it looks on, keeps operands that are about to change: it gets copies.
     theta = [p.clone() for p in params] if torch.is_grad_enabled() else params
+    weight_decay = _read(weight_decay)
     if isinstance(weight_decay, Tensor):
-        d, ours = _plus(d, torch._foreach_mul(theta, weight_decay), 1, ours), True
+        penalty = torch._foreach_mul(theta, weight_decay.reshape(()))
+        d, ours = _plus(d, penalty, 1, ours), True
     elif weight_decay != 0:
         d, ours = _plus(d, theta, weight_decay, ours), True
     if momentum != 0:
@@ -90,10 +92,22 @@ def descend_(
         d = _plus(d, b, momentum, ours) if nesterov else b
     if isinstance(lr, Tensor):
         lr = lr.reshape(())
-    if isinstance(lr, Tensor) and (lr.requires_grad or torch.compiler.is_compiling()):
+    if isinstance(lr, Tensor) and _is_factor(lr):
         torch._foreach_sub_(params, torch._foreach_mul(d, lr))
     else:
         torch._foreach_add_(params, d, alpha=-lr)  # type: ignore[arg-type]
+
+
+def _is_factor(number: Tensor) -> bool:
+    """Whether it must stay a tensor: autograd or the compiler looks at it."""
+    return number.requires_grad or torch.compiler.is_compiling()
+
+
+def _read(number: float | Tensor) -> float | Tensor:
+    """As a number where it may be one: its products and sums then round as in torch.optim."""
+    if not isinstance(number, Tensor) or _is_factor(number):
+        return number
+    return float(number.item())
 
 
 def _plus(
@@ -165,7 +179,7 @@ def fused_descend_(
     lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
-    weight_decay: float = 0.0,
+    weight_decay: float | Tensor = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
     grad_scale: Tensor | None = None,
@@ -201,7 +215,7 @@ def fused_descend_(
         "lr": lr,
         "momentum": momentum,
         "dampening": dampening,
-        "weight_decay": weight_decay,
+        "weight_decay": _read(weight_decay),
         "nesterov": nesterov,
         "maximize": maximize,
     }

@@ -347,6 +347,11 @@ class StepSize:
         """Whether it averages θ, so that `eval` has something to show."""
         return False
 
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The names that it gives to `Sight.keep`: a checkpoint has a place for each."""
+        return ()
+
     def rate(self, sight: Sight) -> float:
         """η of this update, before a schedule's factor.
 
@@ -658,6 +663,11 @@ class BarzilaiBorwein(StepSize):
     def needs_full_batch(self) -> str | None:
         """Noise is no curvature."""
         return "the difference of two batches' gradients is noise, not curvature"
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The last update's θ and d."""
+        return ("theta", "direction")
 
     def rate(self, sight: Sight) -> float:
         """The secant's η, after the test."""
@@ -1097,6 +1107,11 @@ class DoG(StepSize):
         """Whether θ̄ is kept."""
         return self.averaging
 
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """θ₀ and θ̄."""
+        return ("start", "average") if self.averaging else ("start",)
+
     def rate(self, sight: Sight) -> float:
         """r̄ / √Σ‖d‖²."""
         distance = _farthest(sight, self.start)
@@ -1179,6 +1194,11 @@ class DoWG(StepSize):
     def needs_total_updates(self) -> bool:
         """The decay does."""
         return self.decay is not None
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """θ₀."""
+        return ("start",)
 
     def rate(self, sight: Sight) -> float:
         """r̄²/√v, capped and decayed."""
@@ -1278,6 +1298,11 @@ class InverseSmoothness(StepSize):
             "the curvature of one batch is not that of f, and 1/L is no safe step for noisy "
             "gradients (L may be given, as smoothness=)"
         )
+
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """The direction of the largest curvature, from which the next search begins."""
+        return ("vector",) if self.smoothness is None else ()
 
     def rate(self, sight: Sight) -> float:
         """1/L."""
@@ -1408,6 +1433,11 @@ class ScheduleFree(StepSize):
         """Always."""
         return True
 
+    @property
+    def keeps(self) -> tuple[str, ...]:
+        """z, x, and what the rule keeps."""
+        return ("z", "x", *(() if self.rule is None else self.rule.keeps))
+
     def rate(self, sight: Sight) -> float:
         """The rule's η; what it remembers is kept apart."""
         sight.keep_missing("z", sight.params)
@@ -1496,7 +1526,8 @@ def _squared_norm(tensors: Sequence[Tensor]) -> float:
     """Σ ‖t‖², added up in double precision."""
     if not tensors:
         return 0.0
-    norms = torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors])
+    own = torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors])
+    norms = [_over_ranks(n) for n in own]
     if all(n.is_cpu for n in norms):
         return sum(n.item() ** 2 for n in norms)
     return float(torch.stack([n.to(norms[0].device).double() for n in norms]).square().sum())
@@ -1504,10 +1535,20 @@ def _squared_norm(tensors: Sequence[Tensor]) -> float:
 
 def _inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Σ ⟨a, b⟩, the real part where they are complex."""
-    products = [torch.vdot(_flat(x), _flat(y)).real for x, y in zip(a, b, strict=True)]
+    products = [
+        _over_ranks((x.conj() * y).sum()).real
+        if hasattr(x, "full_tensor")
+        else torch.vdot(_flat(x), _flat(y)).real
+        for x, y in zip(a, b, strict=True)
+    ]
     if all(p.is_cpu for p in products):
         return sum(p.item() for p in products)
     return float(torch.stack([p.to(products[0].device).double() for p in products]).sum())
+
+
+def _over_ranks(number: Tensor) -> Tensor:
+    """All of it, where the parameters are divided between ranks (DTensor)."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
 
 
 def _flat(t: Tensor) -> Tensor:

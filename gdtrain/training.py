@@ -41,6 +41,7 @@ from gdtrain.callbacks import (
     ProgressLine,
 )
 from gdtrain.callbacks.curves import described
+from gdtrain.callbacks.interrupt import OwnSignals, as_keyboard_interrupt
 from gdtrain.configuration import read_defaults
 from gdtrain.data import ArrayDataModule, DataModule, features
 from gdtrain.distributed import ExactDDP, alone_in
@@ -48,6 +49,7 @@ from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
 from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.reading import check_checkpoint
 from gdtrain.schedules import ReduceOnPlateau, Schedule
 from gdtrain.step_sizes import StepSize
 from gdtrain.stopping import Stop, StopReason
@@ -180,6 +182,7 @@ def fit(
     directory: str | Path | None = None,
     checkpoint: str | Path | None = None,
     progress: bool = True,
+    interruptible: bool = False,
     **data_options: Any,
 ) -> Result:
     """Train a model on arrays: the same run as the command, without Hydra.
@@ -206,6 +209,9 @@ def fit(
             None: nothing is written.
         checkpoint: Go on from this checkpoint.
         progress: Whether to draw a progress bar on a terminal.
+        interruptible: True: at the first Ctrl-C or SIGTERM the run ends in good order, and the
+            result says INTERRUPTED. False: signals are the program's; Ctrl-C is a
+            KeyboardInterrupt, and SIGTERM ends the process.
         **data_options: As for `ArrayDataModule`: `val_fraction`, `test_fraction`, `task`, `test`,
             `sampling`, `standardize`, …
 
@@ -280,7 +286,9 @@ def fit(
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise ValueError(f"epochs must be a whole number of at least 1. Received: {epochs!r}.")
         arguments["max_epochs"] = epochs
-    callbacks: list[Any] = [Divergence(), LossCurves(), Convergence(), Interrupt()]
+    callbacks: list[Any] = [Divergence(), LossCurves(), Convergence()]
+    if interruptible:
+        callbacks.append(Interrupt())
     loggers: list[Any] = []
     if progress:
         callbacks.append(ProgressLine())
@@ -443,6 +451,8 @@ def run(
     if curves is None:
         curves = LossCurves()
         built.append(curves)
+    if not any(isinstance(c, Interrupt) for c in built):
+        built.append(OwnSignals())
     with _quiet(), alone_in(folder, trainer) as make_trainer:
         made_loggers = [] if folder is None else [make(save_dir=folder) for make in loggers]
         lightning = make_trainer(
@@ -475,7 +485,8 @@ def run(
         if folder is not None and (folder / "config.yaml").is_file():
             config = (folder / "config.yaml").read_text(encoding="utf-8")
             _log_text(lightning, "configuration", f"```yaml\n{config}```", module.updates)
-        lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
+        with as_keyboard_interrupt():
+            lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
         seconds = curves.seconds
         stop = _why(lightning, module)
         metrics = {}
@@ -530,7 +541,7 @@ def predict(
     model.eval()
     with torch.no_grad():
         decided = [
-            module.loss.decide(model(part.to(parameter.device))) for part in x.split(batch_size)
+            module.loss.decide(module(part.to(parameter.device))) for part in x.split(batch_size)
         ]
     model.train(was_training)
     return preprocessing.answers(torch.cat(decided))
@@ -561,11 +572,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"There is no checkpoint {path}. A run keeps its own in <its folder>/checkpoints/."
         )
     try:
+        check_checkpoint(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        why = str(error) if type(error) is ValueError else type(error).__name__
         raise ValueError(
             f"{path} cannot be read as a checkpoint: it is damaged, or holds more than numbers, "
-            f"texts and tensors ({type(error).__name__})."
+            f"texts and tensors ({why})."
         ) from None
     parts = {"state_dict", "gdtrain"}
     if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
@@ -591,7 +604,10 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path)
         ValueError: The checkpoint last.ckpt does not match the model: expected weight of shape ...
     """
     own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    saved = {k: tuple(v.shape) for k, v in state.items()}
+    saved = {
+        k: tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"
+        for k, v in state.items()
+    }
     for name in sorted(own.keys() | saved.keys()):
         if own.get(name) != saved.get(name):
             raise ValueError(
@@ -609,7 +625,7 @@ def _check_settings(state: Mapping[str, Any], module: SupervisedModule, path: st
     groups = state["optimizer_states"][0]["param_groups"]
     for i, group in enumerate(module.configure_optimizers().param_groups):
         saved = groups[i] if i < len(groups) else {}
-        unlike = {"params", "lr", "param_names", "step_size"}  # what a run changes
+        unlike = {"params", "lr", "scheduled_lr", "param_names", "step_size"}  # what a run changes
         if module.step_size == "auto":
             unlike.add("initial_lr")
         for name in sorted((group.keys() | saved.keys()) - unlike):

@@ -188,7 +188,7 @@ def test_weak_duality_and_strong(loss, bias, seed, decay, scale):
     for size in (0.0, 0.1, 1.0, 3.0):
         other = point(size)
         assert gap.dual <= objective(loss, *other, x, y, decay, bias_decay) + 1e-12
-    quick = duality_gap(w, b, x, y, loss, decay, bias_decay, seconds=0.0)
+    quick = duality_gap(w, b, x, y, loss, decay, bias_decay, work=1.0)
     assert 0 <= quick.dual <= gap.dual + 1e-9
 
 
@@ -347,8 +347,42 @@ def test_parameters_of_any_type_are_taken_as_they_are_and_computed_in_float64():
 def test_a_bound_that_is_known_is_kept():
     x, y = torch.tensor([[1.0]]), torch.tensor([1.0])
     problem = LinearProblem(x, y, SquaredError(), 1, 1.0, bias=False)
-    gap = problem.certify(torch.zeros(1, 1), seconds=0.0, lower=0.25 - 1e-9)
+    gap = problem.certify(torch.zeros(1, 1), work=1.0, lower=0.25 - 1e-9)
     assert gap.dual == 0.25 - 1e-9
+
+
+@pytest.mark.parametrize("loss", [Logistic(), Hinge(), CrossEntropy()], ids=repr)
+def test_work_bounds_a_search_whatever_the_clock_and_it_goes_on(loss, monkeypatch):
+    """Passes are counted: the same answers at any speed, and from an earlier search's state."""
+    rng = np.random.default_rng(3)
+    x, y, outputs = problem_of(loss, rng)
+    x, y = (torch.from_numpy(np.asarray(part)) for part in (x, y))
+    w, b = torch.zeros(outputs, x.shape[1]), torch.zeros(outputs)
+
+    def searches(speed, reload):
+        now = iter(range(10**6))
+        monkeypatch.setattr("gdtrain.certificates.time.perf_counter", lambda: speed * next(now))
+        problem = LinearProblem(x, y, loss, outputs, 0.01)
+        found = []
+        for work in (3.0, 8.0, 8.0, math.inf):
+            if reload:
+                state = problem.state_dict()
+                problem = LinearProblem(x, y, loss, outputs, 0.01)
+                problem.load_state_dict(state)
+            made = problem.certify(w, b, tolerance=1e-9, work=work)
+            found.append((made.primal, made.dual, made.gap, made.work))
+        return found
+
+    slow = searches(1.0, False)
+    assert searches(1e-4, False) == searches(1e4, True) == slow
+    whole = slow[-1][3]
+    for (*_, spent), work in zip(slow[:3], (3.0, 8.0, 8.0), strict=True):
+        assert spent <= work + 25  # a step of Newton's is not left in the middle
+    assert whole + sum(row[3] for row in slow[:3]) > 11  # it had more to do
+    assert slow[0][1] < slow[-1][1]
+    for work in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"work must lie in \(0, ∞\]. Received: work="):
+            LinearProblem(x, y, loss, outputs, 0.01).certify(w, b, work=work)
 
 
 # ---------------------------------------------------------------------- least squares

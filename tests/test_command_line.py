@@ -359,27 +359,9 @@ def test_a_table_of_ones_own_from_training_to_predictions(tmp_path):
 
 
 def test_a_checkpoint_cannot_call_what_it_likes(tmp_path):
-    from gdtrain.experiment import load_trained
-
-    path = tmp_path / "evil.ckpt"
-    for target in (
-        "pathlib.Path.write_text",
-        "torch.nn.functional.torch.load",
-        "gdtrain.data.sources.Path.unlink",
-        "gdtrain.data.sources.pd.read_pickle",
-        "torch.nn.modules.module.Module.register_parameter",
-        "torch.nn.NothingOfTheKind",
-        "torchvision.models.get_weight",
-        "torch.nnevil.Layer",
-    ):
-        description = {
-            "model": {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": target}]},
-            "loss": None,
-            "data": {"_target_": "gdtrain.data.EmbeddedDataModule", "name": "digits"},
-        }
-        torch.save({"state_dict": {}, "gdtrain": {"description": description}}, path)
-        with pytest.raises(ValueError, match=f"asks to call {re.escape(target)}"):
-            load_trained(path)
+    data = {"_target_": "gdtrain.data.EmbeddedDataModule", "name": "digits"}
+    description = {"model": {"_target_": "pathlib.Path.unlink"}, "loss": None, "data": data}
+    torch.save({"state_dict": {}, "gdtrain": {"description": description}}, tmp_path / "evil.ckpt")
     for words, message in (
         (("ckpt_path=evil.ckpt",), "asks to call"),
         ((), "ckpt_path=… is missing"),

@@ -22,7 +22,9 @@ class BestAndLast(Checkpoint):
     """Keeps `best.ckpt`, of the lowest validation loss, and `last.ckpt`.
 
     A file is written beside its place and then put there in one move, so that a run that dies, or a
-    full disk, leaves the checkpoint before. A model that is not finite is never saved.
+    full disk, leaves the checkpoint before. A model that is not finite is never saved. Which is the
+    best depends on no clock. When the last is written does, and what resumes from it does not: it
+    is the same run from any update on.
 
     State in checkpoints: the best value.
 
@@ -65,6 +67,14 @@ class BestAndLast(Checkpoint):
         """Of the last checkpoint."""
         return self.directory / "last.ckpt"
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; all ranks save together, whatever lies in their folders."""
         self.best_value = trainer.strategy.broadcast(self.best_value)
@@ -90,6 +100,9 @@ class BestAndLast(Checkpoint):
         """Save the last if it is old: epochs of one-example descent can be long."""
         if trainer.world_size > 1:  # not worth an agreement of the ranks at each sweep
             return
+        module = cast(SupervisedModule, pl_module)
+        if module.next_validation(module.updates - 1) == module.updates:
+            return  # it comes next, and belongs to what is saved
         old = time.monotonic() - self._last_saved > max(self.seconds_between, 1.0)
         if old and not _spoilt(pl_module):
             self._save_last(trainer, pl_module)
@@ -120,11 +133,10 @@ class BestAndLast(Checkpoint):
         best = checkpoint.parent / "best.ckpt"
         if not best.is_file() or best.resolve() == self.best_path.resolve():
             return
-        updates = [
-            torch.load(path, map_location="cpu", weights_only=True)["gdtrain"]["updates"]
-            for path in (best, checkpoint)
-        ]
-        if updates[0] <= updates[1]:
+        from gdtrain.training import load_checkpoint
+
+        updates = [load_checkpoint(path)["gdtrain"].get("updates") for path in (best, checkpoint)]
+        if all(isinstance(n, int) for n in updates) and updates[0] <= updates[1]:
             self.directory.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(best, self.best_path)
 
@@ -151,6 +163,5 @@ class BestAndLast(Checkpoint):
 
 def _spoilt(module: LightningModule) -> bool:
     """Whether a parameter or buffer is not finite: such a model is never saved."""
-    model = cast(SupervisedModule, module).model
-    tensors = (*model.parameters(), *model.buffers())
+    tensors = cast(SupervisedModule, module).watched().values()
     return not all(bool(torch.isfinite(t).all()) for t in tensors)

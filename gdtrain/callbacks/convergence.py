@@ -34,8 +34,10 @@ __all__ = ["Convergence", "mean_bounds"]
 _PAIRS = 8  # of independent batches in one look
 _BATCH = 32  # examples of such a batch, at first
 _LOOKS = 8  # of which the balance of noise and gradient is taken together
-_CHUNKS = 128  # means of losses that are kept; then neighbours are joined
-_END_SHARE, _END_SECONDS = 0.03, 0.02  # of the run, or at least: for the certificate at the end
+_CHUNK, _CHUNKS = 16, 128  # losses in a mean; means that are kept; then neighbours are joined
+_EXAMPLES = 1024  # that a look costs at least: small passes cost more than their examples
+_PASSES, _NUMBERS = 4, 2**24  # that a search for a bound may take at least: passes, inputs read
+_END_SHARE = 0.03  # of the passes of the run: for the certificate at the end
 _LOST = (StopReason.DIVERGED, StopReason.NON_FINITE)
 
 
@@ -109,15 +111,15 @@ class Convergence(Callback):
 
     A small decrease of the loss is no reason by itself: with η = 10⁻⁴ it is always small.
 
-    The checks come between sweeps, at spacings that keep each kind (gradient, gap) within `share`
-    of the training time; they change neither parameters, buffers nor random numbers. At which
-    update such a run stops depends on the speed of the machine, as its checks do; with `every` they
-    come at the first end of a sweep at or after each multiple of so many updates. Data that do not
-    come from resident or mapped examples (a `Dataset` of pairs) are not looked at, but for
-    `patience`.
+    Checks stand at update numbers that are fixed by what they cost in passed examples, and by no
+    clock: at multiples of the updates of which `share` pays for the cheapest check (on the full
+    batch 50, with share=0.02), once `share` of the examples passed since the last check of its kind
+    pays for the one that is due; with `every`, at each multiple of it. They change neither
+    parameters, buffers nor random numbers. Data that do not come from resident or mapped examples
+    (a `Dataset` of pairs) are not looked at, but for `patience`.
 
-    State in checkpoints: ‖∇J₀‖, the sizes, costs and times of the checks, the losses at this η,
-    the best validation, and the best lower bound.
+    State in checkpoints: ‖∇J₀‖, the sizes, costs and places of the checks, the losses at this η,
+    the best validation, the best lower bound and what it came from.
 
     Args:
         tolerance: Of the gradient's norm, range [0, ∞); None or 0: not looked at.
@@ -126,7 +128,8 @@ class Convergence(Callback):
         noise_floor: Whether the noise floor ends the run.
         patience: Validations, range [1, ∞); None: any number.
         every: Updates from check to check, range [1, ∞); None: as `share` allows.
-        share: Part of the training time for each kind of check, range (0, 0.5].
+        share: Of the examples passed in training, those passed in each kind of check, range
+            (0, 0.5].
 
     Raises:
         ValueError: An argument is out of range; or, at the start of training, `gap` is set for a
@@ -190,24 +193,42 @@ class Convergence(Callback):
         self.tolerance, self.gap, self.confidence = tolerance or None, gap, confidence
         self.noise_floor, self.patience = noise_floor, patience
         self.every, self.share = every, share
+        self._module: SupervisedModule | None = None
+        self._forget()
+
+    def _forget(self) -> None:
         self._first_norm: float | None = None
         self._batch = _BATCH
-        self._gradient_turn, self._gap_turn = _Turn(), _Turn(_END_SECONDS)
-        self._trained, self._spent, self._seconds = 0.0, 0.0, 0.0
+        self._gradient_turn, self._gap_turn = _Turn(), _Turn()
+        self._spent = 0.0  # seconds
         self._level = _Level()
         self._balances: list[list[float]] = []
         self._best_loss, self._since = math.inf, 0
         self._lower = 0.0
         self._problem: LinearProblem | None = None
+        self._problem_state: dict[str, Any] | None = None
         self._certificate: tuple[int, Certificate] | None = None
-        self._began = time.perf_counter()
         self._ready = False
 
     # ------------------------------------------------------------------ hooks
 
+    def next_update(self, update: int) -> int | None:
+        """The next update at which a check may be due.
+
+        Args:
+            update: Number of updates made.
+        """
+        module = self._module
+        if module is None or module.objective is None:
+            return None
+        spacings = [self.every or self._spacing(module, kind) for kind in self._kinds(module)]
+        return min(((update // s + 1) * s for s in spacings), default=None)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
-        self._began = time.perf_counter()
+        """Start anew, unless a run is resumed."""
+        if trainer.global_step == 0:
+            self._forget()
+        self._module = cast(SupervisedModule, pl_module)
         self._problem, self._certificate, self._ready = None, None, False
         cast(Any, pl_module).certificate = None
 
@@ -223,6 +244,8 @@ class Convergence(Callback):
         if self.gap is not None:
             try:
                 self._problem = LinearProblem.of(module.objective, optimizer)
+                if self._problem_state is not None:
+                    self._problem.load_state_dict(self._problem_state)
             except NoCertificateError as error:
                 raise ValueError(
                     f"gap={self.gap} needs a linear model with a duality gap, and here is none: "
@@ -232,9 +255,7 @@ class Convergence(Callback):
             started = time.perf_counter()
             look = self._look(trainer, module, balance=False)
             self._first_norm = math.sqrt(max(look.mean, 0.0))
-            seconds = time.perf_counter() - started
-            self._gradient_turn.cost = seconds
-            self._spent += seconds
+            self._spent += time.perf_counter() - started
 
     def on_train_batch_end(
         self,
@@ -246,36 +267,21 @@ class Convergence(Callback):
     ) -> None:
         """Take the losses in; check, if a check is due."""
         module = cast(SupervisedModule, pl_module)
-        objective = module.objective
-        if objective is None:
+        if module.objective is None:
             return
-        self._trained += outputs["seconds"]
         if self.noise_floor:
             self._take(outputs)
-        if module.stop is not None:
-            return
-        gradient = self._looks_at_gradients(module, trainer.optimizers[0])
-        due = (
-            gradient and self._due(self._gradient_turn, module),
-            self.gap is not None and self._due(self._gap_turn, module),
-        )
-        if trainer.world_size > 1:  # all ranks look together
-            due = trainer.strategy.broadcast(due)
-        for wanted, turn, check in zip(
-            due,
-            (self._gradient_turn, self._gap_turn),
-            (self._check_gradient, self._check_gap),
-            strict=True,
-        ):
-            if wanted and module.stop is None:
-                size, started = self._batch, time.perf_counter()
-                check(trainer, module)
-                seconds = time.perf_counter() - started
-                self._spent += seconds
-                turn.cost = seconds * self._batch / size  # what the next one will take
-                turn.trained, turn.update = self._trained, module.updates
-        if module.stop is not None:
-            trainer.should_stop = True
+        for kind in self._kinds(module):
+            if module.stop is None and self._is_due(trainer, module, kind):
+                started = time.perf_counter()
+                if kind == "gradient":
+                    self._check_gradient(trainer, module)
+                    self._gradient_turn.examples = module.examples_seen
+                else:
+                    self._check_gap(trainer, module)
+                    self._gap_turn.examples = module.examples_seen
+                self._spent += time.perf_counter() - started
+                trainer.should_stop |= module.stop is not None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count validations without a lower loss."""
@@ -307,6 +313,8 @@ class Convergence(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A last look, and the certificate of a linear model."""
         module = cast(SupervisedModule, pl_module)
+        # A run that is interrupted goes on as if there had been no look at its end.
+        self._problem_state = self._state_of_problem()
         lost = module.stop is not None and module.stop.reason in _LOST
         if module.objective is not None and module.updates and not lost:
             optimizer = trainer.optimizers[0]
@@ -317,8 +325,7 @@ class Convergence(Callback):
             ):
                 self._check_gradient(trainer, module)
             self._certify_at_the_end(trainer, module)
-        self._seconds += time.perf_counter() - self._began
-        self._problem = None  # its copy of the data
+        self._module = self._problem = None
 
     # ------------------------------------------------------------------ when
 
@@ -336,10 +343,40 @@ class Convergence(Callback):
         assert objective is not None
         return _batch_size(module.trainer) < len(objective.inputs) or _drops(module)
 
-    def _due(self, turn: _Turn, module: SupervisedModule) -> bool:
-        if self.every is not None:
-            return module.updates // self.every > turn.update // self.every
-        return self._trained - turn.trained >= turn.cost / self.share
+    def _kinds(self, module: SupervisedModule) -> list[str]:
+        """Of checks that this run has."""
+        gradient = self._looks_at_gradients(module, module.trainer.optimizers[0])
+        return ["gradient"] * gradient + ["gap"] * (self.gap is not None)
+
+    def _spacing(self, module: SupervisedModule, kind: str) -> int:
+        """Updates between two multiples at which a check may be due."""
+        assert module.objective is not None
+        count = len(module.objective.inputs)
+        if kind == "gap":
+            least = _PASSES * count
+        elif self._stochastic(module):
+            least = min(2 * _PAIRS * self._size(module, module.objective, _BATCH), count)
+        else:
+            least = count
+        return math.ceil(max(least, _EXAMPLES) / (self.share * _batch_size(module.trainer)))
+
+    def _is_due(self, trainer: Trainer, module: SupervisedModule, kind: str) -> bool:
+        if module.updates % (self.every or self._spacing(module, kind)):
+            return False
+        turn = self._gap_turn if kind == "gap" else self._gradient_turn
+        cost = turn.cost if kind == "gap" else self._cost(trainer, module)
+        return self.every is not None or self.share * (module.examples_seen - turn.examples) >= cost
+
+    def _cost(self, trainer: Trainer, module: SupervisedModule) -> float:
+        """Of a look at the gradient, in examples: a pass without gradients costs a third."""
+        assert module.objective is not None
+        size = self._size(module, module.objective, self._batch)
+        cost = len(module.objective.inputs)
+        if self._stochastic(module):
+            cost = min(2 * _PAIRS * size, cost) if not _drops(module) else 2 * _PAIRS * size
+        if self._can_be_at_the_floor(trainer, module):
+            cost += _PAIRS * (_batch_size(trainer) + size)
+        return max(cost, _EXAMPLES)
 
     # ------------------------------------------------------------------ the gradient
 
@@ -391,7 +428,7 @@ class Convergence(Callback):
         objective = module.objective
         assert objective is not None
         slopes = _Slopes(objective, trainer.optimizers[0])
-        count, size = len(objective.inputs), self._size(module, objective)
+        count, size = len(objective.inputs), self._size(module, objective, self._batch)
         seed = np.random.SeedSequence([int(again), module.updates, *_seed(trainer)])
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
 
@@ -439,11 +476,12 @@ class Convergence(Callback):
             float(np.mean(falls)) if rises else math.nan,
         )
 
-    def _size(self, module: SupervisedModule, objective: Objective) -> int:
+    @staticmethod
+    def _size(module: SupervisedModule, objective: Objective, size: int) -> int:
         """Examples in a batch of a look; layers that mix examples get the run's own."""
         if objective._mixes:
             return _batch_size(module.trainer)
-        return min(self._batch, len(objective.inputs))
+        return min(size, len(objective.inputs))
 
     # ------------------------------------------------------------------ the noise floor
 
@@ -452,7 +490,7 @@ class Convergence(Callback):
         losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
         rates = outputs["rates"].numpy()
         level = self._level
-        if outputs["first"] != level.next or rates[0] != level.rate or not np.isfinite(level.sum):
+        if outputs["first"] != level.next or rates[0] != level.rate:
             self._restart(float(rates[0]), outputs["first"])
         if (rates != rates[0]).any():
             changed = int((rates != rates[-1]).nonzero()[0][-1]) + 1
@@ -510,25 +548,32 @@ class Convergence(Callback):
 
     # ------------------------------------------------------------------ the duality gap
 
-    def _certify(self, module: SupervisedModule, seconds: float) -> Certificate:
+    def _certify(self, module: SupervisedModule, share: float) -> Certificate:
+        """The certificate of the parameters at hand, by work that no clock bounds."""
         layer = linear_layer(module.model)
-        assert self._problem is not None
+        problem, objective = self._problem, module.objective
+        assert problem is not None
+        assert objective is not None
+        count = len(objective.inputs)
+        passes = max(
+            share * module.examples_seen / count, _NUMBERS / (count * layer.in_features), _PASSES
+        )
         with _averaged(module.trainer.optimizers[0]):
-            made = self._problem.certify(
+            return problem.certify(
                 layer.weight,
                 layer.bias,
                 tolerance=1e-6 if self.gap is None else 0.5 * self.gap,
-                seconds=seconds,
+                work=math.inf if self.every is not None else passes,
                 lower=self._lower,
             )
-        self._lower = max(self._lower, made.dual)
-        self._certificate = module.updates, made
-        return made
 
     def _check_gap(self, trainer: Trainer, module: SupervisedModule) -> None:
-        budget = max(self.share * self._trained, _END_SECONDS)
-        certificate = self._certify(module, math.inf if self.every is not None else budget)
-        self._stop_at_gap(trainer, module, certificate)
+        made = self._certify(module, self.share)
+        self._lower = max(self._lower, made.dual)
+        self._certificate = module.updates, made
+        assert module.objective is not None
+        self._gap_turn.cost = made.work * len(module.objective.inputs)
+        self._stop_at_gap(trainer, module, made)
 
     def _stop_at_gap(
         self, trainer: Trainer, module: SupervisedModule, certificate: Certificate
@@ -547,7 +592,6 @@ class Convergence(Callback):
     def _certify_at_the_end(self, trainer: Trainer, module: SupervisedModule) -> None:
         objective = module.objective
         assert objective is not None
-        seconds = self._seconds + time.perf_counter() - self._began
         started = time.perf_counter()
         if self._problem is None:
             try:
@@ -557,8 +601,7 @@ class Convergence(Callback):
         if self._certificate is not None and self._certificate[0] == module.updates:
             certificate = self._certificate[1]
         else:
-            budget = max(_END_SHARE * seconds, _END_SECONDS)
-            certificate = self._certify(module, math.inf if self.every is not None else budget)
+            certificate = self._certify(module, _END_SHARE)
             self._spent += time.perf_counter() - started
             if self.gap is not None and module.stop is None:
                 self._stop_at_gap(trainer, module, certificate)
@@ -582,61 +625,66 @@ class Convergence(Callback):
             "batch": self._batch,
             "gradient_turn": dataclasses.asdict(self._gradient_turn),
             "gap_turn": dataclasses.asdict(self._gap_turn),
-            "trained": self._trained,
             "spent": self._spent,
-            "seconds": self._seconds + time.perf_counter() - self._began,
             "level": self._level.state_dict(),
             "balances": [list(part) for part in self._balances],
             "best_loss": self._best_loss,
             "since": self._since,
             "lower": self._lower,
+            "problem": self._state_of_problem(),
         }
+
+    def _state_of_problem(self) -> dict[str, Any] | None:
+        return self._problem_state if self._problem is None else self._problem.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._first_norm, self._batch = state_dict["first_norm"], state_dict["batch"]
         self._gradient_turn = _Turn(**state_dict["gradient_turn"])
         self._gap_turn = _Turn(**state_dict["gap_turn"])
-        self._trained, self._spent = state_dict["trained"], state_dict["spent"]
-        self._seconds = state_dict["seconds"]
+        self._spent = state_dict["spent"]
         self._level = _Level.from_state(state_dict["level"])
         self._balances = [list(part) for part in state_dict["balances"]]
         self._best_loss, self._since = state_dict["best_loss"], state_dict["since"]
-        self._lower = state_dict["lower"]
+        self._lower, self._problem_state = state_dict["lower"], state_dict["problem"]
 
 
 @dataclasses.dataclass
 class _Turn:
-    """When the last check of a kind was, and what the next will cost in seconds."""
+    """Examples that were seen at the last check of a kind, and those that the next will pass."""
 
+    examples: int = 0
     cost: float = 0.0
-    trained: float = 0.0
-    update: int = 0
 
 
 class _Level:
-    """Training losses at one η, as means over chunks of equal numbers of updates."""
+    """Training losses at one η, as means over chunks of equal numbers of updates.
+
+    Each mean is formed of the same numbers in the same order, however they come in.
+    """
 
     def __init__(self, rate: float = math.nan, update: int = -1) -> None:
         self.rate, self.next = rate, update
-        self.length = 16
-        self.sum, self.filled = 0.0, 0
+        self.length = _CHUNK
+        self.rest: list[float] = []  # losses that fill no 16 yet
+        self.sum, self.filled = 0.0, 0  # of means of 16, that fill no chunk yet
         self.means: list[float] = []
 
     @property
     def count(self) -> int:
         """Updates in all."""
-        return len(self.means) * self.length + self.filled
+        return len(self.means) * self.length + _CHUNK * self.filled + len(self.rest)
 
     def push(self, losses: NDArray[np.float64]) -> None:
         """Add the losses of further updates."""
         self.next += len(losses)
-        while len(losses):
-            part = losses[: self.length - self.filled]
-            losses = losses[len(part) :]
-            self.sum, self.filled = self.sum + float(part.sum()), self.filled + len(part)
-            if self.filled == self.length:
-                self.means.append(self.sum / self.length)
+        series = np.concatenate([self.rest, losses])
+        whole = len(series) // _CHUNK * _CHUNK
+        self.rest = series[whole:].tolist()
+        for mean in series[:whole].reshape(-1, _CHUNK).mean(1).tolist():
+            self.sum, self.filled = self.sum + mean, self.filled + 1
+            if _CHUNK * self.filled == self.length:
+                self.means.append(self.sum / self.filled)
                 self.sum, self.filled = 0.0, 0
             if len(self.means) == _CHUNKS:
                 self.means = [(a + b) / 2 for a, b in zip(*[iter(self.means)] * 2, strict=True)]
@@ -660,12 +708,12 @@ class _Level:
         return float(half.mean()), float(half.std(ddof=1)) / math.sqrt(len(half))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**vars(self), "means": list(self.means)}
+        return {**vars(self), "rest": list(self.rest), "means": list(self.means)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> _Level:
         made = cls()
-        vars(made).update(state, means=list(state["means"]))
+        vars(made).update(state, rest=list(state["rest"]), means=list(state["means"]))
         return made
 
 

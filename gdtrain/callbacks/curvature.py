@@ -102,6 +102,14 @@ class Curvature(Callback):
         """Since training started, over all sessions of a resumed run."""
         return self._seconds_before + time.perf_counter() - self._started
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; see that there is something to look at."""
         self._started = time.perf_counter()

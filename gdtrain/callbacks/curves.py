@@ -123,7 +123,8 @@ class LossCurves(Callback):
     since the start; and under `by_epoch/…`, where `loss/train` is the mean over an epoch's
     examples (over several epochs, where there are more epochs than points). Each event carries the
     time at which its update was made. Loggers other than TensorBoard get examples, epoch and
-    seconds as columns instead.
+    seconds as columns instead. Times alone depend on the machine: at which updates there are
+    points, and their values, depend neither on its speed nor on how updates are put into sweeps.
 
     What was logged is on disk about a second later, whatever becomes of the process.
 
@@ -172,6 +173,14 @@ class LossCurves(Callback):
         if total is not None:
             return max(1, math.ceil(total / self.points))
         return least << max(0, (done // (least * self.points)).bit_length() - 1)
+
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; lay out TensorBoard's custom scalars."""
@@ -319,7 +328,7 @@ class LossCurves(Callback):
 
 @dataclass
 class _Point:
-    """Losses of updates, as they come in."""
+    """Losses of updates, as they come in: added one by one, so that no sum depends on sweeps."""
 
     updates: int = 0
     examples: int = 0
@@ -331,14 +340,18 @@ class _Point:
 
     def add(self, losses: NDArray[np.float64], size: int, seconds: float) -> None:
         """`size` examples and `seconds` for each of the losses."""
-        total = float(losses.sum())
         self.updates += len(losses)
         self.examples += len(losses) * size
-        self.sum += total
-        self.weighted += total * size
+        self.sum = _added(self.sum, losses)
+        self.weighted = _added(self.weighted, losses * size)
         self.min = float(np.minimum(self.min, losses.min()))
         self.max = float(np.maximum(self.max, losses.max()))
         self.seconds += len(losses) * seconds
+
+
+def _added(total: float, values: NDArray[np.float64]) -> float:
+    """Plus one value after the other: `sum` adds in another order, which rounds otherwise."""
+    return float(np.add.accumulate(np.append(total, values))[-1])
 
 
 def _pieces(first: int, last: int, every: Callable[[int], int]) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Sees a run diverge, says why, takes it back to the last good state and cuts the step size.
 
-η step size, J the loss on an update's examples before it, B examples per update, K updates in a
-sweep, N training examples, T planned updates.
+η step size, J the loss on an update's examples before it, B examples per update, N training
+examples, T planned updates.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -44,6 +44,11 @@ _log = logging.getLogger("gdtrain")
 _CUT = 10.0  # by which η is divided
 _WINDOW = 16  # updates, over which a loss must have grown
 _STRETCH, _GOOD = 64, 256  # updates and examples at least, by whose losses states are compared
+_SPACING = 2**14  # updates from station to station, at most
+_EXAMPLES = {"cpu": 2**16}  # and in these at most so many examples: those that pass in some tenths
+_EXAMPLES_ELSEWHERE = 2**20  # of a second
+_PART = 32  # of the planned updates, 1/32 at most (but 16 updates)
+_SOFAR = 4  # of the updates made, 1/4 at most (but 16 updates)
 _PROBE = 256  # examples at most, on which suspicions are checked
 _LEAST = 32  # examples of a batch that can be such a probe
 _HIGH = 2.0  # times the start's loss: is above it, whatever the noise
@@ -77,25 +82,31 @@ class Divergence(Callback):
       twice it at a fall as 1/t;
     - the last was made, and the loss is above 1.5 times the start's.
 
-    Looks are after 16, 32, 64, … updates, on a fixed probe of at most 256 training examples, and
-    only where the training loss is not below the start's, or falls no more and the units are dead:
-    so a loss that is only noisy has no say.
+    Sweeps stay fast: losses are read at stations alone, whose update numbers are fixed before
+    training. They are multiples of a power of two, about 1/4 of the updates made, but at least 16,
+    and at most 1/32 of the planned updates, 2¹⁴ updates, or (on CPU) 2¹⁶ examples; every validation
+    and the end of the run are stations too. (Batches from a loader of pairs: every update.)
+    Everything is decided there, so that a run is the same however it is cut into sweeps.
+
+    Looks are at the stations at which 16, 32, 64, … updates were made, on a fixed probe of at most
+    256 training examples, and only where the training loss is not below the start's, or falls no
+    more and the units are dead: so a loss that is only noisy has no say.
     The start's loss is that of the probe before the first update (but at least a tenth of that of
     predicting 0).
 
-    Sweeps stay fast: their losses are read when they are over. Then the updates are made again, by
-    the same engine, from a state that was kept, up to the one that failed, and that is examined by
-    autograd: its inputs, targets and parameters, the loss of each example, and the gradient.
+    At a station that shows a failure the updates are made again, by the same engine, from a state
+    that was kept, up to the one that failed, and that is examined by autograd: its inputs, targets
+    and parameters, the loss of each example, and the gradient.
 
     With action="recover" the parameters, the optimizer's state and the generators go back to the
-    start of the stretch (of 64 updates, and 256 examples) with the lowest mean loss so far. η is
-    cut to a tenth, by `SupervisedModule.rate_cut`, a factor beside the schedule's. The update
-    number goes on: the failed updates are spent. Everything is decided by losses and update
-    numbers, not by sweeps or clocks, so that a run is the same however it is cut. What no step size
-    can help (a NaN in the data) ends the run at once.
+    station from which on the mean loss (of 64 updates, and 256 examples, at least) was lowest so
+    far. η is cut to a tenth, by `SupervisedModule.rate_cut`, a factor beside the schedule's. The
+    update number goes on: the updates up to the station at hand are spent. What no step size can
+    help (a NaN in the data) ends the run at once.
 
-    State in checkpoints: what was seen so far and, for models with up to about a million
-    parameters, the states to go back to; larger ones go back to where they were resumed, at most.
+    State in checkpoints: what was seen so far, the losses since the last station and, for models
+    with up to about a million parameters, the states to go back to; larger ones go back to where
+    they were resumed, at most.
 
     Args:
         action: "recover", or "stop": the run ends, with the last good state.
@@ -147,32 +158,50 @@ class Divergence(Callback):
         self._forget()
 
     def _forget(self) -> None:
-        self._origin = 0  # the update from which losses are compared
-        self._start = math.nan  # J on the probe before the first update
-        self._dead_before = 0.0  # share of dead units, then
-        self._tail: NDArray[np.float64] = np.zeros(0)  # losses of the stretch that is not over
-        self._since = [0.0, 0.0]  # sum and number of losses since the last look
-        self._mean_before = math.inf  # of those before that look
-        self._looks: list[list[float]] = []  # updates since the origin, loss in units of the start
-        self._good_mean, self._good_update = math.inf, 0
+        self._station = -1  # the last one; -1: none yet
+        self._losses: list[NDArray[np.float64]] = []  # since then
+        self._rates: list[NDArray[np.float64]] = []
+        self._seen = _Seen()
         self._first: _Kept | None = None  # the state at the origin
-        self._good: _Kept | None = None  # from which the good state is reached
-        self._pending: _Kept | None = None  # from which the start of the stretch at hand is
+        self._good: _Kept | None = None  # the last good one
+        self._pending: _Kept | None = None  # at the start of the stretch at hand
         self._last_kept: _Kept | None = None
+        self._last_losses: NDArray[np.float64] = np.zeros(0)
         self._forget_session()
 
     def _forget_session(self) -> None:
         """What begins anew in a resumed run."""
         self._begun = False
+        self._module: SupervisedModule | None = None
         self._probe: tuple[Objective, Tensor] | None = None
         self._batches: dict[int, Any] = {}  # of a loader that cannot be asked again
-        self._found_alive = -1  # after so many updates
-        self._checked = -1  # before this update all parameters were finite
         self._last_rate = math.nan
-        self._last_losses: NDArray[np.float64] = np.zeros(0)
         self._bounce: float | None = None
 
     # ------------------------------------------------------------------ hooks
+
+    def next_update(self, update: int) -> int | None:
+        """The next station.
+
+        Args:
+            update: Number of updates made.
+        """
+        module = self._module
+        assert module is not None, "asked while training only"
+        loader = module.trainer.train_dataloader
+        if not isinstance(loader, IndexLoader):
+            return update + 1
+        examples = _EXAMPLES.get(module.device.type, _EXAMPLES_ELSEWHERE)
+        most = min(_SPACING, max(1, examples // loader.batch_size))
+        if module.total_updates is not None:
+            most = min(most, max(_WINDOW, module.total_updates // _PART))
+        spacing = _power_of_two(min(most, max(_WINDOW, update // _SOFAR)))
+        ends = (
+            (update // spacing + 1) * spacing,
+            module.next_validation(update),
+            module.total_updates,
+        )
+        return min((end for end in ends if end is not None and end > update), default=None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew, unless a run is resumed."""
@@ -180,33 +209,31 @@ class Divergence(Callback):
         if trainer.global_step == 0:
             self.events = []
             self._forget()
+        self._module = cast(SupervisedModule, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the state before the sweep, where a stretch begins in it."""
+        """Keep the state at a station, where a stretch begins."""
         module = cast(SupervisedModule, pl_module)
-        first = module.updates
+        update = module.updates
         if not self._begun:
             with trainer.strategy.precision_plugin.train_step_context():
                 self._begin(module, batch)
-        length, age = self._length(module), first - self._origin
-        count = len(batch) if isinstance(batch, Tensor) else 1
-        begins = -(-age // length) * length < age + count
         full = False
-        if not isinstance(batch, Tensor):
-            self._batches[first] = batch
+        if _cannot_be_asked_again(module):
+            self._batches[update] = batch
             full = sum(map(_bytes, self._batches.values())) > _RETAINED
-        wanted = begins or full or self._last_kept is None or _has_memory(module)
-        if wanted and (self._last_kept is None or self._finite_at(module, first)):
-            self._last_kept = _Kept.of(module, first)
-            self._batches = {} if isinstance(batch, Tensor) else {first: batch}
-        if self._pending is None or (begins and age % length == 0):
-            self._pending = self._last_kept
-        if self._first is None:
-            self._first = self._last_kept
-        if self._good is None:
-            self._good, self._good_update = self._last_kept, first
+        if update != self._station and self._last_kept is not None:
+            return
+        begins = self._pending is None or update - self._pending.update >= self._length(module)
+        if self._last_kept is None or begins or full or _has_memory(module):
+            self._last_kept = _Kept.of(module, update)
+            self._batches = {u: b for u, b in self._batches.items() if u >= update}
+        if begins:
+            self._pending, self._seen.stretch = self._last_kept, (0.0, 0)
+        self._first = self._first or self._last_kept
+        self._good = self._good or self._last_kept
 
     def on_train_batch_end(
         self,
@@ -216,32 +243,28 @@ class Divergence(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Read the losses of the sweep; recover or stop where the run has failed."""
+        """Gather losses; at a station read them, and recover or stop where the run has failed."""
         module = cast(SupervisedModule, pl_module)
-        first, made, rates = outputs["first"], outputs["losses"], outputs["rates"]
-        losses = made.detach().cpu().numpy().astype(np.float64)
-        at = first
-        with trainer.strategy.precision_plugin.train_step_context():
-            while (failure := self._read(module, losses[at - first :], at)) is not None:
-                failure = self._explained(module, failure)
-                if failure.resume < first:  # it was seen late: what came since is spent too
-                    failure = replace(failure, resume=first)
-                k = min(max(failure.update - first, 0), len(losses) - 1)
-                loss = float(losses[k]) if failure.update >= first else None
-                if not self._recover(trainer, module, failure, float(rates[k]), loss):
-                    break
-                at = failure.resume
-                if at >= first + len(losses):
-                    break
-                again, _ = module.make_updates(batch[at - first :], at)
-                losses[at - first :] = again.detach().cpu().numpy()
-                made[at - first :], rates[at - first :] = again, module.rates
-        self._last_rate = float(rates[-1])
+        losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
+        self._losses.append(losses)
+        self._rates.append(outputs["rates"].numpy().copy())
+        self._last_rate = float(outputs["rates"][-1])
         self._last_losses = np.append(self._last_losses, losses)[-_TAIL - 1 :]
+        if module.updates == self.next_update(self._station):
+            self._settle(trainer, module, last=module.updates == module.total_updates)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See whether the last steps of full-batch descent went beyond the valley's floor."""
+        """Read what came since the last station, if the run ends here for good.
+
+        See whether the last steps of full-batch descent went beyond the valley's floor.
+        """
         module = cast(SupervisedModule, pl_module)
+        stop = module.stop
+        final = stop is not None and stop.reason is not StopReason.INTERRUPTED
+        # A run that was only told to stop may go on, as if nobody had looked.
+        if self._losses and (final or (stop is None and not _is_finite(module))):
+            with torch.enable_grad():
+                self._settle(trainer, module, last=True)
         objective = module.objective
         if (
             objective is not None
@@ -254,7 +277,7 @@ class Divergence(Callback):
             everything = torch.arange(len(objective.targets), device=objective.targets.device)
             with torch.enable_grad(), trainer.strategy.precision_plugin.train_step_context():
                 self._bounce = overshoot(objective, everything, self._last_rate)
-        self._batches, self._probe = {}, None
+        self._batches, self._probe, self._module = {}, None, None
 
     def annotate(self, stop: Stop) -> Stop:
         """A run's end, with what the user should know of it: recoveries, and whether it bounced.
@@ -307,6 +330,12 @@ class Divergence(Callback):
     def _begin(self, module: SupervisedModule, batch: Any) -> None:
         """Choose the probe, and see what the loss is before the first update."""
         self._begun = True
+        if _cannot_be_asked_again(module) or self._station < 0:
+            # (Of a run that is resumed, such a loader's batches are lost.)
+            self._station, self._losses, self._rates = module.updates, [], []
+            self._last_kept = None
+        if isinstance(module.trainer.train_dataloader, PairLoader) and module.updates:
+            batch = self._block(module, 0, 1)
         objective, indices = module.named(batch)
         if objective is module.objective:
             count = len(objective.targets)
@@ -314,12 +343,13 @@ class Divergence(Callback):
             self._probe = objective, rows * count // len(rows)  # spread: they may be sorted
         elif indices.shape[1] >= _LEAST:
             self._probe = objective, indices[0]
-        if math.isnan(self._start) and self._probe is not None:
+        seen = self._seen
+        if math.isnan(seen.start) and self._probe is not None:
             found = health(*self._probe)
-            self._dead_before = found.dead_share
-            self._start = max(found.value, _SCALE * found.value_of_zero)
-            self._good_mean = found.value if math.isfinite(found.value) else math.inf
-            self._origin = module.updates
+            seen.dead_before = found.dead_share
+            seen.start = max(found.value, _SCALE * found.value_of_zero)
+            seen.good_mean = found.value if math.isfinite(found.value) else math.inf
+            seen.origin = module.updates
 
     @staticmethod
     def _length(module: SupervisedModule) -> int:
@@ -330,136 +360,102 @@ class Divergence(Callback):
             return _STRETCH
         return _STRETCH * max(1, -(-_GOOD // (plan.batch_size * _STRETCH)))
 
+    def _settle(self, trainer: Trainer, module: SupervisedModule, last: bool) -> None:
+        """Read the losses since the last station; recover or stop where the run has failed."""
+        first, self._station = self._station, module.updates
+        losses, rates = np.concatenate(self._losses), np.concatenate(self._rates)
+        self._losses, self._rates = [], []
+        with trainer.strategy.precision_plugin.train_step_context():
+            failure = self._read(module, losses, first)
+            if failure is None:
+                return
+            failure = self._explained(module, failure)
+            k = min(max(failure.update - first, 0), len(losses) - 1)
+            loss = float(losses[k]) if failure.update >= first else None
+            self._recover(trainer, module, replace(failure, last=last), float(rates[k]), loss)
+
     def _read(
         self, module: SupervisedModule, losses: NDArray[np.float64], first: int
     ) -> _Failure | None:
         """Take in the losses of updates first, …; the first failure, if there is one."""
-        end, length = first + len(losses), self._length(module)
-        base = first - len(self._tail)  # where a stretch begins
-        failure: _Failure | None = None
-        sound = end  # the losses before this update are
+        seen, end = self._seen, first + len(losses)
         bad = np.flatnonzero(~np.isfinite(losses))
-        if len(bad):
-            sound = first + int(bad[0])
-            failure = _Failure(sound, sound + 1, None)
-        series = np.concatenate([self._tail, losses[: sound - first]])
-        grown = self._grown(series, len(self._tail))
+        sound = losses[: bad[0]] if len(bad) else losses
+        before = len(seen.window)
+        series = np.concatenate([seen.window, sound])
+        grown = self._grown(series)
         if grown is not None:
-            sound = base + grown
-            failure = _Failure(sound - 1, sound, Cause.GROWTH)
-        early = self._look_until(module, losses, first, sound)
-        if early is not None:
-            failure, sound = early, early.resume
-        whole = (sound - base) // length
-        means = series[: whole * length].reshape(whole, length).mean(1)
-        if math.isnan(self._start) and whole:  # no probe: the first stretch has to do
-            self._start = float(means[0])
-        self._note_good(means, base, length)
-        if failure is not None:
-            return failure
-        self._tail = series[whole * length :]
-        kept = self._last_kept
-        if whole and kept is not None and base + whole * length >= kept.update:
-            self._pending = kept
-        # Where it is not looked at here, the next loss tells.
-        last = end == module.total_updates
-        if (last or end - self._checked >= length) and not self._finite_at(module, end):
-            return _Failure(end, end, None)
-        return self._look_at_the_end(module) if last else None
+            return _Failure(first - before + grown - 1, Cause.GROWTH)
+        if len(bad):
+            return _Failure(first + int(bad[0]), None)
+        seen.window = series[len(series) // _WINDOW * _WINDOW :]
+        total, count = seen.stretch
+        seen.stretch = total, count = total + float(losses.sum()), count + len(losses)
+        if count >= self._length(module):
+            mean = total / count
+            if math.isnan(seen.start):  # no probe: the first stretch has to do
+                seen.start = mean
+            if mean < seen.good_mean and self._pending is not None:
+                self._good, seen.good_mean = self._pending, mean
+        if not _is_finite(module):
+            return _Failure(end, None)
+        found = self._look(module, losses, first)
+        if found is None and end == module.total_updates:
+            found = self._look_at_the_end(module)
+        return found
 
-    def _finite_at(self, module: SupervisedModule, update: int) -> bool:
-        """Whether the state at hand, that before an update, is finite."""
-        if self._checked != update:
-            if not _is_finite(module):
-                return False
-            self._checked = update
-        return True
-
-    def _grown(self, series: NDArray[np.float64], seen: int) -> int | None:
-        """After how many losses a window's mean is beyond the bound; the first `seen` were read."""
-        bound = self.growth * self._start
+    def _grown(self, series: NDArray[np.float64]) -> int | None:
+        """After how many losses a window's mean is beyond the bound."""
+        bound = self.growth * self._seen.start
         count = len(series) // _WINDOW
-        if count == seen // _WINDOW:
-            return None
         windows = np.minimum(series[: count * _WINDOW].reshape(count, _WINDOW), 4 * bound)
         over = np.flatnonzero(windows.mean(1) > bound)
-        over = over[(over + 1) * _WINDOW > seen]
         return (int(over[0]) + 1) * _WINDOW if len(over) else None
-
-    def _note_good(self, means: NDArray[np.float64], base: int, length: int) -> None:
-        if not len(means) or not means.min() < self._good_mean:
-            return
-        best = int(means.argmin())
-        start = base + best * length
-        kept = self._last_kept
-        if kept is None or start < kept.update:
-            kept = self._pending
-        assert kept is not None
-        self._good, self._good_mean = kept, float(means[best])
-        self._good_update = max(start, kept.update)
 
     # ------------------------------------------------------------------ looks
 
-    def _look_until(
-        self, module: SupervisedModule, losses: NDArray[np.float64], first: int, sound: int
+    def _look(
+        self, module: SupervisedModule, losses: NDArray[np.float64], first: int
     ) -> _Failure | None:
-        """Look at the states after 16, 32, 64, … updates that lie in these losses."""
-        read = first
-        states: _Kept | None = None
-        try:
-            for age in _doubled(first - self._origin, sound - self._origin):
-                at = self._origin + age
-                self._since[0] += float(losses[read - first : at - first].sum())
-                self._since[1] += at - read
-                mean, read = self._since[0] / self._since[1], at
-                self._since = [0.0, 0.0]
-                flat, self._mean_before = mean > _FLAT * self._mean_before, mean
-                # A loss that only does not fall may be that of a net whose units are dead, and
-                # those are dead at the end of the sweep too.
-                idle = flat or mean > _FLAT * self._start
-                if not mean > _SUSPECT * self._start and not (idle and self._is_dead(module, at)):
-                    self._looks.append([age, mean / self._start])
-                    continue
-                if at != module.updates and states is None:
-                    states = _Kept.of(module, module.updates)
-                if at != module.updates and self._last_kept is not None:
-                    self._go(module, self._last_kept, at)
-                failure = self._look(module, age, mean, flat)
-                if failure is not None:
-                    states = None  # where it goes on is decided elsewhere
-                    return failure
-        finally:
-            if states is not None:
-                states.give_back(module)
-        self._since[0] += float(losses[read - first : sound - first].sum())
-        self._since[1] += sound - read
-        return None
+        """Look at the state at hand, if one of 16, 32, 64, … updates were made since the origin."""
+        seen = self._seen
+        total, count = seen.since
+        seen.since = total, count = total + float(losses.sum()), count + len(losses)
+        before, age = first - seen.origin, first + len(losses) - seen.origin
+        if (before // _WINDOW).bit_length() == (age // _WINDOW).bit_length():
+            return None
+        mean, seen.since = total / count, (0.0, 0)
+        flat, seen.mean_before = mean > _FLAT * seen.mean_before, mean
+        # A loss that only does not fall may be that of a net whose units are dead.
+        idle = flat or mean > _FLAT * seen.start
+        if not mean > _SUSPECT * seen.start and not (idle and self._is_dead(module)):
+            seen.looks.append((age, mean / seen.start))
+            return None
+        return self._suspect(module, age, mean, flat)
 
-    def _is_dead(self, module: SupervisedModule, at: int) -> bool:
-        """Whether units are dead in the state at hand, which is that after the sweep, or at `at`.
-
-        Only nets with rectifiers are looked at, and in a sweep once.
-        """
-        if self._probe is None or not _has_rectifiers(module):
-            return False
-        if self._found_alive < at:
-            dead = self._has_died(health(*self._probe))
-            self._found_alive = -1 if dead else module.updates
-        return self._found_alive < at
+    def _is_dead(self, module: SupervisedModule) -> bool:
+        """Whether units are dead; only nets with rectifiers are looked at."""
+        return (
+            self._probe is not None
+            and _has_rectifiers(module)
+            and self._has_died(health(*self._probe))
+        )
 
     def _has_died(self, found: Health) -> bool:
-        return found.dead_share >= _DEAD > self._dead_before
+        return found.dead_share >= _DEAD > self._seen.dead_before
 
-    def _look(self, module: SupervisedModule, age: int, mean: float, flat: bool) -> _Failure | None:
+    def _suspect(
+        self, module: SupervisedModule, age: int, mean: float, flat: bool
+    ) -> _Failure | None:
         """Whether the state at hand is that of a failed run."""
+        seen = self._seen
         found = (
             Health(mean, {}, {}, constant=False) if self._probe is None else health(*self._probe)
         )
-        ratio = found.value / self._start
-        before = self._looks[-1][1] if self._looks else math.inf
-        self._looks.append([age, ratio])
-        at = self._origin + age
-        left = None if module.total_updates is None else module.total_updates - self._origin
+        ratio = found.value / seen.start
+        before = seen.looks[-1][1] if seen.looks else math.inf
+        seen.looks.append((age, ratio))
+        left = None if module.total_updates is None else module.total_updates - seen.origin
         cause: Cause | None = None
         if self._has_died(found) and (ratio > _FLAT or (flat and ratio > _LEFT) or found.died):
             cause = Cause.DEAD
@@ -468,31 +464,33 @@ class Divergence(Callback):
             cause = Cause.SATURATED if slow else None
         elif ratio > self.growth:
             cause = Cause.GROWTH
-        if cause is None and left is not None and age * _SHARE >= left and len(self._looks) > 2:
-            ratios = [value for _, value in self._looks[-3:]]
+        if cause is None and left is not None and age * _SHARE >= left and len(seen.looks) > 2:
+            ratios = [value for _, value in seen.looks[-3:]]
             flat = min(ratios) > _LASTING and ratios[2] >= _FLAT * ratios[0]
             if flat or ratio * age / left > _HIGH:
                 cause = Cause.ABOVE_START
-        return None if cause is None else _Failure(at - 1, at, cause, self._told(cause, found))
+        if cause is None:
+            return None
+        return _Failure(module.updates - 1, cause, self._told(cause, found))
 
     def _look_at_the_end(self, module: SupervisedModule) -> _Failure | None:
         """Whether all planned updates have led above the start."""
         if self._probe is None:
             return None
         found = health(*self._probe)
-        end = module.updates
-        ratio = found.value / self._start
+        ratio = found.value / self._seen.start
         if self._has_died(found) and (ratio > _FLAT or found.died):
-            return _Failure(end - 1, end, Cause.DEAD, self._told(Cause.DEAD, found), last=True)
-        if not ratio > _LASTING:
+            cause = Cause.DEAD
+        elif ratio > _LASTING:
+            cause = Cause.SATURATED if found.is_saturated else Cause.ABOVE_START
+        else:
             return None
-        cause = Cause.SATURATED if found.is_saturated else Cause.ABOVE_START
-        return _Failure(end - 1, end, cause, self._told(cause, found), last=True)
+        return _Failure(module.updates - 1, cause, self._told(cause, found))
 
     def _told(self, cause: Cause, found: Health) -> Finding:
-        numbers: dict[str, Any] = {"probe_loss": found.value, "start_loss": self._start}
+        numbers: dict[str, Any] = {"probe_loss": found.value, "start_loss": self._seen.start}
         loss = f"the loss is {found.value:.4g} on a probe of training examples, and was {{}} there"
-        loss = loss.format(f"{self._start:.4g} at the start")
+        loss = loss.format(f"{self._seen.start:.4g} at the start")
         if cause is Cause.DEAD:
             numbers["layers"] = [n for n, share in found.dead.items() if share == found.dead_share]
             numbers["dead"] = found.dead_share
@@ -522,9 +520,9 @@ class Divergence(Callback):
         if failure.cause is Cause.GROWTH:
             text = (
                 f"the mean loss of {_WINDOW} updates is above {self.growth:.4g} times the start's, "
-                f"{self._start:.4g}"
+                f"{self._seen.start:.4g}"
             )
-            numbers = {"start_loss": self._start, "growth": self.growth}
+            numbers = {"start_loss": self._seen.start, "growth": self.growth}
             return replace(failure, finding=Finding(Cause.GROWTH, text, numbers))
         kept = self._last_kept
         assert kept is not None
@@ -533,7 +531,7 @@ class Divergence(Callback):
         if not _is_finite(module):
             update = self._last_finite(module, kept, update)
         objective, indices = self._examples(module, update)
-        finding = examine(objective, indices, module.draw_of(update))
+        finding = examine(objective, indices, module.draw_of(update), module.watched())
         if finding is None and update < spoilt:
             finding = Finding(
                 Cause.STEP,
@@ -541,7 +539,7 @@ class Divergence(Callback):
             )
         elif finding is None:
             finding = Finding(Cause.LOSS, "the loss of the batch is not finite")
-        return _Failure(update, update + 1, finding.cause, finding)
+        return _Failure(update, finding.cause, finding)
 
     def _last_finite(self, module: SupervisedModule, kept: _Kept, bad: int) -> int:
         """The update before which all parameters are finite for the last time, by halving."""
@@ -576,6 +574,8 @@ class Divergence(Callback):
         loader = module.trainer.train_dataloader
         if isinstance(loader, IndexLoader):
             return loader.block(update, count).to(module.device)
+        if isinstance(loader, PairLoader):
+            return loader.batch(update)
         return self._batches[update]
 
     def _examples(self, module: SupervisedModule, update: int) -> tuple[Objective, Tensor]:
@@ -592,26 +592,27 @@ class Divergence(Callback):
         failure: _Failure,
         rate: float,
         loss: float | None,
-    ) -> bool:
-        """Go back to the last good state, and on with a smaller η; False: the run ends there."""
+    ) -> None:
+        """Go back to the last good state, and on with a smaller η; or end there."""
         finding = failure.finding
         assert finding is not None
         assert self._good is not None
         finite = finding.cause in _FINITE
         data = None if finite else self._examples(module, failure.update)
-        self._go(module, self._good, self._good_update)
+        self._good.give_back(module)
         if (
             finding.cause is Cause.DEAD
             and self._first is not None
             and self._probe is not None
-            and health(*self._probe).dead_share > max(_HALF, self._dead_before)
+            and health(*self._probe).dead_share > max(_HALF, self._seen.dead_before)
         ):
             # A net with many dead units may well have a lower loss than it had before.
-            self._good, self._good_update = self._first, self._first.update
-            self._good_mean = math.inf
+            self._good, self._seen.good_mean = self._first, math.inf
             self._first.give_back(module)
         # What is not finite for the good parameters either, no step size can help.
-        hopeless = data is not None and examine(*data, module.draw_of(failure.update)) is not None
+        hopeless = data is not None and (
+            examine(*data, module.draw_of(failure.update), module.watched()) is not None
+        )
         objective = module.objective
         limit = None
         if objective is not None and _is_full(module) and not hopeless:
@@ -621,7 +622,8 @@ class Divergence(Callback):
         factor = float(module.rate_factors(failure.update, 1)) / module.rate_cut
         peak = float(trainer.optimizers[0].param_groups[0]["initial_lr"]) * module.rate_cut
         peak = rate / factor if factor > 0 else peak
-        rate = peak if failure.last else rate  # the last ones are short
+        if failure.last and failure.cause in _FINITE:
+            rate = peak  # the last ones are short
         advised = peak / _CUT
         if limit is not None:  # half of it is 1/λ, where a quadratic converges fastest
             advised = min(advised, limit[1] / 2)
@@ -644,20 +646,21 @@ class Divergence(Callback):
         )
         if again:
             module.rate_cut /= _CUT
-            self.events.append({**numbers, "good_update": self._good_update, "advised_lr": advised})
+            good = self._good.update
+            self.events.append({**numbers, "good_update": good, "advised_lr": advised})
             if trainer.is_global_zero:
                 _log.warning(
                     "%s The run goes on from the state before update %d, with lr=%.3g.",
                     message,
-                    self._good_update,
+                    good,
                     rate / _CUT,
                 )
-            self._begin_again(module, failure.resume)
-            return True
+            self._begin_again(module)
+            return
         if self.events:
             message += f" It had recovered {_times(len(self.events))} before."
             numbers["recoveries"] = [dict(event) for event in self.events]
-        kept = f"The model is that before update {self._good_update}, the last good state."
+        kept = f"The model is that before update {self._good.update}, the last good state."
         module.stop = Stop(
             StopReason.DIVERGED if finite else StopReason.NON_FINITE,
             f"{message} {kept}" if _is_finite(module) else message,
@@ -667,16 +670,13 @@ class Divergence(Callback):
             else f"Set optimizer.lr={advised:.3g} or less.",
         )
         trainer.should_stop = True
-        return False
 
-    def _begin_again(self, module: SupervisedModule, update: int) -> None:
-        """Compare from here on, with the good state as that before this update."""
-        self._origin = update
-        self._tail, self._since, self._looks = np.zeros(0), [0.0, 0.0], []
-        self._mean_before, self._found_alive, self._checked = math.inf, -1, update
-        self._first = self._good = _Kept.of(module, update)
+    def _begin_again(self, module: SupervisedModule) -> None:
+        """Compare from here on, with the state at hand as the good one."""
+        seen = self._seen
+        self._seen = _Seen(module.updates, seen.start, seen.dead_before, good_mean=seen.good_mean)
+        self._first = self._good = _Kept.of(module, module.updates)
         self._pending = self._last_kept = self._first
-        self._good_update = update
 
     def _sentence(
         self,
@@ -751,15 +751,11 @@ class Divergence(Callback):
             kept = []
         return {
             "events": copy.deepcopy(self.events),
-            "origin": self._origin,
-            "start": self._start,
-            "dead_before": self._dead_before,
-            "tail": self._tail.tolist(),
-            "since": list(self._since),
-            "mean_before": self._mean_before,
-            "looks": [list(look) for look in self._looks],
-            "good_mean": self._good_mean,
-            "good_update": self._good_update,
+            "station": self._station,
+            "losses": [loss for part in self._losses for loss in part.tolist()],
+            "rates": [rate for part in self._rates for rate in part.tolist()],
+            "seen": {**asdict(self._seen), "window": self._seen.window.tolist()},
+            "last_losses": self._last_losses.tolist(),
             "kept": [k.state_dict() for k in kept],
             "places": [kept.index(k) if k in kept else None for k in places],
         }
@@ -768,16 +764,31 @@ class Divergence(Callback):
         """Go on from `state_dict`."""
         self._forget()
         self.events = copy.deepcopy(state_dict["events"])
-        self._origin, self._start = state_dict["origin"], state_dict["start"]
-        self._dead_before = state_dict["dead_before"]
-        self._tail = np.asarray(state_dict["tail"], dtype=np.float64)
-        self._since, self._mean_before = list(state_dict["since"]), state_dict["mean_before"]
-        self._looks = [list(look) for look in state_dict["looks"]]
-        self._good_mean, self._good_update = state_dict["good_mean"], state_dict["good_update"]
+        self._station = state_dict["station"]
+        self._losses = [np.asarray(state_dict["losses"], dtype=np.float64)]
+        self._rates = [np.asarray(state_dict["rates"], dtype=np.float64)]
+        seen = state_dict["seen"]
+        self._seen = _Seen(**{**seen, "window": np.asarray(seen["window"], dtype=np.float64)})
+        self._last_losses = np.asarray(state_dict["last_losses"], dtype=np.float64)
         kept = [_Kept(**saved) for saved in state_dict["kept"]]
         self._first, self._good, self._pending, self._last_kept = (
             None if place is None else kept[place] for place in state_dict["places"]
         )
+
+
+@dataclass
+class _Seen:
+    """What losses have told since the origin; pairs are a sum and a number of losses."""
+
+    origin: int = 0  # the update from which losses are compared
+    start: float = math.nan  # J on the probe before the first update
+    dead_before: float = 0.0  # share of dead units, then
+    window: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # not yet full
+    since: tuple[float, int] = (0.0, 0)  # the last look
+    mean_before: float = math.inf  # of the losses before that look
+    looks: list[tuple[int, float]] = field(default_factory=list)  # age, loss in units of start
+    stretch: tuple[float, int] = (0.0, 0)  # since the state that is pending
+    good_mean: float = math.inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -786,14 +797,12 @@ class _Failure:
 
     Args:
         update: Its number.
-        resume: The number of the update to go on with.
         cause: None: something is not finite, and it is not known yet what.
         finding: What is known.
-        last: Whether no update is left.
+        last: Whether the run ends here.
     """
 
     update: int
-    resume: int
     cause: Cause | None
     finding: Finding | None = None
     last: bool = False
@@ -909,13 +918,14 @@ def _changing(module: SupervisedModule) -> list[Tensor]:
 
 
 def _is_finite(module: SupervisedModule) -> bool:
-    sums = [t.detach().sum() for t in _changing(module) if t.is_floating_point()]
+    watched = [t.detach() for t in module.watched().values() if t.is_floating_point()]
+    sums = [t.sum() for t in watched]
     if module.device.type == "cuda":  # one wait for the device instead of many
         sums = [torch.stack([total.float() for total in sums]).sum()]
     if all(math.isfinite(float(total)) for total in sums):
         return True
     # A sum may overflow where no number does.
-    return all(bool(torch.isfinite(t).all()) for t in _changing(module))
+    return all(bool(torch.isfinite(t).all()) for t in watched)
 
 
 def _is_full(module: SupervisedModule) -> bool:
@@ -938,15 +948,14 @@ def _is_lost(stop: Stop) -> bool:
     return stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
 
 
-def _doubled(first: int, last: int) -> list[int]:
-    """16, 32, 64, … above first and up to last."""
-    ages = []
-    age = _WINDOW
-    while age <= last:
-        if age > first:
-            ages.append(age)
-        age *= 2
-    return ages
+def _power_of_two(number: int) -> int:
+    """The largest that is not above."""
+    return 1 << (number.bit_length() - 1)
+
+
+def _cannot_be_asked_again(module: SupervisedModule) -> bool:
+    """Whether the batches come from a loader that is not gdtrain's."""
+    return not isinstance(module.trainer.train_dataloader, IndexLoader | PairLoader)
 
 
 def _times(count: int) -> str:

@@ -142,6 +142,7 @@ class GatherMicroBatches(Callback):
         self._closes, self._size = optimizer._gathered == 0, 0
         self._warned = False
         self._hook = optimizer.register_step_pre_hook(_close_before_step)
+        optimizer._has_no_scaler = True  # see setup
         self._frequencies = [
             (config, config.frequency)
             for config in trainer.lr_scheduler_configs
@@ -163,6 +164,7 @@ class GatherMicroBatches(Callback):
             return
         self._hook.remove()
         self._hook = None
+        _optimizer(trainer)._has_no_scaler = False
         del trainer.fit_loop.epoch_loop.__dict__["_should_accumulate"]
         for config, frequency in self._frequencies:
             config.frequency = frequency

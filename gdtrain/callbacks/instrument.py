@@ -303,6 +303,14 @@ class Instrument(Callback):
 
     # ------------------------------------------------------------------ hooks
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock; find the other instruments."""
         if trainer.global_step == 0:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, cast
 
@@ -12,7 +14,7 @@ from lightning import Callback, LightningModule, Trainer
 from gdtrain.module import SupervisedModule
 from gdtrain.stopping import Stop, StopReason
 
-__all__ = ["Interrupt"]
+__all__ = ["Interrupt", "OwnSignals", "as_keyboard_interrupt"]
 
 
 class Interrupt(Callback):
@@ -40,10 +42,9 @@ class Interrupt(Callback):
         def stop(number: int, frame: FrameType | None) -> None:
             self._give_back()
             module = cast(SupervisedModule, pl_module)
-            module.stop = Stop(
-                StopReason.INTERRUPTED,
-                "Interrupted. ckpt_path=…/checkpoints/last.ckpt goes on with this run.",
-            )
+            goes_on = " ckpt_path=…/checkpoints/last.ckpt goes on with this run."
+            kept = bool(trainer.checkpoint_callbacks)
+            module.stop = Stop(StopReason.INTERRUPTED, f"Interrupted.{goes_on if kept else ''}")
             trainer.should_stop = True
 
         for number in self._before:
@@ -63,3 +64,54 @@ class Interrupt(Callback):
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+class OwnSignals(Callback):
+    """Leaves SIGTERM to the program: Lightning's own handler ends a run later, with exit code 0.
+
+    No state.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> trainer = Trainer(callbacks=[OwnSignals()], logger=False, accelerator="cpu",
+        ...     enable_checkpointing=False)
+    """
+
+    def __init__(self) -> None:
+        self._before = signal.getsignal(signal.SIGTERM)
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As `on_train_start`, for whoever lets a check of the validation come first."""
+        self.on_train_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put back the handler that was there when this was made."""
+        in_main = threading.current_thread() is threading.main_thread()
+        # None: a handler that was not set from Python, and cannot be
+        if trainer.world_size == 1 and in_main and self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            if trainer.received_sigterm:  # it came before
+                signal.raise_signal(signal.SIGTERM)
+
+
+@contextmanager
+def as_keyboard_interrupt() -> Iterator[None]:
+    """Let Ctrl-C out as KeyboardInterrupt, where Lightning makes an exit with code 1 of it.
+
+    Example:
+        >>> try:
+        ...     with as_keyboard_interrupt():
+        ...         try:
+        ...             raise KeyboardInterrupt
+        ...         except KeyboardInterrupt:
+        ...             raise SystemExit(1)
+        ... except KeyboardInterrupt:
+        ...     print("interrupted")
+        interrupted
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise

@@ -40,6 +40,14 @@ class ProgressLine(Callback):
         self._looked, self._updates = 0.0, 0
         self._loss = float("nan")
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the bar."""
         console = Console(stderr=True)

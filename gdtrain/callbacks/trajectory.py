@@ -85,6 +85,14 @@ class Trajectory(Callback):
         """Of which there are copies."""
         return sorted(self._kept)
 
+    def next_update(self, update: int) -> int | None:
+        """None: wherever sweeps end will do.
+
+        Args:
+            update: Number of updates made.
+        """
+        return None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a run before."""
         self._kept, self._planned, self._most, self._seen = {}, False, 0, -1

@@ -88,7 +88,7 @@ def heard(error: BaseException) -> str:
     while isinstance(error, HydraException) and error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip()
-    if isinstance(error, ConfigurationError):
+    if isinstance(error, ConfigurationError) or type(error) is ValueError:  # our own words
         return text
     group = re.search(r"Could not find '([^']+)'", text)
     if group:

@@ -26,6 +26,7 @@ _DATA = Key(
     "as in training",
     "VALUE",
 )
+_HEADER = Key("header", "whether the table's first line has names, true or false", "found", "false")
 _TRUST = Key(
     "trust",
     "packages, separated by commas, whose classes the checkpoint may name",
@@ -41,6 +42,12 @@ def _ready(command: Command) -> Any:
 
 def _trusted(options: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name for name in options.pop("trust", "").split(",") if name)
+
+
+def _header(options: dict[str, Any]) -> Any:
+    """Whether a table has a header, where that was said."""
+    word = options.get("header")
+    return {"true": True, "false": False}.get((word or "").lower(), word)
 
 
 def _data(below: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -65,14 +72,21 @@ def _data(below: dict[str, dict[str, str]]) -> dict[str, Any]:
 _EVALUATE = Command(
     "gdtrain-evaluate",
     "evaluate",
-    "Prints the test metrics of a checkpoint, on the test part of the data that it was trained on.",
-    (Key("ckpt_path", "a checkpoint", "", _CHECKPOINT, required=True), _DATA, _TRUST),
-    (f"ckpt_path={_CHECKPOINT}", f"ckpt_path={_CHECKPOINT} data.root=/data"),
+    "Prints the metrics of a checkpoint on the test part of its data, or on a new labelled file.",
+    (
+        Key("ckpt_path", "a checkpoint", "", _CHECKPOINT, required=True),
+        Key("input", "a labelled file: a table, .npy, .npz or LIBSVM", "the test part", "new.csv"),
+        Key("target", "of input: its column, or a .npy file", "as in training", "price"),
+        _HEADER,
+        _DATA,
+        _TRUST,
+    ),
+    (f"ckpt_path={_CHECKPOINT}", f"ckpt_path={_CHECKPOINT} input=new.csv"),
 )
 
 
 def evaluate() -> None:
-    """Print the test metrics of a checkpoint.
+    """Print a checkpoint's test metrics, or those on a new file.
 
     Example:
         >>> sys.argv = ["gdtrain-evaluate", "ckpt_path=missing.ckpt"]
@@ -87,7 +101,14 @@ def evaluate() -> None:
         from gdtrain.experiment import evaluate as run
 
         listen()
-        metrics = run(words.options["ckpt_path"], overrides, trust)
+        metrics = run(
+            words.options["ckpt_path"],
+            overrides,
+            trust,
+            input_path=words.options.get("input"),
+            target=words.options.get("target"),
+            header=_header(words.options),
+        )
     for tag, value in metrics.items():
         print(f"{tag} {value:.6g}")
 
@@ -100,7 +121,7 @@ _PREDICT = Command(
         Key("ckpt_path", "a checkpoint", "", _CHECKPOINT, required=True),
         Key(
             "input",
-            "a file of examples without targets: CSV (columns by name), .npy, .npz or LIBSVM",
+            "a file of examples: a table (columns by name), .npy, .npz or LIBSVM",
             "",
             "new.csv",
             required=True,
@@ -112,6 +133,7 @@ _PREDICT = Command(
             "predictions.csv",
             required=True,
         ),
+        _HEADER,
         _TRUST,
     ),
     (f"ckpt_path={_CHECKPOINT} input=new.csv output=predictions.csv",),
@@ -134,7 +156,13 @@ def predict() -> None:
         from gdtrain.experiment import predict_file
 
         listen()
-        count = predict_file(words.options["ckpt_path"], words.options["input"], output, trust)
+        count = predict_file(
+            words.options["ckpt_path"],
+            words.options["input"],
+            output,
+            trust,
+            header=_header(words.options),
+        )
     print(f"{count} predictions in {output}")
 
 

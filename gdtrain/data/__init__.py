@@ -1,22 +1,22 @@
 """Data: sources, the split, the index loader."""
 
 from gdtrain.data.dataset import DatasetDataModule, PairLoader
+from gdtrain.data.files import read_features, read_labelled
 from gdtrain.data.loader import EvaluationLoader, IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.module import DataModule, Raw
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sources import (
     ArrayDataModule,
-    CSVDataModule,
     EmbeddedDataModule,
     LIBSVMDataModule,
     NPYDataModule,
     SyntheticDataModule,
     TorchvisionDataModule,
     features,
-    read_features,
 )
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.data.tables import CSVDataModule, Table
 
 __all__ = [
     "ArrayDataModule",
@@ -34,7 +34,9 @@ __all__ = [
     "Raw",
     "SparseInputs",
     "SyntheticDataModule",
+    "Table",
     "TorchvisionDataModule",
     "features",
     "read_features",
+    "read_labelled",
 ]

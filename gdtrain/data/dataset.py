@@ -448,6 +448,14 @@ class PairLoader:
                 raise ValueError(pair)
             yield pair
 
+    def batch(self, update: int) -> tuple[Tensor, Tensor]:
+        """The (inputs, targets) of one update, fetched again.
+
+        Args:
+            update: From 0.
+        """
+        return self.examples.fetch(self.plan.block(update, 1)[0].tolist(), update)
+
     def close(self) -> None:
         """End the worker processes."""
         self._loader = None

@@ -45,6 +45,8 @@ class IndexLoader:
         total: T; None: no end.
         updates_per_sweep: The largest K, range [1, ∞); may change between two blocks. "auto":
             begins with few; the Lightning module then sets it by the time that updates take.
+        next_update: From an update number to the smallest one above it at which somebody must see
+            the state: a block ends there. None: nobody, from there on.
 
     Raises:
         ValueError: An argument is out of range.
@@ -53,6 +55,9 @@ class IndexLoader:
         >>> loader = IndexLoader(5, 2, sampling="sequential", updates_per_sweep=8)
         >>> [block.tolist() for block in loader]
         [[[0, 1], [2, 3]], [[4]]]
+        >>> loader.next_update = lambda update: update + 1
+        >>> [block.tolist() for block in loader]
+        [[[0, 1]], [[2, 3]], [[4]]]
     """
 
     def __init__(
@@ -65,6 +70,7 @@ class IndexLoader:
         start: Callable[[], int] = lambda: 0,
         total: int | None = None,
         updates_per_sweep: int | Literal["auto"] = "auto",
+        next_update: Callable[[int], int | None] = lambda update: None,
     ) -> None:
         if sampling not in ("reshuffle", "shuffle_once", "replacement", "sequential"):
             raise ValueError(
@@ -93,6 +99,7 @@ class IndexLoader:
         self.start = start
         self.total = total
         self.updates_per_sweep = updates_per_sweep
+        self.next_update = next_update
         self.epochs_per_iteration: int | None = 1
         self._drawn: tuple[int, Order | Draws] | None = None
 
@@ -127,7 +134,8 @@ class IndexLoader:
         update = first = self.start()
         # Asked again before each block: the first is fetched before the module can say.
         while update < self._end(first):
-            block = self.block(update, min(self.updates_per_sweep, self._end(first) - update))
+            ends = (update + self.updates_per_sweep, self._end(first), self.next_update(update))
+            block = self.block(update, min(end for end in ends if end is not None) - update)
             yield block
             update += len(block)
 

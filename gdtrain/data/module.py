@@ -355,6 +355,8 @@ class DataModule(LightningDataModule):
         if trainer is not None:
             loader.start = lambda: trainer.global_step
             loader.total = self.planned_updates(trainer)
+            module = getattr(trainer, "lightning_module", None)
+            loader.next_update = getattr(module, "next_update", loader.next_update)
         return loader
 
     def planned_updates(self, trainer: Any) -> int | None:

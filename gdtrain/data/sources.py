@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from pathlib import Path
 from typing import Any, ClassVar, Literal
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 import torch
@@ -14,19 +15,20 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from gdtrain.data.module import DataModule, Raw
-from gdtrain.data.sparse import is_sparse
+from gdtrain.data.sparse import is_sparse, rows_of
+from gdtrain.reading import check_array_file, check_unpacked, read_arrays
 
 __all__ = [
     "ArrayDataModule",
-    "CSVDataModule",
     "EmbeddedDataModule",
     "LIBSVMDataModule",
     "NPYDataModule",
     "SyntheticDataModule",
     "TorchvisionDataModule",
     "features",
-    "read_features",
 ]
+
+_log = logging.getLogger("gdtrain")
 
 Task = Literal["auto", "classification", "regression"]
 
@@ -191,86 +193,6 @@ class ArrayDataModule(DataModule):
         return Raw(self.inputs, self.targets, self.classify, test=self.test)
 
 
-class CSVDataModule(DataModule):
-    r"""A CSV file with a header; numeric features and one target column.
-
-    Args:
-        path: The file.
-        target: Name of the target column; None: the last.
-        columns: Names of the feature columns; None: all others.
-        task: As for `ArrayDataModule`.
-        **options: As for `DataModule`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No such column, text in a feature, or missing values.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "table.csv"
-        ...     _ = path.write_text("a,b,kind\n" + "1,2,yes\n3,4,no\n" * 10)
-        ...     data = CSVDataModule(path, target="kind", batch_size=4)
-        ...     data.setup()
-        >>> data.preprocessing.classes
-        ['no', 'yes']
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        target: str | None = None,
-        *,
-        columns: list[str] | None = None,
-        task: Task = "auto",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.path, self.target, self.task = _existing(path), target, task
-        if isinstance(columns, str) or (columns is not None and not columns):
-            raise ValueError(
-                f"columns must be a list of names, such as [age,height], or null for all. "
-                f"Received: {columns!r}."
-            )
-        self.columns = None if columns is None else [str(name) for name in columns]
-
-    def load(self) -> Raw:
-        """Read it with pandas."""
-        import pandas as pd
-
-        try:
-            table = pd.read_csv(self.path)
-        except (ValueError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.path} could not be read as CSV: {error}") from None
-        table.columns = table.columns.map(str)
-        if not len(table):
-            raise ValueError(f"{self.path} has a header, but no rows.")
-        target = str(self.target) if self.target is not None else table.columns[-1]
-        names = self.columns or [str(name) for name in table.columns if name != target]
-        if not names:
-            raise ValueError(f"{self.path} has no feature column beside the target {target!r}.")
-        unknown = [name for name in [target, *names] if name not in table.columns]
-        if unknown:
-            raise ValueError(
-                f"{self.path} has no column {unknown[0]!r}. It has: "
-                f"{', '.join(map(str, table.columns))}."
-            )
-        if target in names or len(set(names)) < len(names):
-            raise ValueError(
-                f"columns must name each feature once, and not the target {target!r}. Received: "
-                f"{', '.join(names)}."
-            )
-        if table[target].isna().any():
-            row = int(table[target].isna().to_numpy().argmax())
-            raise ValueError(
-                f"{self.path}: the target {target!r} is missing in row {row} (the first is 0). "
-                f"Drop such rows first."
-            )
-        targets = table[target].to_numpy()
-        features = _numeric(table, names, self.path)
-        return Raw(features, targets, _is_classification(targets, self.task), names)
-
-
 class NPYDataModule(DataModule):
     """A NumPy file of numbers, the targets in a column or in a file of their own.
 
@@ -321,7 +243,7 @@ class NPYDataModule(DataModule):
 
     def load(self) -> Raw:
         """Read it."""
-        sparse = self.path.suffix == ".npz" and self.target_path is not None
+        sparse = self.path.suffix.lower() == ".npz" and self.target_path is not None
         x = _load_npz(self.path) if sparse else _load_npy(self.path, self.memory_map)
         if self.target_path is not None:
             y = _load_npy(self.target_path)
@@ -344,7 +266,7 @@ class LIBSVMDataModule(DataModule):
 
     Args:
         path: The training file.
-        test_path: A test file of its own.
+        test_path: A test file of its own; features that `path` does not have are left out.
         sparse: Whether to hold the features as `SparseInputs`, which cannot be standardised;
             "auto": if `standardize` is False and less than a quarter of the entries of `path` is
             not zero (or a dense array would take more than 8 GB).
@@ -519,70 +441,6 @@ class TorchvisionDataModule(DataModule):
 # ---------------------------------------------------------------------- reading
 
 
-def read_features(
-    path: str | Path,
-    feature_names: list[str] | None = None,
-    *,
-    num_features: int | None = None,
-    first_feature: int | None = None,
-) -> Any:
-    r"""Examples without targets, to predict from.
-
-    Args:
-        path: `.csv` with a header; `.npy`; `.npz` of `scipy.sparse.save_npz`; or a LIBSVM file
-            (`.svm`, `.svmlight` or `.libsvm`, plain or compressed; any other name too where
-            `first_feature` is given), whose labels are not used.
-        feature_names: Columns to take from a CSV file, in this order; None: all.
-        num_features: D, which a LIBSVM file does not tell; None: its highest feature.
-        first_feature: As for `Preprocessing`; None: 0 if the file has a feature 0, else 1.
-
-    Returns:
-        (N, D), or what the `.npy` file holds; CSR of `scipy.sparse` from `.npz` and LIBSVM.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is of another kind, lacks a column, or has more features.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "new.csv"
-        ...     _ = path.write_text("b,a\n2,1\n4,3\n")
-        ...     read_features(path, ["a", "b"])
-        array([[1., 2.],
-               [3., 4.]])
-    """
-    path = _existing(path)
-    if path.suffix == ".npy":
-        return features(_load_npy(path))
-    if path.suffix == ".npz":
-        return features(_load_npz(path))
-    name = path.name.removesuffix(".gz").removesuffix(".bz2")
-    if name.endswith((".svm", ".svmlight", ".libsvm")) or (
-        first_feature is not None and path.suffix != ".csv"
-    ):
-        return _load_libsvm([path], np.float64, first_feature, num_features)[0][0]
-    if path.suffix != ".csv":
-        raise ValueError(
-            f"Examples must come as .csv or .npy, or sparse as .npz, .svm or .libsvm. "
-            f"Received: {path}."
-        )
-    import pandas as pd
-
-    try:
-        table = pd.read_csv(path)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} could not be read as CSV: {error}") from None
-    names = list(table.columns) if feature_names is None else feature_names
-    missing = [name for name in names if name not in table.columns]
-    if missing:
-        raise ValueError(
-            f"{path} lacks the feature {missing[0]!r}. It has: "
-            f"{', '.join(map(str, table.columns))}."
-        )
-    return _numeric(table, names, path)
-
-
 def _remove_empty(root: Path, made: list[Path]) -> None:
     """Take away the empty folders that a failed download has left."""
     for path in (root / "MNIST" / "raw", root / "FashionMNIST" / "raw"):
@@ -629,7 +487,7 @@ def features(inputs: Any) -> Any:
             f"Inputs must be numbers of shape (N, D) or (N, C, H, W), N and D >= 1. Received: "
             f"shape {x.shape}, dtype {x.dtype}."
         )
-    return x.tocsr() if is_sparse(x) else x
+    return rows_of(x) if is_sparse(x) else x
 
 
 def _array(values: Any) -> NDArray[Any]:
@@ -637,28 +495,6 @@ def _array(values: Any) -> NDArray[Any]:
         values = values.detach().cpu()
         values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
     return np.asarray(values)
-
-
-def _numeric(table: Any, names: list[str], path: Path) -> NDArray[Any]:
-    """The named columns of a pandas table, as (N, D); raises on text and missing values."""
-    import pandas as pd
-
-    for name in names:
-        column = table[name]
-        if column.dtype.kind not in "fiub":
-            text = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
-            example = text.iloc[0] if len(text) else None
-            raise ValueError(
-                f"{path}: the feature {name!r} is not numeric (it has {example!r}). Encode it "
-                f"as numbers, or train on other columns (data.columns=[…])."
-            )
-        if column.isna().any():
-            row = int(column.isna().to_numpy().argmax())
-            raise ValueError(
-                f"{path}: the feature {name!r} is missing in row {row} (the first is 0). Fill in "
-                f"or drop missing values first."
-            )
-    return table[names].to_numpy(dtype=np.float64)
 
 
 def _is_classification(targets: NDArray[Any], task: Task, whole: bool = False) -> bool:
@@ -686,29 +522,66 @@ def _is_classification(targets: NDArray[Any], task: Task, whole: bool = False) -
 
 
 def _load_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:
+    if is_zipfile(path):
+        raise ValueError(f"{path} must hold one array (.npy). Received: several (.npz).")
+    check_array_file(path)
     try:
-        loaded = np.load(path, mmap_mode="r" if memory_map else None, allow_pickle=False)
+        loaded: NDArray[Any] = np.load(
+            path, mmap_mode="r" if memory_map else None, allow_pickle=False
+        )
     except (ValueError, EOFError, OSError) as error:
         raise ValueError(
             f"{path} could not be read as an array of numbers in NumPy's format "
             f"({type(error).__name__})."
         ) from None
-    if not isinstance(loaded, np.ndarray):
-        loaded.close()
-        raise ValueError(f"{path} must hold one array (.npy). Received: several (.npz).")
     return loaded
 
 
 def _load_npz(path: Path) -> Any:
-    from scipy.sparse import load_npz
+    """A matrix as `scipy.sparse.save_npz` keeps it, made of arrays that were checked."""
+    from scipy import sparse
 
     try:
-        return load_npz(path)
-    except (ValueError, KeyError, EOFError, OSError, BadZipFile) as error:
+        found = read_arrays(path)
+        kind = found["format"].item()
+        kind = kind.decode() if isinstance(kind, bytes) else kind
+        names = _SPARSE_ARRAYS[kind]
+        shape = tuple(int(n) for n in found["shape"])
+        numbers = tuple(found[name] for name in names)
+        if found["shape"].dtype.kind not in "iu" or any(
+            a.dtype.kind not in "fiub" for a in numbers
+        ):
+            raise TypeError("they are no numbers")
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path} could not be read as a matrix of scipy.sparse.save_npz "
-            f"({type(error).__name__})."
+            f"{path} could not be read as a matrix of scipy.sparse.save_npz ({error})."
         ) from None
+    stored = sum(a.nbytes for a in numbers)
+    if len(shape) != 2 or shape[0] > stored + 2**20 or not _is_wide_enough(shape[1], stored):
+        raise ValueError(
+            f"{path} could not be read as a matrix of scipy.sparse.save_npz: it claims the shape "
+            f"{shape}, and has {stored:,} bytes of entries."
+        )
+    parts: Any = (numbers[0], tuple(numbers[1:])) if kind == "coo" else numbers
+    try:
+        return rows_of(getattr(sparse, f"{kind}_array")(parts, shape=shape))
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path} could not be read as a matrix: {error}") from None
+
+
+# The arrays of each format in such a file, as SciPy's constructors take them.
+_SPARSE_ARRAYS = {
+    "csr": ("data", "indices", "indptr"),
+    "csc": ("data", "indices", "indptr"),
+    "bsr": ("data", "indices", "indptr"),
+    "coo": ("data", "row", "col"),
+    "dia": ("data", "offsets"),
+}
+
+
+def _is_wide_enough(width: int, stored: int) -> bool:
+    """Whether a file of so many bytes may have so many features: a weight is made for each."""
+    return width <= max(2**25, 8 * stored)
 
 
 def _load_libsvm(
@@ -717,19 +590,26 @@ def _load_libsvm(
     """CSR arrays and targets of files with features counted alike, and from which number.
 
     `first`: from which; None: from 0 if one of the files has a feature 0, else from 1.
-    `width`: how many features there are; None: as many as in the first file.
+    `width`: how many features there are; None: as many as in the first file. Further ones are left
+    out.
     """
     from scipy.sparse import csr_array
     from sklearn.datasets import load_svmlight_file
 
     tables, targets = [], []
     for path in paths:
+        check_unpacked(path)
         try:
             x, y = load_svmlight_file(str(path), zero_based=True, dtype=number)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, OverflowError, EOFError) as error:
             raise ValueError(
                 f"{path} could not be read as LIBSVM, lines of a label and feature:value: {error}"
             ) from None
+        if not _is_wide_enough(x.shape[1], path.stat().st_size):
+            raise ValueError(
+                f"{path} could not be read as LIBSVM: it has a feature {x.shape[1] - 1:,}, and "
+                f"{path.stat().st_size:,} bytes."
+            )
         tables.append(csr_array(x))
         targets.append(y)
     has_zero = any((x.indices == 0).any() for x in tables)
@@ -739,16 +619,17 @@ def _load_libsvm(
         raise ValueError(
             f"{paths[0]} has a feature 0. Expected features counted from 1, as in training."
         )
-    expected = f"{paths[0]} has" if width is None else "there are"
     width = tables[0].shape[1] - first if width is None else width
     if width < 1 or not tables[0].shape[0]:
         raise ValueError(f"{paths[0]} could not be read as LIBSVM: it has no examples or features.")
     for i, (path, x) in enumerate(zip(paths, tables, strict=True)):
-        if x.shape[1] - first > width:
-            raise ValueError(
-                f"{path} could not be read as LIBSVM: it has {x.shape[1] - first} features, and "
-                f"{expected} {width}."
+        unseen = np.unique(x.indices[x.indices >= first + width])
+        if len(unseen):  # no weight was learnt for them
+            _log.info(
+                f"{path}: features that training did not have are left out: {len(unseen)}, from "
+                f"{unseen[0]} to {unseen[-1]}."
             )
+            x = x[:, : first + width]
         columns = x.indices - np.asarray(first, dtype=x.indices.dtype)
         tables[i] = csr_array((x.data, columns, x.indptr), shape=(x.shape[0], width))
     return tables, targets, first

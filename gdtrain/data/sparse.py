@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SparseInputs", "is_sparse"]
+__all__ = ["SparseInputs", "is_sparse", "rows_of"]
 
+_MOST_FEATURES = 2**31 - 1  # columns are kept as int32
 _DENSE_BYTES = 64 * 2**20  # of rows that are made dense together, where nobody says how many
 
 
@@ -32,6 +33,81 @@ def is_sparse(x: Any) -> bool:
     """
     scipy_sparse = sys.modules.get("scipy.sparse")  # imported, if anybody has made one
     return scipy_sparse is not None and bool(scipy_sparse.issparse(x))
+
+
+def rows_of(matrix: Any) -> Any:
+    """A sparse matrix as compressed rows, once its indices are known to lie in it.
+
+    SciPy's own conversions, and our kernels, read where the indices say.
+
+    Args:
+        matrix: (N, D), of `scipy.sparse`, in any format; not changed.
+
+    Returns:
+        CSR; the matrix itself if it is.
+
+    Raises:
+        ValueError: An index is out of range, or the arrays do not belong together.
+
+    Example:
+        >>> from scipy.sparse import coo_array
+        >>> rows_of(coo_array([[0, 1]])).format
+        'csr'
+    """
+    try:
+        _check_structure(matrix)
+        made = matrix if matrix.format == "csr" else matrix.tocsr()
+        if matrix.format not in ("csr", "csc", "coo", "bsr", "dia"):
+            _check_structure(made)
+    except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"The sparse matrix is damaged: expected indices within its shape {matrix.shape}, and "
+            f"arrays that belong together ({error})."
+        ) from None
+    if made.shape[1] > _MOST_FEATURES:
+        raise ValueError(
+            f"A sparse matrix may have {_MOST_FEATURES:,} features at most. Received: "
+            f"{made.shape[1]:,}."
+        )
+    return made
+
+
+def _check_structure(matrix: Any) -> None:
+    if matrix.ndim != 2 or min(matrix.shape) < 0:
+        raise ValueError("not two axes")
+    kind = matrix.format
+    indices = {
+        "csr": ("indices", "indptr"),
+        "csc": ("indices", "indptr"),
+        "bsr": ("indices", "indptr"),
+        "coo": ("row", "col"),
+        "dia": ("offsets",),
+    }
+    for name in indices.get(kind, ()):
+        found = getattr(matrix, name)
+        if found.dtype.kind not in "iu" or found.ndim != 1:
+            raise ValueError(f"{name} are not whole numbers")
+        if found.dtype.kind == "u" and len(found) and int(found.max()) >= 2**63:
+            raise ValueError(f"{name} are not whole numbers of 64 bits")
+    if kind in ("csr", "csc", "bsr"):
+        # A copy of the frame, since SciPy trims the arrays that it checks.
+        starts, least = matrix.indptr, len(matrix.indices)
+        if not len(starts) or int(starts[0]) != 0 or int(starts[-1]) > least:
+            raise ValueError("indptr does not fit the indices")
+        type(matrix)(
+            (matrix.data, matrix.indices, starts), shape=matrix.shape, copy=False
+        ).check_format(full_check=True)
+    elif kind == "coo":
+        for places, size in zip((matrix.row, matrix.col), matrix.shape, strict=True):
+            if len(places) != len(matrix.data):
+                raise ValueError("as many indices as values are needed")
+            if len(places) and not 0 <= int(places.min()) <= int(places.max()) < size:
+                raise ValueError("index out of range")
+    elif kind == "dia":
+        if matrix.data.ndim != 2 or len(matrix.offsets) != len(matrix.data):
+            raise ValueError("as many offsets as diagonals are needed")
+        if len(matrix.offsets) and int(np.abs(matrix.offsets).max()) >= max(matrix.shape):
+            raise ValueError("offset out of range")
 
 
 class SparseInputs:
@@ -89,10 +165,14 @@ class SparseInputs:
 
         Returns:
             The rows.
+
+        Raises:
+            ValueError: An index is out of range.
         """
         from scipy.sparse import csr_array
 
-        kept = csr_array(matrix if rows is None else matrix.tocsr()[rows])
+        matrix = rows_of(matrix)
+        kept = csr_array(matrix if rows is None else matrix[rows])
         with np.errstate(over="ignore"):  # infinite then, which the caller looks for
             own = np.float64 if dtype == torch.float64 else np.float32
             kept = kept.astype(own, copy=rows is None)

@@ -41,6 +41,9 @@ _EXAMPLES_ARGUMENTS = ("num_samples", "batch_size")  # of the subclasses
 # With a step-size rule, in the first group: what it remembers in numbers. Its tensors are in
 # state[p], under names that begin so.
 _RULE, _RULE_TENSOR = "step_size", "step_size_"
+# In what state_dict() gives of a rule's numbers: all of them once more, as one list; and the names
+# of the tensors.
+_WHOLE, _TENSORS = "whole", "tensors"
 _DEFAULT_LR = 1e-3
 
 
@@ -197,14 +200,17 @@ class Descent(Optimizer):
     _examples_argument: ClassVar[str | None] = None
     # Whether torch has put its own wrapper, which runs the hooks, around the step of a subclass.
     _hooks_run_outside: ClassVar[bool] = False
+    # Whether it is stepped without a gradient scaler, whatever it offers one.
+    _has_no_scaler: bool = False
     # Whether each update averages all N examples, so that no gradient is noisy.
     _full_batch: ClassVar[bool] = False
 
-    step_size: StepSize | None = None
+    # Without values here: a class attribute would hide the instance's from a wrapper's __getattr__.
+    step_size: StepSize | None
     """The rule that computes η, or None."""
-    total_updates: int | None = None
+    total_updates: int | None
     """T, the number of updates that a rule which decays is told."""
-    batch_fraction: float | None = None
+    batch_fraction: float | None
     """B/N, for rules that grow η by so much in a pass over the data; set it if you know it."""
 
     def __init__(
@@ -226,7 +232,9 @@ class Descent(Optimizer):
     ) -> None:
         if isinstance(lr, str) or step_size is not None:
             lr, step_size = self._peak(lr, step_size)
-            self.step_size, self.total_updates = step_size, total_updates
+        self.step_size = step_size
+        self.total_updates = None if step_size is None else total_updates
+        self.batch_fraction = 1.0 if self._full_batch else None
         defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
@@ -282,13 +290,17 @@ class Descent(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
-        if self.step_size is not None:
+        told = not self._full_batch and self.batch_fraction is not None
+        if self.step_size is not None or told:  # else as in torch
             names = ("step_size", "total_updates", "batch_fraction")
             state |= {name: getattr(self, name) for name in names}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("step_size", None)
+        self.__dict__.setdefault("total_updates", None)
+        self.__dict__.setdefault("batch_fraction", 1.0 if self._full_batch else None)
         self._plans = {}
         for group in self.param_groups:  # reached from load_state_dict too, whose states may be old
             group.setdefault("nesterov", False)
@@ -303,6 +315,39 @@ class Descent(Optimizer):
             if isinstance(state, dict) and _MEAN in state:
                 p.grad = state[_MEAN]
 
+    def state_dict(self) -> dict[str, Any]:
+        """As `torch.optim.Optimizer.state_dict`, with what is gathered and what a rule remembers.
+
+        `torch.distributed.checkpoint` loads only what is in the state of the new optimizer. So that
+        a new one asks for all that an old one saved, a rule's numbers are also given as one list,
+        and tensors that the rule does not keep yet are filled with NaN.
+
+        Returns:
+            The state, to be saved and loaded.
+
+        Example:
+            >>> theta = torch.nn.Parameter(torch.ones(2))
+            >>> Descent([theta], momentum=0.9).state_dict()["state"]
+            {}
+        """
+        exported = super().state_dict()
+        if self.step_size is None:
+            return exported
+        keys = [_RULE_TENSOR + name for name in self.step_size.keeps]
+        places = (i for group in exported["param_groups"] for i in group["params"])
+        names: set[str] = set()
+        for p, i in zip(self._parameters(), places, strict=True):
+            state = exported["state"].get(i, {})
+            if p.requires_grad:
+                state = {**{key: _blank(p) for key in keys}, **state}
+            if state:
+                exported["state"][i] = state
+            names |= {name for name in state if str(name).startswith(_RULE_TENSOR)}
+        group = exported["param_groups"][0]
+        whole = _as_list(group[_RULE])
+        group[_RULE] = {**group[_RULE], _WHOLE: whole, _TENSORS: sorted(names)}
+        return exported
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class or of `torch.optim.SGD`.
 
@@ -313,8 +358,8 @@ class Descent(Optimizer):
             state_dict: What `state_dict()` returned.
 
         Raises:
-            ValueError: The groups do not match, or the state was saved in the middle of gathering
-                another number of examples.
+            ValueError: The groups do not match, the state was saved in the middle of gathering
+                another number of examples, or a part of it is missing.
 
         Example:
             >>> theta = torch.nn.Parameter(torch.ones(2))
@@ -329,6 +374,7 @@ class Descent(Optimizer):
         def last_hook(_: Optimizer, state: dict[str, Any]) -> None:  # sees what the others made
             self._check_resumable(state["param_groups"])
             self._check_same_rule(state["param_groups"])
+            self._check_whole(state)
             loaded.update(state)
 
         handle = self.register_load_state_dict_pre_hook(last_hook)
@@ -351,7 +397,7 @@ class Descent(Optimizer):
             elif self._examples is not None and self._is_complete:
                 p.grad = None  # left over, and not of that update
             for name in [name for name in saved if str(name).startswith(_RULE_TENSOR)]:
-                if self.step_size is None:
+                if self.step_size is None or _is_blank(saved[name]):
                     self._pop(p, name)
                 else:
                     self.state[p][name] = saved[name].to(p.device, copy=True)
@@ -373,13 +419,42 @@ class Descent(Optimizer):
                 + " to go on with that update."
             )
 
+    def _check_whole(self, state: dict[str, Any]) -> None:
+        """Refuse what `torch.distributed.checkpoint` has loaded in part.
+
+        Sums are in no new optimizer's state: it cannot ask for them.
+        """
+        if not state["param_groups"]:
+            return
+        group, states = state["param_groups"][0], list(state["state"].values())
+        count, key = group.get(_COUNT, 0), _SUM
+        if self._examples is not None and count == self._examples:
+            key = _MEAN
+        missing = []
+        if count and not group.get(_OVERFLOW) and not any(key in own for own in states):
+            missing.append(key)
+        if self.step_size is not None:
+            names = group.get(_RULE, {}).get(_TENSORS, [])
+            missing += [name for name in names if not any(name in own for own in states)]
+        if missing:
+            raise ValueError(
+                f"This state is not whole: expected {', '.join(missing)} for the parameters, "
+                f"received none. torch.distributed.checkpoint loads only what is in the state that "
+                f"it is given, and nothing that is gathered is in a new optimizer's: save between "
+                f"two updates, without flatten_optimizer_state_dict, or load all of the checkpoint "
+                f"(torch.distributed.checkpoint.format_utils.dcp_to_torch_save, torch.load)."
+            )
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by GradScaler, which then calls step() whatever it saw, and says so in attributes.
 
         The fused kernel unscales; when gathering, step() must count the examples of a micro-batch
-        that overflowed. (Computed: survives deepcopy and pickle.)
+        that overflowed. (Computed: survives deepcopy and pickle.) Lightning asks it too, and where
+        it is true clips no gradients: `GatherMicroBatches`, which uses no scaler, says so here.
         """
+        if self._has_no_scaler:
+            return False
         return self._examples is not None or all(group["fused"] for group in self.param_groups)
 
     # ------------------------------------------------------------------ the step
@@ -425,6 +500,9 @@ class Descent(Optimizer):
             return self._step_by(self.step_size, closure, num_samples)
         gathers = self._examples_argument is not None and self._examples is not None
         compiling = is_compiling()
+        if gathers and closure is None and num_samples is None and self._is_blank_step():
+            self._begin_momentum()
+            return None
         try:
             # What a schedule, or a hand, may have made of lr: one such step loses the run. A tensor
             # is not looked at, for that would wait for its device; nor is lr while compiling, for
@@ -456,6 +534,30 @@ class Descent(Optimizer):
         if gathers:
             self.discard()
         return loss
+
+    def _is_blank_step(self) -> bool:
+        """Whether this is no update, but `torch.distributed.checkpoint` asking for state.
+
+        It sets each lr to 0 and each gradient to zeros, and calls step(). After gather() has
+        returned True, step() is the user's, unless an overflow has left no gradient.
+        """
+        if self._is_scaled or (
+            self._examples is not None and self._is_complete and not self.param_groups[0][_OVERFLOW]
+        ):
+            return False
+        grads = [p.grad for p in self._parameters() if p.requires_grad]
+        return (
+            all(float(group["lr"]) == 0 for group in self.param_groups)
+            and any(g is not None for g in grads)
+            and all(g is not None and _is_zero(g) for g in grads)
+        )
+
+    def _begin_momentum(self) -> None:
+        """Momentum buffers of zero gradients, where there are none; nothing else."""
+        for group in self.param_groups:
+            for p in group["params"] if group["momentum"] != 0 else ():
+                if p.grad is not None and self.state[p].get("momentum_buffer") is None:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
 
     def _update_all(self, compiling: bool) -> None:
         for index, group in enumerate(self.param_groups):
@@ -608,6 +710,9 @@ class Descent(Optimizer):
 
     def _step_by(self, rule: StepSize, closure: Any, num_samples: int | None) -> Any:
         gathers = self._examples is not None
+        if closure is None and num_samples is None and self._is_blank_step():
+            self._begin_momentum()
+            return None
         try:
             self._check_step_by(rule, closure, num_samples)
             factor = self._factor(rule)
@@ -742,7 +847,7 @@ class Descent(Optimizer):
         )
 
     def _check_same_rule(self, groups: list[dict[str, Any]]) -> None:
-        saved = groups[0].get(_RULE, {}).get("rule") if groups else None
+        saved = _rule_numbers(groups[0]).get("rule") if groups else None
         own = None if self.step_size is None else type(self.step_size).__name__
         if saved is not None and own is not None and saved != own:
             raise ValueError(
@@ -755,7 +860,9 @@ class Descent(Optimizer):
         if self.step_size is None:
             for group in self.param_groups:
                 group.pop(_RULE, None)
-        elif _RULE not in saved[0]:
+        elif _RULE in saved[0]:
+            self.param_groups[0][_RULE] = _rule_numbers(saved[0])
+        else:
             self.param_groups[0][_RULE] = {}
             if self.step_size.owns_rate:  # lr was η; what a schedule had made of it remains
                 for group in self.param_groups:
@@ -1022,6 +1129,48 @@ def _count(name: str, value: Any) -> int:
             f"{name} must be a whole number of examples, at least 1. Received: {value!r}."
         )
     return count
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return not bool(local.count_nonzero())
+
+
+def _blank(p: Tensor) -> Tensor:
+    """In the place of a tensor that a rule does not keep yet."""
+    return torch.full_like(p, nan, dtype=torch.promote_types(p.dtype, torch.float32)).detach()
+
+
+def _is_blank(tensor: Tensor) -> bool:
+    found = tensor.isnan().all()
+    if hasattr(found, "full_tensor"):
+        found = found.full_tensor()  # all ranks decide alike
+    return tensor.numel() > 0 and bool(found)
+
+
+def _as_list(numbers: dict[str, Any]) -> list[Any]:
+    """[names from the outermost in, value] of each number: no dict, which would be taken apart."""
+    pairs: list[Any] = []
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            pairs += [[[name, *names], number] for names, number in _as_list(value)]
+        else:
+            pairs.append([[name], value])
+    return pairs
+
+
+def _rule_numbers(group: dict[str, Any]) -> dict[str, Any]:
+    """A rule's numbers in a saved group."""
+    saved = group.get(_RULE, {})
+    if _WHOLE not in saved:
+        return dict(saved)
+    numbers: dict[str, Any] = {}
+    for names, value in saved[_WHOLE]:
+        place = numbers
+        for name in names[:-1]:
+            place = place.setdefault(name, {})
+        place[names[-1]] = value
+    return numbers
 
 
 def _two_owners(rule: StepSize, lr: float) -> str:

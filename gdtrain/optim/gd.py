@@ -78,7 +78,6 @@ class GD(Descent):
 
     _examples_argument = "num_samples"
     _full_batch = True
-    batch_fraction = 1.0
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from torch.func import functional_call, grad_and_value
 from torch.optim import Optimizer
 
 from gdtrain.dropout import Dropout, drawing, example_seeds
-from gdtrain.objective import Objective
+from gdtrain.objective import Objective, prediction_of
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.step_sizes import StochasticPolyak
 from gdtrain.sweep.engine import (
@@ -266,8 +266,8 @@ def _rehearse(objective: Objective, indices: Tensor, draw: int) -> None:
     with torch.random.fork_rng(devices), torch.enable_grad():
         before = _random_states(devices)
         with drawing(draw, 0):
-            prediction = functional_call(model, buffers, (objective.inputs[indices],))
-            losses = objective.loss(prediction, objective.targets[indices])
+            output = functional_call(model, buffers, (objective.inputs[indices],))
+            losses = objective.loss(prediction_of(output), objective.targets[indices])
         gradient = torch.autograd.grad(losses.sum(), objective.params, allow_unused=True)
         draws = _random_states(devices) != before
     random.setstate(outer[0])
@@ -433,7 +433,8 @@ def _update(
             state = dict(zip(names, theta, strict=True))
             state.update({name: b.clone() for name, b in zip(buffer_names, kept, strict=True)})
             state.update(zip(drawn, seeds, strict=True))
-            value = loss(functional_call(model, state, (x,)), y).sum() / len(x)
+            prediction = prediction_of(functional_call(model, state, (x,)))
+            value = loss(prediction, y).sum() / len(x)
             return value, [state[name] for name in buffer_names]
 
         gradient, (value, changed) = grad_and_value(mean_loss, has_aux=True)(theta)

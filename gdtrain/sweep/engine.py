@@ -58,6 +58,7 @@ class Engine(Protocol):
     """
 
     name: ClassVar[str]
+    optimizer: Optimizer
     rates: Tensor
     """(K,) float64: η of the first group at each update of the last call."""
     evaluations: int

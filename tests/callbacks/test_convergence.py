@@ -218,7 +218,7 @@ def test_a_small_decrease_of_the_loss_is_no_reason():
         fit(module, data, callback, Losses(seen), max_steps=600)
         assert module.stop is None
         assert module.updates == 600
-        assert callback._gradient_turn.update >= 560  # it did look
+        assert callback._gradient_turn.examples >= 560 * data.examples_per_update  # it did look
         if size == "full":
             decrease = -np.diff(seen) / seen[:-1]
             assert 0 < decrease.min() < decrease.max() < 2e-4
@@ -421,8 +421,10 @@ def test_linear_models_end_with_a_certificate(source, loss, momentum, schedule):
     assert module.stop.reason is StopReason.CONVERGED
     assert certificate["relative_gap"] <= 1e-6
     assert certificate["relative_gap"] == module.stop.numbers["relative_gap"]
-    # The search for the bound, and all looks at it, beside the time of the updates alone.
-    assert certificate["seconds_of_all_checks"] <= 0.05 * callback._seconds
+    # The last search for the bound, in passes over the data.
+    assert certificate["work"] <= max(
+        0.05 * module.updates, 2**26 / data.examples("train")[0].numel()
+    )
     x, y = (t.numpy() for t in data.examples("train"))
     x, y = x.reshape(len(x), -1), y.reshape(len(y))
     weight, bias = exact_minimum(loss, x, y, decay)
@@ -519,13 +521,35 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     assert second._balances == through._balances
 
 
-def test_checks_keep_to_their_share_of_the_time():
-    data = EmbeddedDataModule("digits", batch_size="full")
-    module = SupervisedModule(MLP((8, 8), 10), CrossEntropy(), partial(GD, lr=0.3))
+@pytest.mark.parametrize("batch_size", [16, "full"])
+def test_checks_keep_to_their_share_of_the_examples(batch_size, monkeypatch):
+    """And stand at multiples of the updates that pay for the cheapest of them."""
+    passed, at = [0], []
+    gradient, look = _Slopes.gradient, Convergence._look
+
+    def counted(self, indices, draw):
+        passed[0] += len(indices)
+        return gradient(self, indices, draw)
+
+    def noted(self, trainer, module, **options):
+        at.append(module.updates)
+        return look(self, trainer, module, **options)
+
+    monkeypatch.setattr(_Slopes, "gradient", counted)
+    monkeypatch.setattr(Convergence, "_look", noted)
+    data = EmbeddedDataModule("digits", batch_size=batch_size)
+    kind = GD if batch_size == "full" else MiniBatchSGD
+    module = SupervisedModule(MLP((8, 8), 10), CrossEntropy(), partial(kind, lr=0.01))
     callback = Convergence(share=0.05)
-    fit(module, data, callback, max_epochs=400, check_val_every_n_epoch=400)
+    fit(module, data, callback, max_steps=4000 if batch_size == 16 else 101, max_epochs=-1)
     assert module.stop is None
-    assert 0 < callback._spent <= 0.2 * callback._trained  # with what else the machine does
+    if batch_size == "full":
+        assert at == [0, 20, 40, 60, 80, 100, 101]  # and at the end
+    else:
+        # 1024 examples cost as many updates as 20 · 1024 / 16
+        assert set(at) <= set(range(0, 4001, 1280))
+        assert len(at) > 2
+        assert passed[0] <= 0.05 * module.examples_seen + 16 * 32
 
 
 def test_pairs_of_a_dataset_are_left_alone():

@@ -481,6 +481,19 @@ def test_bf16_mixed_gathers_the_float32_gradients():
     torch.testing.assert_close(module.seen[0][1].double(), total / N, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("fused", [None, True])
+def test_bf16_mixed_clips_the_mean(fused):
+    x, y = (t.float() for t in data())
+    module = Regression(gd(fused=fused), model=network().float())
+    start = weights(module)
+    loader = batches(4, tensors=(x, y))
+    fit(module, loader, max_epochs=1, precision="bf16-mixed", gradient_clip_val=0.05)
+    assert module.seen[0][1].norm() > 0.1  # before it is clipped
+    step = (weights(module) - start).norm() / 0.3
+    torch.testing.assert_close(step, torch.tensor(0.05), rtol=1e-4, atol=0)
+    assert module.optimizers(use_pl_optimizer=False)._step_supports_amp_scaling  # as it was
+
+
 def test_half_precision_gradients_are_summed_in_float32():
     # In bfloat16, 256 + 1 = 256: a sum there stays at 256 of 512.
     class Constant(LightningModule):

@@ -13,14 +13,12 @@ from torchvision import datasets
 
 from gdtrain.data import (
     ArrayDataModule,
-    CSVDataModule,
     EmbeddedDataModule,
     LIBSVMDataModule,
     NPYDataModule,
     Preprocessing,
     SyntheticDataModule,
     TorchvisionDataModule,
-    read_features,
 )
 
 PARTS = ("train", "val", "test")
@@ -534,83 +532,9 @@ def test_arrays_that_do_not_fit_are_refused(inputs, targets, options, message):
         ready(ArrayDataModule(inputs, targets, **WHOLE, **options))
 
 
-# ------------------------------------------------------------------------------- CSV
-
-
 def write(path, text):
     path.write_text(text)
     return path
-
-
-def test_csv_comes_back_as_it_was_written(tmp_path):
-    x, _ = table()
-    kinds = ["sun", "rain"]
-    rows = [",".join([*map(repr, row.tolist()), kinds[i % 2]]) for i, row in enumerate(x)]
-    path = write(tmp_path / "t.csv", "a,b,c,kind\n" + "\n".join(rows) + "\n")
-    data = ready(CSVDataModule(path, target="kind", **WHOLE))
-    np.testing.assert_array_equal(data.examples("train")[0].numpy(), x)
-    assert data.preprocessing.classes == ["rain", "sun"]
-    assert data.examples("train")[1].tolist() == [1, 0] * 20
-    assert data.preprocessing.feature_names == ["a", "b", "c"]
-    state = reloaded(data.state_dict())
-    assert state["preprocessing"]["feature_names"] == ["a", "b", "c"]
-
-
-def test_csv_takes_the_last_column_as_target_and_the_columns_that_are_named(tmp_path):
-    path = write(tmp_path / "t.csv", "a,b,c\n" + "1,2,0.5\n3,4,1.5\n" * 5)
-    data = ready(CSVDataModule(path, **WHOLE))
-    assert data.num_classes is None
-    assert data.examples("train")[1].tolist() == [0.5, 1.5] * 5
-    picked = ready(CSVDataModule(path, target="a", columns=["c", "b"], **WHOLE))
-    assert picked.examples("train")[0][:2].tolist() == [[0.5, 2.0], [1.5, 4.0]]
-    assert picked.examples("train")[1].tolist() == [0, 1] * 5
-    assert ready(CSVDataModule(path, target="a", task="regression", **WHOLE)).num_classes is None
-
-
-def test_csv_takes_booleans_as_features(tmp_path):
-    path = write(tmp_path / "t.csv", "a,y\nTrue,1\nFalse,0\n")
-    data = ready(CSVDataModule(path, **WHOLE))
-    assert data.examples("train")[0].tolist() == [[1.0], [0.0]]
-
-
-@pytest.mark.parametrize(
-    ("text", "options", "message"),
-    [
-        ("a,y\n1,0\n", {"target": "z"}, r"t\.csv has no column 'z'\. It has: a, y"),
-        ("a,y\n1,0\n", {"columns": ["b"]}, "has no column 'b'"),
-        ("a,y\n1,0\nred,1\n", {}, r"feature 'a' is not numeric \(it has 'red'\)"),
-        ("a,y\n1,0\n2,1\n,0\n", {}, "feature 'a' is missing in row 2 "),
-        ("a,y\n1,0\n2,\n3,0\n", {}, "target 'y' is missing in row 1 "),
-        ("a,y\n1,up\n2,\n3,up\n", {}, "target 'y' is missing in row 1 "),
-        ("a,y\n1,0\n1,2,3,4\n1\n", {}, r"t\.csv could not be read as CSV"),
-        ("", {}, r"t\.csv could not be read as CSV"),
-        ("y\n1\n0\n1\n", {}, "no feature|[Ff]eature.*column"),
-        ("a,y\n1,up\n2,down\n", {"task": "regression"}, "A regression needs numbers"),
-    ],
-    ids=[
-        "no target",
-        "no column",
-        "text",
-        "missing feature",
-        "missing target",
-        "missing label",
-        "ragged",
-        "empty",
-        "target alone",
-        "text as numbers",
-    ],
-)
-def test_csv_says_what_is_wrong_with_a_file(tmp_path, text, options, message):
-    path = write(tmp_path / "t.csv", text)
-    with pytest.raises(ValueError, match=message):
-        ready(CSVDataModule(path, **WHOLE, **options))
-
-
-def test_csv_of_bytes_that_are_no_text_is_refused(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_bytes(b"a,y\n\xff\xfe\xfa,1\n")
-    with pytest.raises(ValueError, match="could not be read as CSV"):
-        ready(CSVDataModule(path, **WHOLE))
 
 
 # ------------------------------------------------------------------------------- NPY
@@ -748,19 +672,42 @@ def test_libsvm_counts_the_features_of_both_files_alike(tmp_path, train, test):
 def test_libsvm_says_what_is_wrong_with_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"t\.svm could not be read as LIBSVM"):
         ready(LIBSVMDataModule(write(tmp_path / "t.svm", "1 one:two\n"), **WHOLE))
-    train = write(tmp_path / "train.svm", "1 1:1\n-1 2:2\n" * 3)
-    test = write(tmp_path / "test.svm", "1 7:1\n")
-    with pytest.raises(ValueError, match=r"test\.svm could not be read as LIBSVM.*7 features"):
-        ready(LIBSVMDataModule(train, test_path=test, **WHOLE))
 
 
-@pytest.mark.parametrize("make", [CSVDataModule, NPYDataModule, LIBSVMDataModule, read_features])
+@pytest.mark.parametrize(
+    ("train", "test", "kept", "said"),
+    [
+        (
+            "1 1:1 3:2\n-1 2:2\n",
+            "1 3:5 7:9\n-1 1:6 9:9\n",
+            [[0, 0, 5], [6, 0, 0]],
+            "2, from 7 to 9",
+        ),
+        ("1 0:1 2:2\n-1 1:2\n", "1 2:5 3:9\n-1 0:6\n", [[0, 0, 5], [6, 0, 0]], "1, from 3 to 3"),
+        ("1 1:1 3:2\n-1 2:2\n", "1 4:9\n-1 4:8\n", [[0, 0, 0], [0, 0, 0]], "1, from 4 to 4"),
+    ],
+    ids=["counted from 1", "counted from 0", "no feature of training"],
+)
+@pytest.mark.parametrize("sparse", [True, False])
+def test_libsvm_leaves_out_features_that_training_lacks(
+    tmp_path, caplog, train, test, kept, said, sparse
+):
+    paths = [write(tmp_path / "train.svm", train * 3), write(tmp_path / "test.svm", test)]
+    data = LIBSVMDataModule(paths[0], test_path=paths[1], sparse=sparse, **WHOLE)
+    with caplog.at_level("INFO", "gdtrain"):
+        x, _ = ready(data).examples("test")
+    assert data.input_shape == (3,)
+    assert x[:].tolist() == kept
+    assert f"test.svm: features that training did not have are left out: {said}." in caplog.text
+
+
+@pytest.mark.parametrize("make", [NPYDataModule, LIBSVMDataModule])
 def test_a_missing_file_is_named(tmp_path, make):
     with pytest.raises(FileNotFoundError, match=r"There is no file .*away\.csv"):
         make(tmp_path / "away.csv")
 
 
-@pytest.mark.parametrize("make", [CSVDataModule, NPYDataModule, LIBSVMDataModule])
+@pytest.mark.parametrize("make", [NPYDataModule, LIBSVMDataModule])
 def test_a_path_left_out_is_asked_for(make):
     with pytest.raises(ValueError, match=r"data\.path must name the file"):
         make(None)
@@ -892,35 +839,3 @@ def test_a_broken_file_is_not_reported_as_missing(tmp_path):
 def test_an_unknown_torchvision_set_is_named():
     with pytest.raises(ValueError, match=r"name must be one of mnist, fashion_mnist, cifar10"):
         TorchvisionDataModule("imagenet")
-
-
-# ---------------------------------------------------------------------- read_features
-
-
-def test_read_features_takes_the_columns_in_the_order_of_training(tmp_path):
-    path = write(tmp_path / "new.csv", "b,extra,a\n2,x,1\n4,y,3\n")
-    np.testing.assert_array_equal(read_features(path, ["a", "b"]), [[1, 2], [3, 4]])
-
-
-def test_read_features_takes_all_columns_and_arrays(tmp_path):
-    path = write(tmp_path / "new.csv", "b,a\n2,1\n4,3\n")
-    np.testing.assert_array_equal(read_features(path), [[2, 1], [4, 3]])
-    images = np.zeros((2, 1, 4, 4))
-    np.save(tmp_path / "new.npy", images)
-    assert read_features(tmp_path / "new.npy").shape == (2, 1, 4, 4)
-
-
-@pytest.mark.parametrize(
-    ("file", "text", "names", "message"),
-    [
-        ("new.csv", "a\n1\n", ["a", "b"], r"new\.csv lacks the feature 'b'\. It has: a"),
-        ("new.csv", "a\nred\n", None, "'a' is not numeric"),
-        ("new.csv", "a,b\n1,2\n,3\n", None, "feature 'a' is missing in row 1 "),
-        ("new.csv", "", None, "could not be read as CSV"),
-        ("new.txt", "a\n1\n", None, r"must come as \.csv or \.npy"),
-        ("new.npy", "text", None, "could not be read as an array"),
-    ],
-)
-def test_read_features_says_what_is_wrong_with_a_file(tmp_path, file, text, names, message):
-    with pytest.raises(ValueError, match=message):
-        read_features(write(tmp_path / file, text), names)

@@ -20,7 +20,6 @@ from gdtrain.data import (
     Preprocessing,
     SparseInputs,
     features,
-    read_features,
 )
 from gdtrain.losses import CrossEntropy, Logistic
 
@@ -455,9 +454,6 @@ def test_a_sparse_test_file_has_the_features_of_the_training_file(tmp_path):
     got = ready(data).examples("test")[0]
     assert got.shape == (2, 40)
     assert got[:].nonzero().tolist() == [[0, 1], [1, 0]]
-    (tmp_path / "test.svm").write_text("1 41:5\n")
-    with pytest.raises(ValueError, match=r"it has 41 features, and .*train.svm has 40"):
-        ready(LIBSVMDataModule(tmp_path / "train.svm", test_path=tmp_path / "test.svm", **RAW))
 
 
 def test_an_empty_file_is_refused(tmp_path):
@@ -475,42 +471,3 @@ def test_npz_of_scipy_trains_with_targets_in_a_file(tmp_path):
     np.savez(tmp_path / "x.npz", x=x)
     with pytest.raises(ValueError, match=r"could not be read as a matrix of scipy\.sparse"):
         ready(NPYDataModule(tmp_path / "x.npz", target_path=tmp_path / "y.npy", **RAW))
-
-
-# --------------------------------------------------------------------- read_features
-
-
-def test_read_features_takes_sparse_files(tmp_path):
-    x, y = one_hot()
-    sparse.save_npz(tmp_path / "x.npz", sparse.csc_array(x))
-    np.testing.assert_array_equal(read_features(tmp_path / "x.npz").toarray(), x)
-    for name in ("x.svm", "x.libsvm.gz", "x.svmlight"):
-        written(tmp_path / name, x, y)
-        np.testing.assert_array_equal(read_features(tmp_path / name).toarray(), x)
-    written(tmp_path / "a9a", x, y)
-    np.testing.assert_array_equal(read_features(tmp_path / "a9a", first_feature=1).toarray(), x)
-    with pytest.raises(ValueError, match=r"must come as \.csv or \.npy, or sparse as"):
-        read_features(tmp_path / "a9a")
-
-
-def test_read_features_counts_as_training_did(tmp_path):
-    path = tmp_path / "new.svm"
-    path.write_text("0 1:3\n0 2:4\n")
-    from_one = read_features(path, num_features=4, first_feature=1)
-    from_zero = read_features(path, num_features=4, first_feature=0)
-    assert from_one.toarray().tolist() == [[3, 0, 0, 0], [0, 4, 0, 0]]
-    assert from_zero.toarray().tolist() == [[0, 3, 0, 0], [0, 0, 4, 0]]
-    with pytest.raises(ValueError, match=r"it has 2 features, and there are 1"):
-        read_features(path, num_features=1, first_feature=1)
-    path.write_text("0 0:3\n")
-    with pytest.raises(ValueError, match=r"has a feature 0.*counted from 1, as in training"):
-        read_features(path, num_features=4, first_feature=1)
-
-
-def test_read_features_says_what_is_wrong_with_a_sparse_file(tmp_path):
-    (tmp_path / "x.npz").write_text("text")
-    with pytest.raises(ValueError, match=r"x\.npz could not be read as a matrix"):
-        read_features(tmp_path / "x.npz")
-    (tmp_path / "x.svm").write_text("1:3 2:4\n")
-    with pytest.raises(ValueError, match=r"lines of a label and feature:value"):
-        read_features(tmp_path / "x.svm")

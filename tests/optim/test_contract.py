@@ -452,12 +452,41 @@ def test_lr_may_be_a_tensor(optimizer, shape, mode):
 
 
 @EVERY_MODE
-def test_weight_decay_may_be_a_tensor(mode):
-    opt = SGD(parameters(), lr=0.1, weight_decay=torch.tensor(0.5), **mode)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_weight_decay_may_be_a_tensor(mode, shape):
+    opt = SGD(parameters(), lr=0.1, weight_decay=torch.full(shape, 0.5), **mode)
     twin = SGD([torch.nn.Parameter(p) for p in values(opt)], lr=0.1, weight_decay=0.5)
     steps(opt, 3)
     steps(twin, 3)
     assert_close(values(opt), values(twin))
+
+
+@EVERY_MODE
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_tensors_for_numbers_give_the_bits_of_torch(mode, dtype):
+    """lr and weight_decay as tensors, with 1,000 entries that round in all ways."""
+    if mode == {"foreach": True} and dtype.itemsize < 4:
+        pytest.skip("torch._foreach_mul_ rounds the momentum itself there")
+    start, *grads = torch.randn(4, 1000).to(dtype)
+    cases = itertools.product(
+        (0.0317, torch.tensor(0.0317)),
+        (0.0, 0.0137, torch.tensor(0.0137), torch.tensor(0.0137, dtype=torch.float64)),
+        ({}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}),
+        (False, True),
+    )
+    for lr, weight_decay, momentum, maximize in cases:
+        found = []
+        for optimizer in (SGD, torch.optim.SGD):
+            theta = torch.nn.Parameter(start.clone())
+            arguments = {"lr": lr, "weight_decay": weight_decay, **momentum, **mode}
+            opt = optimizer([theta], maximize=maximize, **arguments)
+            for g in grads:
+                theta.grad = g.clone()
+                opt.step()
+            found.append(theta.detach())
+        assert torch.equal(*found), (lr, weight_decay, momentum, maximize)
 
 
 # check_invariants, here and below: left open, it makes torch warn

@@ -1,0 +1,180 @@
+"""What callbacks that act on batches see of a run whose batches are sweeps of several updates.
+
+gdtrain's callbacks know sweeps, and say so by a method `next_update`. Everybody else, of Lightning
+or of the user, has learnt that a batch is an update: it gets what it relies on, or a refusal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from lightning import Callback, LightningModule
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    DeviceStatsMonitor,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+    Timer,
+)
+
+__all__ = ["Sight", "before_step", "call", "overrides", "sight"]
+
+_BATCH = ("on_train_batch_start", "on_train_batch_end")
+_STEP = ("on_before_zero_grad", "on_after_backward", "on_before_optimizer_step")
+_NEVER = {
+    "on_before_backward": "the loss before its backward pass",
+    "backward": "the loss before its backward pass",
+    "optimizer_step": "the step of automatic optimization",
+    "optimizer_zero_grad": "the step of automatic optimization",
+    "configure_gradient_clipping": "the gradients of automatic optimization",
+    "lr_scheduler_step": "a scheduler of Lightning",
+}
+_ONLY_LOOK = (ProgressBar, Timer)  # draw, or read a clock, as the user wishes
+_AT_LOG_POINTS = (LearningRateMonitor, DeviceStatsMonitor)  # not their subclasses
+_REFUSED = {
+    BatchSizeFinder: (
+        "changes the batch size, which is part of the method here, to fill the memory. What memory "
+        "holds decides the micro-batch size: set data.micro_batch_size"
+    ),
+    LearningRateFinder: (
+        "sets the rates of a scheduler of Lightning, which a sweep has none of. Use gdtrain's rate "
+        "finder, or lr=auto"
+    ),
+    GradientAccumulationScheduler: (
+        "joins batches to updates by Lightning's automatic optimization. A batch of "
+        "data.batch_size examples makes an update here; data.micro_batch_size bounds a pass"
+    ),
+}
+
+
+class Sight(NamedTuple):
+    """Where sweeps must end for those who do not know them.
+
+    Args:
+        single: Who needs one update a step, in words; "": nobody.
+        cuts: From an update number to the smallest above it at which a sweep must end.
+        step: Who has hooks that are called at each step of the optimizer.
+    """
+
+    single: str
+    cuts: Sequence[Callable[[int], int]]
+    step: Sequence[Any]
+
+
+def overrides(owner: Any, hook: str) -> bool:
+    """Whether a callback or a module brings a hook of its own, by its class or as an attribute.
+
+    Args:
+        owner: A callback or a module.
+        hook: Name of the method.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import LambdaCallback
+        >>> told = LambdaCallback(on_train_epoch_end=lambda trainer, module: None)
+        >>> overrides(told, "on_train_epoch_end"), overrides(told, "on_train_epoch_start")
+        (True, False)
+    """
+    parent = Callback if isinstance(owner, Callback) else LightningModule
+    found = getattr(owner, hook, None)
+    return hasattr(parent, hook) and getattr(found, "__func__", found) is not getattr(parent, hook)
+
+
+def sight(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) -> Sight:
+    """What each of the callbacks, and the module's own subclass, gets.
+
+    Args:
+        callbacks: The trainer's.
+        module: A SupervisedModule.
+        log_every: The trainer's `log_every_n_steps`.
+        by_rule: Whether a rule computes η.
+
+    Raises:
+        ValueError: One of them acts on what a sweep does not have.
+
+    Example:
+        >>> from lightning.pytorch.callbacks import EMAWeightAveraging
+        >>> saving = ModelCheckpoint(every_n_train_steps=100)
+        >>> found = sight([saving], LightningModule(), log_every=50, by_rule=False)
+        >>> found.single, [cut(250) for cut in found.cuts]
+        ('', [300])
+        >>> averaging = EMAWeightAveraging()
+        >>> sight([averaging], LightningModule(), log_every=50, by_rule=False).single
+        'EMAWeightAveraging acts on batches'
+    """
+    single, cuts, step = "", list[Callable[[int], int]](), []
+    for owner in (*callbacks, module):
+        name = type(owner).__name__
+        _refuse(owner, name)
+        hooks = [hook for hook in _STEP if overrides(owner, hook)]
+        if hooks and by_rule:
+            raise ValueError(
+                f"{name} acts on {hooks[0]}, and a rule computes the step size from the gradient "
+                f"as it is. Set optimizer.lr to a number, or leave {name} out."
+            )
+        if hooks:
+            step.append(owner)
+        if hasattr(owner, "next_update") and owner is not module:
+            continue  # it knows sweeps
+        kind = type(owner)
+        if kind is ModelCheckpoint:
+            every = owner._every_n_train_steps
+            cuts += [partial(_next, every=every)] if every >= 1 else []
+        elif kind in _AT_LOG_POINTS:
+            if getattr(owner, "logging_interval", None) != "epoch" and log_every:
+                # Logged are the starts and the ends of the batches n − 1, 2n − 1, …
+                cuts += [partial(_next, every=log_every, after=a) for a in (0, log_every - 1)]
+        elif isinstance(owner, _ONLY_LOOK):
+            continue
+        elif hooks or any(overrides(owner, hook) for hook in _BATCH):
+            single = single or f"{name} acts on batches"
+    return Sight(single, cuts, step)
+
+
+def _refuse(owner: Any, name: str) -> None:
+    for kind, reason in _REFUSED.items():
+        if isinstance(owner, kind):
+            raise ValueError(f"{name} {reason}. Received: callbacks with {name}.")
+    if isinstance(owner, ModelCheckpoint) and owner._train_time_interval is not None:
+        raise ValueError(
+            "ModelCheckpoint(train_time_interval=…) never saves in manual optimization, which "
+            "sweeps of updates are. Use every_n_train_steps, which counts updates, or "
+            "gdtrain.callbacks.BestAndLast(seconds_between=…)."
+        )
+    for hook, what in _NEVER.items():
+        if overrides(owner, hook):
+            raise ValueError(
+                f"{name} acts on {hook}, and the updates of a sweep do not have {what}. "
+                f"on_before_zero_grad, on_after_backward and on_before_optimizer_step are called "
+                f"at each update; or train a LightningModule of your own with gdtrain's optimizers."
+            )
+
+
+def _next(update: int, every: int, after: int = 0) -> int:
+    """The smallest number above `update` that is `after` more than a multiple of `every`."""
+    return update + every - (update - after) % every
+
+
+def before_step(owners: Sequence[Any], trainer: Any, module: Any, optimizer: Any) -> None:
+    """Call the hooks that come between the backward pass and the step.
+
+    Args:
+        owners: Who has them, as `Sight.step`.
+        trainer: Lightning's.
+        module: That is trained.
+        optimizer: Whose step comes next; the gradients are in `p.grad`.
+    """
+    for hook, arguments in (("on_after_backward", ()), ("on_before_optimizer_step", (optimizer,))):
+        call(owners, hook, trainer, module, *arguments)
+
+
+def call(owners: Sequence[Any], hook: str, trainer: Any, module: Any, *arguments: Any) -> None:
+    """One hook of callbacks, and of the module."""
+    for owner in owners:
+        if overrides(owner, hook):
+            before = () if owner is module else (trainer, module)
+            getattr(owner, hook)(*before, *arguments)

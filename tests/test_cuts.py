@@ -1,0 +1,279 @@
+"""Where sweeps end: at every declared update, and nowhere that matters.
+
+A row trains with each of some cuts, and with clocks that run faster or slower: parameters, history
+and the last update must be the same, bit for bit.
+"""
+
+import hashlib
+import json
+import time
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+
+from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain.callbacks import BestAndLast, Convergence, Divergence, LossCurves
+from gdtrain.data import ArrayDataModule, EmbeddedDataModule
+from gdtrain.losses import CrossEntropy, SquaredError
+from gdtrain.models import MLP, Linear
+from gdtrain.schedules import Constant, Cosine, InverseTime, ReduceOnPlateau, Step
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Total length of .list. across ranks is zero"),
+    pytest.mark.filterwarnings("ignore:You defined a .validation_step. but have no"),
+]
+CUTS = [1, 7, 64, 1258, "auto"]
+OPTIMIZERS = {1: SGD, "full": GD}
+
+
+def iris(cut, callbacks, *, batch_size=1, lr=0.05, schedule=None, hidden=(), **options):
+    """A run on flowers, ready to start: a module, its data and arguments for the trainer."""
+    kind = partial(OPTIMIZERS.get(batch_size, MiniBatchSGD), lr=lr, momentum=options.pop("mu", 0.0))
+    data = EmbeddedDataModule("iris", batch_size=batch_size, updates_per_sweep=cut)
+    model = MLP((4,), 3, hidden=list(hidden)) if hidden else Linear((4,), 3)
+    module = SupervisedModule(model, CrossEntropy(), kind, schedule or Constant())
+    return module, data, {"callbacks": callbacks, "max_epochs": 2, **options}
+
+
+def line(cut, callbacks, *, batch_size=1, lr=0.1, weight_decay=0.0, schedule=None, **options):
+    """A line with noise: at one η SGD has a floor, GD converges."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 3))
+    y = x @ [1.0, -2.0, 0.5] + rng.normal(size=200)
+    kind = partial(OPTIMIZERS[batch_size], lr=lr, weight_decay=weight_decay)
+    data = ArrayDataModule(
+        x, y, batch_size=batch_size, val_fraction=0, test_fraction=0, dtype="float64",
+        updates_per_sweep=cut,
+    )  # fmt: skip
+    module = SupervisedModule(Linear((3,), 1).double(), SquaredError(), kind, schedule)
+    return (
+        module,
+        data,
+        {"callbacks": callbacks, "max_epochs": 60, "precision": "64-true"} | options,
+    )
+
+
+def divergence(cut, folder, batch_size, lr, **options):
+    return iris(
+        cut, [Divergence(**options)], batch_size=batch_size, lr=lr, hidden=[32], mu=0.5,
+        max_epochs={1: 3, 16: 12, "full": 100}[batch_size], check_val_every_n_epoch=3,
+    )  # fmt: skip
+
+
+def nan_in_the_data(cut, folder):
+    module, data, arguments = iris(cut, [Divergence()], max_epochs=20)
+    data.setup()
+    data.examples("train")[0][77, 2] = float("nan")
+    return module, data, arguments
+
+
+def stopped_early(cut, folder):
+    stop = EarlyStopping("loss/val", patience=1)
+    return iris(cut, [Divergence(), stop], lr=1.0, max_epochs=40, check_val_every_n_epoch=2)
+
+
+def on_a_plateau(cut, folder):
+    schedule = ReduceOnPlateau(gamma=0.5, patience=0)
+    return iris(
+        cut, [Divergence()], batch_size=8, lr=100.0, schedule=schedule, max_epochs=8, hidden=[32]
+    )
+
+
+def checkpoints(cut, folder):
+    """The best, whatever the clock says when the last is written."""
+    return iris(cut, [Divergence(), BestAndLast(folder, seconds_between=0.0)], schedule=Cosine())
+
+
+def saved_every_100(cut, folder):
+    return iris(cut, [ModelCheckpoint(folder, every_n_train_steps=100, save_top_k=-1)])
+
+
+# By name: from a cut and a folder to a module, its data and the trainer's arguments. What the
+# folder holds at the end must be the same, too. The second part is what must have happened.
+ROWS = {
+    "a recovery, B = 1": (partial(divergence, batch_size=1, lr=10.0), "events"),
+    "a recovery, B = 16": (partial(divergence, batch_size=16, lr=30.0), "events"),
+    "a recovery, B = N": (partial(divergence, batch_size="full", lr=100.0), "events"),
+    "a stop": (partial(divergence, batch_size=1, lr=10.0, action="stop"), "DIVERGED"),
+    "a NaN in the data": (nan_in_the_data, "NON_FINITE"),
+    "converged by tolerance": (
+        lambda cut, folder: line(cut, [Convergence(1e-4)], batch_size="full", max_epochs=3000),
+        "CONVERGED",
+    ),
+    "converged by the gap": (
+        lambda cut, folder: line(
+            cut, [Convergence(None, gap=1e-6)], batch_size="full", weight_decay=0.1, max_epochs=9000
+        ),
+        "CONVERGED",
+    ),
+    "a floor of noise": (lambda cut, folder: line(cut, [Convergence(share=0.5)]), "NOISE_FLOOR"),
+    "checks every 130 updates": (
+        lambda cut, folder: line(cut, [Convergence(every=130)]),
+        "NOISE_FLOOR",
+    ),
+    "stopped early": (stopped_early, "early"),
+    "stalled": (
+        lambda cut, folder: iris(cut, [Convergence(patience=2)], lr=2.0, max_epochs=40),
+        "STALLED",
+    ),
+    "a plateau": (on_a_plateau, "events"),
+    "without a planned end": (
+        lambda cut, folder: line(
+            cut,
+            [Convergence(1e-4)],
+            batch_size="full",
+            max_epochs=-1,
+            schedule=InverseTime(k=1e-3, warmup=20),
+        ),
+        "CONVERGED",
+    ),
+    "the best checkpoint": (checkpoints, "best.ckpt"),
+    "checkpoints every 100": (saved_every_100, "epoch=0-step=100.ckpt"),
+    "an average of every update": (
+        lambda cut, folder: iris(cut, [EMAWeightAveraging(decay=0.9)]),
+        "",
+    ),
+}
+FAST = ["a recovery, B = 1", "converged by tolerance", "a floor of noise", "the best checkpoint"]
+
+
+def digest(*tensors):
+    made = hashlib.sha256()
+    for tensor in tensors:
+        made.update(tensor.detach().cpu().numpy().tobytes())
+    return made.hexdigest()
+
+
+def without_clock(value):
+    """The same without what a clock has told."""
+    if isinstance(value, dict):
+        return {k: without_clock(v) for k, v in value.items() if "second" not in k}
+    return [without_clock(v) for v in value] if isinstance(value, list) else value
+
+
+def train(make, cut, folder):
+    """What a run came to: by a name, what must be equal."""
+    seed_everything(0, verbose=False)
+    module, data, arguments = make(cut, folder)
+    curves = LossCurves()
+    callbacks = [curves, *arguments.pop("callbacks")]
+    trainer = Trainer(
+        callbacks=callbacks,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=any(isinstance(c, BestAndLast | ModelCheckpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        **arguments,
+    )
+    trainer.fit(module, datamodule=data)
+    stop = None if module.stop is None else asdict(module.stop)
+    events = [e for c in callbacks if isinstance(c, Divergence) for e in c.events]
+    early = [c.stopped_epoch for c in callbacks if isinstance(c, EarlyStopping)]
+    files = {}
+    for path in sorted(Path(folder).iterdir()):
+        if path.name != "last.ckpt":
+            state = torch.load(path, weights_only=True)["state_dict"]
+            files[path.name] = digest(*state.values())
+    return {
+        "updates": module.updates,
+        "parameters": digest(*module.model.parameters()),
+        "history": json.dumps(without_clock(asdict(curves.history))),
+        "stop": json.dumps(without_clock(stop)),
+        "events": json.dumps(events),
+        "early": early,
+        "files": files,
+        "certificate": json.dumps(without_clock(module.certificate)),
+    }
+
+
+def happened(made, what):
+    """That the row shows what it is there for."""
+    if what == "events":
+        return made["events"] != "[]"
+    if what == "early":
+        return made["early"][0] > 0
+    if what.endswith(".ckpt"):
+        return what in made["files"]
+    return what in made["stop"] or not what
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_nothing_depends_on_where_sweeps_end(name, tmp_path):
+    make, what = ROWS[name]
+    expected = None
+    for cut in CUTS:
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        made = train(make, cut, folder)
+        expected = expected or made
+        assert made == expected, cut
+    assert happened(expected, what), expected
+
+
+@pytest.mark.parametrize("speed", [0.01, 100.0])
+@pytest.mark.parametrize("name", FAST)
+def test_nothing_depends_on_the_clock(name, speed, tmp_path, monkeypatch):
+    make, _ = ROWS[name]
+    (tmp_path / "as it is").mkdir()
+    (tmp_path / "another").mkdir()
+    expected = train(make, "auto", tmp_path / "as it is")
+    for clock in ("perf_counter", "monotonic"):
+        real = getattr(time, clock)
+        monkeypatch.setattr(time, clock, lambda real=real: speed * real())
+    assert train(make, "auto", tmp_path / "another") == expected
+
+
+# ---------------------------------------------------------------------- what is declared
+
+
+def fit(callbacks=(), *, updates=100, schedule=None):
+    arguments = {"max_epochs": -1, "max_steps": updates, "schedule": schedule}
+    module, data, arguments = iris(1000, list(callbacks), **arguments)
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **arguments,
+    )
+    trainer.fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Constant(warmup=0.1), Step(every=0.5)])
+def test_a_schedule_over_a_run_without_an_end_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"is a function of the planned updates.*Received: max_ep"):
+        fit(updates=-1, schedule=schedule)
+
+
+class Sees(Callback):
+    def __init__(self, every):
+        self.every, self.seen = every, []
+
+    def next_update(self, update):
+        return (update // self.every + 1) * self.every
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(pl_module.updates)
+
+
+def test_sweeps_end_at_every_update_that_a_callback_declares():
+    callbacks = Sees(7), Sees(32)
+    fit(callbacks)
+    ends = [*sorted({*range(7, 101, 7), *range(32, 101, 32)}), 100]
+    assert callbacks[0].seen == callbacks[1].seen == ends
+
+
+def test_an_update_that_is_over_cannot_be_declared():
+    late = Sees(7)
+    late.next_update = lambda update: update
+    with pytest.raises(ValueError, match=r"next_update\(0\) must be above 0.* Received: 0"):
+        fit([late])

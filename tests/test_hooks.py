@@ -1,0 +1,383 @@
+"""Callbacks that act on batches: one update a step, exact cuts, or a refusal that says why."""
+
+import logging
+from datetime import timedelta
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LambdaCallback,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    OnExceptionCheckpoint,
+    RichProgressBar,
+    SpikeDetection,
+    ThroughputMonitor,
+    Timer,
+    TQDMProgressBar,
+    WeightAveraging,
+)
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from gdtrain import SGD, SupervisedModule
+from gdtrain.data import EmbeddedDataModule
+from gdtrain.losses import CrossEntropy
+from gdtrain.models import Linear
+from gdtrain.step_sizes import StochasticPolyak
+
+UPDATES = 60
+
+
+def start(callbacks=(), *, kind=SupervisedModule, optimizer=None, updates=UPDATES, **options):
+    torch.manual_seed(0)
+    data = EmbeddedDataModule("iris", batch_size=1, updates_per_sweep=1000)
+    module = kind(Linear((4,), 3), CrossEntropy(), optimizer or partial(SGD, lr=0.05))
+    arguments = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": -1,
+        **options,
+    }
+    return module, data, Trainer(callbacks=list(callbacks), max_steps=updates, **arguments)
+
+
+def fit(callbacks=(), **options):
+    module, data, trainer = start(callbacks, **options)
+    trainer.fit(module, datamodule=data)
+    return module
+
+
+def weights(module):
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+def path():
+    """θ before and after each of the updates, by a plain loop."""
+    module, data, _ = start()
+    data.setup()
+    x, y = data.examples("train")
+    order = data.train_dataloader().block(0, UPDATES)[:, 0].tolist()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+    made = [weights(module)]
+    for i in order:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module.model(x[i : i + 1]), y[i : i + 1]).backward()
+        optimizer.step()
+        made.append(weights(module))
+    return made
+
+
+class Log(Logger):
+    """Keeps what it is given."""
+
+    name = version = "log"
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def log_metrics(self, metrics, step=None):
+        self.steps.append(step)
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+# ---------------------------------------------------------------------- one update a step
+
+
+def test_an_average_of_every_update_is_that(caplog):
+    average = EMAWeightAveraging(decay=0.9)
+    with caplog.at_level(logging.INFO, "gdtrain"):
+        module = fit([average])
+    expected, *rest = path()[1:]  # Lightning begins with the first update's
+    for theta in rest:
+        expected = 0.9 * expected + 0.1 * theta
+    assert int(average._average_model.n_averaged) == UPDATES
+    assert torch.allclose(weights(module), expected, atol=1e-6)
+    assert "one update a step, because EMAWeightAveraging acts on batches" in caplog.text
+
+
+class Every(WeightAveraging):
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return step_idx is not None and (step_idx + 1) % 13 == 0
+
+
+class Counts(Callback):
+    """A user's: batches, and what the trainer counts."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(trainer.global_step)
+
+
+class Saves(ModelCheckpoint):
+    """A user's: nobody knows what it compares."""
+
+    def __init__(self):
+        super().__init__(save_top_k=0)
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.seen.append(trainer.global_step - 1)
+
+
+class OwnStep(SupervisedModule):
+    seen: list
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(self.updates)
+        return super().training_step(batch, batch_idx)
+
+
+class OwnHook(SupervisedModule):
+    seen: list
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.seen.append(outputs["first"])
+
+
+def test_weights_are_averaged_at_the_updates_that_are_chosen():
+    average = Every()
+    module = fit([average])
+    thetas = path()
+    assert torch.allclose(weights(module), sum(thetas[13::13]) / 4, atol=1e-6)
+
+
+def row(kind):
+    if issubclass(kind, SupervisedModule):
+        made = type(kind.__name__, (kind,), {"seen": []})
+        return made.seen, (), {"kind": made}
+    callback = kind()
+    return callback.seen, (callback,), {}
+
+
+def started(seen):
+    return LambdaCallback(on_train_batch_start=lambda trainer, *_: seen.append(trainer.global_step))
+
+
+def averaged(seen):
+    """The pattern of many exponential averages."""
+    return LambdaCallback(on_before_zero_grad=lambda trainer, *_: seen.append(trainer.global_step))
+
+
+@pytest.mark.parametrize("kind", [Counts, Saves, OwnStep, OwnHook])
+def test_a_batch_is_an_update(kind):
+    seen, callbacks, options = row(kind)
+    fit(callbacks, **options)
+    assert seen == list(range(UPDATES))
+
+
+@pytest.mark.parametrize("make", [started, averaged])
+def test_functions_that_are_given_as_hooks_are_seen(make):
+    seen = []
+    fit([make(seen)])
+    assert seen == list(range(UPDATES))
+
+
+def test_the_ends_of_epochs_are_seen_by_functions_too():
+    seen = []
+    told = LambdaCallback(on_train_epoch_end=lambda trainer, *_: seen.append(trainer.global_step))
+    module = fit([told], updates=250)
+    assert seen == [module.updates_per_epoch, 2 * module.updates_per_epoch, 250]
+
+
+@pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`")
+def test_throughput_and_spikes_of_single_updates():
+    sizes = []
+    throughput = ThroughputMonitor(batch_size_fn=lambda batch: sizes.append(len(batch[0])) or 1)
+    spikes = SpikeDetection(warmup=5, atol=1e9, rtol=1e9)
+    module = fit([throughput, spikes], logger=[Log()])
+    assert sizes[:UPDATES] == [1] * UPDATES
+    assert module.updates == UPDATES
+
+
+# ---------------------------------------------------------------------- hooks of a step
+
+
+class Gradients(Callback):
+    """Sees the gradient of each update, before it."""
+
+    def __init__(self):
+        self.before, self.norms, self.after = [], [], []
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        self.before.append(weights(pl_module))
+
+    def on_after_backward(self, trainer, pl_module):
+        self.norms.append(float(sum(p.grad.square().sum() for p in pl_module.parameters())))
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        assert optimizer is trainer.optimizers[0]
+        self.after.append(weights(pl_module))
+
+
+class Clips(SupervisedModule):
+    def on_before_optimizer_step(self, optimizer):
+        nn.utils.clip_grad_norm_(self.parameters(), 0.1)
+
+
+def test_hooks_of_each_step_are_called_truly():
+    told = Gradients()
+    module = fit([told])
+    thetas = path()
+    assert module.engine_in_use == "eager"
+    for seen in (told.before, told.after):
+        assert torch.allclose(torch.stack(seen), torch.stack(thetas[:-1]), atol=1e-6)
+    squares = [float((b - a).square().sum()) / 0.05**2 for a, b in pairwise(thetas)]
+    assert told.norms == pytest.approx(squares, rel=1e-3)
+
+
+def test_a_modules_own_hook_acts_on_each_step():
+    """No step is longer than η times the bound on the gradient."""
+    kept = Gradients()
+    module = fit([kept], kind=Clips)
+    thetas = torch.stack([*kept.after, weights(module)])
+    lengths = (thetas[1:] - thetas[:-1]).norm(dim=1)
+    assert lengths.max() <= 0.05 * 0.1 * (1 + 1e-4)
+    assert lengths.max() > 0.05 * 0.09
+
+
+# ---------------------------------------------------------------------- exact cuts, or indifferent
+
+
+@pytest.mark.parametrize("every", [1, 7, 20])
+def test_checkpoints_every_so_many_updates(tmp_path, every):
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=every, save_top_k=-1)
+    fit([saving])
+    thetas = path()
+    updates = []
+    for file in tmp_path.iterdir():
+        state = torch.load(file, weights_only=True)
+        updates.append(state["global_step"])
+        saved = torch.cat([p.flatten() for k, p in state["state_dict"].items() if "model" in k])
+        assert torch.allclose(saved, thetas[updates[-1]], atol=1e-6)
+    assert sorted(updates) == list(range(every, UPDATES + 1, every))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (partial(LearningRateMonitor, logging_interval="step"), [19, 39, 59]),
+        (LearningRateMonitor, [0, 19, 39, 59]),
+        (DeviceStatsMonitor, [19, 19, 39, 39, 59, 59]),
+    ],
+)
+def test_monitors_log_at_their_points(make, expected, monkeypatch):
+    callbacks = "lightning.pytorch.callbacks"
+    cpu = "lightning.pytorch.accelerators.cpu"
+    monkeypatch.setattr(f"{callbacks}.device_stats_monitor._PSUTIL_AVAILABLE", True)
+    monkeypatch.setattr(f"{cpu}.CPUAccelerator.get_device_stats", lambda *_: {"x": 1.0})
+    log = Log()
+    fit([make()], logger=[log], log_every_n_steps=20)
+    assert [step for step in log.steps if step is not None] == expected
+
+
+class Ends(Callback):
+    """Knows sweeps; counts them."""
+
+    def __init__(self):
+        self.count = 0
+
+    def next_update(self, update):
+        return None
+
+    def on_train_batch_end(self, *args):
+        self.count += 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Timer, duration=timedelta(hours=1)),
+        ModelSummary,
+        partial(ModelCheckpoint, save_top_k=0),
+        TQDMProgressBar,
+        RichProgressBar,
+        partial(LearningRateMonitor, logging_interval="epoch"),
+    ],
+)
+def test_who_only_looks_on_costs_nothing(make):
+    ends = Ends()
+    fit([make(), ends], enable_progress_bar=True, logger=[Log()])
+    assert ends.count == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=")
+def test_what_an_exception_saves_is_the_state_that_is_counted(tmp_path, monkeypatch):
+    """An exception in the middle of a sweep: three updates are made, and none is counted."""
+    saving = OnExceptionCheckpoint(tmp_path, "saved")
+    module, data, trainer = start([saving])
+    module.engine = "eager"
+    step, made = SGD.step, []
+
+    def fail(self, *args, **kwargs):
+        if len(made) == 3:
+            raise RuntimeError("in an update")
+        made.append(step(self, *args, **kwargs))
+
+    monkeypatch.setattr(SGD, "step", fail)
+    with pytest.raises(RuntimeError, match="in an update"):
+        trainer.fit(module, datamodule=data)
+    state = torch.load(tmp_path / "saved.ckpt", weights_only=True)
+    saved = torch.cat([p.flatten() for k, p in state["state_dict"].items() if "model" in k])
+    assert len(made) == 3
+    assert state["global_step"] == state["gdtrain"]["updates"] == 0
+    assert torch.equal(saved, path()[0])
+
+
+# ---------------------------------------------------------------------- refused
+
+
+class OwnBackward(SupervisedModule):
+    def on_before_backward(self, loss):
+        pass
+
+
+class OwnClipping(SupervisedModule):
+    def configure_gradient_clipping(self, *args, **kwargs):
+        pass
+
+
+class OwnOptimizerStep(SupervisedModule):
+    def optimizer_step(self, *args, **kwargs):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("callback", "options", "message"),
+    [
+        (lambda: ModelCheckpoint(train_time_interval=timedelta(seconds=1)), {}, "every_n_train_st"),
+        (BatchSizeFinder, {}, "data.micro_batch_size"),
+        (LearningRateFinder, {}, "lr=auto"),
+        (lambda: GradientAccumulationScheduler({0: 2}), {}, "data.micro_batch_size"),
+        (lambda: LambdaCallback(on_before_backward=print), {}, "acts on on_before_backward"),
+        (Callback, {"kind": OwnBackward}, "OwnBackward acts on on_before_backward"),
+        (Callback, {"kind": OwnClipping}, "acts on configure_gradient_clipping"),
+        (Callback, {"kind": OwnOptimizerStep}, "acts on optimizer_step"),
+        (
+            Gradients,
+            {"optimizer": partial(SGD, lr=1.0, step_size=StochasticPolyak())},
+            "Gradients acts on on_before_zero_grad, and a rule computes the step size",
+        ),
+    ],
+)
+def test_what_cannot_be_given_is_refused(callback, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit([callback()], **options)
