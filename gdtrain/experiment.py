@@ -366,8 +366,8 @@ def _values(group: DictConfig | None) -> list[Any]:
         one = instantiate(entry, _convert_="all")
         if not isinstance(one, Callback) and not entry.get("_partial_"):
             raise ConfigurationError(
-                f"{name!s} must be a Lightning callback, or have _partial_: true to be made with the "
-                f"run's folder. Received: {type(one).__name__}."
+                f"{name!s} must be a Lightning callback, or have _partial_: true to be made with "
+                f"the run's folder. Received: {type(one).__name__}."
             )
         made.append(one)
     return made
