@@ -700,7 +700,7 @@ class SupervisedModule(LightningModule):
 
     @property
     def micro_batch_size_is_automatic(self) -> bool:
-        """Whether M was measured."""
+        """Whether M was chosen here, by `Objective.automatic_size`."""
         return self._objective is not None and self._objective.automatic
 
     @torch.no_grad()

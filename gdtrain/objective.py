@@ -11,7 +11,6 @@ for rounding).
 from __future__ import annotations
 
 import random
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +26,11 @@ from gdtrain.dropout import Dropout, drawing
 
 __all__ = ["Objective", "Rows", "buffers_of", "own_part", "prediction_of", "untouched"]
 
-_ACTIVATIONS = 64 * 2**20  # bytes that a pass of automatic size may keep for its backward pass
+# Bytes that a pass of automatic size keeps for its backward pass.
+_CACHED = 4 * 2**20  # on CPU: what its caches hold
+_RESIDENT = 64 * 2**20  # on CPU, at most, where examples are large
+_ON_GPU = 2**30
+_LEAST = 256  # examples that are passed together on CPU, if memory lets them
 
 
 def own_part(count: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -163,9 +166,8 @@ class Objective:
         loss: (B, C) and targets to (B,).
         inputs: (N, …).
         targets: (N, …), on the device of the model.
-        micro_batch_size: M, range [1, ∞); None: all named examples at once; "auto": measured at
-            the first gradient, by throughput and within 64 MB of activations (a quarter of what is
-            free on a GPU), and halved when memory runs out.
+        micro_batch_size: M, range [1, ∞); None: all named examples at once; "auto": as many as a
+            fixed number of bytes holds, see `automatic_size`, and halved when memory runs out.
         rank: Of this process; it takes its part of the named examples.
         ranks: R. With more than one, `torch.distributed` must be initialised.
 
@@ -341,7 +343,7 @@ class Objective:
         assert count, "indices must not be empty"
         start, end = own_part(count, self.rank, self.ranks)
         if self.automatic and self.micro_batch_size is None:
-            self.micro_batch_size = self._measured(indices[start:end])
+            self.micro_batch_size = self.automatic_size()
         self._say_if_mixed(end - start, count)
         micro = self.micro_batch_size
         value: Tensor | None = None
@@ -510,31 +512,31 @@ class Objective:
                 stacklevel=2,
             )
 
-    def _measured(self, indices: Tensor) -> int | None:
-        """M of the best throughput within the memory bound; leaves model and generators alone."""
-        least = min(len(indices), 32)
-        if len(indices) <= 2 * least:
-            return None
-        buffers = {name: b.clone() for name, b in self.model.named_buffers()}
-        devices = [p.device for p in self.params[:1] if p.device.type == "cuda"]
-        with torch.random.fork_rng(devices):
-            per_example = (self._saved(indices[: 2 * least]) - self._saved(indices[:least])) / least
-            bound = torch.cuda.mem_get_info(devices[0])[0] / 4 if devices else _ACTIVATIONS
-            most = int(bound / max(per_example, 1.0))
-            best, best_time, size = least, float("inf"), least
-            while True:
-                elapsed = min(self._timed(indices[:size]) for _ in range(2)) / size
-                if elapsed < 0.95 * best_time:
-                    best, best_time = size, elapsed
-                if size * 2 > min(most, len(indices)):
-                    break
-                size *= 2
-        with torch.no_grad():
-            for name, b in self.model.named_buffers():
-                b.copy_(buffers[name])
-        return best
+    def automatic_size(self) -> int:
+        """M that is chosen by bytes, not by clocks: the same for the same model and data.
 
-    def _saved(self, indices: Tensor) -> float:
+        Those of an example are what a forward pass keeps of it for the backward pass, and itself.
+        On a GPU, M examples have 1 GB. On CPU they have 4 MB, what caches hold, but are at least
+        256 where these have no more than 64 MB. Model and generators stay as they are.
+
+        Returns:
+            Range [1, N].
+        """
+        many = len(self.targets)
+        if many < 4:
+            return many
+        few = torch.arange(4, device=self.targets.device)
+        with untouched(self.model):
+            kept = self._saved(few) - self._saved(few[:2])  # parameters cancel
+        row = self.inputs[few[:1]]
+        each = max(kept // 2, row.numel() * row.element_size(), 1)
+        if self.targets.is_cuda:
+            size = _ON_GPU // each
+        else:
+            size = max(_CACHED // each, min(_LEAST, _RESIDENT // each))
+        return min(max(size, 1), many)
+
+    def _saved(self, indices: Tensor) -> int:
         """Bytes that the forward pass keeps for the backward pass."""
         total = 0
 
@@ -543,17 +545,6 @@ class Objective:
             total += tensor.numel() * tensor.element_size()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             self._losses(indices)
         return total
-
-    def _timed(self, indices: Tensor) -> float:
-        started = time.perf_counter()
-        try:
-            self._share(indices, len(indices))
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return float("inf")
-        if self.targets.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - started

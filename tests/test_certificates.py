@@ -353,7 +353,7 @@ def test_a_bound_that_is_known_is_kept():
 
 @pytest.mark.parametrize("loss", [Logistic(), Hinge(), CrossEntropy()], ids=repr)
 def test_work_bounds_a_search_whatever_the_clock_and_it_goes_on(loss, monkeypatch):
-    """Passes are counted: the same answers at any speed, and from an earlier search's state."""
+    """Passes are counted: the same answers at any speed, and from the state of a search."""
     rng = np.random.default_rng(3)
     x, y, outputs = problem_of(loss, rng)
     x, y = (torch.from_numpy(np.asarray(part)) for part in (x, y))

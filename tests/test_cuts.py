@@ -157,12 +157,12 @@ def without_clock(value):
     return [without_clock(v) for v in value] if isinstance(value, list) else value
 
 
-def train(make, cut, folder):
+def train(make, cut, folder, further=(), checkpoint=None):
     """What a run came to: by a name, what must be equal."""
     seed_everything(0, verbose=False)
     module, data, arguments = make(cut, folder)
     curves = LossCurves()
-    callbacks = [curves, *arguments.pop("callbacks")]
+    callbacks = [curves, *arguments.pop("callbacks"), *further]
     trainer = Trainer(
         callbacks=callbacks,
         accelerator="cpu",
@@ -173,7 +173,7 @@ def train(make, cut, folder):
         num_sanity_val_steps=0,
         **arguments,
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     stop = None if module.stop is None else asdict(module.stop)
     events = [e for c in callbacks if isinstance(c, Divergence) for e in c.events]
     early = [c.stopped_epoch for c in callbacks if isinstance(c, EarlyStopping)]
@@ -229,6 +229,43 @@ def test_nothing_depends_on_the_clock(name, speed, tmp_path, monkeypatch):
         real = getattr(time, clock)
         monkeypatch.setattr(time, clock, lambda real=real: speed * real())
     assert train(make, "auto", tmp_path / "another") == expected
+
+
+# ---------------------------------------------------------------------- resumed
+
+
+class SaveAt(Callback):
+    """Saves after so many updates, in the middle of whatever goes on."""
+
+    def __init__(self, folder, updates):
+        self.folder, self.updates = folder, updates
+
+    def next_update(self, update):
+        return min((u for u in self.updates if u > update), default=None)
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if pl_module.updates in self.updates:
+            trainer.save_checkpoint(self.folder / f"{pl_module.updates}.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "updates"),
+    [
+        ("a recovery, B = 1", [5, 16, 37, 250]),
+        ("converged by the gap", [3, 50, 250]),
+        ("a floor of noise", [1000, 2500, 4097]),
+    ],
+)
+def test_a_run_is_resumed_as_the_same_run_from_any_update(name, updates, tmp_path):
+    """Between stations and between checks, too: what was gathered is in the checkpoint."""
+    for folder in ("saved", "whole", *map(str, updates)):
+        (tmp_path / folder).mkdir()
+    make, _ = ROWS[name]
+    expected = train(make, 64, tmp_path / "whole", [SaveAt(tmp_path / "saved", updates)])
+    for update in updates:
+        path = tmp_path / "saved" / f"{update}.ckpt"
+        made = train(make, "auto", tmp_path / str(update), checkpoint=path)
+        assert made == expected, update
 
 
 # ---------------------------------------------------------------------- what is declared

@@ -78,12 +78,41 @@ def test_automatic_size_changes_nothing_but_the_cut():
     assert torch.allclose(ours, exact, rtol=1e-12, atol=1e-15)
 
 
-def test_automatic_size_stays_within_the_memory_bound(monkeypatch):
-    monkeypatch.setattr("gdtrain.objective._ACTIVATIONS", 1000)
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (1, 10_000),  # all N
+        (2**10, 2**20 // (2**10 + 2)),  # 4 MB
+        (2**14, 256),  # of at most 64 MB
+        (2**20, 15),  # 64 MB: at 2^20 + 2 numbers an example, not 16
+    ],
+)
+def test_automatic_size_is_that_of_the_bytes_of_an_example(features, expected, monkeypatch):
+    """A linear layer keeps its inputs, and the loss its two outputs."""
+
+    class Mean(nn.Module):
+        def forward(self, prediction, targets):
+            return prediction.square().sum(1)
+
+    x = torch.zeros(1, 1).expand(10_000, features)
+    monkeypatch.setattr("time.perf_counter", lambda: pytest.fail("a clock was read"))
+    sizes = {
+        Objective(nn.Linear(features, 2), Mean(), x, torch.zeros(10_000), "auto").automatic_size()
+        for _ in range(2)
+    }
+    assert sizes == {expected}
+
+
+def test_m_does_not_depend_on_who_asks_first():
+    """A look at all examples before the first update leaves the run's M alone."""
     model, x, y = problem(n=2000)
-    objective = Objective(model, CrossEntropy(), x, y, "auto")
-    objective.value_and_grad(torch.arange(2000))
-    assert objective.micro_batch_size == 32
+    sizes = set()
+    for first in (3, 40, 2000):
+        objective = Objective(model, CrossEntropy(), x, y, "auto")
+        v = [torch.ones_like(p) for p in objective.params]
+        objective.hessian_vector(torch.arange(first), v)
+        sizes.add(objective.micro_batch_size)
+    assert len(sizes) == 1
 
 
 class Small(nn.Module):

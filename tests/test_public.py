@@ -32,7 +32,7 @@ LAYERS = [
     ["rules", "schedules", "losses", "dropout", "stopping", "configuration", "step_sizes"],
     ["objective", "optim", "launch"],
     ["models", "data", "minimization", "curvature", "landscape", "snapshot", "instruments"],
-    ["sweep"],
+    ["sweep", "work"],
     ["race", "diagnosis", "certificates"],
     ["module", "distributed"],
     ["callbacks", "rate_finder", "explanation", "comparison"],

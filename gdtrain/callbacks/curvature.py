@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from typing import Any, cast
 
 import torch
@@ -17,11 +17,14 @@ from gdtrain.data.order import Order
 from gdtrain.module import SupervisedModule
 from gdtrain.objective import Objective
 from gdtrain.optim.base import Descent
+from gdtrain.work import FREE, Places, Work
 
 __all__ = ["Curvature"]
 
-_SHARE = 0.04  # of a run's time, that looks at an interval of their own choice take
-_PAYS = 1000  # full-batch updates, of whose time a first look takes about 4%
+_SHARE = 0.04  # of a run's work, that looks at an interval of their own choice take
+_LOOKS = 100  # of them at most; in each doubling of a run without an end
+_EXPECTED = 12  # products with the Hessian, of a first look
+_PASSES = 3  # over its examples, that a product takes about as long as
 _BATCHES = 16
 _TOLERANCE = 0.02
 _SEED = 2**20  # apart from the orders of training
@@ -48,15 +51,17 @@ class Curvature(Callback):
     - `curvature/lr`, the η of the last update (at the start, of the first), and
       `curvature/two_over_lr`, 2/η, with which either compares (without momentum).
 
-    It looks between sweeps, at the model in training mode, and changes nothing; where the model has
-    diverged it logs nothing. Needs the resident examples of a gdtrain data module. State in
-    checkpoints: the time that was spent, and where.
+    It looks between updates, at the model in training mode, and changes nothing; where the model
+    has diverged it logs nothing. At which updates depends on the plan and on the products with the
+    Hessian that were made, and so is the same at any speed; a sweep ends at each of them. Needs the
+    resident examples of a gdtrain data module. State in checkpoints: how many products were made.
 
     Args:
-        every: Updates between two looks, range [1, ∞): one at the start, and one at the first end
-            of a sweep at or after each multiple; sweeps are made no longer than that. None: as
-            often as looks take no more than 4% of the run's time; the first at the start, where a
-            run of at least 1,000 full-batch updates will pay for it, else when the time has come.
+        every: Updates from one look to the next, range [1, ∞); the first is before the first
+            update. None: at most 100 looks, evenly, and as often as they take no more than 4% of
+            the run's work so far, counted in floating-point operations (`gdtrain.work`), or of
+            about a tenth of a second's; the first before the first update, where the planned ones
+            will pay for it.
         examples: Full batch: of how many the Hessian is, a fixed sample, range [1, N]; the limit is
             then that of the sample. None: all N.
 
@@ -91,28 +96,22 @@ class Curvature(Callback):
                 )
         self.every, self.examples = every, examples
         self.looks: list[tuple[int, Sharpness]] = []
-        self._looked_at = -1  # update
         self._known: set[str] = set()  # tags that have their description
-        self._spent, self._cost = 0.0, 0.0
-        self._seconds_before = 0.0
-        self._started = time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        """Since training started, over all sessions of a resumed run."""
-        return self._seconds_before + time.perf_counter() - self._started
+        self._products = self._last = 0  # with the Hessian: of all looks, and of the last
+        self._trainer: Trainer | None = None
+        self._places: Places | None = None
+        self._work: Work | None = None
 
     def next_update(self, update: int) -> int | None:
-        """None: wherever sweeps end will do.
+        """The next update at which it looks, if that is paid for by then.
 
         Args:
             update: Number of updates made.
         """
-        return None
+        return self._plan().next(update)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; see that there is something to look at."""
-        self._started = time.perf_counter()
+        """See that there is something to look at."""
         loader = trainer.train_dataloader
         if not isinstance(loader, IndexLoader):
             raise ValueError(
@@ -129,20 +128,34 @@ class Curvature(Callback):
                 "callbacks.Curvature looks at a function that is minimised. Received: "
                 "maximize=True."
             )
-        self._shorten(loader)
+        if trainer.global_step == 0:
+            self._products = self._last = 0
+        self._trainer, self._places, self._work = trainer, None, None
+
+    def _plan(self) -> Places:
+        """Where it may look: known when the module has begun, which is after the callbacks have."""
+        if self._places is None:
+            assert self._trainer is not None
+            module = cast(SupervisedModule, self._trainer.lightning_module)
+            total = module.total_updates
+            if self.every is not None:
+                self._places = Places(None, None, self.every)
+            else:
+                self._places = Places(total, _LOOKS, max(1, module.updates_per_epoch // 10))
+                loader = cast(IndexLoader, self._trainer.train_dataloader)
+                self._work = Work.of(_objective(module), loader.batch_size)
+        return self._places
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Look before the first update."""
         module = cast(SupervisedModule, pl_module)
-        if self._looked_at < 0 and module.updates == 0:
-            total = module.total_updates
-            if self.every is not None or (_is_full(trainer) and (total is None or total >= _PAYS)):
-                factor = float(module.rate_factors(0, 1))
-                optimizer = trainer.optimizers[0]
-                known = getattr(optimizer, "step_size", None) is None
-                self._look(trainer, module, factor * _peak(optimizer) if known else None)
+        if module.updates == 0 and self._is_time(trainer, module):
+            factor = float(module.rate_factors(0, 1))
+            optimizer = trainer.optimizers[0]
+            known = getattr(optimizer, "step_size", None) is None
+            self._look(trainer, module, factor * _peak(optimizer) if known else None)
 
     def on_train_batch_end(
         self,
@@ -154,41 +167,36 @@ class Curvature(Callback):
     ) -> None:
         """Look, if it is time."""
         module = cast(SupervisedModule, pl_module)
-        loader = cast(IndexLoader, trainer.train_dataloader)
-        self._shorten(loader)
         if self._is_time(trainer, module):
             self._look(trainer, module, float(outputs["rates"][-1]))
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the run."""
+        self._trainer = None
+
     def _is_time(self, trainer: Trainer, module: SupervisedModule) -> bool:
+        update, total = module.updates, module.total_updates
+        if update not in self._plan():
+            return False
         if self.every is not None:
-            return module.updates // self.every > max(self._looked_at, 0) // self.every
-        if self._cost == 0.0:
-            self._cost = self._expected(trainer, module)
-        paid = self._spent + self._cost <= _SHARE * self.seconds
-        # Clocks differ, and all processes must take part.
-        return bool(trainer.strategy.broadcast(paid)) if trainer.world_size > 1 else paid
+            return True
+        work = self._work
+        assert work is not None
+        products = (_EXPECTED if _is_full(trainer) else _BATCHES) if not self._last else self._last
+        if update == 0:  # in advance, where the run will pay for it
+            paid = max(_SHARE * total * work.update, FREE) if total is not None else math.inf
+        else:
+            paid = max(_SHARE * update * work.update, FREE * update / total if total else 0.0)
+        return self._cost(trainer, self._products + products) <= paid
 
-    def _expected(self, trainer: Trainer, module: SupervisedModule) -> float:
-        """Seconds of a first look, from those of one product."""
-        objective = _objective(module)
+    def _cost(self, trainer: Trainer, products: int) -> float:
+        """Operations of so many products with the Hessian."""
+        assert self._work is not None
         loader = cast(IndexLoader, trainer.train_dataloader)
-        indices = torch.arange(loader.batch_size, device=objective.targets.device)
-        v = [torch.ones_like(p) for p in objective.params]
-        began = time.perf_counter()
-        objective.hessian_vector(indices, v)  # warms up
-        started = time.perf_counter()
-        objective.hessian_vector(indices, v)
-        seconds = time.perf_counter() - started
-        self._spent += time.perf_counter() - began
-        return (8 if _is_full(trainer) else 2 * _BATCHES) * seconds
-
-    def _shorten(self, loader: IndexLoader) -> None:
-        if self.every is not None:
-            loader.updates_per_sweep = min(loader.updates_per_sweep, self.every)
+        size = (self.examples or loader.num_examples) if _is_full(trainer) else loader.batch_size
+        return products * self._work.passes([size] * _PASSES)
 
     def _look(self, trainer: Trainer, module: SupervisedModule, lr: float | None) -> None:
-        started = time.perf_counter()
-        self._looked_at = module.updates
         try:
             found, values = self._measured(trainer, module)
         except NotFiniteError:
@@ -197,9 +205,9 @@ class Curvature(Callback):
             if lr is not None and lr > 0:
                 values |= {"curvature/lr": lr, "curvature/two_over_lr": 2 / lr}
             self.looks.append((module.updates, found))
+            self._last = found.iterations
+            self._products += self._last
             _log(trainer, module, values, self._known)
-        self._cost = time.perf_counter() - started
-        self._spent += self._cost
 
     def _measured(
         self, trainer: Trainer, module: SupervisedModule
@@ -231,18 +239,11 @@ class Curvature(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
-        return {
-            "looked_at": self._looked_at,
-            "spent": self._spent,
-            "cost": self._cost,
-            "seconds": self.seconds,
-        }
+        return {"products": self._products, "last": self._last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self._looked_at = state_dict["looked_at"]
-        self._spent, self._cost = state_dict["spent"], state_dict["cost"]
-        self._seconds_before = state_dict["seconds"]
+        self._products, self._last = state_dict["products"], state_dict["last"]
 
 
 def _objective(module: SupervisedModule) -> Objective:

@@ -68,9 +68,8 @@ class Distance(Instrument):
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
         small = self._start is not None and sum(t.numel() for t in self._start) <= _SAVED
-        return {**super().state_dict(), "start": self._start if small else None}
+        return {"start": self._start if small else None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        super().load_state_dict(state_dict)
         self._start = state_dict["start"]

@@ -105,9 +105,9 @@ class GradientNoise(Instrument):
         least = _FEWEST * _least(trainer.lightning_module)
         return f"there must be {least} examples (received: {count})." if count < least else None
 
-    def examples(self, loader: IndexLoader) -> int:
-        """All groups'."""
-        return self.groups * self.size
+    def passes(self, loader: IndexLoader) -> list[int]:
+        """The groups."""
+        return [self.size] * self.groups
 
     def see(self, look: Look) -> dict[str, float]:
         """The estimates, and what they come to."""
@@ -157,11 +157,10 @@ class GradientNoise(Instrument):
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
         rows = [[e.variance, e.square, *e.error, e.degrees] for e in self._estimates]
-        return {**super().state_dict(), "estimates": rows}
+        return {"estimates": rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        super().load_state_dict(state_dict)
         self._estimates = [
             NoiseEstimate(variance, square, (a, b, c), degrees)
             for variance, square, a, b, c, degrees in state_dict["estimates"]

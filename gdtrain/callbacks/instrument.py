@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,12 +26,12 @@ from gdtrain.module import SupervisedModule
 from gdtrain.objective import Objective, untouched
 from gdtrain.snapshot import Snapshot, seed_all
 from gdtrain.sweep import Eager
+from gdtrain.work import FREE, Places, Work
 
 __all__ = ["Instrument", "Look", "is_full"]
 
 _log = logging.getLogger("gdtrain")
 
-_ALLOWED = 0.1  # seconds of a run, however short it is
 _PASS = 32  # examples that a pass over others than the batch has, where B is smaller
 
 
@@ -204,20 +203,22 @@ class _Recording(Objective):
 class Instrument(Callback):
     """Base of the instruments: a subclass says what it sees in a `Look`.
 
-    It looks before the first update of a sweep, and changes nothing: the run is the same, bit for
-    bit, with it and without. All instruments of a run that are due share one look. Needs the
-    resident examples of a gdtrain data module, and one process; elsewhere it says once that it does
-    not look, and the run goes on. State in checkpoints: how often it looked, and what that took.
+    It looks before an update, and changes nothing: the run is the same, bit for bit, with it and
+    without. At which updates is fixed before the first, by the plan alone, and so is the same at
+    any speed; a sweep ends before each of them. All instruments of a run that are due share one
+    look. Needs the resident examples of a gdtrain data module, and one process; elsewhere it says
+    once that it does not look, and the run goes on. No state in checkpoints.
 
     Args:
-        every: Updates between two looks, range [1, ∞): one at the start, and one at the first start
-            of a sweep at or after each multiple; sweeps are made no longer than that. None: as
-            often as `looks` and `share` allow.
+        every: Updates from one look to the next, range [1, ∞); the first is before the first
+            update. None: as often as `looks` and `share` allow.
         looks: With every=None, at most so many, spread evenly over the planned updates, range
-            [1, ∞).
-        share: With every=None, of the run's time, that this instrument may take, range (0, 1). The
-            instruments of a run add their shares up; 0.1 seconds they may take together in any
-            run. At the start they look where so many updates are planned that it will be paid for.
+            [1, ∞). Where that number is not known, looks become rarer: so many in each doubling of
+            the run.
+        share: With every=None, of the run's work, counted in floating-point operations of passes
+            over examples (`gdtrain.work`), that this instrument may take, range (0, 1). The
+            instruments of a run add their shares up; about a tenth of a second's work they may
+            take together in any run.
 
     Raises:
         ValueError: An argument is out of range.
@@ -255,10 +256,6 @@ class Instrument(Callback):
 
     def forget(self) -> None:
         """Be as before the first look; a run that is not resumed begins so."""
-        self._count, self._looked_at = 0, -1  # looks, and the update of the last
-        self._spent, self._cost = 0.0, 0.0
-        self._seconds_before = 0.0
-        self._started = time.perf_counter()
 
     def see(self, look: Look) -> dict[str, float]:
         """What it finds, by tag; what is not finite is left out.
@@ -268,13 +265,13 @@ class Instrument(Callback):
         """
         raise NotImplementedError
 
-    def examples(self, loader: IndexLoader) -> int:
-        """How many examples it passes in a look, beside those of the update and the next.
+    def passes(self, loader: IndexLoader) -> list[int]:
+        """How many examples each of its passes has in a look, beside the update's and the next's.
 
         Args:
             loader: Knows N and B.
         """
-        return 0
+        return []
 
     def objection(self, trainer: Trainer, loader: IndexLoader) -> str | None:
         """Why it cannot look at this run, if so.
@@ -304,18 +301,17 @@ class Instrument(Callback):
     # ------------------------------------------------------------------ hooks
 
     def next_update(self, update: int) -> int | None:
-        """None: wherever sweeps end will do.
+        """The next update before which it looks.
 
         Args:
             update: Number of updates made.
         """
-        return None
+        return None if self._party is None else self._party.next_update(self, update)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock; find the other instruments."""
+        """Find the other instruments."""
         if trainer.global_step == 0:
             self.forget()
-        self._started = time.perf_counter()
         self._described: set[str] = set()
         peers = [c for c in trainer.callbacks if isinstance(c, Instrument)]  # type: ignore[attr-defined]
         if peers[0] is self:
@@ -331,7 +327,6 @@ class Instrument(Callback):
         look = self._party.look(self, trainer, pl_module, batch)
         if look is None:
             return
-        began = time.perf_counter()
         context = trainer.strategy.precision_plugin.train_step_context()
         with context, torch.enable_grad(), warnings.catch_warnings():
             # A look may pass more examples than an update has.
@@ -340,21 +335,6 @@ class Instrument(Callback):
         values = {tag: value for tag, value in found.items() if math.isfinite(value)}
         if values:
             self._log(trainer, look.update, values)
-        self._count, self._looked_at = self._count + 1, look.update
-        self._cost = time.perf_counter() - began
-        self._spent += self._cost
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Note what updates cost."""
-        if self._party is not None and self._party.peers[:1] == [self]:
-            self._party.note(outputs, batch, trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the last look."""
@@ -372,27 +352,6 @@ class Instrument(Callback):
         known = (m for words, m in self.meaning.items() if f"{tag}/".startswith(f"{words}/"))
         return next(known, "")
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers only."""
-        return {
-            "count": self._count,
-            "looked_at": self._looked_at,
-            "spent": self._spent,
-            "cost": self._cost,
-            "seconds": self._seconds,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
-        self._count, self._looked_at = state_dict["count"], state_dict["looked_at"]
-        self._spent, self._cost = state_dict["spent"], state_dict["cost"]
-        self._seconds_before = state_dict["seconds"]
-
-    @property
-    def _seconds(self) -> float:
-        """Since training started, over all sessions of a resumed run."""
-        return self._seconds_before + time.perf_counter() - self._started
-
 
 class _Party:
     """The instruments of a run, which look together."""
@@ -401,7 +360,8 @@ class _Party:
         self, trainer: Trainer, pl_module: LightningModule, peers: Sequence[Instrument]
     ) -> None:
         self.peers = list(peers)
-        self._per_example: float | None = None  # seconds, of the last sweep
+        self._trainer, self._module = trainer, pl_module
+        self._places: dict[Instrument, Places] | None = None
         self._at = -1
         self._due: list[Instrument] = []
         self._look: Look | None = None
@@ -410,10 +370,13 @@ class _Party:
         reasons = {c: reason or c.objection(trainer, loader) for c in peers}
         self.peers = [c for c in peers if reasons[c] is None]
         for reason in dict.fromkeys(reasons.values()):
-            names = [type(c).__name__ for c in peers if reasons[c] == reason]
-            if reason is not None and trainer.is_global_zero:
-                _log.info("instruments: %s do not look: %s", ", ".join(names), reason)
-        self._shorten(trainer)
+            if reason is not None:
+                self._say([c for c in peers if reasons[c] == reason], reason)
+
+    def _say(self, instruments: Sequence[Instrument], reason: str) -> None:
+        if self._trainer.is_global_zero:
+            names = ", ".join(type(c).__name__ for c in instruments)
+            _log.info("instruments: %s do not look: %s", names, reason)
 
     def look(
         self, instrument: Instrument, trainer: Trainer, pl_module: LightningModule, batch: Any
@@ -424,7 +387,7 @@ class _Party:
         module = cast(SupervisedModule, pl_module)
         if module.updates != self._at:
             self._at, self._look = module.updates, None
-            self._due = self._who(module, cast(IndexLoader, trainer.train_dataloader))
+            self._due = [c for c, places in self.places.items() if self._at in places]
             if self._due:
                 following = any(c.needs_next for c in self._due)
                 self._look = Look(trainer, module, batch, following)
@@ -433,55 +396,47 @@ class _Party:
             self._look = None  # it holds as many numbers as the model, several times
         return look
 
-    def _who(self, module: SupervisedModule, loader: IndexLoader) -> list[Instrument]:
-        update, total = module.updates, module.total_updates
-        free = [
-            c
-            for c in self.peers
-            if c.every is None and (total is None or update * c.looks >= c._count * total)
-        ]
-        if free and not self._can_pay(free, total, loader, update):
-            free = []
-        return [
-            c
-            for c in self.peers
-            if c in free
-            or (
-                c.every is not None
-                and (c._looked_at < 0 or update // c.every > c._looked_at // c.every)
+    def next_update(self, instrument: Instrument, update: int) -> int | None:
+        """The next update at which an instrument looks; None: it does not look any more."""
+        places = self.places.get(instrument)
+        return None if places is None else places.next(update)
+
+    @property
+    def places(self) -> dict[Instrument, Places]:
+        """Where each looks: known when the module has begun, which is after the callbacks have."""
+        if self._places is None:
+            self._places = self._planned()
+        return self._places
+
+    def _planned(self) -> dict[Instrument, Places]:
+        fixed = {c: Places(None, None, c.every) for c in self.peers if c.every is not None}
+        free = [c for c in self.peers if c.every is None]
+        if not free:
+            return fixed
+        module = cast(SupervisedModule, self._module)
+        loader, total = cast(IndexLoader, self._trainer.train_dataloader), module.total_updates
+        assert module.objective is not None, "instruments look at resident examples"
+        work = Work.of(module.objective, loader.batch_size)
+        # Those that look at the same updates share the update, and the next.
+        together = [[c for c in free if c.looks == many] for many in {c.looks for c in free}]
+        cost = sum(
+            work.passes([loader.batch_size] * (2 + any(c.needs_next for c in group)))
+            + sum(work.passes(c.passes(loader)) for c in group)
+            for group in together
+        )
+        share = sum(c.share for c in free)
+        if total is None:
+            every = max(1, math.ceil(cost / (share * work.update)))
+            return {**fixed, **{c: Places(None, c.looks, every) for c in free}}
+        paid = int(max(share * total * work.update, FREE) / cost)
+        if not paid:
+            self._say(
+                free,
+                f"a look would take more than a share of {share:g} of the run's work (a larger "
+                f"share, or every=…, lets them).",
             )
-        ]
-
-    def _can_pay(
-        self, free: list[Instrument], total: int | None, loader: IndexLoader, update: int
-    ) -> bool:
-        """Whether the time for one more look has come."""
-        timed = [c for c in self.peers if c.every is None]
-        share = sum(c.share for c in timed)
-        examples = 3 * loader.batch_size + sum(c.examples(loader) for c in free)
-        if update == 0:
-            return total is not None and examples <= share * total * loader.batch_size
-        expected = sum(c._cost for c in free)
-        if expected == 0:
-            if self._per_example is None:
-                return False
-            expected = examples * self._per_example
-        spent = sum(c._spent for c in timed)
-        allowed = share * max(c._seconds for c in timed)
-        if total is not None:
-            allowed = max(allowed, _ALLOWED * update / total)
-        return spent + expected <= allowed
-
-    def note(self, outputs: Any, batch: Tensor, trainer: Trainer) -> None:
-        """Remember what an example costs; the module may have made sweeps longer."""
-        self._per_example = outputs["seconds"] / batch.numel()
-        self._shorten(trainer)
-
-    def _shorten(self, trainer: Trainer) -> None:
-        loader = cast(IndexLoader, trainer.train_dataloader)
-        every = [c.every for c in self.peers if c.every is not None]
-        if every:
-            loader.updates_per_sweep = min(loader.updates_per_sweep, *every)
+            return fixed
+        return {**fixed, **{c: Places(total, min(c.looks, paid)) for c in free}}
 
 
 def _objection(trainer: Trainer, pl_module: LightningModule) -> str | None:

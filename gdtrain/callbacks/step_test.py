@@ -119,9 +119,9 @@ class StepTest(Instrument):
             )
         return None
 
-    def examples(self, loader: IndexLoader) -> int:
+    def passes(self, loader: IndexLoader) -> list[int]:
         """The probe, at both ends."""
-        return 2 * (loader.num_examples if is_full(loader) else self.probe)
+        return [loader.num_examples if is_full(loader) else self.probe] * 2
 
     def see(self, look: Look) -> dict[str, float]:
         """The parabola of this step, and the distribution of the last ones."""
@@ -189,10 +189,9 @@ class StepTest(Instrument):
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
         trials = [[t.start, t.end] for t in self._trials]
-        return {**super().state_dict(), "trials": trials, "probed": self._probed}
+        return {"trials": trials, "probed": self._probed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        super().load_state_dict(state_dict)
         self._trials = [StepTrial(*trial) for trial in state_dict["trials"]]
         self._probed = state_dict["probed"]

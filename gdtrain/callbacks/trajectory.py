@@ -15,7 +15,7 @@ from torch import nn
 from gdtrain.data.loader import IndexLoader
 from gdtrain.landscape import Snapshots
 from gdtrain.module import SupervisedModule
-from gdtrain.snapshot import Snapshot
+from gdtrain.work import Work
 
 __all__ = ["Trajectory"]
 
@@ -23,7 +23,7 @@ _log = logging.getLogger("gdtrain")
 
 _LEAST = 8  # copies, below which a path is none
 _POINTS = 16  # that a run has in any case
-_PAYS = 0.05  # seconds of a sweep, of which a Lightning step and a copy are about 1%
+_PAYS = 2**29  # operations of a sweep, of which a Lightning step and a copy are about 1%
 _FEW = 2  # parameters, of which the first steps are kept one by one
 _SECONDS = 30.0  # between two writings while the run goes on
 
@@ -31,12 +31,14 @@ _SECONDS = 30.0  # between two writings while the run goes on
 class Trajectory(Callback):
     """Keeps copies of the parameters, and leaves them as `trajectory.npz` in the run's folder.
 
-    T planned updates. A copy (float32, in memory) is made before the first update and at the first
-    end of a sweep at or after each multiple of T/points updates. Sweeps are made no longer than
-    that, where it costs about 1% of the time at most; and no longer than T/16. The updates are the
-    same, bit for bit. Of a model with one or two parameters, the first `points` updates are kept
-    one by one: they are made beforehand, and taken back. Where a run is longer than planned, every
-    second copy is dropped, and the spacing doubles. A state that is not finite is left out.
+    T planned updates. A copy (float32, in memory) is made before the first update, after each
+    multiple of T/points updates, and of the end. A sweep ends at each, so that cheap updates get
+    fewer: no more than cost about 1% of the run's work (`gdtrain.work`), but 16 in any case. The
+    updates are the same, bit for bit. Of a model with one or two parameters, the first `points`
+    updates are kept one by one. Where T is not known, or too low, every second copy is dropped when
+    there are too many, and the spacing doubles. A state that is not finite is left out. Which
+    updates are kept depends on their numbers alone: a resumed run leaves the path of one that went
+    on.
 
     The file (`gdtrain.landscape.Snapshots`) is written at the end of the run, also of one that was
     stopped, and beside a checkpoint if it is 30 s old; a resumed run goes on with the file of the
@@ -75,9 +77,9 @@ class Trajectory(Callback):
         self.path = Path(directory).parent / "trajectory.npz"
         self.points, self.megabytes = points, megabytes
         self._kept: dict[int, NDArray[np.float32]] = {}
-        self._planned = False
-        self._every, self._most = 1, 0
-        self._seen = -1  # the last update whose copy is of the run itself, not made beforehand
+        self._trainer: Trainer | None = None
+        self._every: int | None = None  # updates from one copy to the next; None: not planned yet
+        self._most, self._first = 0, 0
         self._written = time.monotonic()
 
     @property
@@ -86,53 +88,78 @@ class Trajectory(Callback):
         return sorted(self._kept)
 
     def next_update(self, update: int) -> int | None:
-        """None: wherever sweeps end will do.
+        """The next of which a copy is kept.
 
         Args:
             update: Number of updates made.
         """
-        return None
+        self._plan()
+        if not self._most:
+            return None
+        return update + 1 if update < self._first else _after(update, self._spacing(update))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a run before."""
-        self._kept, self._planned, self._most, self._seen = {}, False, 0, -1
+        self._kept, self._every, self._most, self._first = {}, None, 0, 0
+        self._trainer = trainer
         self._written = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Before the first update: plan, and keep the start."""
-        if self._planned:
+        """Before the first update: go on with the path of the run before, and keep the start."""
+        if self._kept or not trainer.is_global_zero:
             return
-        self._planned = True
+        self._plan()
         module = cast(SupervisedModule, pl_module)
+        if self._most:
+            self._take_over(trainer, module)
+            if not self._kept:
+                self._keep(module)
+
+    def _plan(self) -> None:
+        """How many copies, and how far apart: known when the module has begun, after callbacks."""
+        if self._every is not None:
+            return
+        assert self._trainer is not None
+        module = cast(SupervisedModule, self._trainer.lightning_module)
+        self._every = 1
         count = sum(p.numel() for p in _trainable(module).values())
-        if not trainer.is_global_zero or not count:
+        if not count:
             return
         fitting = int(self.megabytes * 2**20 / (4 * count))
         if fitting < _LEAST:
-            _log.info(
-                "trajectory: none is kept, since %d copies of %s parameters take more than %g MB "
-                "(callbacks.trajectory.megabytes)",
-                _LEAST,
-                f"{count:,}",
-                self.megabytes,
-            )
+            if self._trainer.is_global_zero:
+                _log.info(
+                    "trajectory: none is kept, since %d copies of %s parameters take more than %g "
+                    "MB (callbacks.trajectory.megabytes)",
+                    _LEAST,
+                    f"{count:,}",
+                    self.megabytes,
+                )
             return
         few = count <= _FEW
         # Two more than are wanted: the start, and an end between two multiples.
         self._most = min(fitting, (2 if few else 1) * self.points + 2)
+        self._first = (self._most - 2) // 2 if few else 0
         total = module.total_updates
         if total is None:
             self._every = max(1, module.updates_per_epoch // 10)
-        else:
-            self._every = max(1, -(-total // min(self.points, self._most - 2)))
-        self._take_over(trainer, module)
-        if module.updates not in self._kept:
-            self._keep(module)
-        if few and module.updates == 0 and trainer.world_size == 1:
-            self._look_ahead(trainer, module)
-        self._seen = module.updates
+            return
+        # Of few parameters, what the first updates leave.
+        room = min(self.points, self._most - 2 - self._first)
+        self._every = max(1, -(-total // room))
+        loader = self._trainer.train_dataloader
+        if isinstance(loader, IndexLoader) and module.objective is not None and not few:
+            update = Work.of(module.objective, loader.batch_size).update
+            paying = min(int(_PAYS / update), -(-total // min(_POINTS, room)))
+            self._every = max(self._every, paying)
+
+    def _spacing(self, update: int) -> int:
+        """Updates from one copy to the next, when so many are made: it doubles where they must."""
+        assert self._every is not None
+        room = self._most - 2 - self._first
+        return self._every << (max(-(-update // (self._every * room)), 1) - 1).bit_length()
 
     def on_train_batch_end(
         self,
@@ -143,23 +170,11 @@ class Trajectory(Callback):
         batch_idx: int,
     ) -> None:
         """Keep a copy, if it is time."""
-        if not self._most:
-            return
-        module = cast(SupervisedModule, pl_module)
-        now = module.updates
-        if now in self._kept and not np.array_equal(self._kept[now], _flat(module)):
-            # The run did not take the steps that were made beforehand: it has recovered.
-            for update in [u for u in self._kept if u > self._seen]:
-                del self._kept[update]
-        ahead = [u for u in self._kept if u > now]
-        if not ahead and now // self._every > max(self._kept, default=-1) // self._every:
-            self._keep(module)
-        self._seen = now
-        loader = trainer.train_dataloader
-        if isinstance(loader, IndexLoader) and trainer.world_size == 1:
-            each = outputs["seconds"] / len(outputs["losses"])
-            paying = min(int(_PAYS / max(each, 1e-9)), -(-(loader.total or now) // _POINTS))
-            loader.updates_per_sweep = min(loader.updates_per_sweep, max(self._every, paying, 1))
+        if self._kept:
+            module = cast(SupervisedModule, pl_module)
+            now = module.updates
+            if now <= self._first or now % self._spacing(now) == 0:
+                self._keep(module)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -170,50 +185,35 @@ class Trajectory(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the end, and write."""
-        if self._most:
+        if self._kept:
             module = cast(SupervisedModule, pl_module)
-            if module.updates not in self._kept:
-                self._keep(module)
+            self._keep(module)
             self._write(module)
+        self._trainer = None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
         """Write what there is."""
-        if self._seen > 0:
+        if len(self._kept) > 1:
             self._write(cast(SupervisedModule, pl_module))
 
     # ------------------------------------------------------------------ copies
 
     def _keep(self, module: SupervisedModule) -> None:
-        if len(self._kept) >= self._most:
-            self._thin()
-        theta = _flat(module)
+        theta, now = _flat(module), module.updates
         if np.isfinite(theta).all():
-            self._kept[module.updates] = theta
+            self._kept[now] = theta
+        self._thin(now)
 
-    def _thin(self) -> None:
-        """Drop every second copy, but for the first."""
-        self._every *= 2
-        for update in self.updates[1::2]:
-            del self._kept[update]
-
-    def _look_ahead(self, trainer: Trainer, module: SupervisedModule) -> None:
-        """Keep the first steps one by one: sweeps are longer, and the first is on its way."""
-        loader = trainer.train_dataloader
-        if not isinstance(loader, IndexLoader) or module.objective is None:
-            return
-        end = self.points if loader.total is None else min(self.points, loader.total)
-        before = Snapshot(module.objective, trainer.optimizers[0])
-        try:
-            for update in range(end):
-                module.make_updates(loader.block(update, 1).to(module.device), update)
-                theta = _flat(module)
-                if not np.isfinite(theta).all():
-                    break
-                self._kept[update + 1] = theta
-        finally:
-            before.give_back()
+    def _thin(self, now: int) -> None:
+        """Drop what lies closer than the spacing of today, and an end that was none."""
+        spacing, start = self._spacing(now), min(self._kept, default=0)
+        self._kept = {
+            u: theta
+            for u, theta in self._kept.items()
+            if u in (start, now) or u <= self._first or u % spacing == 0
+        }
 
     # ------------------------------------------------------------------ the file
 
@@ -232,12 +232,10 @@ class Trajectory(Callback):
             return
         found = found.until(module.updates)
         self._kept = dict(zip(found.updates.tolist(), found.parameters, strict=True))
-        while len(self._kept) >= self._most:
-            self._thin()
+        self._thin(module.updates)
 
     def _write(self, module: SupervisedModule) -> None:
-        # Not what was made beforehand, where the run has ended before it.
-        updates = [u for u in self.updates if u <= module.updates]
+        updates = self.updates
         if not updates or not self.path.parent.is_dir():
             return
         params = _trainable(module)
@@ -248,6 +246,10 @@ class Trajectory(Callback):
             [p.numel() for p in params.values()],
         ).save(self.path)
         self._written = time.monotonic()
+
+
+def _after(update: int, every: int) -> int:
+    return (update // every + 1) * every
 
 
 def _trainable(module: SupervisedModule) -> dict[str, nn.Parameter]:

@@ -197,9 +197,10 @@ def _show(result: Result) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if result.module.micro_batch_size_is_automatic:
+    micro = summary["micro_batch_size"]
+    if result.module.micro_batch_size_is_automatic and micro < summary["batch_size"]:
         console.print(
-            f"Micro-batches of {summary['micro_batch_size']} examples were found to be fastest.",
+            f"Micro-batches of {micro} examples, by the memory that an example takes.",
             highlight=False,
         )
     if result.directory is not None:

@@ -184,7 +184,7 @@ class DatasetDataModule(DataModule):
             )
         if self.micro_batch_size == "auto" and "train" not in self._parts:
             raise ValueError(
-                "micro_batch_size=auto is measured on resident examples: for a Dataset it must be "
+                "micro_batch_size=auto is chosen for resident examples: for a Dataset it must be "
                 "a number or null."
             )
         self._examples = made

@@ -64,8 +64,8 @@ class DataModule(LightningDataModule):
     Args:
         batch_size: B, examples per update, range [1, N], or "full" for N.
         micro_batch_size: Examples in one forward and backward pass, range [1, ∞); "auto":
-            measured (see `Objective`); None: B, or "auto" where the inputs are mapped from a file.
-            It changes memory and speed, not the update (but for rounding).
+            chosen by bytes (see `Objective`); None: B, or "auto" where the inputs are mapped from
+            a file. It changes memory and speed, not the update (but for rounding).
         sampling: "reshuffle", "shuffle_once", "replacement" or "sequential".
         val_fraction: Share of all examples (or count, if ≥ 1) held out for validation.
         test_fraction: Likewise for the test, where the source has no test set of its own.

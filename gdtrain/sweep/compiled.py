@@ -218,7 +218,7 @@ class Compiled:
         program = self._programs.get((size, rules, modes))
         if program is None:
             if objective.automatic and objective.micro_batch_size is None:
-                objective.micro_batch_size = objective._measured(indices[0])
+                objective.micro_batch_size = objective.automatic_size()
             micro = objective.micro_batch_size
             if micro is not None and micro < size:
                 raise NotApplicableError(

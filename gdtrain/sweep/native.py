@@ -601,13 +601,12 @@ class Native:
         """M: what was asked for, else as many examples as the processor's caches hold."""
         objective = self.objective
         if objective.micro_batch_size is None:
-            units = sum(layer.linear.out_features for layer in self.layers)
-            features = self.layers[0].linear.in_features
-            per_example = (features + 3 * units) * self.parameters[0].element_size()
-            size = max(_CACHED // per_example, 32)
             if not objective.automatic:
-                return min(size, count)
-            objective.micro_batch_size = size
+                units = sum(layer.linear.out_features for layer in self.layers)
+                features = self.layers[0].linear.in_features
+                per_example = (features + 3 * units) * self.parameters[0].element_size()
+                return min(max(_CACHED // per_example, 32), count)
+            objective.micro_batch_size = objective.automatic_size()
         return min(objective.micro_batch_size, count)
 
     def _nonzeros(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:

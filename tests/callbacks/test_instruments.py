@@ -117,7 +117,7 @@ def fit(*callbacks, model="mlp", batch=8, updates=24, sweep="auto", micro=None, 
         dtype="float64" if double else "float32",
     )
     trainer = Trainer(
-        max_epochs=None,
+        max_epochs=-1,
         max_steps=updates,
         callbacks=list(callbacks),
         logger=logger,
@@ -198,7 +198,7 @@ def test_each_number_is_that_of_a_plain_loop(model, sweep, micro):
     found, reference = logger.found, Reference(model, data)
     looks = sorted(found["gradient/norm"])
     assert looks[0] == 0
-    assert 3 <= len(looks) <= 4
+    assert looks == [0, 6, 12, 18]
     start = reference.flat(path.theta[0])
     decay = torch.zeros(len(start), dtype=torch.float64)  # not on biases and norms
     named = [(n, p) for n, p in reference.model.named_parameters() if p.requires_grad]
@@ -391,13 +391,14 @@ def test_a_run_with_all_instruments_is_the_same_bit_for_bit(case):
     make = options.pop("model", "mlp")
     ends = []
     for instruments in ([], everything(every=5), everything()):
-        curves = LossCurves()
+        curves, logger = LossCurves(), Numbers()
         torch.manual_seed(0)
         model = make() if callable(make) else make
         trainer, module, _ = fit(
-            Divergence(), curves, *instruments, model=model, updates=40, sweep=7, **options
-        )
-        assert all(c._count for c in instruments if c.every)
+            Divergence(), curves, *instruments, model=model, updates=40, sweep=7, logger=logger,
+            **options,
+        )  # fmt: skip
+        assert len(logger.found.get("gradient/norm", ())) >= 8 * bool(instruments)
         ends.append(outcome(trainer, module, curves))
     assert_same(dict(ends[0]), ends[1])
     assert_same(dict(ends[0]), ends[2])
@@ -463,35 +464,53 @@ def test_they_share_one_look_and_make_one_step(monkeypatch):
     assert len(made) == len(set(made)) == 3
 
 
-def test_every_looks_at_the_first_start_of_a_sweep_from_each_multiple_on():
+@pytest.mark.parametrize(("options", "expected"), [
+    ({"every": 7}, [0, 7, 14, 21, 28, 35]),
+    ({"looks": 5, "share": 0.9}, [0, 8, 16, 24, 32]),
+    ({"looks": 3}, [0, 13, 26]),
+])  # fmt: skip
+@pytest.mark.parametrize("sweep", [3, "auto"])
+def test_looks_stand_at_the_updates_that_the_plan_names(options, expected, sweep):
     logger = Numbers()
-    fit(GradientNorms(every=7), updates=40, sweep=3, logger=logger)
-    looks = list(logger.found["gradient/norm"])
-    assert looks[0] == 0
-    for multiple, look in zip(range(7, 40, 7), looks[1:], strict=True):
-        assert multiple <= look < multiple + 3
+    fit(GradientNorms(**options), updates=40, sweep=sweep, logger=logger)
+    assert list(logger.found["gradient/norm"]) == expected
 
 
-def test_as_often_as_the_share_allows_and_spread_over_the_run(monkeypatch):
-    clock = iter(range(10**9))
-    monkeypatch.setattr("gdtrain.callbacks.instrument.time.perf_counter", lambda: next(clock))
-    logger = Numbers()
-    norms = GradientNorms(looks=5, share=0.9)
-    fit(norms, updates=1000, sweep=5, logger=logger, batch=1)
-    looks = list(logger.found["gradient/norm"])
-    assert len(looks) == 5
-    for i, look in enumerate(looks):
-        assert i * 200 <= look < i * 200 + 10
+def test_looks_take_no_more_than_their_share_of_the_passes(monkeypatch, caplog):
+    """Full batch, where a pass has its N examples: a look makes two, and with a cosine three."""
+    monkeypatch.setattr("gdtrain.callbacks.instrument.FREE", 0)
+    monkeypatch.setattr("gdtrain.work._PASS", 0)
+    caplog.set_level(logging.INFO, logger="gdtrain")
+    for instruments, passes in (
+        ([GradientNorms(share=0.04)], 2),
+        ([GradientNorms(share=0.04), GradientCosine(share=0.04)], 3),
+        ([GradientNorms(share=0.04), StepTest(share=0.04)], 4),
+        ([GradientNorms(share=0.04, looks=7), GradientNorms(share=0.04, looks=8)], 4),
+    ):
+        for updates in (49, 200):
+            logger = Numbers()
+            fit(*instruments, updates=updates, batch="full", logger=logger)
+            found = len(logger.found.get("gradient/norm", ()))
+            paid = int(0.04 * len(instruments) * updates / passes)
+            assert found == min(paid, instruments[-1].looks)
+    short = Numbers()
+    fit(GradientNorms(share=0.02), updates=10, batch="full", logger=short)
+    assert not short.found
+    assert "a look would take more than a share of 0.02 of the run's work" in caplog.text
 
 
-def test_a_costly_look_waits_until_it_is_paid_for():
-    # Three passes over all N at the start would be more than 2% of ten updates.
-    norms = GradientNorms(share=0.02)
-    fit(norms, updates=10, batch="full", sweep=1)
-    assert norms._looked_at != 0
-    long = GradientNorms(share=0.02)
-    fit(long, updates=200, batch="full", sweep=1)
-    assert long._count >= 1
+def test_without_a_planned_end_looks_become_rarer_as_the_run_goes_on(monkeypatch):
+    monkeypatch.setattr("gdtrain.work._PASS", 0)
+
+    class End(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = pl_module.updates >= 4000
+
+    norms, logger = GradientNorms(looks=4, share=0.02), Numbers()
+    fit(norms, End(), updates=-1, batch="full", logger=logger)
+    looks = [update for update in logger.found["gradient/norm"] if update < 2000]
+    # Two passes are 2% of 100 updates; four looks in each doubling.
+    assert looks == [0, 100, 200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1400, 1600]
 
 
 # ------------------------------------------------------------------ where
@@ -678,7 +697,7 @@ def test_a_buffer_that_is_replaced_by_a_longer_one_is_put_back(batch):
 
 
 def test_before_the_first_update_passes_are_no_larger_than_the_run_would_make(monkeypatch):
-    monkeypatch.setattr(Objective, "_measured", lambda self, rows: 21)
+    monkeypatch.setattr(Objective, "automatic_size", lambda self: 21)
     sizes = []
 
     class Sees(nn.Linear):

@@ -187,20 +187,17 @@ def test_memory_bounds_how_many_are_kept(tmp_path, copies, least, most):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "expected"),
-    [(0.01, 20), (0.001, 50), (50e-6, 63)],  # T/points; what takes 0.05 s; T/16
+    ("updates", "spacing"),
+    [(1, 20), (50, 50), (10**6, 63)],  # T/points; what pays; T/16
 )
-def test_sweeps_are_shortened_where_that_costs_little(tmp_path, seconds, expected):
+def test_cheap_updates_get_fewer_copies(tmp_path, monkeypatch, updates, spacing):
+    """A copy is worth the operations of so many updates: six for each parameter."""
+    model = MLP((4,), 3, hidden=[6])
+    operations = 6 * sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(trajectory_module, "_PAYS", updates * operations)
     kept = Trajectory(tmp_path / "checkpoints")
-    module = fit(kept, updates=1000, batch=1)
-    loader = module.trainer.train_dataloader
-    loader.updates_per_sweep = 10_000
-    outputs = {"seconds": 40 * seconds, "losses": torch.zeros(40)}
-    kept.on_train_batch_end(module.trainer, module, outputs, None, 0)
-    assert loader.updates_per_sweep == expected
-    loader.updates_per_sweep = 3  # never lengthened
-    kept.on_train_batch_end(module.trainer, module, outputs, None, 0)
-    assert loader.updates_per_sweep == 3
+    fit(kept, updates=1000, batch=1, model=model)
+    assert kept.updates == sorted({*range(0, 1000, spacing), 1000})
 
 
 def test_where_eight_copies_do_not_fit_none_is_kept_and_it_says_so(tmp_path, caplog):
@@ -229,6 +226,7 @@ def test_frozen_parameters_are_left_out_and_a_model_without_others_has_no_path(t
 
 
 def test_a_resumed_run_goes_on_with_the_path(tmp_path):
+    (tmp_path / "whole").mkdir()
     whole, states = Trajectory(tmp_path / "whole" / "checkpoints", points=10), States()
     end = fit(whole, states, updates=200)
     first = tmp_path / "first" / "checkpoints"
@@ -245,11 +243,9 @@ def test_a_resumed_run_goes_on_with_the_path(tmp_path):
     resumed = fit(second, BestAndLast(folder), updates=200, ckpt_path=first / "last.ckpt")
     assert np.array_equal(vector(resumed), vector(end))
     found = Snapshots.load(tmp_path / "second" / "trajectory.npz")
-    assert found.updates[[0, -1]].tolist() == [0, 200]
-    assert reached in found.updates
-    for update, theta in zip(found.updates.tolist(), found.parameters, strict=True):
-        if update in states.seen:
-            assert np.array_equal(theta, states.seen[update])
+    uncut = Snapshots.load(tmp_path / "whole" / "trajectory.npz")
+    assert found.updates.tolist() == uncut.updates.tolist() == list(range(0, 201, 20))
+    assert np.array_equal(found.parameters, uncut.parameters)
     # The file of another model is not gone on with.
     Snapshots(np.arange(2), np.zeros((2, 3), np.float32), ["w"], [3]).save(
         first.parent / "trajectory.npz"
@@ -277,7 +273,7 @@ def test_it_is_written_beside_a_checkpoint_that_comes_late_and_when_a_run_fails(
         fit(Trajectory(tmp_path / "checkpoints"), Look(), updates=200)
     assert there[0] < there[-1]
     found = Snapshots.load(tmp_path / "trajectory.npz")
-    assert found.updates[-1] == there[-1] > 40
+    assert found.updates[-1] == there[-1] == 39  # of 13 × 3
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert not any("Trajectory" in name for name in state["callbacks"])
 

@@ -497,7 +497,7 @@ def test_tensors_are_checked_too():
         (
             Items([(0.0, 0.5)] * 4),
             {"batch_size": 2, "micro_batch_size": "auto"},
-            "micro_batch_size=auto is measured on resident examples",
+            "micro_batch_size=auto is chosen for resident examples",
         ),
     ],
 )
