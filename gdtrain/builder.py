@@ -462,6 +462,6 @@ def _check_shapes(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for name in sorted(own.keys() | saved.keys()):
         if own.get(name) != saved.get(name):
             raise ValueError(
-                f"The weights do not match the model of the description: expected {name} of shape "
-                f"{own.get(name, '(none)')}. Received: {saved.get(name, '(none)')}."
+                f"The checkpoint does not match the model that it describes: expected {name} of "
+                f"shape {own.get(name, '(none)')}. Received: {saved.get(name, '(none)')}."
             )

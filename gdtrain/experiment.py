@@ -983,8 +983,8 @@ def landscape(
     run_folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     folder = _free(run_folder / "landscape") if directory is None else new_folder(directory)
     recorded = run_folder / "trajectory.npz"
-    files = [file for file in (path, recorded) if file.is_file()]
-    read = sum(unpacked_bytes(file) for file in files)
+    size = path.stat().st_size if path.is_file() else 0
+    read = size + (unpacked_bytes(recorded) if recorded.is_file() else 0)
     _check_memory(read, megabytes, f"The files of {path}")
     trained = load_trained(path, trust)
     model = trained.module.model
