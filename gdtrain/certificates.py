@@ -353,7 +353,7 @@ class _CrossEntropy(_Dual):
     """
 
     def __init__(self, targets: Tensor, classes: int) -> None:
-        super().__init__(double(F.one_hot(targets.long().reshape(-1), classes)))
+        super().__init__(double(F.one_hot(targets, classes)))
         self.shares = self.targets.mean(0)
 
     def values(self, z: Tensor) -> Tensor:
@@ -1131,20 +1131,21 @@ def linear_layer(model: nn.Module) -> nn.Linear:
 
 def _dual_of(loss: Loss, targets: Tensor, outputs: int) -> _Dual:
     kind = type(loss)
-    if kind in (SquaredError, Huber):
-        y = double(targets.reshape(len(targets), -1))
-        return _Huber(y, loss.delta) if isinstance(loss, Huber) else _SquaredError(y)
-    if kind is OneHotSquaredError:
-        return _SquaredError(double(F.one_hot(targets.long().reshape(-1), outputs)))
-    if kind is CrossEntropy:
-        return _CrossEntropy(targets, outputs)
     margins: dict[type, type[_Margin]] = {
         Logistic: _Logistic,
         Hinge: _Hinge,
         SquaredHinge: _SquaredHinge,
     }
-    if kind not in margins:
+    if kind not in (SquaredError, Huber, OneHotSquaredError, CrossEntropy, *margins):
         raise NoCertificateError(f"there is no conjugate of {kind.__name__} here")
+    targets = loss.as_targets(targets, outputs)
+    if kind in (SquaredError, Huber):
+        y = double(targets.reshape(len(targets), -1))
+        return _Huber(y, loss.delta) if isinstance(loss, Huber) else _SquaredError(y)
+    if kind is OneHotSquaredError:
+        return _SquaredError(double(F.one_hot(targets, outputs)))
+    if kind is CrossEntropy:
+        return _CrossEntropy(targets, outputs)
     return margins[kind](targets)
 
 

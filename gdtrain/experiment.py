@@ -176,12 +176,16 @@ def _build(config: DictConfig) -> tuple[DataModule, SupervisedModule]:
     with _named("data", config):
         data = instantiate(config.data, _convert_="all")
         data.prepare_data()
+        _settle_precision(config, data)
+        data.use_loss(_loss(config.loss, None) if config.loss else None)
         data.setup()
     loss = _loss(config.loss, data.num_classes)
     outputs = loss.outputs(data.num_classes, data.num_targets)
     seed_everything(config.seed, verbose=False)
     with _named("model", config):
         model = _sized(instantiate(config.model, _convert_="all"), data.input_shape, outputs)
+    if data.dtype == torch.float64:
+        model = model.double()
     with _named("optimizer", config):
         optimizer, step_size = _optimizer(config)
     module = SupervisedModule(
@@ -194,6 +198,18 @@ def _build(config: DictConfig) -> tuple[DataModule, SupervisedModule]:
         engine=config.engine,
     )
     return data, module
+
+
+def _settle_precision(config: DictConfig, data: DataModule) -> None:
+    """float64 throughout, where data.dtype or trainer.precision says so."""
+    precision = str(config.trainer.get("precision"))
+    if precision in ("64", "64-true"):
+        data.dtype = torch.float64
+    elif data.dtype == torch.float64 and precision not in ("32", "32-true", "None"):
+        raise ValueError(
+            f"data.dtype=float64 trains in float64, and trainer.precision={precision} in another. "
+            f"Set one of them."
+        )
 
 
 def _optimizer(config: DictConfig) -> tuple[Any, Any]:
@@ -729,6 +745,9 @@ def _same_data(
     if getattr(data, "download", False) and not own.get("download"):
         data.download = False  # type: ignore[attr-defined]  # to fetch files, the user must ask
     data.prepare_data()
+    data.use_loss(trained.module.loss)
+    if any(p.dtype == torch.float64 for p in trained.module.parameters()):
+        data.dtype = torch.float64
     data.setup()
     try:
         data.check_same_data(_data_state(trained.state))

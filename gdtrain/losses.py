@@ -2,6 +2,9 @@
 
 B batch, C outputs of the model. A loss maps predictions (B, C) and targets (B,) or (B, C) to
 values (B,). Subclass `Loss` for one of your own.
+
+Class numbers are (B,) or (B, 1), of an integer type or booleans; numbers are (B, C), or (B,) for
+one output. Another shape is an error: it would be broadcast, and the mean be one over pairs.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ __all__ = [
 class Loss(nn.Module):
     """Base of the losses: what they ask of the data, and how a prediction reads as an answer.
 
-    A subclass defines `forward(prediction, target) -> (B,)` and `task`.
+    A subclass defines `forward(prediction, target) -> (B,)` and `task`, which says what the targets
+    are: "multiclass" gets class numbers 0 … C−1, "binary" 0 and 1, (B,); "regression" gets numbers,
+    (B,) or (B, C), which a data module has standardised, unless `raw_targets` is True.
 
     Example:
         >>> import torch
@@ -40,6 +45,8 @@ class Loss(nn.Module):
     """
 
     task: ClassVar[Literal["regression", "binary", "multiclass"]]
+    raw_targets: ClassVar[bool] = False
+    """Whether a loss for numbers wants them as they are, not standardised: counts, or 0 and 1."""
     smooth: ClassVar[bool] = True
     """Whether it is differentiable in the prediction everywhere; some step-size rules need that."""
 
@@ -85,7 +92,8 @@ class Loss(nn.Module):
             target: (B,) or (B, C).
 
         Raises:
-            ValueError: Shapes or labels do not fit the loss.
+            ValueError: Shapes or labels do not fit the loss, or an example's value depends on the
+                other examples.
         """
         name = type(self).__name__
         if prediction.ndim != 2 or len(prediction) != len(target):
@@ -93,23 +101,106 @@ class Loss(nn.Module):
                 f"{name} expects predictions (B, C) for targets (B, …). Received: predictions "
                 f"{tuple(prediction.shape)}, targets {tuple(target.shape)}."
             )
-        columns = prediction.shape[1]
+        target = self.as_targets(target, prediction.shape[1])
+        together = self(prediction, target)
+        if together.shape == (len(target),):
+            rows = range(len(target))
+            alone = torch.cat([self(prediction[i : i + 1], target[i : i + 1]) for i in rows])
+            if torch.allclose(together, alone, rtol=1e-3, atol=1e-6, equal_nan=True):
+                return
+        raise ValueError(
+            f"{name} must give one value for each example, from its own prediction and target: "
+            f"(B, C) and (B,) or (B, C) to (B,). Received: {tuple(together.shape)} from "
+            f"predictions {tuple(prediction.shape)} and targets {tuple(target.shape)}, and other "
+            f"values than for each example alone."
+        )
+
+    def as_targets(self, target: Tensor, outputs: int) -> Tensor:
+        """Targets of any loader, as the loss takes them: the same rule as for a data module's.
+
+        Args:
+            target: Class numbers (B,) or (B, 1), of any type that holds them exactly, or one-hot
+                (B, C); or numbers (B,) or (B, C).
+            outputs: C, of the model.
+
+        Returns:
+            Class numbers (B,), int64; or numbers (B, C), (B,) for one output.
+
+        Raises:
+            ValueError: They are no such targets.
+        """
+        name = type(self).__name__
+        count = len(target)
+        if target.ndim == 2 and target.shape[1] == 1:
+            target = target[:, 0]
         if self.task == "regression":
-            if target.numel() != prediction.numel():
+            fits = target.shape == ((count,) if outputs == 1 else (count, outputs))
+            if not fits or target.is_complex():
                 raise ValueError(
-                    f"{name} expects one prediction for each target. Received: predictions "
-                    f"{tuple(prediction.shape)}, targets {tuple(target.shape)}."
+                    f"{name} expects one prediction for each target. Received: targets "
+                    f"{tuple(target.shape)} of {target.dtype} for {outputs} output(s) of the model."
                 )
-            return
-        classes = columns if self.task == "multiclass" else 2
-        if self.task == "binary" and columns != 1:
-            raise ValueError(f"{name} expects one output. Received: {columns}.")
-        low, high = int(target.min()), int(target.max())
-        if target.is_floating_point() or low < 0 or high >= classes:
+            return target.float() if target.dtype == torch.bool else target
+        if self.task == "binary" and outputs != 1:
+            raise ValueError(f"{name} expects one output. Received: {outputs}.")
+        classes = outputs if self.task == "multiclass" else 2
+        if target.shape == (count, classes):
+            if not bool(((target == 0) | (target == 1)).all() & (target.sum(1) == 1).all()):
+                raise ValueError(
+                    f"{name} expects class numbers, or one-hot targets: one 1 in each row, and "
+                    f"zeros. Received: targets {tuple(target.shape)} of other numbers."
+                )
+            return target.long().argmax(1)
+        if target.ndim != 1:
             raise ValueError(
-                f"{name} expects integer labels 0 … {classes - 1} for {columns} outputs. "
-                f"Received: {target.dtype} from {low} to {high}."
+                f"{name} expects a class number for each example. Received: targets "
+                f"{tuple(target.shape)} for {classes} classes."
             )
+        labels = target.long()
+        wrong = (labels != target) | (labels < 0) | (labels >= classes)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name} expects integer labels 0 … {classes - 1} for {outputs} outputs. "
+                f"Received: {target.dtype} from {target.min().item()} to "
+                f"{target.max().item()}."
+            )
+        return labels
+
+    def _labels(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Class numbers (B,), int64, of targets whose shape and type leave no doubt."""
+        count = len(prediction)
+        outputs = 1 if self.task == "binary" else None
+        fits = prediction.ndim == 2 and prediction.shape[1] == (outputs or prediction.shape[1])
+        if not fits or target.shape not in ((count,), (count, 1)):
+            raise ValueError(
+                f"{type(self).__name__} expects predictions {'(B, 1)' if outputs else '(B, C)'} "
+                f"and class numbers (B,). Received: predictions {tuple(prediction.shape)}, "
+                f"targets {tuple(target.shape)}."
+            )
+        if target.is_floating_point() or target.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} expects class numbers of an integer type. Received: "
+                f"targets of {target.dtype}. target.long() makes them whole numbers."
+            )
+        return target.reshape(count).long()
+
+    def _signs(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Classes 0, 1 as −1, +1, of the type of the prediction."""
+        return 2 * self._labels(prediction, target).to(prediction.dtype) - 1
+
+    def _numbers(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Numbers of the shape of the prediction."""
+        count = len(prediction)
+        single = prediction.shape == (count, 1) and target.shape == (count,)
+        fits = single or target.shape == prediction.shape
+        if prediction.ndim != 2 or not fits or target.is_complex():
+            raise ValueError(
+                f"{type(self).__name__} expects a number for each prediction (B, C). Received: "
+                f"predictions {tuple(prediction.shape)}, targets {tuple(target.shape)} of "
+                f"{target.dtype}."
+            )
+        target = target.reshape(prediction.shape)
+        return target if target.is_floating_point() else target.to(prediction.dtype)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """(B, C) and (B, …) to (B,)."""
@@ -141,7 +232,7 @@ class SquaredError(Loss):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """½ Σ_c (p_c − y_c)²."""
-        return 0.5 * (prediction - target.reshape(prediction.shape)).square().sum(1)
+        return 0.5 * (prediction - self._numbers(prediction, target)).square().sum(1)
 
 
 class Huber(Loss):
@@ -176,8 +267,8 @@ class Huber(Loss):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Σ_c h(p_c − y_c)."""
-        # The kernel's gradient wants one dtype; labels of two classes come as whole numbers.
-        target = target.reshape(prediction.shape).to(prediction.dtype)
+        # The kernel's gradient wants one dtype.
+        target = self._numbers(prediction, target).to(prediction.dtype)
         return F.huber_loss(prediction, target, reduction="none", delta=self.delta).sum(1)
 
 
@@ -194,7 +285,7 @@ class CrossEntropy(Loss):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """log Σ_c exp(p_c) − p_y."""
-        return F.cross_entropy(prediction, target, reduction="none")
+        return F.cross_entropy(prediction, self._labels(prediction, target), reduction="none")
 
 
 class OneHotSquaredError(Loss):
@@ -214,7 +305,7 @@ class OneHotSquaredError(Loss):
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """½ Σ_c (p_c − 1[y = c])²."""
         classes = torch.arange(prediction.shape[1], device=target.device)
-        wanted = (target.unsqueeze(1) == classes).to(prediction.dtype)
+        wanted = (self._labels(prediction, target).unsqueeze(1) == classes).to(prediction.dtype)
         return 0.5 * (prediction - wanted).square().sum(1)
 
 
@@ -231,7 +322,7 @@ class Logistic(Loss):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """log(1 + exp(−s p))."""
-        return F.softplus(-_sign(target, prediction) * prediction[:, 0])
+        return F.softplus(-self._signs(prediction, target) * prediction[:, 0])
 
 
 class Hinge(Loss):
@@ -253,7 +344,7 @@ class Hinge(Loss):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """max(0, 1 − s p)."""
-        return F.relu(1 - _sign(target, prediction) * prediction[:, 0])
+        return F.relu(1 - self._signs(prediction, target) * prediction[:, 0])
 
 
 class SquaredHinge(Loss):
@@ -269,9 +360,4 @@ class SquaredHinge(Loss):
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """max(0, 1 − s p)²."""
-        return F.relu(1 - _sign(target, prediction) * prediction[:, 0]).square()
-
-
-def _sign(target: Tensor, like: Tensor) -> Tensor:
-    """Classes 0, 1 as −1, +1."""
-    return 2 * target.to(like.dtype) - 1
+        return F.relu(1 - self._signs(prediction, target) * prediction[:, 0]).square()

@@ -33,6 +33,7 @@ from torchmetrics.regression import MeanAbsoluteError, R2Score
 from gdtrain.data.dataset import DatasetDataModule, PairLoader
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
+from gdtrain.data.module import DataModule
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.hooks import Sight, before_step, call, overrides, sight
 from gdtrain.losses import Loss
@@ -229,11 +230,11 @@ class SupervisedModule(LightningModule):
         self._sight = Sight("", (), ())
         self._hook: Any = None  # of the optimizer's steps
         self._is_training = self._guarded = False
-        self._checked = False
         self._constant: frozenset[str] = frozenset()  # buffers that were not finite at the start
         self._owned = 0  # parameters of the optimizer, in all groups
         self._renews_statistics = False  # of BatchNorm, at the end
         self._single = ""  # where a pass over one example will come from, if one will
+        self._outputs: int | None = None  # of the model, once it was tried
 
     def forward(self, x: Tensor) -> Tensor:
         """The model's predictions.
@@ -315,7 +316,10 @@ class SupervisedModule(LightningModule):
         """
         if stage == "fit":
             self._see()  # before callbacks do anything
-        preprocessing = getattr(self.trainer.datamodule, "preprocessing", None)  # type: ignore[attr-defined]
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, DataModule):  # what the targets are may have been settled without us
+            self.loss.outputs(data.num_classes, data.num_targets)
+        preprocessing = getattr(data, "preprocessing", None)
         self.use_target_scale(getattr(preprocessing, "target_scale", None))
         for part in ("val", "test"):
             if part not in self.evaluation:
@@ -391,6 +395,9 @@ class SupervisedModule(LightningModule):
         trainer = self.trainer
         loader = trainer.train_dataloader
         self.updates = trainer.global_step
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(datamodule, DataModule) and trainer.is_global_zero:
+            _log.info(datamodule.target_said)
         self.validation, self.validated_at = {}, -1
         self._constant = frozenset(
             name for name, b in self.model.named_buffers() if not torch.isfinite(b).all()
@@ -709,7 +716,13 @@ class SupervisedModule(LightningModule):
 
         They are those of the lowest and the highest label.
         """
+        if len(inputs) != len(targets) or not len(targets):
+            raise ValueError(
+                f"Expected one target for each example, and at least one. Received: {len(inputs)} "
+                f"examples and targets of shape {tuple(targets.shape)}."
+            )
         flat = targets.reshape(len(targets), -1)[:, 0]
+        flat = flat.byte() if flat.dtype == torch.bool else flat
         extremes = torch.stack([flat.argmin(), flat.argmax()])
         examples, targets = inputs[extremes], targets[extremes]
         self.model.eval()
@@ -724,7 +737,7 @@ class SupervisedModule(LightningModule):
         self.loss.check(prediction, targets)
         if self._single:
             self._refuse_one(examples[:1])
-        self._checked = True
+        self._outputs = prediction.shape[1]
 
     def _refuse_one(self, example: Tensor) -> None:
         """Raise, if the model cannot be trained on the passes over one example that will come."""
@@ -911,8 +924,10 @@ class SupervisedModule(LightningModule):
                     f"Received: batches from another loader. Use engine=auto."
                 )
             inputs, targets = (_to(t, self.device, self._precision) for t in batch)
-            if not self._checked:
+            if self._outputs is None:
                 self._check(inputs, targets)
+                assert self._outputs is not None
+            targets = self.loss.as_targets(targets, self._outputs)
             objective = Objective(
                 self.model, self.loss, inputs, targets, self._pair_micro_batch_size
             )
@@ -1072,9 +1087,12 @@ class SupervisedModule(LightningModule):
             return
         inputs, targets = (_to(t, self.device, self._precision) for t in (inputs, targets))
         prediction = self(inputs)
+        targets = self.loss.as_targets(targets, prediction.shape[-1])
         losses = self.loss(prediction, targets)
         decided = self.loss.decide(prediction)
         if self.loss.task == "regression":
+            if decided.device.type != "mps":  # R² is a difference of sums of squares
+                decided, targets = decided.double(), targets.double()
             targets = targets.reshape(decided.shape)
             if self._target_scale is not None:
                 scale = self._target_scale.to(decided)

@@ -190,8 +190,10 @@ def fit(
     Args:
         model: "linear", "mlp" or "cnn", sized from the data; a module; or a function from
             (input_shape, num_outputs) to one.
-        X: (N, D), or images (N, C, H, W).
-        y: (N,) classes or numbers, or (N, K) numbers.
+        X: (N, D), or images (N, C, H, W). The columns of a DataFrame are matched by name at
+            `predict`.
+        y: (N,) classes or numbers, or (N, K) numbers; which of them, the log says (logger
+            "gdtrain"), and `task` or a loss decides: see `gdtrain.data.targets.decide`.
         variant: "gd" (an update averages all examples), "sgd" (one) or "minibatch".
         lr: η, range (0, ∞); "auto": found before and while training, see `SupervisedModule`.
         epochs: Passes over the data, range [1, ∞); None: the variant's.
@@ -213,7 +215,7 @@ def fit(
             result says INTERRUPTED. False: signals are the program's; Ctrl-C is a
             KeyboardInterrupt, and SIGTERM ends the process.
         **data_options: As for `ArrayDataModule`: `val_fraction`, `test_fraction`, `task`, `test`,
-            `sampling`, `standardize`, …
+            `sampling`, `standardize`, `dtype` (in which all is trained; None: the model's), …
 
     Returns:
         The trained model, the history, the reason for the end, `predict` and `plot`.
@@ -237,6 +239,16 @@ def fit(
             f"variant={variant!r} averages {'all examples' if variant == 'gd' else 'one example'} "
             f"in each update. Received: batch_size={batch_size}. Use variant='minibatch'."
         )
+    if loss is not None and not isinstance(loss, Loss):
+        raise ValueError(
+            f"loss must be one of gdtrain.losses, such as Hinge(), or a Loss of your own. "
+            f"Received: {loss!r}."
+        )
+    if isinstance(model, str) and model not in _MODELS:
+        raise ValueError(f"model must be one of {', '.join(_MODELS)}. Received: {model!r}.")
+    dtype = data_options.pop("dtype", None)
+    if dtype is not None or _is_double(model):
+        data_options["dtype"] = "float64" if dtype is None else dtype
     data = ArrayDataModule(
         X,
         y,
@@ -244,19 +256,15 @@ def fit(
         seed=seed,
         **data_options,
     )
+    data.use_loss(loss)
     data.setup()
-    if loss is not None and not isinstance(loss, Loss):
-        raise ValueError(
-            f"loss must be one of gdtrain.losses, such as Hinge(), or a Loss of your own. "
-            f"Received: {loss!r}."
-        )
     loss = loss if loss is not None else default_loss(data.num_classes)
     outputs = loss.outputs(data.num_classes, data.num_targets)
     seed_everything(seed, verbose=False)
-    if isinstance(model, str) and model not in _MODELS:
-        raise ValueError(f"model must be one of {', '.join(_MODELS)}. Received: {model!r}.")
     make = _MODELS[model] if isinstance(model, str) else model
     built = make if isinstance(make, nn.Module) else make(data.input_shape, outputs)
+    if dtype is not None:
+        built = built.to(data.dtype)
     if lr != "auto" and (
         isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf
     ):
@@ -313,6 +321,13 @@ def fit(
     lost = result.stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
     _log.log(logging.WARNING if lost else logging.INFO, "%s", result.stop)
     return result
+
+
+def _is_double(model: Any) -> bool:
+    """Whether it is a module in float64, or will be made in it."""
+    if not isinstance(model, nn.Module):
+        return torch.get_default_dtype() == torch.float64
+    return any(p.dtype == torch.float64 for p in model.parameters())
 
 
 @contextmanager
@@ -440,6 +455,7 @@ def run(
         100
     """
     folder = None if directory is None else Path(directory)
+    data.use_loss(module.loss)
     data.setup()
     if checkpoint is not None:
         state = load_checkpoint(checkpoint)
@@ -517,7 +533,9 @@ def predict(
     Args:
         module: Trained.
         preprocessing: Learnt with it.
-        inputs: (N, D) or (N, C, H, W), not standardised. Flat images (N, C·H·W) are taken too.
+        inputs: (N, D) or (N, C, H, W), not standardised. Flat images (N, C·H·W) are taken too. A
+            table's columns are matched by name, where training had names, and others left out;
+            what has no names is taken by position.
         batch_size: Examples in one pass, range [1, ∞).
 
     Returns:
@@ -536,7 +554,8 @@ def predict(
     """
     model = module.model
     parameter = next(model.parameters())
-    x = preprocessing.inputs(features(inputs), parameter.dtype)
+    raw = features(inputs, preprocessing.feature_names)
+    x = preprocessing.inputs(raw, parameter.dtype)
     was_training = model.training
     model.eval()
     with torch.no_grad():

@@ -255,7 +255,7 @@ def test_check_lets_fitting_shapes_and_labels_pass(loss, prediction, target):
         (Huber(), torch.zeros(3, 1), torch.zeros(3, 2), "one prediction for each target"),
         (CrossEntropy(), torch.zeros(2, 3), torch.tensor([0, 3]), r"0 … 2 for 3 outputs.*0 to 3"),
         (CrossEntropy(), torch.zeros(2, 3), torch.tensor([-1, 1]), r"from -1 to 1"),
-        (CrossEntropy(), torch.zeros(2, 3), torch.tensor([0.0, 1.0]), r"Received: torch.float32"),
+        (CrossEntropy(), torch.zeros(2, 3), torch.tensor([0.0, 1.5]), r"Received: torch.float32"),
         (OneHotSquaredError(), torch.zeros(2, 3), torch.tensor([0, 3]), "0 … 2 for 3 outputs"),
         (Logistic(), torch.zeros(2, 2), torch.tensor([0, 1]), "Logistic expects one output.*2"),
         (Hinge(), torch.zeros(2, 1), torch.tensor([-1, 1]), "integer labels 0 … 1"),
@@ -380,3 +380,120 @@ def test_a_parameter_used_by_only_some_micro_batches_has_their_share_of_the_grad
 def test_the_objective_refuses_inputs_without_their_targets():
     with pytest.raises(ValueError, match="Received: 3 examples and 2 targets"):
         Objective(nn.Linear(1, 1), SquaredError(), torch.zeros(3, 1), torch.zeros(2))
+
+
+# ------------------------------------------------------------------------- shapes of targets
+
+ALL = [*REGRESSION, *BINARY, CrossEntropy(), OneHotSquaredError()]
+B = 4
+
+
+def by_hand(loss, prediction, target):
+    """ℓ of each example, from the closed forms."""
+    forms = {
+        SquaredError: squared_error,
+        Logistic: logistic,
+        Hinge: hinge,
+        SquaredHinge: squared_hinge,
+    }
+    made = []
+    for p, y in zip(prediction.tolist(), target, strict=True):
+        if isinstance(loss, CrossEntropy):
+            made.append(math.log(sum(map(math.exp, p))) - p[y])
+        elif isinstance(loss, OneHotSquaredError):
+            made.append(sum(squared_error(v, float(c == y)) for c, v in enumerate(p)))
+        elif isinstance(loss, Huber):
+            made.append(sum(huber(v, t, loss.delta) for v, t in zip(p, y, strict=True)))
+        elif loss.task == "regression":
+            made.append(sum(squared_error(v, t) for v, t in zip(p, y, strict=True)))
+        else:
+            made.append(forms[type(loss)](p[0], y))
+    return made
+
+
+@pytest.mark.parametrize("loss", ALL, ids=name)
+@pytest.mark.parametrize("outputs", [1, 2, 3])
+@pytest.mark.parametrize("shape", ["(B,)", "(B, 1)", "(B, C)", "(1, B)", "(C, B)", "(2B,)", "()"])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.uint8, torch.bool, torch.float32, torch.cfloat]
+)
+def test_a_loss_is_right_or_refuses_the_shape_and_type(loss, outputs, shape, dtype):  # fmt: skip
+    prediction = torch.randn(B, outputs, generator=torch.Generator().manual_seed(0)).double()
+    classes = 2 if loss.task == "binary" else outputs
+    labels = torch.arange(B) % max(min(classes, 2), 1)
+    values = {
+        "(B,)": labels,
+        "(B, 1)": labels[:, None],
+        "(B, C)": labels[:, None] == torch.arange(classes) + (classes == 1),
+        "(1, B)": labels[None],
+        "(C, B)": torch.zeros(classes, B),
+        "(2B,)": torch.zeros(2 * B),
+        "()": torch.tensor(0),
+    }[shape].to(dtype)
+    fits = (loss.task != "binary" or outputs == 1) and dtype != torch.cfloat
+    if loss.task == "regression":
+        right = (shape in ("(B,)", "(B, 1)") and outputs == 1) or shape == "(B, C)"
+        wanted = values.reshape(B, -1).float().tolist() if right and fits else None
+    else:
+        right = shape in ("(B,)", "(B, 1)") or (shape == "(B, C)" and classes == 1)
+        fits &= dtype != torch.float32
+        wanted = values.reshape(B).long().tolist() if right and fits else None
+    if wanted is None:
+        with pytest.raises(ValueError, match=f"{type(loss).__name__} expects"):
+            loss(prediction, values)
+    else:
+        assert loss(prediction, values).tolist() == pytest.approx(by_hand(loss, prediction, wanted))
+
+
+@pytest.mark.parametrize("loss", [*BINARY, CrossEntropy(), OneHotSquaredError()], ids=name)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool, torch.float32])
+def test_class_numbers_of_any_loader_are_read_exactly(loss, dtype):
+    outputs = 1 if loss.task == "binary" else 2
+    labels = torch.tensor([0, 1, 1, 0])
+    for target in (labels, labels[:, None], F.one_hot(labels, 2)):
+        made = loss.as_targets(target.to(dtype), outputs)
+        assert made.dtype == torch.int64
+        assert made.tolist() == labels.tolist()
+    for wrong in (
+        torch.tensor([0, 2]),
+        torch.tensor([-1, 1]),
+        torch.tensor([0.0, 0.5]),
+        torch.tensor([0.0, math.nan]),
+        torch.tensor([[1, 1], [0, 1]]),
+        torch.tensor([[0.5, 0.5], [0.0, 1.0]]),
+        labels[None],
+        torch.zeros(2, 5),
+    ):
+        with pytest.raises(ValueError, match=f"{type(loss).__name__} expects"):
+            loss.as_targets(wrong, outputs)
+
+
+@pytest.mark.parametrize("loss", REGRESSION, ids=name)
+def test_numbers_of_any_loader_are_read_exactly(loss):
+    y = torch.tensor([0.5, 1.5, 2.5])
+    assert torch.equal(loss.as_targets(y[:, None], 1), y)
+    assert torch.equal(loss.as_targets(y, 1), y)
+    assert torch.equal(loss.as_targets(y > 1, 1), torch.tensor([0.0, 1.0, 1.0]))
+    both = torch.stack([y, y], 1)
+    assert torch.equal(loss.as_targets(both, 2), both)
+    for wrong, outputs in ((y[None], 1), (y, 3), (both, 1), (both.T, 2), (y.to(torch.cfloat), 1)):
+        with pytest.raises(ValueError, match="expects one prediction for each target"):
+            loss.as_targets(wrong, outputs)
+
+
+def test_check_names_a_loss_of_ones_own_that_mixes_the_examples():
+    class Broadcast(Loss):
+        task = "regression"
+
+        def forward(self, prediction, target):
+            return (prediction - target).square().mean(1)  # (B, 1) − (B,)
+
+    class Mean(Loss):
+        task = "regression"
+
+        def forward(self, prediction, target):
+            return (prediction[:, 0] - target).square().mean()
+
+    for loss in (Broadcast(), Mean()):
+        with pytest.raises(ValueError, match="one value for each example, from its own prediction"):
+            loss.check(column(1.0, 2.0), torch.tensor([3.0, 5.0]))

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from sklearn.datasets import load_diabetes, load_digits, load_iris
@@ -16,8 +17,17 @@ from torch.utils.data import DataLoader, TensorDataset
 import gdtrain
 from gdtrain import SGD, SupervisedModule
 from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
+from gdtrain.configuration import conf_directory
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
-from gdtrain.losses import CrossEntropy, SquaredError
+from gdtrain.experiment import _build
+from gdtrain.losses import (
+    CrossEntropy,
+    Hinge,
+    Logistic,
+    OneHotSquaredError,
+    SquaredError,
+    SquaredHinge,
+)
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
 from gdtrain.training import run
@@ -494,7 +504,8 @@ def test_fit_trains_on_several_targets():
         ({"epochs": 0}, "epochs must be"),
         ({"model": "transformer"}, "model must be one of"),
         ({"model": "cnn"}, "is for images"),
-        ({"loss": SquaredError()}, "use loss=cross_entropy"),
+        ({"loss": SquaredError(), "task": "classification"}, "use loss=cross_entropy"),
+        ({"loss": CrossEntropy(), "task": "regression"}, "use loss=squared_error"),
         ({"val_fraction": -0.1}, "val_fraction must be"),
         ({"sampling": "sorted"}, "sampling must be one of"),
         ({"checkpoint": "missing.ckpt"}, "There is no checkpoint"),
@@ -583,3 +594,169 @@ def test_convolutions_train_in_the_faster_layout_and_end_in_the_usual_one(batch_
     train(module, data, callbacks=[layouts], max_epochs=1)
     assert set(layouts.last) == {expected}
     assert all(p.is_contiguous() for p in module.model.parameters())
+
+
+# -------------------------------------------------------------------- targets and precision
+
+
+def test_seconds_since_1970_and_money_are_fitted_to_rounding():
+    t = 1.7e9 + np.arange(400)
+    y = 3.5 + 0.25 * (t - 1.7e9)
+    for dtype, error in (("float32", 2e-5), ("float64", 1e-6)):  # of a range of 100
+        options = {"variant": "gd", "epochs": 300, "val_fraction": 0.0, "dtype": dtype}
+        result = gdtrain.fit("linear", t[:, None], y, progress=False, **options)
+        assert {p.dtype for p in result.model.parameters()} == {getattr(torch, dtype)}
+        assert {t.dtype for t in result.data.examples("train")} == {getattr(torch, dtype)}
+        assert result.metrics["metric/mae/train"] < error
+        assert np.abs(result.predict(t[:, None]) - y).max() < 2 * error
+
+
+def test_one_switch_trains_in_float64(monkeypatch):
+    X, y = load_diabetes(return_X_y=True)
+    arguments = {"variant": "gd", "epochs": 2, "progress": False}
+
+    def types(model, **more):
+        result = gdtrain.fit(model, X, y, **arguments, **more)
+        tensors = [*result.model.parameters(), *result.data.examples("train")]
+        return {t.dtype for t in tensors}, result.predict(X[:3]).dtype
+
+    double = ({torch.float64}, np.dtype(np.float64))
+    assert types("linear", dtype="float64") == double
+    assert types(nn.Linear(10, 1), dtype="float64") == double
+    assert types(nn.Linear(10, 1).double()) == double
+    assert types(nn.Linear(10, 1).double(), dtype="float32")[0] == {torch.float32}
+    assert types("linear")[0] == {torch.float32}
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert types("linear") == double
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        ([], torch.float32),
+        (["data.dtype=float64"], torch.float64),
+        (["trainer.precision=64-true"], torch.float64),
+    ],
+)
+def test_one_switch_of_the_command_trains_in_float64(words, dtype):
+    config = composed("data=diabetes", "model=linear", "optimizer=gd", *words)
+    data, module = _build(config)
+    assert {t.dtype for t in data.examples("train")} == {dtype}
+    if dtype == torch.float32 or "data" in words[0]:
+        assert {p.dtype for p in module.parameters()} == {dtype}
+
+
+def test_two_precisions_are_a_contradiction():
+    words = ["data=iris", "data.dtype=float64", "trainer.precision=bf16-mixed"]
+    with pytest.raises(ValueError, match=r"trainer.precision=bf16-mixed in another. Set one"):
+        _build(composed(*words))
+
+
+def test_the_loss_of_the_command_decides_what_the_targets_are(tmp_path):
+    table = tmp_path / "t.csv"
+    rows = [f"{i},{i % 3}" for i in range(30)]
+    table.write_text("\n".join(["x,y", *rows]))
+    words = ["data=csv", f"data.path={table}", "model=linear", "optimizer=gd"]
+    for loss, classes in ((None, 3), ("cross_entropy", 3), ("squared_error", None)):
+        data, _ = _build(composed(*words, *([f"loss={loss}"] if loss else [])))
+        assert data.num_classes == classes
+
+
+def composed(*words):
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        return compose("train", list(words))
+
+
+def test_what_the_target_is_stands_once_in_the_log_of_a_run(caplog):
+    caplog.set_level("INFO", logger="gdtrain")
+    gdtrain.fit("linear", *load_iris(return_X_y=True), variant="gd", epochs=3, progress=False)
+    said = [text for text in caplog.messages if text.startswith("target")]
+    assert said == ["target: 3 classes (0, 1, 2); task=regression would make them numbers"]
+
+
+def test_a_loss_decides_in_python_too():
+    X, y = load_iris(return_X_y=True)
+    for loss, classes in ((SquaredError(), None), (CrossEntropy(), 3), (None, 3)):
+        options = {"variant": "gd", "epochs": 2, "loss": loss, "progress": False}
+        assert gdtrain.fit("linear", X, y, **options).data.num_classes == classes
+    data = ArrayDataModule(X, y, batch_size=1)
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    trainer.fit(SupervisedModule(nn.Linear(4, 1), SquaredError(), partial(SGD, lr=0.01)), data)
+    assert data.num_classes is None
+    settled = ArrayDataModule(X, y, batch_size=1)
+    settled.setup()  # before anybody knew of a loss
+    module = SupervisedModule(nn.Linear(4, 1), SquaredError(), partial(SGD, lr=0.01))
+    with pytest.raises(ValueError, match=r"SquaredError is a loss for numbers.*3 classes"):
+        trainer.fit(module, settled)
+
+
+class Logits(nn.Module):
+    """Fixed predictions, so that a loss can be worked out by hand."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(outputs))
+
+    def forward(self, x):
+        return x[:, :1] * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step:UserWarning")
+@pytest.mark.parametrize("loss", [Logistic(), Hinge(), SquaredHinge(), OneHotSquaredError(),
+                                  CrossEntropy()], ids=repr)  # fmt: skip
+def test_targets_of_a_loader_of_ones_own_mean_the_same_in_any_shape(loss):
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    x = torch.linspace(-1, 1, 6)[:, None]
+    outputs = 1 if loss.task == "binary" else 2
+    wanted = loss(x.expand(6, outputs), labels).mean().item()
+    for targets in (
+        labels,
+        labels[:, None],
+        labels.bool(),
+        labels[:, None].float(),
+        nn.functional.one_hot(labels, 2),
+    ):
+        seen = Seen()
+        module = SupervisedModule(Logits(outputs), loss, partial(SGD, lr=0.1))
+        quiet = {"logger": False, "enable_checkpointing": False, **QUIET}
+        trainer = Trainer(max_epochs=1, callbacks=[seen], **quiet)
+        trainer.fit(module, DataLoader(TensorDataset(x, targets), batch_size=6))
+        assert seen.losses == pytest.approx([wanted], rel=1e-6)
+        module.model.scale.data.fill_(1.0)
+        found = module.evaluate([(x, targets)])
+        assert found["loss/train"] == pytest.approx(wanted, rel=1e-6)
+        right = (loss.decide(x.expand(6, outputs)) == labels).float().mean().item()
+        assert found["metric/accuracy/train"] == pytest.approx(right)
+
+
+class Seen(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses += outputs["losses"].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step:UserWarning")
+def test_labels_out_of_range_are_named_in_every_batch_of_a_loader():
+    batches = [(torch.ones(2, 1), torch.tensor([0, 1])), (torch.ones(2, 1), torch.tensor([0, -1]))]
+    module = SupervisedModule(nn.Linear(1, 1), Logistic(), partial(SGD, lr=0.1))
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    with pytest.raises(ValueError, match=r"integer labels 0 … 1.*from -1 to 0"):
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+
+
+def test_the_score_of_numbers_far_from_zero_is_right():
+    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
+    y = 2e4 + x[:, 0]
+    module = SupervisedModule(nn.Linear(1, 1), SquaredError(), partial(SGD, lr=0.1))
+    with torch.no_grad():
+        module.model.weight.fill_(0.5)
+        module.model.bias.fill_(2e4)
+    found = module.evaluate([(x, y)])
+    p = (2e4 + 0.5 * x[:, 0]).double()
+    wanted = 1 - ((y - p) ** 2).sum() / ((y - y.double().mean()) ** 2).sum()
+    assert found["metric/r2/train"] == pytest.approx(wanted.item(), abs=1e-3)

@@ -2,6 +2,7 @@
 
 from gdtrain.data.dataset import DatasetDataModule, PairLoader
 from gdtrain.data.files import read_features, read_labelled
+from gdtrain.data.frames import features
 from gdtrain.data.loader import EvaluationLoader, IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.module import DataModule, Raw
@@ -13,7 +14,6 @@ from gdtrain.data.sources import (
     NPYDataModule,
     SyntheticDataModule,
     TorchvisionDataModule,
-    features,
 )
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.tables import CSVDataModule, Table

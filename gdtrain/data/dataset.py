@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.module import DataModule, Raw
 from gdtrain.data.preprocessing import Preprocessing
+from gdtrain.data.targets import Task, check_task, decide, may_be_classes, wanted_task
 
 __all__ = ["DatasetDataModule", "PairLoader"]
 
@@ -34,8 +35,6 @@ _SLICE_BYTES = 64 * 2**20  # of the examples that are evaluated together
 _PROBES = 16  # examples that are fetched to measure the time of one, at most
 _PROBE_SECONDS = 0.2  # as long as that, at most
 
-Task = Literal["auto", "classification", "regression"]
-
 
 class DatasetDataModule(DataModule):
     """Any map-style torch `Dataset` that yields pairs (input, target).
@@ -45,7 +44,8 @@ class DatasetDataModule(DataModule):
     `TensorDataset`, or a `Subset` of one, is resident already and is trained by index.
 
     Inputs are used as the Dataset yields them: nothing is standardised, and only floating-point
-    numbers, bytes and booleans are converted (to `dtype`). Classes are whole numbers 0 … C−1.
+    numbers, bytes and booleans are converted (to `dtype`). Classes are whole numbers 0 … C−1, or
+    one-hot.
 
     The order is that of every data module, `IndexLoader.order`. What a Dataset draws from the
     global generators of torch, NumPy or Python (for augmentation) depends on `seed` and the update
@@ -57,8 +57,9 @@ class DatasetDataModule(DataModule):
         test: The test set; None: `test_fraction` of the training set.
         num_classes: C, range [2, ∞); None: the Dataset's `num_classes`, `classes` or `targets`, or
             else all targets are fetched once.
-        task: "classification", "regression", or "auto": classes where a target is one whole number
-            of an integer type, or a boolean.
+        task: "classification", "regression", or "auto": what the Dataset tells (`num_classes`,
+            `classes`), or else `gdtrain.data.targets.decide` says of its targets, all of which are
+            fetched once where they may be classes.
         num_workers: W, range [0, ∞); "auto": 0 where the batch of an update takes less than a
             millisecond to fetch, else one less than there are cores, and at most 16.
         val_fraction: Share of the training set (or count, if ≥ 1), not used with `val`.
@@ -105,10 +106,7 @@ class DatasetDataModule(DataModule):
                 "standardize_targets must be false: scale them in its transform, or put them into "
                 "an ArrayDataModule."
             )
-        if task not in ("auto", "classification", "regression"):
-            raise ValueError(
-                f"task must be auto, classification or regression. Received: task={task!r}."
-            )
+        check_task(task)
         _check_whole("num_classes", num_classes, 2, None)
         _check_whole("num_workers", num_workers, 0, "auto")
         self._sets: dict[str, Dataset] = {"train": _checked(train, "train")}
@@ -151,25 +149,22 @@ class DatasetDataModule(DataModule):
             name: _Examples(sets[name], rows, self.dtype, self.seed, stream)
             for stream, (name, rows) in enumerate(split.items())
         }
+        self._follow_trainer()
         x, y = made["train"].fetch([0])
-        whole = y.ndim == 1 and not y.is_floating_point()
-        classify = self._task == "classification" or (self._task == "auto" and whole)
-        if classify and not whole:
-            raise ValueError(
-                f"task=classification needs one whole number of an integer type as the target of "
-                f"an example. Received: {y[0]!r}."
-            )
-        for examples in made.values():
-            examples.classify = classify
-        self._example_shapes = (tuple(x.shape[1:]), tuple(y.shape[1:]))
         resident = {name: self._resident(sets[name], split[name]) for name in made}
         self._parts = {name: part for name, part in resident.items() if part is not None}
         fetched = [examples for name, examples in made.items() if name not in self._parts]
         if fetched:
             self._measure(fetched[0], x.nbytes)
-        classes = self._count_classes(made["train"]) if classify else None
-        for examples in made.values():
+        classes = self._settle(made["train"])
+        for name, examples in made.items():
             examples.num_classes = classes
+            examples.classify = classes is not None
+            if name in self._parts and classes is not None:
+                inputs, targets = self._parts[name]
+                self._parts[name] = inputs, examples.labels(targets, split[name])
+        shape = () if classes is not None else tuple(y.shape[1:])
+        self._example_shapes = (tuple(x.shape[1:]), shape)
         for name, (inputs, targets) in self._parts.items():
             made[name].check(cast(Tensor, inputs), targets, split[name])
         self.preprocessing = Preprocessing(
@@ -256,25 +251,53 @@ class DatasetDataModule(DataModule):
             return 0
         return min(_cores() - 1, 16, batches)
 
-    def _count_classes(self, examples: _Examples) -> int:
-        """C: given, told by the Dataset, or the highest of all targets and one."""
-        count = self._given_classes
-        if count is None:
+    def _settle(self, examples: _Examples) -> int | None:
+        """C; None: the targets are numbers."""
+        wanted, because = wanted_task(self._task, self._loss)
+        count, said = self._given_classes, ""
+        if count is None or wanted == "regression":
+            y = self._some_targets(examples)
+            if wanted == "regression" or (wanted is None and not may_be_classes(y)):
+                said = decide(y, "regression", self._loss).said
+                self.target_said = said if y.ndim > 1 else f"target: numbers{because}"
+                return None
             count = _told_classes(self._sets["train"])
-        if count is None:
-            if "train" in self._parts:
-                targets = [self._parts["train"][1]]
-            else:
-                seconds = len(examples) * self._seconds
-                _log.info(
-                    f"The classes are counted over all {len(examples):,} examples, about "
-                    f"{seconds:.1f} s in one process: num_classes=… spares that."
-                )
-                targets = [y for _, y in self._in_order(examples)]
-            count = int(torch.cat(targets).max()) + 1
+            if count is None:
+                y, rows = (y, examples.rows) if y.ndim > 1 else self._all_targets(examples)
+                if wanted is not None and y.ndim == 1:
+                    examples.labels(torch.from_numpy(y), rows)
+                decision = decide(y, self._task, self._loss)
+                said = decision.said
+                if decision.classes is None:
+                    self.target_said = said
+                    return None
+                if y.ndim == 1:
+                    examples.labels(torch.from_numpy(y), rows)
+                count = y.shape[1] if y.ndim > 1 else int(y.max()) + 1
         if count < 2:
             raise ValueError(f"There must be at least two classes. Received: {count}.")
+        self.target_said = said or f"target: {count} classes{because}"
         return count
+
+    def _some_targets(self, examples: _Examples) -> NDArray[Any]:
+        """Those of a few examples; all, where they are resident."""
+        if "train" in self._parts:
+            return self._parts["train"][1].numpy()
+        return examples.fetch(list(range(min(_PROBES, len(examples)))))[1].numpy()
+
+    def _all_targets(self, examples: _Examples) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """With the rows that they have in their set."""
+        if "train" in self._parts:
+            return self._parts["train"][1].numpy(), examples.rows
+        told = _told_targets(self._sets["train"])
+        if told is not None:
+            return told, np.arange(len(told))
+        _log.info(
+            f"What the targets are is seen from all {len(examples):,} examples, about "
+            f"{len(examples) * self._seconds:.1f} s in one process: num_classes=… or "
+            f"task=regression spares that."
+        )
+        return torch.cat([y for _, y in self._in_order(examples)]).numpy(), examples.rows
 
     def _say(self) -> None:
         if "train" in self._parts:
@@ -526,10 +549,10 @@ class _Examples(Dataset):
         inputs = _number(_stacked([item[0] for item in items], rows, "input"), self.dtype)
         targets = _target(_stacked([item[1] for item in items], rows, "target"), self.dtype)
         self.check(inputs, targets, rows)
-        return inputs, targets
+        return inputs, self.labels(targets, rows) if self.classify else targets
 
     def check(self, inputs: Tensor, targets: Tensor, rows: NDArray[np.int64]) -> None:
-        """Raise on numbers that are not finite, and on labels that are no classes."""
+        """Raise on numbers that are not finite."""
         for tensor, what in ((inputs, "Inputs"), (targets, "Targets")):
             if not tensor.is_floating_point() or math.isfinite(tensor.sum()):
                 continue  # a finite sum, which costs less, has finite terms
@@ -539,23 +562,36 @@ class _Examples(Dataset):
                     f"{what} must be finite numbers. Received: one that is not in example "
                     f"{rows[bad]} (counted from 0)."
                 )
-        if not self.classify:
-            return
-        if targets.is_floating_point() or targets.ndim != 1:
+
+    def labels(self, targets: Tensor, rows: NDArray[np.int64]) -> Tensor:
+        """Class numbers (B,), int64, of targets that are whole numbers 0 … C−1, or one-hot."""
+        if targets.ndim == 2 and targets.shape[1] == self.num_classes:
+            ones = ((targets == 0) | (targets == 1)).all(1) & (targets.sum(1) == 1)
+            if not ones.all():
+                bad = int((~ones).nonzero()[0])
+                raise _RefusedError(
+                    f"Targets must be one-hot, one 1 and zeros, as in the first examples. "
+                    f"Received: {targets[bad].tolist()} as that of example {rows[bad]} (counted "
+                    f"from 0)."
+                )
+            return targets.argmax(1)
+        if targets.ndim != 1:
             raise _RefusedError(
-                f"A class must be one whole number of an integer type, as in the first example. "
-                f"Received: targets of shape {tuple(targets.shape[1:])} and type {targets.dtype}."
+                f"A class must be one whole number, or one-hot in {self.num_classes} columns. "
+                f"Received: targets of shape {tuple(targets.shape[1:])}."
             )
-        wrong = targets < 0
+        classes = targets.long()
+        wrong = (classes != targets) | (classes < 0)
         if self.num_classes is not None:
-            wrong |= targets >= self.num_classes
+            wrong |= classes >= self.num_classes
         if wrong.any():
             bad = int(wrong.nonzero()[0])
             last = "C−1" if self.num_classes is None else f"{self.num_classes - 1}"
             raise _RefusedError(
-                f"Labels must be whole numbers 0 … {last}. Received: {int(targets[bad])} as that "
-                f"of example {rows[bad]} (counted from 0)."
+                f"Labels must be whole numbers 0 … {last}. Received: {targets[bad].item()} as that "
+                f"of example {rows[bad]} (counted from 0). task=regression takes them as numbers."
             )
+        return classes
 
 
 class _RefusedError(ValueError):
@@ -596,11 +632,18 @@ def _told_classes(dataset: Any) -> int | None:
     names = getattr(dataset, "classes", None)
     if isinstance(names, list | tuple):
         return len(names)
+    return None
+
+
+def _told_targets(dataset: Any) -> NDArray[Any] | None:
+    """All targets, as torchvision's sets hold them."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
     targets = getattr(dataset, "targets", None)
     if isinstance(targets, Tensor | np.ndarray | list) and len(targets):
         labels = np.asarray(targets)
         if labels.ndim == 1 and labels.dtype.kind in "iub":
-            return int(labels.max()) + 1
+            return labels
     return None
 
 
@@ -639,6 +682,7 @@ def _number(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _target(y: Tensor, dtype: torch.dtype) -> Tensor:
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     return y.to(dtype if y.is_floating_point() else torch.int64)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gdtrain.data.frames import features
 from gdtrain.data.preprocessing import Preprocessing
-from gdtrain.data.sources import _load_libsvm, _load_npy, _load_npz, features
+from gdtrain.data.sources import _load_libsvm, _load_npy, _load_npz
 from gdtrain.data.tables import Header, Kind, Table, _listed, is_table
 
 __all__ = ["read_features", "read_labelled"]

@@ -9,7 +9,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,8 +19,12 @@ from torch import Tensor
 
 from gdtrain.data.loader import EvaluationLoader, IndexLoader, Sampling
 from gdtrain.data.mapped import MappedInputs
-from gdtrain.data.preprocessing import Preprocessing, check_features, check_targets
+from gdtrain.data.preprocessing import Preprocessing, check_features, check_whole
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.data.targets import Decision, Task, decide
+
+if TYPE_CHECKING:
+    from gdtrain.losses import Loss
 
 __all__ = ["DataModule", "Raw"]
 
@@ -33,23 +37,23 @@ class Raw:
 
     Args:
         inputs: (N, D), or images (N, C, H, W); or (N, D) as CSR of `scipy.sparse`.
-        targets: (N,) labels of any kind, or numbers (N,) or (N, K).
-        classify: Whether the targets are classes.
+        targets: Whatever `gdtrain.data.targets.decide` takes.
+        task: "classification", "regression" or "auto".
         feature_names: Names of the D columns.
         test: Inputs and targets of a test set that the source has of its own.
         first_feature: As for `Preprocessing`.
 
     Example:
-        >>> raw = Raw(np.zeros((4, 2)), np.array([0, 1, 0, 1]), classify=True)
+        >>> raw = Raw(np.zeros((4, 2)), np.array([0, 1, 0, 1]), "classification")
         >>> raw.inputs.shape
         (4, 2)
     """
 
     inputs: Any
-    targets: NDArray[Any]
-    classify: bool
+    targets: Any
+    task: Task = "auto"
     feature_names: list[str] | None = None
-    test: tuple[Any, NDArray[Any]] | None = None
+    test: tuple[Any, Any] | None = None
     first_feature: int | None = None
 
 
@@ -146,6 +150,8 @@ class DataModule(LightningDataModule):
         self.updates_per_sweep = updates_per_sweep
         self.dtype = getattr(torch, dtype)
         self.preprocessing = Preprocessing()
+        self.target_said = ""  # what the targets were taken for, for the log of a run
+        self._loss: Loss | None = None
         self._part_of: NDArray[np.uint8] | None = None
         self._size = 0
         self._fingerprint: str | None = None
@@ -168,52 +174,50 @@ class DataModule(LightningDataModule):
         """
         if self._parts:
             return
+        self._follow_trainer()
         raw = self.load()
         n = raw.inputs.shape[0]
-        if len(raw.targets) != n:
-            raise ValueError(
-                f"Expected one target for each example. Received: {n} examples and "
-                f"{len(raw.targets)} targets."
-            )
         # Before the split, while rows have the numbers that the user knows them by.
         check_features(raw.inputs, raw.feature_names)
-        if not raw.classify:
-            check_targets(raw.targets)
-        elif raw.targets.ndim > 1:
-            if raw.targets.size != n:
-                raise ValueError(
-                    f"Classes must be one column. Received: targets of shape {raw.targets.shape}."
-                )
-            raw.targets = raw.targets.reshape(n)
-        split = self._split(raw)
-        train = split["train"]
-        classes = np.unique(raw.targets).tolist() if raw.classify else None
-        if classes is not None and len(classes) < 2:
+        target = decide(raw.targets, raw.task, self._loss)
+        if len(target.values) != n:
             raise ValueError(
-                f"There must be at least two classes. Received: {n} examples of the class "
-                f"{classes[0]!r}."
+                f"Expected one target for each example. Received: {n} examples and "
+                f"{len(target.values)} targets."
             )
+        self.target_said = target.said
+        if target.classes is None and target.values.dtype.kind in "iu":
+            check_whole(target.values.reshape(n, -1))
+        split = self._split(raw, target)
+        train = split["train"]
         self.preprocessing = Preprocessing.learn(
             raw.inputs,
-            raw.targets,
-            classify=raw.classify,
-            classes=classes,
+            target.values,
+            classify=target.classes is not None,
+            classes=target.classes,
             standardize=self.standardize,
-            standardize_targets=self.standardize_targets,
+            standardize_targets=self.standardize_targets and target.standardize,
             feature_names=raw.feature_names,
             rows=train,
             first_feature=raw.first_feature,
         )
-        everything = {name: (raw.inputs, raw.targets, rows) for name, rows in split.items()}
+        everything = {name: (raw.inputs, target.values, rows) for name, rows in split.items()}
         if raw.test is not None:
             everything["test"] = (*raw.test, np.arange(raw.test[0].shape[0]))
         self._parts = {
             name: (
                 self._inputs(x, rows),
-                self.preprocessing.targets(y if len(rows) == len(y) else y[rows], self.dtype),
+                self.preprocessing.targets(y if len(rows) == x.shape[0] else y[rows], self.dtype),
             )
             for name, (x, y, rows) in everything.items()
         }
+        for name, (inputs, targets) in self._parts.items():
+            if len(inputs) != len(targets):
+                self._parts = {}
+                raise ValueError(
+                    f"Expected one target for each example of the {name} set. Received: "
+                    f"{len(inputs)} examples and {len(targets)} targets."
+                )
         if self.batch_size != "full" and self.batch_size > self.num_train:
             size, self._parts = self.batch_size, {}
             raise ValueError(
@@ -221,6 +225,24 @@ class DataModule(LightningDataModule):
                 f"Received: batch_size={size}. batch_size=full takes them all."
             )
         self._keep(split, n)
+
+    def use_loss(self, loss: Loss | None) -> None:
+        """Let a loss say what the targets are, where `task` does not; before `setup`.
+
+        Args:
+            loss: That is trained on them; None: not known.
+        """
+        self._loss = loss
+
+    def _follow_trainer(self) -> None:
+        """Ask a trainer for the loss and the precision, where nobody has told them."""
+        trainer = self.trainer
+        if trainer is None:
+            return
+        if self._loss is None:
+            self._loss = getattr(trainer.lightning_module, "loss", None)
+        if str(trainer.precision) == "64-true":
+            self.dtype = torch.float64
 
     def _keep(self, split: dict[str, NDArray[np.int64]], n: int) -> None:
         """Remember the split in a byte for each example; in none where nothing is held out."""
@@ -243,7 +265,7 @@ class DataModule(LightningDataModule):
             return MappedInputs(raw, rows, self.preprocessing, self.dtype)
         return self.preprocessing.inputs(raw, self.dtype, rows)
 
-    def _split(self, raw: Raw) -> dict[str, NDArray[np.int64]]:
+    def _split(self, raw: Raw, target: Decision) -> dict[str, NDArray[np.int64]]:
         from sklearn.model_selection import train_test_split
 
         n = raw.inputs.shape[0]
@@ -265,7 +287,7 @@ class DataModule(LightningDataModule):
             if count[name] == 0:
                 split[name] = rest[:0]
                 continue
-            labels = raw.targets[rest] if raw.classify else None
+            labels = None if target.classes is None else target.values[rest]
             if labels is not None:
                 # Too few of a class, or room for fewer examples than classes: not stratified.
                 sizes = np.unique(labels, return_counts=True)[1]

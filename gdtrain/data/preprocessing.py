@@ -17,16 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gdtrain.data.sparse import SparseInputs, check_entries, is_sparse
+from gdtrain.data.targets import check_numbers, class_numbers, label_array, read
 
 __all__ = ["Preprocessing"]
 
 _PLAIN = ("classes", "feature_names", "input_shape", "first_feature")
 _CHUNK = 32 * 2**20  # bytes of raw features that are looked at together
+_HALF = (torch.bfloat16, torch.float16)  # NumPy has no bfloat16
+_EXACT = 2**53  # up to which float64 has all whole numbers
+_BLUR = 1e-6  # of the range of a column, that rounding to float64 may cost
 
 
 @dataclass
 class Preprocessing:
     """x ← (x − mean)/scale, classes ← 0 … C−1, numbers ← (y − target_mean)/target_scale.
+
+    All of it is computed in float64, and then rounded to the type of the tensors.
 
     Args:
         mean: Per feature (D,), or per channel of images (C, 1, 1). None: left as they are.
@@ -106,12 +112,11 @@ class Preprocessing:
             mean, scale = _moments(inputs, rows)
             made.mean, made.scale = mean, _nonzero(scale, mean)
             _check_finite("features", mean, scale)
-        targets = targets if rows is None else targets[rows]
         if classify:
+            targets = targets if rows is None else targets[rows]
             made.classes = classes if classes is not None else np.unique(targets).tolist()
         elif standardize_targets:
-            target_mean = np.atleast_1d(targets.mean(axis=0, dtype=np.float64))
-            target_scale = np.atleast_1d(targets.std(axis=0, dtype=np.float64))
+            target_mean, target_scale = _moments(targets.reshape(len(targets), -1), rows)
             _check_finite("targets", target_mean, target_scale)
             made.target_mean = target_mean
             made.target_scale = _nonzero(target_scale, target_mean)
@@ -166,56 +171,48 @@ class Preprocessing:
         size = max(1, _CHUNK // max(math.prod(shape) * number.itemsize, 1))
         for first in range(0, count, size):
             part = slice(first, min(first + size, count))
-            with np.errstate(over="ignore"):  # told as an infinite feature below
-                x[part] = raw[part if rows is None else rows[part]]
-            check_features(x[part], self.feature_names, first)
+            taken = np.asarray(raw[part if rows is None else rows[part]])
             if self.mean is not None and self.scale is not None:
-                x[part] -= self.mean.astype(number)
-                x[part] /= self.scale.astype(number)
+                taken = taken.astype(np.float64)
+                check_features(taken, self.feature_names, first)
+                taken -= self.mean
+                taken /= self.scale
+            with np.errstate(over="ignore"):  # told as an infinite feature
+                x[part] = taken
+            check_features(x[part], self.feature_names, first)
         return torch.from_numpy(x).to(dtype)
 
-    def targets(self, raw: NDArray[Any], dtype: torch.dtype = torch.float32) -> Tensor:
+    def targets(self, raw: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         """Raw targets as class numbers (N,), int64, or as standardised numbers (N,) or (N, K).
 
         Args:
-            raw: Labels or numbers.
+            raw: Labels or numbers, in whatever `gdtrain.data.targets.decide` takes.
             dtype: Of numbers.
 
         Raises:
             ValueError: A label that training did not have, or a number that is not finite.
         """
         if self.classes is not None:
-            return torch.from_numpy(self._class_numbers(raw.ravel()))
+            return torch.from_numpy(class_numbers(raw, self.classes))
         number = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
-        if self.target_mean is None and raw.dtype == number and _is_shareable(raw):
-            check_targets(raw)
-            return torch.from_numpy(raw).to(dtype)
-        y = np.array(raw, dtype=np.float64)
-        check_targets(y)
+        y = read(raw)
+        if y.dtype.kind not in "biuf":
+            raise ValueError(
+                f"Targets must be numbers, as in training. Received: {y.ravel()[0]!r}."
+            )
+        check_numbers(y)
+        if self.target_mean is None and y.dtype == number and _is_shareable(y):
+            return torch.from_numpy(y).to(dtype)
+        y = y.astype(np.float64)
         if self.target_mean is not None and self.target_scale is not None:
-            shape = (1,) * (y.ndim - 1) + (-1,) if y.ndim > 1 else (-1,)
-            y = (y - self.target_mean.reshape(shape)) / self.target_scale.reshape(shape)
+            columns = 1 if y.ndim == 1 else y.shape[1]
+            if columns != len(self.target_mean):
+                raise ValueError(
+                    f"Expected {len(self.target_mean)} target(s) for each example, as in training. "
+                    f"Received: {columns}."
+                )
+            y = (y - self.target_mean) / self.target_scale
         return torch.from_numpy(y).to(dtype)
-
-    def _class_numbers(self, labels: NDArray[Any]) -> NDArray[np.int64]:
-        assert self.classes is not None
-        classes = np.asarray(self.classes)
-        if classes.dtype.kind in "biuf" and labels.dtype.kind in "biuf":
-            found = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
-            wrong = np.flatnonzero(classes[found] != labels)
-            if not len(wrong):
-                return found.astype(np.int64, copy=False)
-            unknown = labels[wrong[0]].item()
-        else:
-            number = {label: i for i, label in enumerate(self.classes)}
-            try:
-                return np.array([number[label] for label in labels.tolist()], dtype=np.int64)
-            except KeyError as error:
-                unknown = error.args[0]
-        raise ValueError(
-            f"Labels must be among those of the training data, {_shortened(self.classes)}. "
-            f"Received: {unknown!r}."
-        )
 
     def answers(self, decided: Tensor) -> NDArray[Any]:
         """Class numbers as labels, standardised numbers in the units of the target.
@@ -226,11 +223,13 @@ class Preprocessing:
         Returns:
             (N,) labels, or (N, K) numbers, (N,) if K = 1.
         """
-        values = decided.detach().cpu().numpy()
+        decided = decided.detach().cpu()
         if self.classes is not None:
-            return np.asarray(self.classes)[values]
+            return label_array(self.classes)[decided.numpy()]
         if self.target_mean is not None and self.target_scale is not None:
-            values = values * self.target_scale + self.target_mean
+            values = decided.double().numpy() * self.target_scale + self.target_mean
+        else:
+            values = (decided.float() if decided.dtype in _HALF else decided).numpy()
         return values[:, 0] if values.ndim == 2 and values.shape[1] == 1 else values
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,6 +275,8 @@ def check_features(x: Any, feature_names: list[str] | None = None, number: int =
     if is_sparse(x):
         check_entries(x, feature_names)
         return
+    if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and x.ndim == 2:
+        check_whole(x, feature_names)
     if x.dtype.kind != "f" or not len(x):
         return
     size = max(1, _CHUNK // max(x[0].nbytes, 1))
@@ -295,6 +296,28 @@ def check_features(x: Any, feature_names: list[str] | None = None, number: int =
     )
 
 
+def check_whole(x: NDArray[Any], names: list[str] | None = None) -> None:
+    """Raise on whole numbers that float64, in which all is computed, cannot tell apart.
+
+    Args:
+        x: (N, D), of 64 bits.
+        names: Of the D columns.
+
+    Raises:
+        ValueError: Rounding would cost more than a millionth of the range of a column.
+    """
+    low, high = (f(axis=0).tolist() for f in (x.min, x.max))
+    give_back(x)
+    for k, (least, most) in enumerate(zip(low, high, strict=True)):
+        size = max(abs(least), abs(most))
+        if size > _EXACT and 0 < most - least < np.spacing(float(size)) / _BLUR:
+            name = names[k] if names else k
+            raise ValueError(
+                f"Whole numbers above 2^53 lose digits in float64. Received: {least} … {most} in "
+                f"column {name}. Subtract a whole number first, such as the smallest."
+            )
+
+
 def give_back(array: NDArray[Any]) -> None:
     """Tell the system that the pages of a memory-mapped file need not stay in memory.
 
@@ -311,26 +334,13 @@ def give_back(array: NDArray[Any]) -> None:
         base = base.base
 
 
-def check_targets(y: NDArray[Any]) -> None:
-    """Raise, with its row, on a number that is not finite.
-
-    Args:
-        y: (N,) or (N, K).
-
-    Raises:
-        ValueError: There is one.
-    """
-    if y.dtype.kind == "f" and not np.isfinite(y).all():
-        row = int(np.argwhere(~np.isfinite(y))[0][0])
-        raise ValueError(
-            f"Targets must be finite numbers. Received: {y[row]} in example {row} (counted from 0)."
-        )
-
-
 def _moments(
     inputs: NDArray[Any], rows: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and standard deviation per feature (per channel of images), in two passes by chunks."""
+    """Mean and standard deviation per feature (per channel of images), in two passes by chunks.
+
+    The mean is that of the differences to one example, which are small where the mean is large.
+    """
     axes = (0, *range(2, inputs.ndim))
     rows = np.arange(len(inputs)) if rows is None else rows
     size = max(1, _CHUNK // max(inputs[0].nbytes, 1))
@@ -343,7 +353,9 @@ def _moments(
             give_back(inputs)
         return np.asarray(sums) / (len(rows) * math.prod(inputs.shape[2:]))
 
-    mean = total(lambda part: part)
+    one = np.asarray(inputs[rows[0]], dtype=np.float64)
+    one = one.reshape(*one.shape[:1], -1)[:, 0].reshape(-1, *(1,) * (inputs.ndim - 2))
+    mean = one + total(lambda part: part - one)
     return mean, np.sqrt(total(lambda part: (part - mean) ** 2))
 
 
@@ -353,10 +365,5 @@ def _check_finite(what: str, mean: NDArray[Any], scale: NDArray[Any]) -> None:
 
 
 def _nonzero(scale: NDArray[Any], mean: NDArray[Any]) -> NDArray[Any]:
-    """The scale, 1 where a column is constant (to rounding)."""
-    return np.where(scale > 1e-12 * np.maximum(1.0, np.abs(mean)), scale, 1.0)
-
-
-def _shortened(labels: list[Any], most: int = 10) -> str:
-    shown = ", ".join(repr(label) for label in labels[:most])
-    return shown + (f", … ({len(labels)} in all)" if len(labels) > most else "")
+    """The scale, 1 where a column is constant (to the rounding of its own numbers)."""
+    return np.where(scale > 4 * np.finfo(np.float64).eps * np.abs(mean), scale, 1.0)

@@ -12,10 +12,11 @@ from zipfile import is_zipfile
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
+from gdtrain.data.frames import check_aligned, feature_names, features
 from gdtrain.data.module import DataModule, Raw
-from gdtrain.data.sparse import is_sparse, rows_of
+from gdtrain.data.sparse import rows_of
+from gdtrain.data.targets import Task, check_task
 from gdtrain.reading import check_array_file, check_unpacked, read_arrays
 
 __all__ = [
@@ -25,12 +26,9 @@ __all__ = [
     "NPYDataModule",
     "SyntheticDataModule",
     "TorchvisionDataModule",
-    "features",
 ]
 
 _log = logging.getLogger("gdtrain")
-
-Task = Literal["auto", "classification", "regression"]
 
 # Below this share of entries that are not zero, CSR takes less than half of the dense memory, and
 # its indexed sums beat the dense ones.
@@ -82,11 +80,11 @@ class EmbeddedDataModule(DataModule):
 
         bunch = getattr(datasets, f"load_{self.name}")()
         if self.name == "digits":
-            return Raw(bunch.images[:, None], bunch.target, classify=True)
+            return Raw(bunch.images[:, None], bunch.target, "classification")
         classify = self.name != "diabetes"
         targets = bunch.target_names[bunch.target] if classify else bunch.target
         names = [str(name) for name in bunch.feature_names]  # NumPy's str_ would not unpickle
-        return Raw(bunch.data, targets, classify, names)
+        return Raw(bunch.data, targets, "classification" if classify else "regression", names)
 
 
 class SyntheticDataModule(DataModule):
@@ -147,7 +145,7 @@ class SyntheticDataModule(DataModule):
         w, b = rng.normal(size=d), rng.normal()
         self.true_weights = torch.from_numpy(w).to(self.dtype)
         self.true_bias = float(b)
-        return Raw(x, x @ w + b + self.noise * rng.normal(size=n), classify=False)
+        return Raw(x, x @ w + b + self.noise * rng.normal(size=n), "regression")
 
 
 class ArrayDataModule(DataModule):
@@ -158,10 +156,12 @@ class ArrayDataModule(DataModule):
             in its file. A matrix or array of `scipy.sparse`, (N, D) in any format, stays sparse
             (see `SparseInputs`) and needs `standardize=False`. An array of the module's dtype that
             is neither standardised nor split is used where it lies, not copied.
-        targets: (N,) classes of any kind, or numbers (N,) or (N, K).
-        task: "classification", "regression", or "auto": classes where the targets are text,
-            booleans or whole numbers of an integer type, else numbers.
-        test: Inputs and targets of a test set of its own; else `test_fraction` holds one out.
+            A DataFrame of pandas or polars keeps the names of its columns.
+        targets: (N,) classes of any kind, or numbers (N,) or (N, K); one-hot (N, C) is classes.
+        task: "classification", "regression", or "auto": what `gdtrain.data.targets.decide` says,
+            which also stands in the log.
+        test: Inputs and targets of a test set of its own (a table's columns are matched by name);
+            else `test_fraction` holds one out.
         **options: As for `DataModule`.
 
     Raises:
@@ -184,13 +184,17 @@ class ArrayDataModule(DataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.inputs, self.targets = features(inputs), _array(targets)
-        self.classify = _is_classification(self.targets, task)
-        self.test = None if test is None else (features(test[0]), _array(test[1]))
+        check_aligned(inputs, targets)
+        self.inputs, self.targets, self.task = features(inputs), targets, check_task(task)
+        self.feature_names = feature_names(inputs)
+        self.test = None
+        if test is not None:
+            check_aligned(*test)
+            self.test = features(test[0], self.feature_names), test[1]
 
     def load(self) -> Raw:
         """Hand them over."""
-        return Raw(self.inputs, self.targets, self.classify, test=self.test)
+        return Raw(self.inputs, self.targets, self.task, self.feature_names, self.test)
 
 
 class NPYDataModule(DataModule):
@@ -204,8 +208,7 @@ class NPYDataModule(DataModule):
         target_path: `.npy` with the targets; then `target` is not used.
         memory_map: Leave the inputs in the file, and read them as they are needed: for files that
             are large against memory. Needs `target_path`.
-        task: As for `ArrayDataModule`; a column of a float array counts as classes if all its
-            values are whole and at most 20 differ.
+        task: As for `ArrayDataModule`.
         **options: As for `DataModule`.
 
     Raises:
@@ -237,7 +240,7 @@ class NPYDataModule(DataModule):
             raise ValueError(
                 "memory_map=true needs the targets in a file of their own: target_path=…"
             )
-        self.path, self.target, self.task = _existing(path), target, task
+        self.path, self.target, self.task = _existing(path), target, check_task(task)
         self.memory_map = memory_map
         self.target_path = None if target_path is None else _existing(target_path)
 
@@ -255,7 +258,7 @@ class NPYDataModule(DataModule):
                 )
             y = x[:, self.target]
             x = np.delete(x, self.target, axis=1)
-        return Raw(features(x), y, _is_classification(y, self.task, whole=True))
+        return Raw(features(x), y, self.task)
 
 
 class LIBSVMDataModule(DataModule):
@@ -270,7 +273,7 @@ class LIBSVMDataModule(DataModule):
         sparse: Whether to hold the features as `SparseInputs`, which cannot be standardised;
             "auto": if `standardize` is False and less than a quarter of the entries of `path` is
             not zero (or a dense array would take more than 8 GB).
-        task: As for `NPYDataModule`.
+        task: As for `ArrayDataModule`.
         **options: As for `DataModule`.
 
     Raises:
@@ -299,7 +302,7 @@ class LIBSVMDataModule(DataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.path, self.task = _existing(path), task
+        self.path, self.task = _existing(path), check_task(task)
         self.test_path = None if test_path is None else _existing(test_path)
         if not isinstance(sparse, bool) and sparse != "auto":
             raise ValueError(f"sparse must be true, false or auto. Received: sparse={sparse!r}.")
@@ -327,14 +330,16 @@ class LIBSVMDataModule(DataModule):
         return Raw(
             tables[0],
             y,
-            _is_classification(y, self.task, whole=True),
+            self.task,
             test=(tables[1], targets[1]) if len(tables) > 1 else None,
             first_feature=first,
         )
 
     @property
     def _number(self) -> type[np.floating]:
-        return np.float64 if self.dtype == torch.float64 else np.float32
+        """What is standardised is read in float64."""
+        single = self.dtype == torch.float32 and not self.standardize
+        return np.float32 if single else np.float64
 
     def _stays_sparse(self, x: Any) -> bool:
         if self.sparse == "auto":
@@ -399,7 +404,7 @@ class TorchvisionDataModule(DataModule):
     def load(self) -> Raw:
         """Read the training and the test set."""
         train, test = self._read(True), self._read(False)
-        return Raw(*train, classify=True, test=test)
+        return Raw(*train, "classification", test=test)
 
     def _read(self, train: bool) -> tuple[NDArray[Any], NDArray[Any]]:
         from torchvision import datasets
@@ -459,66 +464,6 @@ def _existing(path: str | Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}. Set data.path to one that exists.")
     return path
-
-
-def features(inputs: Any) -> Any:
-    """Numbers of a user's, as an array: a list, array, data frame or tensor (on any device).
-
-    Args:
-        inputs: (N,), (N, D) or (N, C, H, W); or (N, D) of `scipy.sparse`.
-
-    Returns:
-        (N, D) or (N, C, H, W); a memory-mapped array stays one, and what is of `scipy.sparse` is
-        CSR.
-
-    Raises:
-        ValueError: They are no numbers, or there are none.
-
-    Example:
-        >>> features([[1, 2], [3, 4]]).shape
-        (2, 2)
-    """
-    kept = isinstance(inputs, np.memmap) or is_sparse(inputs)
-    x: Any = inputs if kept else _array(inputs)
-    if x.ndim == 1 and not is_sparse(x):
-        x = x[:, None]
-    if x.ndim < 2 or x.dtype.kind not in "fiub" or 0 in x.shape:
-        raise ValueError(
-            f"Inputs must be numbers of shape (N, D) or (N, C, H, W), N and D >= 1. Received: "
-            f"shape {x.shape}, dtype {x.dtype}."
-        )
-    return rows_of(x) if is_sparse(x) else x
-
-
-def _array(values: Any) -> NDArray[Any]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
-    return np.asarray(values)
-
-
-def _is_classification(targets: NDArray[Any], task: Task, whole: bool = False) -> bool:
-    """Whether targets are classes. `whole`: a few whole numbers in a float array are, too."""
-    if task not in ("auto", "classification", "regression"):
-        raise ValueError(
-            f"task must be auto, classification or regression. Received: task={task!r}."
-        )
-    numbers = targets.dtype.kind in "fiu"
-    if task == "regression" and not numbers:
-        raise ValueError(
-            f"A regression needs numbers as targets. Received: dtype {targets.dtype}, such as "
-            f"{targets.ravel()[0]!r}."
-        )
-    if task != "auto":
-        return task == "classification"
-    if targets.ndim > 1:
-        return False
-    if targets.dtype.kind == "f":
-        if not whole or not np.isfinite(targets).all():
-            return False
-        return bool((targets == np.round(targets)).all()) and len(np.unique(targets)) <= 20
-    # Whole numbers: classes, unless there are so many that they must be counts or prices.
-    return targets.dtype.kind not in "iu" or len(np.unique(targets)) <= max(20, len(targets) // 10)
 
 
 def _load_npy(path: Path, memory_map: bool = False) -> NDArray[Any]:

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdtrain.data.module import DataModule, Raw
-from gdtrain.data.sources import Task, _existing, _is_classification
+from gdtrain.data.sources import _existing
+from gdtrain.data.targets import Task, check_task
 from gdtrain.reading import check_unpacked
 
 __all__ = ["CSVDataModule", "Table", "is_table"]
@@ -602,7 +603,7 @@ class CSVDataModule(DataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        self.path, self.target, self.task = _existing(path), target, task
+        self.path, self.target, self.task = _existing(path), target, check_task(task)
         if isinstance(columns, str) or (columns is not None and not columns):
             raise ValueError(
                 f"columns must be a list of names, such as [age,height], or null for all. "
@@ -634,4 +635,4 @@ class CSVDataModule(DataModule):
         kinds: dict[str, Kind] = {"regression": "numbers", "classification": "labels"}
         features, targets = table.read(names, target, kinds.get(self.task, "auto"))
         assert targets is not None
-        return Raw(features, targets, _is_classification(targets, self.task), names)
+        return Raw(features, targets, self.task, names)

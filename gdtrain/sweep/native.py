@@ -10,7 +10,7 @@ N examples, D features, K updates in the sweep, B examples per update, L layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -371,13 +371,14 @@ class Native:
         """Class numbers (N,) and (1, C), or (1,) and numbers (N, C)."""
         if "targets" not in self._room:
             outputs = self.layers[-1].linear.out_features
-            targets = self.objective.targets
-            if self.objective.loss.task == "regression":  # type: ignore[attr-defined]
+            loss = cast(losses.Loss, self.objective.loss)
+            targets = loss.as_targets(self.objective.targets, outputs)
+            if loss.task == "regression":
                 values = targets.reshape(-1, outputs).to(self._dtype).contiguous()
                 self._room["targets"] = np.zeros(1, np.int64), values.numpy()
             else:
                 none = torch.zeros(1, outputs, dtype=self._dtype).numpy()
-                self._room["targets"] = targets.reshape(-1).long().contiguous().numpy(), none
+                self._room["targets"] = targets.contiguous().numpy(), none
         return self._room["targets"]
 
     def _loss(self, batch: int = 0) -> tuple[int, Any]:

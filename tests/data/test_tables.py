@@ -14,6 +14,7 @@ import torch
 from sklearn.datasets import load_iris
 
 from gdtrain.data import CSVDataModule, Table, read_features
+from gdtrain.data.targets import decide
 
 WHOLE = {
     "standardize": False,
@@ -79,7 +80,7 @@ def test_the_last_column_is_the_target_and_columns_are_named(tmp_path):
     assert picked.inputs[:2].tolist() == [[0.5, 2.0], [1.5, 4.0]]
     assert picked.feature_names == ["c", "b"]
     assert picked.targets.tolist() == [1, 3] * 5
-    assert not CSVDataModule(path, target="a", task="regression").load().classify
+    assert CSVDataModule(path, target="a", task="regression").load().task == "regression"
 
 
 SAME = {
@@ -146,7 +147,7 @@ def test_booleans_are_features_and_classes(tmp_path, word):
     raw = load(tmp_path, f"a,y\n{word},False\nFalse,{word}\n")
     assert raw.inputs.tolist() == [[1], [0]]
     assert raw.targets.tolist() == [False, True]
-    assert raw.classify
+    assert decide(raw.targets, raw.task).classes is not None
 
 
 # ------------------------------------------------------------------------ header
@@ -193,7 +194,7 @@ def test_na_and_none_are_labels(tmp_path):
     labels = ["NA", "None", "null", "nan", "N/A", "DE"]
     raw = load(tmp_path, "x,code\n" + "".join(f"{i},{c}\n" for i, c in enumerate(labels)))
     assert raw.targets.tolist() == labels
-    assert raw.classify
+    assert decide(raw.targets, raw.task).classes is not None
 
 
 @pytest.mark.parametrize(
