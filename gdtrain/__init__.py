@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gdtrain.keeping import load
     from gdtrain.minimization import Minimum, minimize
     from gdtrain.module import SupervisedModule
     from gdtrain.optim import GD, SGD, MiniBatchSGD
@@ -19,6 +20,7 @@ __all__ = [
     "Result",
     "SupervisedModule",
     "fit",
+    "load",
     "minimize",
 ]
 
@@ -30,6 +32,7 @@ _HOME = {
     "Result": "gdtrain.training",
     "SupervisedModule": "gdtrain.module",
     "fit": "gdtrain.training",
+    "load": "gdtrain.keeping",
     "minimize": "gdtrain.minimization",
 }
 

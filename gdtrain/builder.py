@@ -11,6 +11,7 @@ import importlib
 import inspect
 import math
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -220,7 +221,7 @@ def check_description(description: Any, trust: Sequence[str] = ()) -> None:
     """Raise where a model, its loss or its data would be refused; nothing is built.
 
     Args:
-        description: With `model`, `loss` (or None) and `data`.
+        description: With `model`, `loss` (or None) and `data` (or None: arrays).
         trust: Further packages whose classes may be built.
 
     Raises:
@@ -235,10 +236,11 @@ def check_description(description: Any, trust: Sequence[str] = ()) -> None:
     check_plain(description)
     if not isinstance(description, Mapping) or not {"model", "data"} <= description.keys():
         raise ValueError("The description must have a model, its loss and its data.")
-    _prepared(description["model"], nn.Module, trust, "model")
-    if description.get("loss"):
-        _prepared(description["loss"], Loss, trust, "loss")
-    _prepared(description["data"], DataModule, trust, "data")
+    for place, kind in (("model", nn.Module), ("loss", Loss), ("data", DataModule)):
+        node = description.get(place)
+        # A model or loss of the user's own class is only named, and given by him.
+        if (node or place == "model") and not (isinstance(node, Mapping) and "own" in node):
+            _prepared(node, kind, trust, place)
 
 
 def _built(description: Any, kind: type, trust: Sequence[str], place: str) -> Any:
@@ -270,6 +272,8 @@ def _prepared(
     partial = node.get("_partial_", False)
     if not isinstance(partial, bool) or (partial and place != "model"):
         raise ValueError(f"{place}._partial_ is for models, true or false.")
+    if target is nn.Sequential:
+        return _sequential(node, trust, place)
     arguments = {
         key: _argument(value, kind, trust, f"{place}.{key}")
         for key, value in node.items()
@@ -295,6 +299,22 @@ def _prepared(
         return made
 
     return make
+
+
+def _sequential(
+    node: Mapping[str, Any], trust: Sequence[str], place: str
+) -> Callable[[Mapping[str, Any]], Any]:
+    """Layers by name, one after the other: `{"_target_": "torch.nn.Sequential", "children": …}`."""
+    children = node.get("children")
+    if node.keys() != {"_target_", "children"} or not isinstance(children, Mapping):
+        raise ValueError(f"{place}: a torch.nn.Sequential has its layers in children, by name.")
+    makes = {
+        name: _prepared(child, nn.Module, trust, f"{place}.{name}")
+        for name, child in children.items()
+    }
+    if not all(name and "." not in name and not hasattr(nn.Module, name) for name in makes):
+        raise ValueError(f"{place}: a layer cannot have such a name.")
+    return lambda sizes: nn.Sequential(OrderedDict((n, m(sizes)) for n, m in makes.items()))
 
 
 def _argument(

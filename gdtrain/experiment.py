@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule, parameter_groups
 from gdtrain.objective import Objective
 from gdtrain.reading import printable, unpacked_bytes
+from gdtrain.resuming import check_model
 from gdtrain.training import (
     Result,
     _quiet,
@@ -136,7 +137,10 @@ def train(config: DictConfig, directory: str | Path) -> Result:
             seed=config.seed,
             checkpoint=config.ckpt_path,
             hyperparameters=_hyperparameters(plain),
-            description={name: plain.get(name) for name in ("model", "loss", "data")},
+            description={
+                "command": True,
+                **{name: plain.get(name) for name in ("model", "loss", "data")},
+            },
         )
     except Exception as error:
         trained = module is not None and module.total_updates is not None and module.updates > start
@@ -595,6 +599,7 @@ class Trained:
         preprocessing: As learnt in training.
         state: The checkpoint.
         trust: Further packages whose classes may be built.
+        data: What the data module has put into it.
 
     Example:
         >>> from gdtrain.losses import SquaredError
@@ -607,24 +612,34 @@ class Trained:
     preprocessing: Preprocessing
     state: dict[str, Any]
     trust: tuple[str, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
 
 
-def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
-    """Build the model of a checkpoint, and load its weights.
+def load_trained(
+    path: str | Path,
+    trust: tuple[str, ...] = (),
+    model: nn.Module | Callable[[Any, int], nn.Module] | None = None,
+    loss: Loss | None = None,
+) -> Trained:
+    """Build the model of a checkpoint or of a file of `Result.save`, and load its weights.
 
-    Building calls what the checkpoint names. Only gdtrain, torch.nn and torchvision models are
-    called, unless `trust` names more: a checkpoint may come from anybody.
+    Building calls what the file names. Only gdtrain, torch.nn and torchvision models are called,
+    unless `trust` names more: a file may come from anybody.
 
     Args:
-        path: Of a checkpoint that the command made.
+        path: Of the file.
         trust: Further packages whose classes may be called, such as ("mypackage",).
+        model: To be filled, where the file does not say how its model is built: a module, or a
+            function from (input_shape, num_outputs) to one.
+        loss: Likewise.
 
     Returns:
         The model, ready to answer.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of the command, or names a class that is not trusted.
+        ValueError: It is no such file, names a class that is not trusted, or holds a model of
+            somebody's own class, which must be given, or another one than was given.
 
     Example:
         >>> load_trained("missing.ckpt")
@@ -634,34 +649,55 @@ def load_trained(path: str | Path, trust: tuple[str, ...] = ()) -> Trained:
     """
     state = load_checkpoint(path)
     description = state["gdtrain"].get("description")
-    if description is None:
-        raise ValueError(
-            f"{path} does not say how its model is built (it was made in Python, not by the "
-            f"command). Build the model there, and load state['state_dict'] into its module."
-        )
+    if not isinstance(description, Mapping):
+        raise ValueError(f"{path} does not say how its model is built.")
+    for part, given in (("model", model), ("loss", loss)):
+        _check_given(description.get(part), part, given, path)
     try:
         check_description(description, trust)
         data = _data_state(state)
         preprocessing = Preprocessing.from_state_dict(data["preprocessing"])
         weights = _weights(state)
-        named = description.get("loss")
-        loss = build_loss(named, trust) if named else default_loss(data["num_classes"])
-        model = build_model(
-            description["model"],
-            data["input_shape"],
-            loss.outputs(data["num_classes"], data["num_targets"]),
-            {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")},
-            trust,
-        )
+        if loss is None:
+            named = description.get("loss")
+            loss = build_loss(named, trust) if named else default_loss(data["num_classes"])
+        shape = tuple(data["input_shape"])
+
+        def outputs() -> int:
+            return loss.outputs(data["num_classes"], data["num_targets"])
+
+        if model is None:
+            sized = description["model"].get("_partial_")
+            own = {k.removeprefix("model."): v for k, v in weights.items() if k[:6] == "model."}
+            made = build_model(description["model"], shape, outputs() if sized else 0, own, trust)
+        else:
+            made = model if isinstance(model, nn.Module) else model(shape, outputs())
     except ValueError as error:
         raise ValueError(f"{path} cannot be used: {error}") from error
-    module = SupervisedModule(model, loss, lambda params: None)  # type: ignore[arg-type,return-value]
-    check_fits(weights, module, path)
-    module.load_state_dict(weights)
+    module = SupervisedModule(made, loss, lambda params: None)  # type: ignore[arg-type,return-value]
     floating = [v.dtype for v in weights.values() if v.is_floating_point()]
     module.to(floating[0] if floating else None)
+    if model is not None:
+        check_model(state["gdtrain"].get("settings", {}), module.model, path)
+    check_fits(weights, module, path)
+    module.load_state_dict(weights)
+    module.description = {**description}
+    module.noted_settings = dict(state["gdtrain"].get("settings", {}))
+    module.updates = state["gdtrain"].get("updates", 0)
+    module.examples_seen = state["gdtrain"].get("examples_seen", 0)
     module.eval()
-    return Trained(module, preprocessing, state, trust)
+    return Trained(module, preprocessing, state, trust, data)
+
+
+def _check_given(found: Any, part: str, given: Any, path: str | Path) -> None:
+    """Raise where a model or a loss of somebody's own class is not given."""
+    if given is None and isinstance(found, Mapping) and "own" in found:
+        name = printable(found["own"])
+        raise ValueError(
+            f"{path} holds the weights of a {part} of your own class, {name}, and no code comes "
+            f"from a file. Build the {part} and give it: gdtrain.load({str(path)!r}, "
+            f"{part}={name}(…))."
+        )
 
 
 def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -676,11 +712,14 @@ def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _data_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What the data module has put into the checkpoint, under the name of its class."""
-    name = str(state["gdtrain"]["description"]["data"].get("_target_")).rpartition(".")[2]
-    data = state.get(name)
-    if not isinstance(data, Mapping) or not isinstance(data.get("preprocessing"), Mapping):
+    """What the data module has put in; of batches from a loader nothing is known."""
+    keys = {"preprocessing", "input_shape", "num_classes", "num_targets"}
+    found = [v for v in state.values() if isinstance(v, Mapping) and keys <= v.keys()]
+    if not found and not state["gdtrain"]["description"].get("data"):
+        return {"preprocessing": {}, "input_shape": [], "num_classes": None, "num_targets": 1}
+    if not found or not isinstance(found[0]["preprocessing"], Mapping):
         raise ValueError("it holds no preprocessing: no gdtrain data module was trained on.")
+    data = found[0]
     shape, classes, columns = (
         data.get(key) for key in ("input_shape", "num_classes", "num_targets")
     )
@@ -730,8 +769,15 @@ def _same_data(
     trained: Trained, path: str | Path, overrides: Mapping[str, Any] | None
 ) -> DataModule:
     """The data that a checkpoint was trained on, split and prepared as then."""
+    described = trained.state["gdtrain"]["description"].get("data")
+    if not described:
+        raise ValueError(
+            f"{path} was trained on arrays in Python, which are not in the file, so their examples "
+            f"are not at hand here. In Python, result.metrics has the metrics of the run; "
+            f"predictions for new examples: predict.py ckpt_path={path} input=… output=…"
+        )
     own = dict(overrides or {})
-    named = _merged(trained.state["gdtrain"]["description"]["data"], own)
+    named = _merged(described, own)
     size = _numbers(named.get("num_examples")) * _numbers(named.get("num_features"))
     if size > _LARGEST and not {"num_examples", "num_features"} & own.keys():
         raise ValueError(
@@ -750,7 +796,7 @@ def _same_data(
         data.dtype = torch.float64
     data.setup()
     try:
-        data.check_same_data(_data_state(trained.state))
+        data.check_same_data(trained.data)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no preprocessing that can be compared.") from error
     return data
@@ -840,7 +886,7 @@ def _labelled_loader(
     trained: Trained, input_path: str | Path, target: str | None, header: Header | None
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """All examples of a new file, prepared as those of training."""
-    described = trained.state["gdtrain"]["description"]["data"]
+    described = trained.state["gdtrain"]["description"].get("data") or {}
     numpy_file = Path(input_path).suffix.lower() in (".npy", ".npz")
     if target is None and numpy_file == str(described["_target_"]).endswith("NPYDataModule"):
         if described.get("target_path") is not None:
@@ -869,7 +915,7 @@ def predict_file(
     """Predictions for a file of examples, as CSV.
 
     Args:
-        path: Of a checkpoint that the command made.
+        path: Of a checkpoint, or of a file of `Result.save`.
         input_path: A table (columns by name where training had names; others are not used),
             `.npy`, or sparse: LIBSVM or `.npz` (see `gdtrain.data.read_features`).
         output_path: A new file, with a column "prediction" (or prediction_0, … for several

@@ -41,10 +41,12 @@ from gdtrain.models import exact_batch_norm_
 from gdtrain.objective import Objective, Rows, own_part, prediction_of, untouched
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.race import Race, race
+from gdtrain.resuming import check_resumes, settings
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule, WarmupStableDecay
 from gdtrain.snapshot import Snapshot
 from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
 from gdtrain.stopping import Stop
+from gdtrain.structure import describe, describe_data
 from gdtrain.sweep import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
 
 __all__ = ["SupervisedModule", "parameter_groups"]
@@ -151,6 +153,9 @@ class SupervisedModule(LightningModule):
         True
     """
 
+    checks_data = True
+    """Whether a resumed run's data are compared here, with all else."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -173,7 +178,7 @@ class SupervisedModule(LightningModule):
         self.model = model
         self.loss = loss
         # A copy: a plateau schedule has a state, and belongs to one run.
-        self._schedule_is_automatic = schedule == "auto"
+        self.schedule_is_automatic = schedule == "auto"
         if schedule is None or schedule == "auto":
             schedule = Constant()
         self.schedule = copy.deepcopy(schedule)
@@ -210,9 +215,11 @@ class SupervisedModule(LightningModule):
         self.validation: dict[str, float] = {}
         self.validated_at = -1
         self.description: dict[str, Any] | None = None
+        self.noted_settings: dict[str, str] = {}
         self.examples_seen = 0
         self.updates = 0
         self.total_updates: int | None = None
+        self.planned_updates: int | None = None  # before a trainer has the module
         self.rate_cut = 1.0  # by recoveries from divergence: a factor on η, beside the schedule's
         self.updates_per_epoch = 1
         self._objective: Objective | None = None
@@ -252,7 +259,7 @@ class SupervisedModule(LightningModule):
         if not isinstance(made, Optimizer):  # a factory
             groups = parameter_groups(self.model, self.decay_biases)
             made = made(groups) if self.step_size is None else self._with_rule(made, groups)
-        if self._schedule_is_automatic:
+        if self.schedule_is_automatic:
             rule = getattr(made, "step_size", None)
             # Rules for full batches find the length of each step; rules that ask for T decay.
             decays = rule is not None and (rule.needs_full_batch or rule.needs_total_updates)
@@ -276,7 +283,7 @@ class SupervisedModule(LightningModule):
         rule = self._automatic_rule(plain) if self.step_size == "auto" else self.step_size
         assert isinstance(rule, StepSize)
         rule.check_loss(self.loss)
-        total = None
+        total = self.planned_updates
         if self._trainer is not None and self.trainer.datamodule is not None:  # type: ignore[attr-defined]
             total = self.trainer.datamodule.planned_updates(self.trainer)  # type: ignore[attr-defined]
         options: dict[str, Any] = {"lr": 1.0, "step_size": copy.deepcopy(rule)}
@@ -299,15 +306,6 @@ class SupervisedModule(LightningModule):
         gain = (1 - group["dampening"]) / max(1 - group["momentum"], 1e-3)
         return StochasticPolyak(c=0.5 * max(float(gain), 1.0))
 
-    def settings(self) -> dict[str, str]:
-        """What a resumed run must share with the run that it goes on with, beside the optimizer."""
-        return {
-            "loss": repr(self.loss),
-            "schedule": "auto" if self._schedule_is_automatic else repr(self.schedule),
-            "decay_biases": str(self.decay_biases),
-            "step_size": repr(self.step_size),
-        }
-
     def setup(self, stage: str) -> None:
         """Take from the data module the units of the target, and make the metrics.
 
@@ -315,6 +313,7 @@ class SupervisedModule(LightningModule):
             stage: Lightning's.
         """
         if stage == "fit":
+            self._note_settings()
             self._see()  # before callbacks do anything
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DataModule):  # what the targets are may have been settled without us
@@ -332,6 +331,34 @@ class SupervisedModule(LightningModule):
             scale: Standard deviation by which the targets were divided, (K,); None: they were not.
         """
         self._target_scale = None if scale is None else torch.as_tensor(scale, dtype=torch.float64)
+
+    def _note_settings(self) -> None:
+        """What the run is, before anything of it changes: for its checkpoints."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.noted_settings = settings(self, self.trainer, data)
+        if self.description is None:
+            self.description = self.describe(data)
+
+    def describe(
+        self, data: Any = None, make: Any = None, sizes: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """How model, loss and data are built again; what cannot be is named under "own".
+
+        Args:
+            data: The data module, if there is one of gdtrain.
+            make: The function that has made the model.
+            sizes: What that was called with.
+
+        Returns:
+            Plain containers.
+        """
+        model = describe(self.model, make, sizes)
+        loss = describe(self.loss)
+        return {
+            "model": {"own": type(self.model).__qualname__} if model is None else model,
+            "loss": {"own": type(self.loss).__qualname__} if loss is None else loss,
+            "data": describe_data(data),
+        }
 
     def _new_metrics(self) -> nn.ModuleDict:
         made: dict[str, Metric]
@@ -992,7 +1019,7 @@ class SupervisedModule(LightningModule):
     @property
     def engine_in_use(self) -> str:
         """Name of the engine that makes the updates, once training has begun."""
-        return "eager" if self._engine is None else self._engine.name
+        return (self._engine_before or "eager") if self._engine is None else self._engine.name
 
     @property
     def _precision(self) -> torch.dtype:
@@ -1161,12 +1188,19 @@ class SupervisedModule(LightningModule):
 
     # ------------------------------------------------------------------ checkpoints
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the trainer, and the engine that it had."""
+        gone = ("_engine", "_objective", "_validated")
+        return {**super().__getstate__(), **dict.fromkeys(gone)}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the next update depends on beside parameters and optimizer.
 
         Args:
             checkpoint: Lightning's; changed in place.
         """
+        if not self.noted_settings:
+            self._note_settings()
         checkpoint["gdtrain"] = {
             "updates": self.updates,
             "examples_seen": self.examples_seen,
@@ -1175,7 +1209,10 @@ class SupervisedModule(LightningModule):
             "random_state": _random_state(),
             "micro_batch_size": self.micro_batch_size,
             "engine": self.engine_in_use,
-            "settings": self.settings(),
+            "settings": self.noted_settings,
+            "planned": self.total_updates,
+            "stop": None if self.stop is None else self.stop.state_dict(),
+            "updates_per_epoch": self.updates_per_epoch,
             "schedule": self.schedule.state_dict()
             if isinstance(self.schedule, ReduceOnPlateau)
             else None,
@@ -1199,6 +1236,10 @@ class SupervisedModule(LightningModule):
         state = checkpoint.get("gdtrain")
         if state is None:
             return
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit":
+            path = trainer.ckpt_path or "the checkpoint"
+            check_resumes(checkpoint, self, trainer, trainer.datamodule, path)  # type: ignore[attr-defined]
         self.updates = state["updates"]
         self.examples_seen = state["examples_seen"]
         self.rate_cut = state.get("rate_cut", 1.0)

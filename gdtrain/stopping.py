@@ -62,3 +62,16 @@ class Stop:
     def __str__(self) -> str:
         """Reason, message and advice, in one line."""
         return f"{self.reason.value}: {' '.join(filter(None, (self.message, self.advice)))}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers, for a checkpoint."""
+        return {**vars(self), "reason": self.reason.value, "numbers": dict(self.numbers)}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Stop:
+        """The inverse of `state_dict`.
+
+        Args:
+            state: What `state_dict` returned.
+        """
+        return cls(**{**state, "reason": StopReason(state["reason"])})

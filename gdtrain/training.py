@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import yaml
-from lightning import Callback, Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from numpy.typing import ArrayLike, NDArray
@@ -50,6 +50,7 @@ from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.reading import check_checkpoint
+from gdtrain.resuming import check_resumes
 from gdtrain.schedules import ReduceOnPlateau, Schedule
 from gdtrain.step_sizes import StepSize
 from gdtrain.stopping import Stop, StopReason
@@ -81,9 +82,10 @@ class Result:
 
     Args:
         module: The trained module; `model` is the trained model.
-        data: The data module, with the preprocessing.
+        data: The data module, with the preprocessing; of a run that `gdtrain.load` has read, what
+            the file tells of the data.
         history: The curves.
-        stop: Why it ended.
+        stop: Why it ended. (None, where `gdtrain.load` has read a checkpoint that does not tell.)
         summary: What `summary.json` holds.
         directory: The run's folder, if it has one.
 
@@ -124,6 +126,50 @@ class Result:
             (N,), or (N, K) for several targets.
         """
         return predict(self.module, self.data.preprocessing, inputs)
+
+    def save(self, path: str | Path) -> Path:
+        """Keep the model in one file, for `gdtrain.load` and for the commands.
+
+        The file holds the weights, how the model is built, the loss, the preprocessing with
+        classes and feature names, history, stop and summary: numbers and texts alone, no code. The
+        examples are not in it, nor is the optimizer's state: training goes on from the checkpoints
+        of `directory=…`.
+
+        Args:
+            path: Of the file; one that is there is replaced.
+
+        Returns:
+            The path.
+
+        Raises:
+            ValueError: Something is not plain, such as labels that are dates. Nothing was written.
+
+        Example:
+            >>> import gdtrain
+            >>> from sklearn.datasets import load_iris
+            >>> result = gdtrain.fit("linear", *load_iris(return_X_y=True), variant="gd", epochs=9)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     again = gdtrain.load(result.save(Path(folder) / "iris.pt"))
+            >>> again.predict([[5.1, 3.5, 1.4, 0.2]])
+            array([0])
+        """
+        module, path = self.module, Path(path)
+        weights = {k: v for k, v in module.state_dict().items() if not k.startswith("evaluation.")}
+        content = {
+            "state_dict": weights,
+            type(self.data).__qualname__: self.data.state_dict(),
+            "gdtrain": {
+                "updates": module.updates,
+                "examples_seen": module.examples_seen,
+                "settings": module.noted_settings,
+                "description": module.description or module.describe(self.data),
+                "history": {"train": self.history.train, "val": self.history.val},
+                "stop": None if self.stop is None else self.stop.state_dict(),
+                "summary": self.summary,
+            },
+        }
+        _write(path, lambda file: torch.save(content, file), _check_plain)
+        return path
 
     def plot(self, by: Literal["update", "examples", "epoch", "seconds"] = "update") -> Any:
         """Training and validation loss; the band is the smallest and largest of an interval.
@@ -209,7 +255,8 @@ def fit(
         engine: How updates are made, see `SupervisedModule`.
         directory: Folder for TensorBoard events, `metrics.csv`, checkpoints and `summary.json`;
             None: nothing is written.
-        checkpoint: Go on from this checkpoint.
+        checkpoint: Go on with the run of this checkpoint. All that its next update depends on must
+            be the same; more epochs are taken where the schedule is not stretched over them.
         progress: Whether to draw a progress bar on a terminal.
         interruptible: True: at the first Ctrl-C or SIGTERM the run ends in good order, and the
             result says INTERRUPTED. False: signals are the program's; Ctrl-C is a
@@ -265,6 +312,8 @@ def fit(
     built = make if isinstance(make, nn.Module) else make(data.input_shape, outputs)
     if dtype is not None:
         built = built.to(data.dtype)
+    if not built.training:  # as a loaded model is
+        built.train()
     if lr != "auto" and (
         isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf
     ):
@@ -317,6 +366,9 @@ def fit(
             seed=seed,
             checkpoint=checkpoint,
             hyperparameters=hyperparameters,
+            description=module.describe(
+                data, make, {"input_shape": list(data.input_shape), "num_outputs": outputs}
+            ),
         )
     lost = result.stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
     _log.log(logging.WARNING if lost else logging.INFO, "%s", result.stop)
@@ -459,9 +511,8 @@ def run(
     data.setup()
     if checkpoint is not None:
         state = load_checkpoint(checkpoint)
-        check_fits(state["state_dict"], module, checkpoint)
-        _check_settings(state, module, checkpoint)
-    module.description = description
+    description = module.describe(data) if description is None else description
+    module.description = {**description, "variant": variant}
     built = _build_callbacks(callbacks, folder)
     curves = next((c for c in built if isinstance(c, LossCurves)), None)
     if curves is None:
@@ -488,12 +539,10 @@ def run(
             )
         _check_monitors(built, module, data)
         if checkpoint is not None:
-            planned = data.planned_updates(lightning)
-            if planned is not None and state["gdtrain"]["updates"] >= planned:
-                raise ValueError(
-                    f"The run of {checkpoint} has made all its {planned} updates: there is nothing "
-                    f"left to do. Raise trainer.max_epochs to train on."
-                )
+            check_resumes(state, module, lightning, data, checkpoint)
+            check_fits(state["state_dict"], module, checkpoint)
+            if _is_over(state, data.planned_updates(lightning), Path(checkpoint)):
+                lightning.callbacks.insert(0, _Finish(state["gdtrain"]["stop"]))  # type: ignore[attr-defined]
             for callback in built:
                 if isinstance(callback, BestAndLast) and lightning.is_global_zero:
                     callback.take_over(Path(checkpoint))
@@ -520,7 +569,8 @@ def run(
             logger.finalize("success")
     summary = _summary(lightning, module, data, stop, metrics, seconds, variant, seed)
     if folder is not None and lightning.is_global_zero:
-        _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        content = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        _write(folder / "summary.json", lambda file: file.write(content.encode()))
         np.savez_compressed(folder / "split.npz", allow_pickle=False, **data.split)
     return Result(module, data, curves.history, stop, summary, folder)
 
@@ -605,6 +655,16 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def _check_plain(path: Path) -> None:
+    try:
+        load_checkpoint(path)
+    except ValueError:
+        raise ValueError(
+            "Only numbers, texts and tensors can be kept, and something is neither: labels, "
+            "feature names, or buffers of the model. Train with labels that are texts or numbers."
+        ) from None
+
+
 def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
     """Raise where the tensors of a checkpoint and of a module differ in name or shape.
 
@@ -636,28 +696,45 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path)
             )
 
 
-def _check_settings(state: Mapping[str, Any], module: SupervisedModule, path: str | Path) -> None:
-    """A resumed run goes on with the optimizer, schedule and loss that it had."""
-    if not {"optimizer_states", "loops"} <= state.keys():
-        raise ValueError(f"{path} holds weights only: it can be evaluated, but not resumed.")
-    then, now = dict(state["gdtrain"]["settings"]), module.settings()
-    groups = state["optimizer_states"][0]["param_groups"]
-    for i, group in enumerate(module.configure_optimizers().param_groups):
-        saved = groups[i] if i < len(groups) else {}
-        unlike = {"params", "lr", "scheduled_lr", "param_names", "step_size"}  # what a run changes
-        if module.step_size == "auto":
-            unlike.add("initial_lr")
-        for name in sorted((group.keys() | saved.keys()) - unlike):
-            label = "lr" if name == "initial_lr" else name
-            then[label], now[label] = str(saved.get(name)), str(group.get(name))
-            if then[label] != now[label]:
-                break
-    for name, value in now.items():
-        if then.get(name) != value:
+def _is_over(state: Mapping[str, Any], planned: int | None, path: Path) -> bool:
+    """Whether only the evaluation and the summary are left of a run, which was killed then."""
+    summary = path.parent.parent / "summary.json"
+    made = planned is not None and state["gdtrain"]["updates"] >= planned
+    if summary.is_file():
+        if made:
             raise ValueError(
-                f"The run of {path} had {name}={then.get(name)}, and goes on only with that. "
-                f"Received: {name}={value}."
+                f"The run of {path} has made all its {planned} updates: there is nothing left to "
+                f"do. Raise trainer.max_epochs to train on."
             )
+        return False
+    stop = state["gdtrain"].get("stop")
+    return made or (stop is not None and stop["reason"] != StopReason.INTERRUPTED.value)
+
+
+class _Finish(Callback):
+    """Ends a run without another update, through all that stands at the end of one."""
+
+    def __init__(self, stop: Mapping[str, Any] | None) -> None:
+        interrupted = stop is not None and stop["reason"] == StopReason.INTERRUPTED.value
+        self._stop = None if interrupted else stop
+        self._limits = (-1, -1)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning leaves the hooks out where it sees beforehand that nothing is to be done."""
+        _log.info("All updates were made: evaluating them.")
+        loop: Any = trainer.fit_loop
+        self._limits = (loop.max_epochs, loop.epoch_loop.max_steps)
+        loop.max_epochs = loop.epoch_loop.max_steps = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before the hooks of the others."""
+        loop: Any = trainer.fit_loop
+        loop.max_epochs, loop.epoch_loop.max_steps = self._limits
+        module: Any = pl_module
+        module._plan.total = cast(Any, trainer).datamodule.planned_updates(trainer)
+        if self._stop is not None:
+            module.stop = Stop.from_state_dict(self._stop)
+        trainer.should_stop = True
 
 
 def _check_monitors(
@@ -914,14 +991,22 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _write(path: Path, text: str) -> None:
-    """All of a file or nothing."""
+def _write(
+    path: Path, write: Callable[[Any], Any], check: Callable[[Path], Any] | None = None
+) -> None:
+    """All of a file or nothing; `check` reads it first, and raises if it cannot be read."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    Path(name).chmod(0o644)
-    os.replace(name, path)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        if check is not None:
+            check(Path(name))
+        Path(name).chmod(0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
 # Pages whose examples are whole.
-WHOLE = ("learning-rate", "convergence", "edge-of-stability", "drop-in")
+WHOLE = ("learning-rate", "convergence", "edge-of-stability", "drop-in", "keeping")
 EXAMPLES = [
     pytest.param(code, id=f"{name}-{k}")
     for name in WHOLE
@@ -35,7 +35,7 @@ COMMANDS = sorted(
 
 @pytest.mark.slow
 def test_each_python_example_runs(tmp_path):
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     code = "\n\n".join(param.values[0] for param in EXAMPLES)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False

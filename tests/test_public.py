@@ -29,15 +29,25 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 
 
 LAYERS = [
-    ["rules", "schedules", "losses", "dropout", "stopping", "configuration", "step_sizes"],
+    [
+        "rules",
+        "reading",
+        "schedules",
+        "losses",
+        "dropout",
+        "stopping",
+        "configuration",
+        "step_sizes",
+    ],
     ["objective", "optim", "launch"],
     ["models", "data", "minimization", "curvature", "landscape", "snapshot", "instruments"],
-    ["sweep", "work"],
-    ["race", "diagnosis", "certificates"],
+    ["sweep", "work", "structure", "builder"],
+    ["race", "diagnosis", "certificates", "resuming"],
     ["module", "distributed"],
     ["callbacks", "rate_finder", "explanation", "comparison"],
     ["training", "report"],
     ["experiment"],
+    ["keeping"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

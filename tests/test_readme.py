@@ -20,7 +20,7 @@ COMMANDS = [
 
 
 def test_there_are_examples():
-    assert len(PYTHON) == 6
+    assert len(PYTHON) == 7
     assert "pip install -e . && python scripts/train.py optimizer=sgd" in COMMANDS
     assert "pip install -e '.[test]' && pytest" in COMMANDS
 

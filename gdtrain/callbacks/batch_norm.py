@@ -31,6 +31,8 @@ class ExactBatchNorm(Callback):
         1024
     """
 
+    decisive = ()  # a resumed run must have the same
+
     def __init__(self, batch_size: int = 1024) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(

@@ -159,6 +159,16 @@ class Convergence(Callback):
 
     needs_every_epoch = False
 
+    decisive = (
+        "tolerance",
+        "gap",
+        "confidence",
+        "noise_floor",
+        "patience",
+        "every",
+        "share",
+    )  # a resumed run must have the same
+
     def __init__(
         self,
         tolerance: float | None = 1e-6,

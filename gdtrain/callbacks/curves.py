@@ -256,6 +256,8 @@ class LossCurves(Callback):
     def _write_validation(self, trainer: Trainer, module: SupervisedModule) -> None:
         if module.validated_at != module.updates:
             return  # of an interruption, not of the run
+        if self.history.val.get("update", [])[-1:] == [module.updates]:
+            return  # the run was resumed there
         values = module.validation
         row = {
             "update": module.updates,

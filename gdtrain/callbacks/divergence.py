@@ -136,6 +136,8 @@ class Divergence(Callback):
         that grows at first may come back by itself).
     """
 
+    decisive = ("action", "recoveries", "growth")  # a resumed run must have the same
+
     def __init__(
         self,
         action: Literal["recover", "stop"] = "recover",

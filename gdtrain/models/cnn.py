@@ -72,6 +72,9 @@ class CNN(nn.Module):
                 "init=zeros is for linear models: hidden units that start equal stay equal. "
                 "Use init=default, gaussian, kaiming or xavier."
             )
+        self.input_shape, self.num_outputs = tuple(input_shape), num_outputs
+        self.channels, self.hidden = list(channels), hidden
+        self.norm, self.dropout = norm, dropout
         layers: list[nn.Module] = []
         for next_depth in channels:
             layers.append(nn.Conv2d(depth, next_depth, kernel_size=3, padding=1))

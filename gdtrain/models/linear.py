@@ -40,6 +40,7 @@ class Linear(nn.Module):
         std: float = 0.01,
     ) -> None:
         super().__init__()
+        self.input_shape, self.num_outputs, self.bias = tuple(input_shape), num_outputs, bias
         self.linear = nn.Linear(math.prod(input_shape), num_outputs, bias=bias)
         initialise_(self, init, std)
 

@@ -76,6 +76,8 @@ class MLP(nn.Module):
                 "init=zeros is for linear models: hidden units that start equal stay equal. "
                 "Use init=default, gaussian, kaiming or xavier."
             )
+        self.input_shape, self.num_outputs = tuple(input_shape), num_outputs
+        self.hidden, self.activation, self.dropout = list(hidden), activation, dropout
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(input_shape)
         for next_width in hidden:

@@ -1,0 +1,304 @@
+"""What a model is, in plain values: to tell it from another one, and to build it again.
+
+Weights are not part of it. Nothing here runs what a file says.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gdtrain.step_sizes import StepSize
+
+__all__ = ["describe", "describe_data", "options", "rebuild", "structure", "text"]
+
+# Where classes live that are built again from their constructor's arguments.
+_HOMES = ("torch.nn", "gdtrain.models", "gdtrain.losses")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def text(value: Any) -> str | None:
+    """A setting as text that is equal for equal settings.
+
+    Args:
+        value: Of any kind.
+
+    Returns:
+        The text; None for what is no setting (tensors, modules, open files, …).
+
+    Example:
+        >>> text((1, "a", None)), text(torch.float32), text(partial(int, base=2))
+        ("[1, 'a', None]", 'float32', 'int(base=2)')
+        >>> text(torch.ones(2)) is None
+        True
+    """
+    if isinstance(value, Enum):
+        return repr(value.value)
+    if value is None or isinstance(value, bool | int | float | complex | str):
+        return repr(value)
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        return repr(value.item())
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, type):
+        return value.__qualname__
+    if isinstance(value, list | tuple | set | frozenset):
+        parts = [text(entry) for entry in value]
+        if None in parts:
+            return None
+        shown = sorted(map(str, parts)) if isinstance(value, set | frozenset) else parts
+        return f"[{', '.join(map(str, shown))}]"
+    if isinstance(value, Mapping):
+        return _call("", value)
+    if isinstance(value, partial):
+        return _call(text(value.func) or "", {**dict(enumerate(value.args)), **value.keywords})
+    if isinstance(value, FunctionType):
+        # What a function has closed over is a setting too: the decay of an average, say.
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        return _call(value.__qualname__, {name: _content(cell) for name, cell in cells})
+    if is_dataclass(value) or isinstance(value, StepSize):
+        return _call(type(value).__name__, options(value))
+    return None
+
+
+def _call(name: str, arguments: Mapping[Any, Any]) -> str:
+    shown = [(key, text(entry)) for key, entry in arguments.items()]
+    return f"{name}({', '.join(f'{key}={entry}' for key, entry in shown if entry is not None)})"
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return None
+
+
+def options(value: Any) -> dict[str, str]:
+    """The public attributes of an object that are settings, as text.
+
+    What a dataclass does not show, or does not take, is its state and no setting.
+
+    Args:
+        value: A layer, a loss, a schedule, a rule, …
+
+    Example:
+        >>> options(nn.Dropout(0.5))
+        {'inplace': 'False', 'p': '0.5'}
+    """
+    state = {"training"}
+    if is_dataclass(value):
+        state |= {field.name for field in fields(value) if not (field.repr and field.init)}
+    shown = {
+        name: text(entry)
+        for name, entry in sorted(vars(value).items())
+        if not name.startswith("_") and name not in state
+    }
+    return {name: entry for name, entry in shown.items() if entry is not None}
+
+
+def structure(model: nn.Module) -> dict[str, str]:
+    """Every layer by its path, with its settings, and its tensors with dtype and shape.
+
+    Args:
+        model: Any.
+
+    Example:
+        >>> structure(nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU()))["0"]
+        'Linear(in_features=2, out_features=1), weight float32 [1, 2]'
+    """
+    found = {}
+    for path, module in model.named_modules():
+        own = (*module._parameters.items(), *module._buffers.items())
+        tensors = [f"{n} {text(t.dtype)} {text(t.shape)}" for n, t in own if t is not None]
+        found[path] = ", ".join([_call_of(module), *tensors])
+    return found
+
+
+def _call_of(module: nn.Module) -> str:
+    shown = ", ".join(f"{name}={entry}" for name, entry in options(module).items())
+    return f"{type(module).__name__}({shown})"
+
+
+def describe(
+    module: nn.Module, make: Any = None, sizes: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """A model or a loss in plain values, from which `rebuild` makes one of the same structure.
+
+    Layers and losses of `torch.nn`, `gdtrain.models` and `gdtrain.losses` are described by the
+    arguments of their constructor, as they stand in the instance, and `torch.nn.Sequential` by its
+    layers. Whether one of the same structure comes out is tried.
+
+    Args:
+        module: The model or loss.
+        make: The function of `gdtrain.models` that has made it, if one has.
+        sizes: What it was made with.
+
+    Returns:
+        The description; None: it cannot be built again from plain values.
+
+    Example:
+        >>> describe(nn.Sequential(nn.Flatten(), nn.Dropout(0.1)))["children"]["1"]
+        {'_target_': 'torch.nn.Dropout', 'p': 0.1, 'inplace': False}
+        >>> class Own(nn.Module):
+        ...     pass
+        >>> describe(Own()) is None
+        True
+    """
+    candidates = [_described(module)]
+    if isinstance(make, partial):
+        make, sizes = make.func, {**(sizes or {}), **make.keywords}
+    if isinstance(make, FunctionType) and _home(make) is not None:
+        candidates.append({"_target_": _home(make), **(sizes or {})})
+    for candidate in candidates:
+        if candidate is not None and _is_rebuilt(module, candidate):
+            return candidate
+    return None
+
+
+def _described(module: nn.Module) -> dict[str, Any] | None:
+    if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
+        return None
+    kind = type(module)
+    if kind is nn.Sequential:
+        children = {name: _described(child) for name, child in module._modules.items() if child}
+        if None in children.values():
+            return None
+        return {"_target_": "torch.nn.Sequential", "children": children}
+    home = _home(kind)
+    arguments = None if home is None else _arguments(module, kind)
+    return None if arguments is None else {"_target_": home, **arguments}
+
+
+def _home(kind: Any) -> str | None:
+    """The public name of a class or function that is built again."""
+    for home in _HOMES:
+        name = f"{home}.{kind.__qualname__}"
+        try:
+            if pkgutil.resolve_name(name) is kind:
+                return name
+        except AttributeError:
+            continue
+    return None
+
+
+def _arguments(value: Any, kind: type, strict: bool = False) -> dict[str, Any] | None:
+    """A constructor's arguments, from the attributes of the same names; `strict`: all of them."""
+    found = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) or (
+            name in ("device", "dtype") and not strict
+        ):
+            continue
+        entry = getattr(value, name, inspect.Parameter.empty)
+        if name == "bias" and (entry is None or isinstance(entry, Tensor)):
+            entry = entry is not None
+        if entry is inspect.Parameter.empty and (strict or parameter.default is entry):
+            return None
+        if entry is inspect.Parameter.empty:
+            continue
+        try:
+            found[name] = _plain(entry)
+        except TypeError:
+            return None
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, Path):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    raise TypeError
+
+
+def _is_rebuilt(module: nn.Module, description: Mapping[str, Any]) -> bool:
+    def build(node: Mapping[str, Any]) -> Any:
+        arguments = {name: value for name, value in node.items() if name != "_target_"}
+        return pkgutil.resolve_name(node["_target_"])(**arguments)
+
+    floating = [t.dtype for t in module.state_dict().values() if t.is_floating_point()]
+    try:
+        # Without memory, and without drawing from the generator.
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            again = rebuild(description, build)
+        again.to(floating[0] if floating else None)
+    except Exception:  # whatever a constructor makes of arguments that it did not get
+        return False
+    return structure(again) == structure(module)
+
+
+def rebuild(description: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Any]) -> Any:
+    """The inverse of `describe`; weights are new.
+
+    Args:
+        description: What `describe` returned, perhaps from a file.
+        build: Makes one object from a description without children; it alone calls what a
+            description names.
+
+    Raises:
+        ValueError: It is no description.
+
+    Example:
+        >>> made = rebuild({"_target_": "torch.nn.Sequential", "children": {"a": {}}},
+        ...     lambda node: nn.ReLU())
+        >>> made
+        Sequential(
+          (a): ReLU()
+        )
+    """
+    if not isinstance(description, Mapping):
+        raise ValueError(f"A layer is described by a mapping. Received: {description!r}.")
+    children = description.get("children")
+    if description.get("_target_") == "torch.nn.Sequential" and isinstance(children, Mapping):
+        made = ((str(name), rebuild(child, build)) for name, child in children.items())
+        return nn.Sequential(OrderedDict(made))
+    return build(description)
+
+
+def describe_data(data: Any) -> dict[str, Any] | None:
+    """A data module of gdtrain in plain values, where its source is a name or a file.
+
+    Args:
+        data: The data module.
+
+    Returns:
+        Its class and arguments; None: it holds arrays, or is somebody's own.
+
+    Example:
+        >>> from gdtrain.data import ArrayDataModule, EmbeddedDataModule
+        >>> found = describe_data(EmbeddedDataModule("iris", batch_size=5))
+        >>> found["_target_"], found["name"], found["batch_size"]
+        ('gdtrain.data.EmbeddedDataModule', 'iris', 5)
+        >>> describe_data(ArrayDataModule(np.zeros((4, 1)), np.arange(4) % 2)) is None
+        True
+    """
+    kind = type(data)
+    name = f"gdtrain.data.{kind.__qualname__}"
+    if not kind.__module__.startswith("gdtrain.data."):
+        return None
+    base = next(k for k in kind.__mro__ if k.__name__ == "DataModule")
+    parts = [_arguments(data, k, strict=True) for k in (base, kind)]
+    return {"_target_": name, **parts[0], **parts[1]} if all(p is not None for p in parts) else None  # type: ignore[dict-item]
