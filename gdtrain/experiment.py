@@ -50,7 +50,7 @@ from gdtrain.launch import check_processes, is_first_process
 from gdtrain.losses import Loss
 from gdtrain.module import SupervisedModule, parameter_groups
 from gdtrain.objective import Objective
-from gdtrain.reading import printable, unpacked_bytes
+from gdtrain.reading import load_checkpoint, printable, unpacked_bytes
 from gdtrain.resuming import check_model
 from gdtrain.training import (
     Result,
@@ -59,7 +59,6 @@ from gdtrain.training import (
     claim,
     default_loss,
     leave,
-    load_checkpoint,
     predict,
     run,
 )

@@ -59,6 +59,10 @@ class Sight(NamedTuple):
         single: Who needs one update a step, in words; "": nobody.
         cuts: From an update number to the smallest above it at which a sweep must end.
         step: Who has hooks that are called at each step of the optimizer.
+
+    Example:
+        >>> Sight("", [lambda update: (update // 100 + 1) * 100], []).cuts[0](250)
+        300
     """
 
     single: str
@@ -167,6 +171,13 @@ def before_step(owners: Sequence[Any], trainer: Any, module: Any, optimizer: Any
         trainer: Lightning's.
         module: That is trained.
         optimizer: Whose step comes next; the gradients are in `p.grad`.
+
+    Example:
+        >>> class Tells(Callback):
+        ...     def on_after_backward(self, trainer, pl_module):
+        ...         print("the gradients are in")
+        >>> before_step([Tells()], None, None, None)
+        the gradients are in
     """
     for hook, arguments in (("on_after_backward", ()), ("on_before_optimizer_step", (optimizer,))):
         call(owners, hook, trainer, module, *arguments)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from numpy.typing import NDArray
 
@@ -29,6 +30,7 @@ __all__ = [
     "check_checkpoint",
     "check_unpacked",
     "lines",
+    "load_checkpoint",
     "printable",
     "read_arrays",
     "read_json",
@@ -595,6 +597,45 @@ _CALLED = (
     "builtins set",
     "_codecs encode",
 )
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint without running anything that it may hold.
+
+    Args:
+        path: Of a checkpoint of gdtrain.
+
+    Returns:
+        Its content: tensors and plain containers.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint of gdtrain.
+
+    Example:
+        >>> load_checkpoint("missing.ckpt")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no checkpoint missing.ckpt. ...
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no checkpoint {path}. A run keeps its own in <its folder>/checkpoints/."
+        )
+    try:
+        check_checkpoint(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than numbers, "
+            f"texts and tensors ({why})."
+        ) from None
+    parts = {"state_dict", "gdtrain"}
+    if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
+        raise ValueError(f"{path} is no checkpoint of gdtrain.")
+    return state
 
 
 def _allowed(name: str) -> _Name:

@@ -49,7 +49,7 @@ from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
 from gdtrain.optim import GD, SGD, MiniBatchSGD
-from gdtrain.reading import check_checkpoint
+from gdtrain.reading import load_checkpoint
 from gdtrain.resuming import check_resumes
 from gdtrain.schedules import ReduceOnPlateau, Schedule
 from gdtrain.step_sizes import StepSize
@@ -63,7 +63,6 @@ __all__ = [
     "default_loss",
     "fit",
     "leave",
-    "load_checkpoint",
     "loss_name",
     "predict",
     "run",
@@ -614,45 +613,6 @@ def predict(
         ]
     model.train(was_training)
     return preprocessing.answers(torch.cat(decided))
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running anything that it may hold.
-
-    Args:
-        path: Of a checkpoint of gdtrain.
-
-    Returns:
-        Its content: tensors and plain containers.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of gdtrain.
-
-    Example:
-        >>> load_checkpoint("missing.ckpt")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. ...
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"There is no checkpoint {path}. A run keeps its own in <its folder>/checkpoints/."
-        )
-    try:
-        check_checkpoint(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        why = str(error) if type(error) is ValueError else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than numbers, "
-            f"texts and tensors ({why})."
-        ) from None
-    parts = {"state_dict", "gdtrain"}
-    if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
-        raise ValueError(f"{path} is no checkpoint of gdtrain.")
-    return state
 
 
 def _check_plain(path: Path) -> None:

@@ -32,7 +32,7 @@ from gdtrain.callbacks import BestAndLast
 from gdtrain.configuration import conf_directory
 from gdtrain.data import LIBSVMDataModule, NPYDataModule, read_features
 from gdtrain.landscape import Snapshots
-from gdtrain.training import load_checkpoint
+from gdtrain.reading import load_checkpoint
 
 MEMORY = 300 * 2**10  # KiB
 

@@ -42,7 +42,7 @@ LAYERS = [
     ["objective", "optim", "launch"],
     ["models", "data", "minimization", "curvature", "landscape", "snapshot", "instruments"],
     ["sweep", "work", "structure", "builder"],
-    ["race", "diagnosis", "certificates", "resuming"],
+    ["race", "diagnosis", "certificates", "resuming", "hooks"],
     ["module", "distributed"],
     ["callbacks", "rate_finder", "explanation", "comparison"],
     ["training", "report"],
