@@ -31,8 +31,10 @@ __all__ = [
     "lines",
     "printable",
     "read_arrays",
+    "read_checkpoint",
     "read_json",
     "read_yaml",
+    "unpacked_bytes",
 ]
 
 _MEGABYTE = 2**20
@@ -375,6 +377,13 @@ def unpacked_bytes(path: str | Path) -> int:
     Raises:
         OSError: It cannot be read.
         ValueError: It is no archive.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(Path(folder) / "x.npz", a=np.ones(2))
+        ...     unpacked_bytes(Path(folder) / "x.npz")
+        144
     """
     return sum(info.file_size for info in _listed(path))
 
@@ -446,6 +455,39 @@ def check_checkpoint(path: str | Path) -> None:
         except (KeyError, zipfile.BadZipFile):
             raise ValueError("it is no archive of torch.save") from None
     _Pickle(records, _ANYWAY + _SHARED * size).check(content)
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """The content of a checkpoint, without running anything that it may hold.
+
+    Args:
+        path: Of the file.
+
+    Returns:
+        Tensors, on the CPU, and plain containers.
+
+    Raises:
+        ValueError: It is no such file, or holds anything else.
+
+    Example:
+        >>> import tempfile
+        >>> import torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"weight": torch.ones(2)}, Path(folder) / "last.ckpt")
+        ...     read_checkpoint(Path(folder) / "last.ckpt")
+        {'weight': tensor([1., 1.])}
+    """
+    import torch
+
+    try:
+        check_checkpoint(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        why = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than numbers, "
+            f"texts and tensors ({why})."
+        ) from None
 
 
 class _Name(str):

@@ -49,7 +49,7 @@ from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
 from gdtrain.optim import GD, SGD, MiniBatchSGD
-from gdtrain.reading import check_checkpoint
+from gdtrain.reading import read_checkpoint
 from gdtrain.resuming import check_resumes
 from gdtrain.schedules import ReduceOnPlateau, Schedule
 from gdtrain.step_sizes import StepSize
@@ -640,15 +640,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"There is no checkpoint {path}. A run keeps its own in <its folder>/checkpoints/."
         )
-    try:
-        check_checkpoint(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        why = str(error) if type(error) is ValueError else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: it is damaged, or holds more than numbers, "
-            f"texts and tensors ({why})."
-        ) from None
+    state = read_checkpoint(path)
     parts = {"state_dict", "gdtrain"}
     if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
         raise ValueError(f"{path} is no checkpoint of gdtrain.")

@@ -14,6 +14,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gdtrain.module import SupervisedModule
+from gdtrain.reading import read_checkpoint
 
 __all__ = ["BestAndLast"]
 
@@ -133,9 +134,7 @@ class BestAndLast(Checkpoint):
         best = checkpoint.parent / "best.ckpt"
         if not best.is_file() or best.resolve() == self.best_path.resolve():
             return
-        from gdtrain.training import load_checkpoint
-
-        updates = [load_checkpoint(path)["gdtrain"].get("updates") for path in (best, checkpoint)]
+        updates = [read_checkpoint(path)["gdtrain"].get("updates") for path in (best, checkpoint)]
         if all(isinstance(n, int) for n in updates) and updates[0] <= updates[1]:
             self.directory.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(best, self.best_path)
