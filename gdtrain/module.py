@@ -812,7 +812,7 @@ class SupervisedModule(LightningModule):
             "seconds" that all took.
         """
         first = self.updates
-        self._follow_callbacks()
+        self.follow_callbacks()
         started = time.perf_counter()
         with self._training():
             losses, indices = self.make_updates(batch, first)
@@ -865,12 +865,12 @@ class SupervisedModule(LightningModule):
         finally:
             self._is_training = False
 
-    def _follow_callbacks(self) -> None:
+    def follow_callbacks(self) -> None:
         """Go on with what a callback has changed since the last sweep.
 
         Parameters that were frozen are left alone, those that were freed are trained. A group that
         was added, or whose "lr" was set, has that η at the next update, and is scheduled from there
-        on in proportion.
+        on in proportion. Called before each sweep; once more changes nothing.
         """
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
         factor = float(self.rate_factors(self.updates, 1))
@@ -878,6 +878,7 @@ class SupervisedModule(LightningModule):
         for group in optimizer.param_groups:
             if scheduled or "initial_lr" not in group or group["lr"] != group[_SCHEDULED]:
                 group["initial_lr"] = group["lr"] / factor if factor > 0 else group["lr"]
+                group[_SCHEDULED] = group["lr"]
         objective = self._objective
         if objective is None:
             return

@@ -299,6 +299,37 @@ def test_a_group_added_while_training_is_trained(engine, momentum):
     assert_equal(module.model, thawed(momentum))
 
 
+class ThawsHot(Thaws):
+    """With a rate at which the first layer diverges."""
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        super().finetune_function(pl_module, epoch, optimizer)
+        if epoch == 2:
+            optimizer.param_groups[-1]["lr"] = 1e30
+
+
+def test_a_run_recovers_after_a_group_was_added_however_it_is_cut():
+    found = []
+    for cut in (1, 7, "auto"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+        divergence = Divergence(recoveries=40)
+        optimizer = partial(MiniBatchSGD, lr=0.3)
+        module = SupervisedModule(model, CrossEntropy(), optimizer, Constant())
+        callbacks = [ThawsHot(), divergence]
+        trainer = Trainer(max_epochs=300, callbacks=callbacks, precision="64-true", **QUIET)
+        trainer.fit(module, datamodule=data(11, updates_per_sweep=cut))
+        assert module.stop is None
+        events = [(event["update"], event["good_update"]) for event in divergence.events]
+        found.append([events, *(p.tolist() for p in model.parameters())])
+    assert found[0] == found[1] == found[2]
+    assert events[0][0] in range(6, 22)
+    assert events[0][1] == 6  # where it was thawed
+    with torch.no_grad():
+        loss = F.cross_entropy(model(torch.from_numpy(X)), torch.from_numpy(Y))
+    assert loss < 0.4
+
+
 def test_a_group_added_under_a_schedule_goes_on_from_its_rate():
     # The callback takes a tenth of η at update 5, and update 6 has it. T = 18.
     module = train(net(), callbacks=[Thaws()], schedule=Polynomial(power=1))

@@ -104,6 +104,9 @@ class Divergence(Callback):
     update number goes on: the updates up to the station at hand are spent. What no step size can
     help (a NaN in the data) ends the run at once.
 
+    Where a callback freezes or frees parameters, or adds groups to the optimizer, what came before
+    is no state to go back to: the update at which it does is a station.
+
     State in checkpoints: what was seen so far, the losses since the last station and, for models
     with up to about a million parameters, the states to go back to; larger ones go back to where
     they were resumed, at most.
@@ -177,6 +180,7 @@ class Divergence(Callback):
         self._module: SupervisedModule | None = None
         self._probe: tuple[Objective, Tensor] | None = None
         self._batches: dict[int, Any] = {}  # of a loader that cannot be asked again
+        self._trained: list[int] | None = None  # which parameters are
         self._last_rate = math.nan
         self._bounce: float | None = None
 
@@ -222,6 +226,8 @@ class Divergence(Callback):
         if not self._begun:
             with trainer.strategy.precision_plugin.train_step_context():
                 self._begin(module, batch)
+        module.follow_callbacks()
+        self._notice_changes(module)
         full = False
         if _cannot_be_asked_again(module):
             self._batches[update] = batch
@@ -352,6 +358,15 @@ class Divergence(Callback):
             seen.start = max(found.value, _SCALE * found.value_of_zero)
             seen.good_mean = found.value if math.isfinite(found.value) else math.inf
             seen.origin = module.updates
+
+    def _notice_changes(self, module: SupervisedModule) -> None:
+        """Begin a stretch anew where other parameters are trained: no kept state fits them."""
+        trained = [id(p) for p in _owned(module.trainer.optimizers[0]) if p.requires_grad]
+        if self._trained not in (None, trained):
+            self._station, self._losses, self._rates = module.updates, [], []
+            self._first = self._good = self._pending = self._last_kept = None
+            self._seen.window, self._batches = np.zeros(0), {}
+        self._trained = trained
 
     @staticmethod
     def _length(module: SupervisedModule) -> int:
