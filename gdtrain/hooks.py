@@ -184,7 +184,22 @@ def before_step(owners: Sequence[Any], trainer: Any, module: Any, optimizer: Any
 
 
 def call(owners: Sequence[Any], hook: str, trainer: Any, module: Any, *arguments: Any) -> None:
-    """One hook of callbacks, and of the module."""
+    """Call one hook of callbacks, and of the module.
+
+    Args:
+        owners: Who may have it.
+        hook: Its name.
+        trainer: Lightning's.
+        module: That is trained.
+        *arguments: Further ones of the hook.
+
+    Example:
+        >>> class Tells(Callback):
+        ...     def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        ...         print(optimizer)
+        >>> call([Tells()], "on_before_zero_grad", None, None, "an optimizer")
+        an optimizer
+    """
     for owner in owners:
         if overrides(owner, hook):
             before = () if owner is module else (trainer, module)

@@ -790,7 +790,8 @@ class SupervisedModule(LightningModule):
         Returns:
             (K,), float64.
         """
-        if self.trainer.lr_scheduler_configs:  # a callback's, which decides from here on
+        trainer = self._trainer
+        if trainer is not None and trainer.lr_scheduler_configs:  # a callback's, which decides
             return torch.full((count,), self.rate_cut, dtype=torch.float64)
         total = _ENDLESS if self.total_updates is None else max(self.total_updates, 1)
         updates = torch.from_numpy(np.arange(first, first + count, dtype=np.float64))
