@@ -361,9 +361,8 @@ def _public(target: Any, kind: type, trust: Sequence[str], place: str) -> Callab
     elif own:
         package = own[0]
     else:
-        raise ValueError(
-            f"{refusal}If you know where the file comes from, name its package: trust={parts[0]}"
-        )
+        hint = f"If you know where the file comes from, name its package: trust={parts[0]}"
+        raise ValueError(refusal + hint * (parts[0] not in ("gdtrain", "torch")))
     try:
         found = _exported(module, name)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from gdtrain.callbacks import History
 from gdtrain.data import Preprocessing
 from gdtrain.experiment import Trained, load_trained
 from gdtrain.losses import Loss
+from gdtrain.reading import read_json
 from gdtrain.stopping import Stop, StopReason
 from gdtrain.training import Result
 
@@ -102,8 +102,7 @@ def _summary(trained: Trained, path: Path) -> dict[str, Any]:
     """That of the run, where the checkpoint is of its end; else what the checkpoint tells."""
     own = trained.state["gdtrain"]
     try:
-        text = (path.parent.parent / "summary.json").read_text(encoding="utf-8")
-        found = json.loads(text)
+        found = read_json(path.parent.parent / "summary.json")
         if found["updates"] == own.get("updates"):
             return found
     except (OSError, ValueError, KeyError, TypeError):

@@ -234,8 +234,8 @@ DESCRIPTIONS = {
             "_target_": "torchvision.models.SwinTransformer",
             "patch_size": [4, 4],
             "embed_dim": 8,
-            "depths": [1],
-            "num_heads": [1],
+            "depths": [1, 1],
+            "num_heads": [1, 1],
             "window_size": [60_000, 60_000],
         },
     ),
@@ -282,6 +282,21 @@ def test_what_a_checkpoint_may_be_is_still_built(run, state):
     assert predict(path) == 2
     loss = {"_target_": "gdtrain.losses.CrossEntropy"}
     assert load(_save(_put(state, "loss", loss))).module.loss.task == "multiclass"
+
+
+def test_pretrained_weights_are_not_fetched():
+    from torchvision.models import resnet18
+
+    from gdtrain.builder import build_model
+
+    weights = resnet18().state_dict()
+    for words in ({"weights": "DEFAULT"}, {"pretrained": True}):
+        words = {"_target_": "torchvision.models.resnet18", **words}
+        assert build_model(words, (3, 64, 64), 1000, weights).state_dict().keys() == weights.keys()
+    for name in ("googlenet", "inception_v3"):
+        words = {"_target_": f"torchvision.models.{name}", "weights": "DEFAULT"}
+        with pytest.raises(ValueError, match="cannot be built again from a checkpoint"):
+            build_model(words, (3, 64, 64), 1000, weights)
 
 
 def test_a_package_that_is_named_follows_the_same_rules(state, tmp_path, monkeypatch):
@@ -347,7 +362,7 @@ def _packed_checkpoint(path):
     _rewritten(path, lambda name, old: [(name, old)])
     options = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 1}
     with zipfile.ZipFile("hostile.ckpt", "a", **options) as file:
-        _write_zeros(file, "last/data/99", 400)
+        _write_zeros(file, "archive/data/99", 400)
     return Path("hostile.ckpt").read_bytes()
 
 
@@ -585,7 +600,7 @@ def _npz(**parts):
     return "hostile.npz"
 
 
-def _matrix(kind=b"csr", shape=(4, 3), **parts):
+def _matrix(kind="csr", shape=(4, 3), **parts):
     return functools.partial(_npz, format=kind, shape=shape, **parts)
 
 
@@ -620,24 +635,24 @@ ARRAYS = {
     "another shape": _matrix(data=ONES, indices=[0, 1, 2, 0], indptr=range(5), shape=(10**6, 3)),
     "a shape below 0": _matrix(data=ONES, indices=[0, 1, 2, 0], indptr=range(5), shape=(-4, 3)),
     "three axes": _matrix(data=ONES, indices=[0, 1, 2, 0], indptr=range(5), shape=(4, 3, 1)),
-    "CSC, row beyond": _matrix(b"csc", data=ONES, indices=[0, 1, 2, 10**9], indptr=[0, 1, 2, 4]),
-    "CSC, starts fall": _matrix(b"csc", data=ONES, indices=FOUR, indptr=[0, 3, 10**8, 4]),
-    "COO, row beyond": _matrix(b"coo", data=ONES, row=[0, 1, 2, 10**9], col=[0, 1, 2, 0]),
-    "COO, column below": _matrix(b"coo", data=ONES, row=FOUR, col=[0, 1, 2, -1]),
+    "CSC, row beyond": _matrix("csc", data=ONES, indices=[0, 1, 2, 10**9], indptr=[0, 1, 2, 4]),
+    "CSC, starts fall": _matrix("csc", data=ONES, indices=FOUR, indptr=[0, 3, 10**8, 4]),
+    "COO, row beyond": _matrix("coo", data=ONES, row=[0, 1, 2, 10**9], col=[0, 1, 2, 0]),
+    "COO, column below": _matrix("coo", data=ONES, row=FOUR, col=[0, 1, 2, -1]),
     "COO, rows without end": _matrix(
-        b"coo", data=ONES, row=FOUR, col=[0, 1, 2, 0], shape=(10**10, 3)
+        "coo", data=ONES, row=FOUR, col=[0, 1, 2, 0], shape=(10**10, 3)
     ),
     "BSR, block beyond": _matrix(
-        b"bsr", data=np.ones((2, 2, 3)), indices=[0, 10**8], indptr=[0, 1, 2]
+        "bsr", data=np.ones((2, 2, 3)), indices=[0, 10**8], indptr=[0, 1, 2]
     ),
     "BSR, starts fall": _matrix(
-        b"bsr", data=np.ones((2, 2, 3)), indices=[0, 0], indptr=[0, 10**8, 2]
+        "bsr", data=np.ones((2, 2, 3)), indices=[0, 0], indptr=[0, 10**8, 2]
     ),
-    "DIA, offset beyond": _matrix(b"dia", data=np.ones((1, 3)), offsets=[2**62]),
+    "DIA, offset beyond": _matrix("dia", data=np.ones((1, 3)), offsets=[2**62]),
     "columns without end": _matrix(
         data=ONES, indices=[0, 1, 2, 10**12], indptr=range(5), shape=(4, 2 * 10**12)
     ),
-    "another format": _matrix(b"os.system", data=ONES, indices=FOUR, indptr=range(5)),
+    "another format": _matrix("os.system", data=ONES, indices=FOUR, indptr=range(5)),
     "a header of 10¹² in a matrix": _matrix(data=_npy((10**12,)), indices=FOUR, indptr=range(5)),
     "objects in a matrix": _matrix(
         data=_npy((4,), "|O", pickle.dumps([1])), indices=FOUR, indptr=range(5)
@@ -678,8 +693,9 @@ def _train(path):
 def test_arrays_are_checked_before_they_are_read(attempt, tmp_path):
     path = ARRAYS[attempt]()
     for entrance in (_train, read_features):
-        with pytest.raises(ValueError, match=r"\w"):
+        with pytest.raises(ValueError, match=r"\w") as caught:
             entrance(path)
+        assert "format.npy" not in str(caught.value)  # it is another part that is bad
 
 
 @pytest.mark.parametrize("kind", ["csr", "csc", "bsr", "coo", "dia", "lil"])
@@ -850,6 +866,17 @@ PATHS = {
 def test_the_path_of_a_run_is_checked(attempt):
     with pytest.raises(ValueError, match="cannot be read as the path of a run"):
         Snapshots.load(PATHS[attempt]())
+
+
+@pytest.mark.parametrize("summary", ["/dev/zero", "pipe", "deep"])
+def test_a_model_is_loaded_whatever_lies_beside_it(summary, run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    os.mkfifo("pipe")
+    Path("deep").write_text("[" * 10**5)
+    (folder / "summary.json").unlink()
+    (folder / "summary.json").symlink_to(Path(summary).absolute())
+    assert gdtrain.load(folder / "checkpoints" / "last.ckpt").summary["metrics"] == {}
 
 
 @pytest.mark.parametrize("words", [["evaluate"], ["predict", "input=x.npy", "output=answers.csv"]])

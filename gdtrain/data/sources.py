@@ -493,10 +493,12 @@ def _load_npz(path: Path) -> Any:
         names = _SPARSE_ARRAYS[kind]
         shape = tuple(int(n) for n in found["shape"])
         numbers = tuple(found[name] for name in names)
-        if found["shape"].dtype.kind not in "iu" or any(
-            a.dtype.kind not in "fiub" for a in numbers
-        ):
-            raise TypeError("they are no numbers")
+        whole = all(array.dtype.kind in "iu" for array in (found["shape"], *numbers[1:]))
+        if not whole or numbers[0].dtype.kind not in "fiub":
+            raise TypeError("its values are no numbers, or its indices not whole ones")
+        # SciPy makes offsets fit its type of index, and so another matrix.
+        if kind == "dia" and (abs(numbers[1].astype(float)) >= max(shape)).any():
+            raise ValueError("an offset is out of range")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} could not be read as a matrix of scipy.sparse.save_npz ({error})."
