@@ -352,13 +352,14 @@ def test_full_batch_descent_reaches_the_optimum_of_scikit_learn():
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
     x, y = sparse.csr_array(dense()), labels()
-    options = {"variant": "sgd", "standardize": False, "progress": False}
+    options = {"variant": "sgd", "lr": 0.1, "standardize": False, "progress": False}
     options["schedule"] = gdtrain.schedules.Constant()
     whole = gdtrain.fit("linear", x, y, epochs=4, **options)
     gdtrain.fit("linear", x, y, epochs=2, **options, directory=tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     resumed = gdtrain.fit("linear", x, y, epochs=4, **options, checkpoint=last)
     assert resumed.summary["updates"] == whole.summary["updates"]
+    assert whole.stop.reason.value == "BUDGET"
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(p, q)
 
