@@ -37,7 +37,8 @@ def only_run(folder):
 def test_main_job_leaves_what_the_contract_says(tmp_path):
     done = command(tmp_path, "train", "optimizer=sgd")
     assert done.returncode == 0, done.stderr
-    engine, rate = done.stderr.splitlines()
+    target, engine, rate = done.stderr.splitlines()
+    assert target.startswith("target: 10 classes (0, 1, 2")
     assert engine == "engine: native (a linear model or MLP on CPU, written by hand)"
     assert re.match(r"lr: auto found [\d.]+ \(2 times the best of 6 rates", rate)
     assert done.stdout.splitlines()[-1] == "finished: all 25,160 updates made"
