@@ -887,7 +887,7 @@ def _labelled_loader(
     """All examples of a new file, prepared as those of training."""
     described = trained.state["gdtrain"]["description"].get("data") or {}
     numpy_file = Path(input_path).suffix.lower() in (".npy", ".npz")
-    if target is None and numpy_file == str(described["_target_"]).endswith("NPYDataModule"):
+    if target is None and numpy_file == str(described.get("_target_")).endswith("NPYDataModule"):
         if described.get("target_path") is not None:
             raise ValueError(
                 "The targets of training were in a file of their own: target=FILE.npy must name "

@@ -144,6 +144,8 @@ class Loss(nn.Module):
         if self.task == "binary" and outputs != 1:
             raise ValueError(f"{name} expects one output. Received: {outputs}.")
         classes = outputs if self.task == "multiclass" else 2
+        if not (target.is_floating_point() or target.is_complex()):
+            target = target.long()  # torch compares no unsigned types
         if target.shape == (count, classes):
             if not bool(((target == 0) | (target == 1)).all() & (target.sum(1) == 1).all()):
                 raise ValueError(

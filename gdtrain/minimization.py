@@ -172,21 +172,11 @@ def minimize(
             numbers.append(t)
         if t == 0:
             first_norm = norm
-        norms = {"gradient_norm": norm, "first_gradient_norm": first_norm}
         if not (math.isfinite(values[-1]) and math.isfinite(norm)):
             stop = _not_finite(values, t, lr)
             break
         if norm <= tolerance * max(1.0, first_norm):
-            where = " at x0" if t == 0 else f" after {t} updates"
-            stop = Stop(
-                StopReason.CONVERGED,
-                f"‖∇f‖ = {norm:.3g}{where}.",
-                {**norms, "tolerance": tolerance},
-                "A gradient of 0 at x0 is a minimum, a saddle or a plateau: if it is no minimum, "
-                "start elsewhere."
-                if t == 0 and norm == 0
-                else "",
-            )
+            stop = _converged(norm, first_norm, tolerance, t)
             break
         if t == updates:
             break
@@ -251,6 +241,28 @@ def _widest(x: Tensor) -> torch.dtype:
 
 def _dtype(x: Tensor) -> str:
     return str(x.dtype).removeprefix("torch.")
+
+
+def _converged(norm: float, first_norm: float, tolerance: float, t: int) -> Stop:
+    where = "at x0" if t == 0 else f"after {t} updates"
+    advice = ""
+    if t == 0 and norm == 0:
+        advice = (
+            "A gradient of 0 at x0 is a minimum, a saddle or a plateau: if it is no minimum, start "
+            "elsewhere."
+        )
+    elif t == 0 or norm > 1e-3:
+        advice = (
+            "That is small against the bound alone: to go on, lower tolerance, or measure f or x "
+            "in other units."
+        )
+    return Stop(
+        StopReason.CONVERGED,
+        f"‖∇f‖ = {norm:.3g} {where}: within tolerance={tolerance:g} of max(1, {first_norm:.3g}), "
+        f"its norm at x0.",
+        {"gradient_norm": norm, "first_gradient_norm": first_norm, "tolerance": tolerance},
+        advice,
+    )
 
 
 def _not_finite(values: list[float], t: int, lr: float) -> Stop:
@@ -332,6 +344,14 @@ def _spent(
                 f"Try a lower lr, such as lr={lr / 10:g}, or a schedule that decays to 0.",
             )
     fell = values[half] - values[-1], values[0] - values[half]
+    if values[-1] < values[0] and norm > 1e3 * first_norm > 0:
+        return Stop(
+            StopReason.BUDGET,
+            f"{made} f fell from {values[0]:.3g} to {values[-1]:.3g}, and its gradient grew from "
+            f"{first_norm:.3g}: f has no minimum on this way.",
+            numbers,
+            "Minimise a function that is bounded below (to maximise f, minimise -f).",
+        )
     if updates >= 10 and fell[0] >= 0.5 * fell[1] > 0 and norm >= 0.5 * first_norm > 0:
         return Stop(
             StopReason.BUDGET,
@@ -344,5 +364,5 @@ def _spent(
         StopReason.BUDGET,
         made,
         numbers,
-        "More updates (updates=…) or a larger lr may get further.",
+        "If f has a minimum, more updates (updates=…) or a larger lr may get nearer to it.",
     )

@@ -38,7 +38,7 @@ from gdtrain.data.sparse import SparseInputs
 from gdtrain.hooks import Sight, before_step, call, overrides, sight
 from gdtrain.losses import Loss
 from gdtrain.models import exact_batch_norm_
-from gdtrain.objective import Objective, Rows, own_part, prediction_of, untouched
+from gdtrain.objective import Objective, Rows, evaluating, own_part, prediction_of, untouched
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.race import Race, race
 from gdtrain.resuming import check_resumes, settings
@@ -752,15 +752,13 @@ class SupervisedModule(LightningModule):
         flat = flat.byte() if flat.dtype == torch.bool else flat
         extremes = torch.stack([flat.argmin(), flat.argmax()])
         examples, targets = inputs[extremes], targets[extremes]
-        self.model.eval()
         try:
-            prediction = self(examples)
+            with evaluating(self.model):
+                prediction = self(examples)
         except RuntimeError as error:
             raise ValueError(
                 f"The model does not take examples of shape {tuple(examples.shape[1:])}: {error}"
             ) from error
-        finally:
-            self.model.train()
         self.loss.check(prediction, targets)
         if self._single:
             self._refuse_one(examples[:1])
@@ -1145,12 +1143,9 @@ class SupervisedModule(LightningModule):
             By tag: `loss/<part>`, `metric/<name>/<part>`.
         """
         metrics = self._new_metrics().to(self.device)
-        was_training = self.model.training
-        self.model.eval()
-        with self.averaged():
+        with evaluating(self.model), self.averaged():
             for inputs, targets in batches:
                 self._take(metrics, inputs, targets)
-        self.model.train(was_training)
         return _compute(metrics, part)
 
     @contextmanager

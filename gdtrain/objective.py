@@ -24,7 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gdtrain.dropout import Dropout, drawing
 
-__all__ = ["Objective", "Rows", "buffers_of", "own_part", "prediction_of", "untouched"]
+__all__ = [
+    "Objective",
+    "Rows",
+    "buffers_of",
+    "evaluating",
+    "own_part",
+    "prediction_of",
+    "untouched",
+]
 
 # Bytes that a pass of automatic size keeps for its backward pass.
 _CACHED = 4 * 2**20  # on CPU: what its caches hold
@@ -69,6 +77,29 @@ def buffers_of(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, a model is in evaluation mode; after it, each layer is in the mode it was in.
+
+    Args:
+        model: Any module; layers that were frozen in evaluation mode stay so.
+
+    Example:
+        >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(1).eval())
+        >>> with evaluating(model):
+        ...     pass
+        >>> [layer.training for layer in model]
+        [True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

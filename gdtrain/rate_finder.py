@@ -428,7 +428,8 @@ class _Test:
         """A model like the module's, with an optimizer of its parameters."""
         source = (self.module.model, self.module.loss, self.module._make_optimizer)
         model, loss, made = copy.deepcopy(source)  # together: an optimizer holds parameters
-        model.train()
+        if not model.training:
+            model.train()
         optimizer = (
             made
             if isinstance(made, Optimizer)

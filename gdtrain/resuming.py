@@ -295,9 +295,16 @@ def check_model(then: Mapping[str, str], model: nn.Module, path: str | Path) -> 
 
 def _listed(found: Mapping[str, tuple[str, str]], command: bool) -> str:
     return "\n".join(
-        f"  {_shown(key, command)}: {before} then, {after} now"
+        f"  {_shown(key, command)}: {before} then, {after} now{_MEANING.get(key, '')}"
         for key, (before, after) in sorted(found.items())
     )
+
+
+_MEANING = {
+    "data.examples_fingerprint": " (the examples are others)",
+    "data.preprocessing_fingerprint": " (the examples, or how they are prepared, are others)",
+    "data.split_fingerprint": " (the examples are divided otherwise: others, or other targets)",
+}
 
 
 def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:

@@ -5,6 +5,7 @@ Weights are not part of it. Nothing here runs what a file says.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import pkgutil
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -74,7 +75,9 @@ def text(value: Any) -> str | None:
     if isinstance(value, FunctionType):
         # What a function has closed over is a setting too: the decay of an average, say.
         cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        return _call(value.__qualname__, {name: _content(cell) for name, cell in cells})
+        return _call(_named(value), {name: _content(cell) for name, cell in cells})
+    if isinstance(value, BuiltinFunctionType):  # torch.tanh, say
+        return value.__qualname__
     if is_dataclass(value) or isinstance(value, StepSize):
         return _call(type(value).__name__, options(value))
     return None
@@ -83,6 +86,16 @@ def text(value: Any) -> str | None:
 def _call(name: str, arguments: Mapping[Any, Any]) -> str:
     shown = [(key, text(entry)) for key, entry in arguments.items()]
     return f"{name}({', '.join(f'{key}={entry}' for key, entry in shown if entry is not None)})"
+
+
+def _named(function: FunctionType) -> str:
+    """A function's name; one that is made in place may share it with others, and tells its code."""
+    name, code = function.__qualname__, function.__code__
+    if "<" not in name:
+        return name
+    plain = [c for c in code.co_consts if c is None or isinstance(c, bool | int | float | str)]
+    digest = hashlib.sha256(repr((code.co_code, plain, code.co_names)).encode()).hexdigest()
+    return f"{name} {digest[:8]}"
 
 
 def _content(cell: Any) -> Any:
@@ -134,8 +147,10 @@ def structure(model: nn.Module) -> dict[str, str]:
 
 
 def _call_of(module: nn.Module) -> str:
-    shown = ", ".join(f"{name}={entry}" for name, entry in options(module).items())
-    return f"{type(module).__name__}({shown})"
+    shown = [f"{name}={entry}" for name, entry in options(module).items()]
+    hooks = sum(len(getattr(module, name, ())) for name in _HOOKS)
+    shown += [f"hooks={hooks}"] if hooks else []
+    return f"{type(module).__name__}({', '.join(shown)})"
 
 
 def describe(
@@ -195,7 +210,7 @@ def _home(kind: Any) -> str | None:
         try:
             if pkgutil.resolve_name(name) is kind:
                 return name
-        except AttributeError:
+        except (AttributeError, ValueError):  # ValueError: a name such as <lambda>
             continue
     return None
 

@@ -48,6 +48,7 @@ from gdtrain.distributed import ExactDDP, alone_in
 from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.module import SupervisedModule
+from gdtrain.objective import evaluating
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.reading import load_checkpoint
 from gdtrain.resuming import check_resumes
@@ -605,13 +606,10 @@ def predict(
     parameter = next(model.parameters())
     raw = features(inputs, preprocessing.feature_names)
     x = preprocessing.inputs(raw, parameter.dtype)
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):
         decided = [
             module.loss.decide(module(part.to(parameter.device))) for part in x.split(batch_size)
         ]
-    model.train(was_training)
     return preprocessing.answers(torch.cat(decided))
 
 

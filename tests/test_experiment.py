@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from sklearn.datasets import load_iris
 
+import gdtrain
 from gdtrain import cli
 from gdtrain.configuration import conf_directory
 from gdtrain.experiment import evaluate, load_trained, predict_file, train
@@ -134,6 +135,15 @@ def test_metrics_of_a_new_labelled_file(checkpoint, table, tmp_path, monkeypatch
     own = scores[np.arange(40), new["kind"].map({"NA": 0, "None": 1, "virginica": 2})]
     expected = (np.log(np.exp(scores).sum(1)) - own).mean()
     assert values["loss/test"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_metrics_of_a_new_file_for_a_model_made_in_python(table, tmp_path):
+    numbers = table[list("abcd")]
+    result = gdtrain.fit("linear", numbers, table["kind"], variant="gd", epochs=20, progress=False)
+    table.to_csv(tmp_path / "new.csv", index=False)
+    metrics = evaluate(result.save(tmp_path / "model.pt"), input_path=tmp_path / "new.csv")
+    right = (result.predict(numbers) == table["kind"].to_numpy()).mean()
+    assert metrics["metric/accuracy/test"] == pytest.approx(right)
 
 
 @pytest.mark.parametrize(

@@ -497,3 +497,12 @@ def test_check_names_a_loss_of_ones_own_that_mixes_the_examples():
     for loss in (Broadcast(), Mean()):
         with pytest.raises(ValueError, match="one value for each example, from its own prediction"):
             loss.check(column(1.0, 2.0), torch.tensor([3.0, 5.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.int8], ids=str)
+def test_class_numbers_of_unsigned_types_are_class_numbers(dtype):
+    target = torch.tensor([0, 1, 1])
+    for loss, outputs in ((CrossEntropy(), 2), (Logistic(), 1), (SquaredHinge(), 1)):
+        assert torch.equal(loss.as_targets(target.to(dtype), outputs), target)
+    with pytest.raises(ValueError, match="integer labels 0"):
+        CrossEntropy().as_targets(torch.tensor([0, 5]).to(dtype), 2)

@@ -242,14 +242,7 @@ def test_batch_norm_with_a_loader_of_ones_own(drop_last, batch_size, refused):
     assert module.updates == (0 if refused else N // batch_size)
 
 
-class Frozen(nn.BatchNorm1d):
-    """Keeps its statistics, as in fine-tuning."""
-
-    def train(self, mode=True):
-        return super().train(False)
-
-
-@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6), Frozen(6)])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6)])
 def test_norms_that_can_be_trained_on_one_example_are(norm):
     assert train(normed(norm), batch_size=32, epochs=1).updates == 2
 
@@ -473,3 +466,44 @@ def test_a_rule_that_computes_the_rate_and_swa_lrs_exclude_each_other():
             optimizer=GD,
             step_size="auto",
         )
+
+
+# ---------------------------------------------------------------------- modes, and functions
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+def test_layers_in_evaluation_mode_stay_in_it():
+    model = normed(nn.BatchNorm1d(6))
+    model[1].eval()
+    before = [b.clone() for b in model[1].buffers()]
+    module = train(model, batch_size=32, epochs=2)  # with a last batch of one
+    assert not model[1].training
+    assert model[0].training
+    assert all(map(torch.equal, before, model[1].buffers()))
+    source = data(11)
+    source.setup()
+    module.evaluate([source.examples("train")])
+    assert [layer.training for layer in model] == [True, False, True, True]
+
+
+def test_a_model_may_come_from_a_function_made_in_place():
+    made = gdtrain.fit(
+        lambda shape, outputs: nn.Linear(shape[0], outputs), X, Y, variant="gd", epochs=2
+    )
+    assert made.summary["updates"] == 2
+
+
+def test_functions_in_a_layer_are_told_apart():
+    from gdtrain.structure import structure
+
+    class Applies(nn.Module):
+        def __init__(self, f):
+            super().__init__()
+            self.f = f
+
+    functions = [torch.tanh, torch.relu, lambda x: x, lambda x: 2 * x, F.relu, partial(F.elu, 2)]
+    told = [structure(Applies(f))[""] for f in functions]
+    assert len(set(told)) == len(functions)
+    hooked = Applies(torch.tanh)
+    hooked.register_forward_hook(lambda *_: None)
+    assert structure(hooked)[""] not in told

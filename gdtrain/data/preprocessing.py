@@ -356,7 +356,13 @@ def _moments(
     one = np.asarray(inputs[rows[0]], dtype=np.float64)
     one = one.reshape(*one.shape[:1], -1)[:, 0].reshape(-1, *(1,) * (inputs.ndim - 2))
     mean = one + total(lambda part: part - one)
-    return mean, np.sqrt(total(lambda part: (part - mean) ** 2))
+    variance = total(lambda part: (part - mean) ** 2)
+    if (variance > 1e-250).all() or not np.isfinite(variance).all():
+        return mean, np.sqrt(variance)
+    # The squares may be too small for float64: in units of the mean distance they are not.
+    unit = total(lambda part: np.abs(part - mean))
+    unit = np.where(unit > 0, unit, 1.0)
+    return mean, unit * np.sqrt(total(lambda part: ((part - mean) / unit) ** 2))
 
 
 def _check_finite(what: str, mean: NDArray[Any], scale: NDArray[Any]) -> None:

@@ -38,7 +38,7 @@ __all__ = [
 
 Task = Literal["auto", "classification", "regression"]
 
-_MOST_CLASSES = 100  # that whole numbers are taken for, unasked
+_MOST_CLASSES = 32  # that whole numbers are taken for, unasked
 _ENOUGH = 30  # examples of a class, to be taken for one
 _SHARE = 5  # or as many as a fifth of those of the most frequent class
 _SHOWN = 10  # labels in a message
@@ -95,8 +95,9 @@ def decide(values: Any, task: Task = "auto", loss: Loss | None = None) -> Decisi
 
     - text, booleans and pandas' categories are classes, fractions and decimals are numbers;
     - whole numbers, of whatever type, are classes where there are just two different ones, or
-      where they are exactly 0 … C−1 or 1 … C with C ≤ 100 and enough examples of each: at least
-      two, and thirty or a fifth as many as of the most frequent. Else they are numbers: counts;
+      where they are exactly 0 … C−1, 1 … C with C ≤ 32, or −1, 0, 1, and enough examples of each:
+      at least two, and thirty or a fifth as many as of the most frequent. Else they are numbers:
+      counts;
     - several columns are classes where they are one-hot; other columns of 0 and 1 are refused;
       all else are numbers.
 
@@ -374,7 +375,9 @@ def _looks_like_classes(y: NDArray[Any]) -> bool:
     labels, counts = np.unique(y, return_counts=True)
     if len(labels) == 2:
         return True
-    if not 2 < len(labels) <= _MOST_CLASSES or labels[0] not in (0, 1):
+    if not 2 < len(labels) <= _MOST_CLASSES:
+        return False
+    if labels[0] not in (0, 1) and labels.tolist() != [-1, 0, 1]:
         return False
     if labels[-1] - labels[0] != len(labels) - 1:
         return False

@@ -118,3 +118,14 @@ def test_numbers_beyond_float32_may_be_standardised():
     with np.errstate(over="ignore"):
         preprocessing = Preprocessing(mean=np.array([2e200]), scale=np.array([1e200]))
     assert preprocessing.inputs(x).tolist() == [[-1.0], [1.0]]
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-30, 1.0, 1e100])
+def test_columns_of_any_scale_are_standardised(scale):
+    z = np.random.default_rng(0).normal(size=(50, 2))
+    made = Preprocessing.learn(z * scale, z[:, 0] * scale, classify=False)
+    expected = (z - z.mean(0)) / z.std(0)
+    x = made.inputs(z * scale, torch.float64)
+    np.testing.assert_allclose(x, expected, rtol=1e-9, atol=1e-9)
+    y = made.targets(z[:, 0] * scale, torch.float64)
+    np.testing.assert_allclose(y, expected[:, 0], rtol=1e-9, atol=1e-9)
