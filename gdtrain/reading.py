@@ -12,6 +12,7 @@ import lzma
 import math
 import os
 import pickletools
+import re
 import stat
 import struct
 import zipfile
@@ -263,6 +264,8 @@ def _listed(path: str | Path) -> list[zipfile.ZipInfo]:
         raise ValueError(f"{printable(path)} has two files of one name.")
     for info in infos:
         parts = info.filename.split("/")
+        if info.filename != info.orig_filename:  # others read the name that stands there
+            raise ValueError(f"{printable(path)} has a file of two names.")
         if info.filename.startswith("/") or "\\" in info.filename or ".." in parts:
             raise ValueError(f"{printable(path)} has a file {printable(info.filename)!r}.")
         if info.flag_bits & 1:
@@ -398,6 +401,11 @@ _ITEM_BYTES = {
     "ComplexFloatStorage": 8,
     "ComplexDoubleStorage": 16,
 }
+# What torch.save puts into its archive. torch.load takes no heed of upper case, and Python does.
+_PARTS = re.compile(
+    r"[^/]+/(data\.pkl|data/[0-9]+|version|byteorder|\.data/serialization_id|\.format_version"
+    r"|\.storage_alignment)"
+)
 _DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "complex64", "complex128"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
@@ -432,6 +440,9 @@ def check_checkpoint(path: str | Path) -> None:
     folders = {info.filename.partition("/")[0] for info in infos}
     if not starts or len(folders) > 1:
         raise ValueError("it is no archive of torch.save")
+    for info in infos:
+        if not _PARTS.fullmatch(info.filename):
+            raise ValueError(f"torch.save writes no part {printable(info.filename)!r}")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise ValueError("it is compressed, which torch.save does not do")
     if sum(info.file_size for info in infos) > size:

@@ -496,7 +496,31 @@ def _outside(path):
     return _rewritten(path, lambda name, old: [(name, old), ("../canary/" + name, old)])
 
 
+def _cased(path):
+    """torch.load takes the first of parts that differ in upper case alone."""
+    evil = pickle.dumps({"state_dict": {}, "gdtrain": _Calls(bytearray, 10**9)}, 2)
+
+    def change(name, old):
+        other = [(name.replace("data.pkl", "DATA.PKL"), evil)] if name.endswith("data.pkl") else []
+        return [*other, (name, old)]
+
+    return _rewritten(path, change)
+
+
+def _renamed(path):
+    """A part whose name ends at a zero for Python, and goes on for others."""
+
+    def change(name, old):
+        info = zipfile.ZipInfo(name)
+        info.filename = name + "\0x" * name.endswith("/version")
+        return [(info, old)]
+
+    return _rewritten(path, change)
+
+
 CHECKPOINTS = {
+    "a part in upper case": _cased,
+    "a part of two names": _renamed,
     "a call in the pickle": _calling(os.mkdir, "canary"),
     "eval in the pickle": _calling(eval, "open('canary', 'w')"),
     "a long text in the pickle": _calling(bytearray, 10**9),
