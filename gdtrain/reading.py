@@ -48,6 +48,7 @@ _ANYWAY = 64 * _MEGABYTE  # bytes that it may be unpacked to in any case
 _XZ_MEMORY = 128 * _MEGABYTE
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _SHARED = 16  # times: how much larger than its file the tensors of a checkpoint may be, if shared
+_REPEATED = 4  # times: how many more values than bytes a checkpoint may have, where they are shared
 _NUMBERS_HEADER = 10_000  # characters of what stands before an array
 
 
@@ -488,6 +489,7 @@ class _Pickle:
         try:
             for opcode, argument, _ in pickletools.genops(content):
                 self._step(opcode.name, argument)
+            _check_tree(self._stack[-1], 10**6 + _REPEATED * len(content))
         except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"it is damaged ({type(error).__name__})") from None
 
@@ -596,6 +598,20 @@ class _Pickle:
         return _Opaque()
 
 
+def _check_tree(root: Any, most: int) -> None:
+    """Raise on containers that hold themselves, or each other so often that they have no end."""
+    left, count = [(root, 0)], 0
+    while left:
+        node, depth = left.pop()
+        count += 1
+        if count > most or depth > _DEPTH:
+            raise ValueError("it has containers that hold themselves or each other without end")
+        if isinstance(node, dict | list | tuple | set):
+            left.extend((x, depth + 1) for x in (node.values() if type(node) is dict else node))
+            if len(left) > most:
+                count = most
+
+
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 _CALLED = (
@@ -646,7 +662,43 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     parts = {"state_dict", "gdtrain"}
     if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
         raise ValueError(f"{path} is no checkpoint of gdtrain.")
+    _check_kinds(state, path)
     return state
+
+
+_WORDS_BY_KEY = ("state_dict", "callbacks", "loops", "gdtrain", "gdtrain.settings")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(_WORDS_BY_KEY, dict),
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    **dict.fromkeys(("gdtrain.updates", "gdtrain.examples_seen"), int),
+    "gdtrain.updates_per_epoch": int,
+    "gdtrain.planned": int | None,
+    "gdtrain.rate_cut": int | float,
+    "gdtrain.random_state": dict | None,
+    **dict.fromkeys(("gdtrain.race", "gdtrain.stop", "gdtrain.schedule"), dict | None),
+    "gdtrain.description": dict | None,
+}
+
+
+def _check_kinds(state: Mapping[str, Any], path: str | Path) -> None:
+    """Raise, with its name, on a part of a checkpoint that is of another kind than is written."""
+    for name, kind in _KINDS.items():
+        place, _, key = name.rpartition(".")
+        part = state[place] if place else state
+        if key not in part:
+            continue
+        found = part[key]
+        right = isinstance(found, kind)
+        if right and name in _WORDS_BY_KEY:
+            right = all(isinstance(word, str) for word in found)
+        if right and name == "gdtrain.settings":
+            right = all(isinstance(word, str) for word in found.values())
+        if not right:
+            raise ValueError(
+                f"{path} cannot be used: it is damaged, its {name} is of another kind than "
+                f"training writes. Use another checkpoint of the run, best.ckpt or last.ckpt."
+            )
 
 
 def _allowed(name: str) -> _Name:

@@ -574,6 +574,34 @@ def test_every_entrance_checks(attempt, entrance, run):
         entrance(path)
 
 
+def _itself():
+    value = []
+    value.append(value)
+    return value
+
+
+_SHARED_LISTS = functools.reduce(lambda inner, _: [inner, inner], range(30), ["x"])
+PARTS = {
+    "a number as a name": ("state_dict", 3, torch.zeros(3, 4), "state_dict"),
+    "a list as a setting": ("gdtrain", "settings", {"model": ["x"]}, r"gdtrain\.settings"),
+    "a list as updates": ("gdtrain", "updates", [1], r"gdtrain\.updates"),
+    "a number as a race": ("gdtrain", "race", 3, r"gdtrain\.race"),
+    "numbers as optimizers": (None, "optimizer_states", 3, "optimizer_states"),
+    "lists in each other": ("gdtrain", "settings", {"model": _SHARED_LISTS}, "without end"),
+    "a list in itself": ("callbacks", "Divergence", _itself(), "without end"),
+}
+
+
+@pytest.mark.parametrize("attempt", PARTS)
+def test_a_part_of_another_kind_is_named(attempt, state):
+    place, key, value, said = PARTS[attempt]
+    changed = {k: dict(v) if isinstance(v, dict) else v for k, v in state.items()}
+    (changed[place] if place else changed)[key] = value
+    with pytest.raises(ValueError, match=said) as caught:
+        load_checkpoint(_save(changed))
+    assert "hostile.ckpt" in str(caught.value)
+
+
 def test_a_checkpoint_names_only_ordinary_files(run, state):
     os.mkfifo("pipe.csv")
     state = copy.deepcopy(state)
