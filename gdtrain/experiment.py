@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from gdtrain.builder import build_data, build_loss, build_model, check_description
+from gdtrain.builder import build_data, build_loss, build_model, check_description, check_outputs
 from gdtrain.configuration import (
     ConfigurationError,
     check,
@@ -681,6 +681,7 @@ def load_trained(
     check_fits(weights, module, path)
     module.load_state_dict(weights)
     module.description = {**description}
+    module.from_file = model is None and not trust
     module.noted_settings = dict(state["gdtrain"].get("settings", {}))
     module.updates = state["gdtrain"].get("updates", 0)
     module.examples_seen = state["gdtrain"].get("examples_seen", 0)
@@ -861,6 +862,8 @@ def evaluate(
             raise ValueError("target=… and header=… are of a new file: input=… must name it.")
         loader = _test_loader(trained, path, overrides)
     trained.module.use_target_scale(trained.preprocessing.target_scale)
+    if trained.module.from_file:
+        check_outputs(trained.module.model, next(iter(loader))[0][:1])
     return trained.module.evaluate(loader, "test")
 
 
@@ -1147,6 +1150,8 @@ def _training_objective(
     inputs, targets = (
         t.to("cpu", dtype if t.is_floating_point() else None) for t in objective_examples(data)
     )
+    if module.from_file:
+        check_outputs(module.model, inputs[:1])
     return Objective(module.model, module.loss, inputs, targets), data.num_train
 
 

@@ -33,6 +33,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 
+from gdtrain.builder import check_outputs
 from gdtrain.callbacks import (
     BestAndLast,
     Convergence,
@@ -610,6 +611,8 @@ def predict(
     x = preprocessing.inputs(raw, parameter.dtype)
     was_training = model.training
     model.eval()
+    if module.from_file and len(x):
+        check_outputs(model, next(iter(x.split(1))))
     with torch.no_grad():
         decided = [
             module.loss.decide(module(part.to(parameter.device))) for part in x.split(batch_size)

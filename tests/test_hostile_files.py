@@ -574,6 +574,37 @@ def test_every_entrance_checks(attempt, entrance, run):
         entrance(path)
 
 
+def _layer(name, **options):
+    return {"_target_": f"torch.nn.{name}", **options}
+
+
+GROWING = {
+    "size": _layer("Upsample", size=[6000, 6000]),
+    "factor": _layer("Upsample", scale_factor=20_000.0),
+    "padding": _layer("ZeroPad2d", padding=[30_000] * 4),
+}
+
+
+@pytest.mark.parametrize("entrance", [evaluate, predict, landscape])
+@pytest.mark.parametrize("growing", GROWING)
+def test_a_layer_that_makes_much_of_an_example_is_not_run(growing, entrance, state):
+    layers = [
+        _layer("Unflatten", dim=1, unflattened_size=[1, 2, 2]),
+        GROWING[growing],
+        _layer("AdaptiveAvgPool2d", output_size=1),
+        _layer("Flatten"),
+        _layer("Linear", in_features=1, out_features=3),
+    ]
+    children = {str(i): layer for i, layer in enumerate(layers)}
+    changed = _put(state, "model", _layer("Sequential", children=children))
+    changed["state_dict"] = {
+        "model.4.weight": torch.zeros(3, 1),
+        "model.4.bias": torch.zeros(3),
+    }
+    with pytest.raises(ValueError, match="one of its layers makes more than"):
+        entrance(_save(changed))
+
+
 def _itself():
     value = []
     value.append(value)
