@@ -49,6 +49,7 @@ _XZ_MEMORY = 128 * _MEGABYTE
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _SHARED = 16  # times: how much larger than its file the tensors of a checkpoint may be, if shared
 _REPEATED = 4  # times: how many more values than bytes a checkpoint may have, where they are shared
+_COLONS = 100  # in a value in YAML
 _NUMBERS_HEADER = 10_000  # characters of what stands before an array
 
 
@@ -119,6 +120,11 @@ def read_yaml(path: str | Path) -> Any:
     depth = 0
     try:
         for event in yaml.parse(text, Loader=loader):
+            plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
+            if plain and event.value.count(":") > _COLONS:
+                raise ValueError(  # 1:30 is 90 to YAML, and takes the square of the parts
+                    f"{printable(path)} has a value with more than {_COLONS} colons."
+                )
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{printable(path)} has an alias (*{printable(event.anchor)}).")
             if isinstance(event, yaml.CollectionStartEvent):

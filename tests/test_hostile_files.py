@@ -469,7 +469,7 @@ def _drawn(state):
     state["SyntheticDataModule"] = state["EmbeddedDataModule"]
     state["gdtrain"]["description"]["data"] = {
         "_target_": "gdtrain.data.SyntheticDataModule",
-        "num_examples": 10**8,
+        "num_examples": 3 * 10**6,
         "num_features": 4,
     }
 
@@ -564,6 +564,23 @@ def test_a_checkpoint_is_checked_before_it_is_read(attempt, run):
 def _resume(path):
     Path("best.ckpt").write_bytes(path.read_bytes())
     BestAndLast("checkpoints").take_over(Path(path))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.tensor(float("nan")), "not finite"),
+        (torch.tensor(float("inf")), "not finite"),
+        (torch.tensor(1), "floating point"),
+        (torch.tensor(1j), "real numbers"),
+    ],
+)
+def test_weights_that_cannot_answer_are_refused(value, said, state):
+    changed = copy.deepcopy(state)
+    weights = changed["state_dict"]
+    weights[_first(changed)] = value.repeat(weights[_first(changed)].shape)
+    with pytest.raises(ValueError, match=rf"hostile\.ckpt cannot be used.*{said}"):
+        load(_save(changed))
 
 
 @pytest.mark.parametrize("entrance", [load_checkpoint, _resume, landscape, predict])
@@ -849,6 +866,7 @@ FOLDERS = {
     "steps in YAML": _text("config.yaml", "".join(" " * i + "a:\n" for i in range(1500))),
     "long YAML": _text("config.yaml", "a: " + "x" * 10**7),
     "a number of 10⁵ digits": _text("config.yaml", "a: 0x" + "f" * 10**5),
+    "a number of base 60": _text("config.yaml", "a: 1" + ":1" * 10**5),
     "a list of settings": _text("config.yaml", "[1, 2]"),
     "brackets in JSON": _text("summary.json", "[" * 10**5),
     "steps in JSON": _text("summary.json", '{"a":' * 900 + "1" + "}" * 900),
