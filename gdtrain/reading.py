@@ -90,7 +90,10 @@ def _text(path: str | Path) -> str:
             f"{printable(path)} is too large: expected at most {_TEXT_BYTES:,} bytes. Received: "
             f"{size:,}."
         )
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{printable(path)} is no text in UTF-8.") from None
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -120,8 +123,8 @@ def read_yaml(path: str | Path) -> Any:
     depth = 0
     try:
         for event in yaml.parse(text, Loader=loader):
-            plain = isinstance(event, yaml.ScalarEvent) and event.implicit[0]
-            if plain and event.value.count(":") > _COLONS:
+            value = event.value if isinstance(event, yaml.ScalarEvent) and event.implicit[0] else ""
+            if value.count(":") > _COLONS:
                 raise ValueError(  # 1:30 is 90 to YAML, and takes the square of the parts
                     f"{printable(path)} has a value with more than {_COLONS} colons."
                 )
@@ -132,9 +135,12 @@ def read_yaml(path: str | Path) -> Any:
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             _check_depth(depth, path)
-        return yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, TypeError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{printable(path)} is no YAML: {type(error).__name__}.") from None
+    try:
+        return yaml.load(text, Loader=loader)
+    except (ValueError, yaml.YAMLError, TypeError, OverflowError, RecursionError):
+        raise ValueError(f"{printable(path)} has a value that is none in YAML.") from None
 
 
 def read_json(path: str | Path) -> Any:
@@ -158,10 +164,15 @@ def read_json(path: str | Path) -> Any:
         ...     read_json(path)
         {'updates': 3}
     """
+    text = _text(path)
     try:
-        found = json.loads(_text(path))
+        found = json.loads(text)
     except RecursionError:
         raise ValueError(f"{printable(path)} has too many containers in each other.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{printable(path)} is no JSON, from line {error.lineno} on.") from None
+    except ValueError:
+        raise ValueError(f"{printable(path)} has a number with too many digits.") from None
     left = [(found, 0)]
     while left:
         node, depth = left.pop()
@@ -200,10 +211,17 @@ def lines(path: str | Path) -> Iterator[str]:
     """
     _size(path)
     with open(path, encoding="utf-8", newline="") as file:
-        while line := file.readline(_LINE + 1):
+        while line := _line(file, path):
             if len(line) > _LINE:
                 raise ValueError(f"{printable(path)} has a line of more than {_LINE:,} characters.")
             yield line
+
+
+def _line(file: Any, path: str | Path) -> str:
+    try:
+        return str(file.readline(_LINE + 1))
+    except UnicodeDecodeError:
+        raise ValueError(f"{printable(path)} is no text in UTF-8.") from None
 
 
 # ---------------------------------------------------------------------- packed files

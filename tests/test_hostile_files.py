@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import socket
@@ -866,6 +867,12 @@ FOLDERS = {
     "steps in YAML": _text("config.yaml", "".join(" " * i + "a:\n" for i in range(1500))),
     "long YAML": _text("config.yaml", "a: " + "x" * 10**7),
     "a number of 10⁵ digits": _text("config.yaml", "a: 0x" + "f" * 10**5),
+    "no settings": lambda folder: (folder / "config.yaml").unlink(),
+    "10⁵ digits in JSON": _text("summary.json", '{"updates": ' + "1" * 10**5 + "}"),
+    "JSON that ends": _text("summary.json", '{"updates": '),
+    "bytes in JSON": lambda folder: (folder / "summary.json").write_bytes(b"\xff\x00" * 100),
+    "a month 13": _text("config.yaml", "a: 2024-13-01"),
+    "a text as a loss": _text("metrics.csv", _HEAD + "1,10,1,abc\n"),
     "a number of base 60": _text("config.yaml", "a: 1" + ":1" * 10**5),
     "a list of settings": _text("config.yaml", "[1, 2]"),
     "brackets in JSON": _text("summary.json", "[" * 10**5),
@@ -917,7 +924,23 @@ def test_a_bad_run_is_left_out_by_its_name(attempt, runs):
     assert "runs/hostile" in reason
     assert len(reason) < 1000
     assert reason.isprintable()
+    assert not re.search(r"Errno|sys\.|codec|column 1|char |could not|limit|literal", reason)
     assert len(comparison.compare(found).usable) == 2
+
+
+def test_bad_runs_are_named_where_too_few_are_left(runs, monkeypatch, capsys):
+    from gdtrain import cli
+
+    (runs / "hostile" / "summary.json").write_text("{")
+    (runs / "b" / "config.yaml").unlink()
+    monkeypatch.setattr(sys, "argv", ["compare", f"runs={runs}", "output=report"])
+    with pytest.raises(SystemExit) as ended:
+        cli.compare_main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "needs two contenders" in said
+    assert "b holds no finished run: it has no config.yaml" in said
+    assert "hostile cannot be read" in said
 
 
 def test_names_of_a_run_are_shown_as_text(runs):
