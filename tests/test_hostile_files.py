@@ -799,6 +799,28 @@ def test_arrays_are_checked_before_they_are_read(attempt, tmp_path):
         assert "format.npy" not in str(caught.value)  # it is another part that is bad
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1 99999999999999999999:1",
+        "1 3000000000:1",
+        "1 1:x",
+        "1 -3:1",
+        "1 1:1 1:2",
+        "1 2:1 1:2",
+        "1 two:1",
+        "1 3",
+        "hello world",
+    ],
+)
+def test_a_bad_line_of_a_sparse_table_is_named(line):
+    Path("hostile.svm").write_text(f"1 1:1 # fine\n{line}\n0 1:2\n")
+    for entrance in (_train, read_features):
+        with pytest.raises(ValueError, match="line 2: ") as caught:
+            entrance("hostile.svm")
+        assert str(caught.value).startswith("hostile.svm could not be read as LIBSVM: expected")
+
+
 @pytest.mark.parametrize("kind", ["csr", "csc", "bsr", "coo", "dia", "lil"])
 def test_a_matrix_in_memory_is_checked(kind):
     whole = sparse.eye_array(6, format=kind)
