@@ -24,7 +24,14 @@ from torch.utils.data import Dataset
 from gdtrain.data.module import DataModule
 from gdtrain.losses import Loss
 
-__all__ = ["build_data", "build_loss", "build_model", "check_description", "check_plain"]
+__all__ = [
+    "build_data",
+    "build_loss",
+    "build_model",
+    "check_description",
+    "check_outputs",
+    "check_plain",
+]
 
 _DEPTH = 16  # of containers in containers
 _VALUES = 100_000  # in a description
@@ -469,6 +476,62 @@ class _Bounded(TorchDispatchMode):
                 "The model is larger than its weights: building it as the description says needs "
                 "more tensors, or larger ones, than the checkpoint has."
             )
+
+
+def check_outputs(model: nn.Module, example: Tensor) -> None:
+    """Raise where a layer of a model makes very much more of an example than is there.
+
+    It runs without memory, on torch's "meta" device.
+
+    Args:
+        model: From a file, with its weights.
+        example: Such as it will take, (1, …).
+
+    Raises:
+        ValueError: A layer gives more than 2²⁰ numbers, 64 for each of the model's and 4096 for
+            each of the example's; or the model takes no such examples.
+
+    Example:
+        >>> check_outputs(nn.Upsample(10**5), torch.zeros(1, 1, 4))
+        >>> check_outputs(nn.Upsample(10**9), torch.zeros(1, 1, 4))
+        Traceback (most recent call last):
+        ...
+        ValueError: The model cannot be used: one of its layers makes more than 1,048,576 numbers...
+    """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    most = max(2**20, 64 * _numbers(state), 4096 * example.numel())
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    try:
+        with torch.no_grad(), torch.device("meta"), _SmallOutputs(most):
+            torch.func.functional_call(model, empty, (example.to("meta"),))
+    except _ExcessError as error:
+        raise ValueError(str(error)) from None
+    except Exception as error:
+        words = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"The model cannot be used: it does not take examples of shape "
+            f"{tuple(example.shape[1:])} ({words})."
+        ) from error
+
+
+class _SmallOutputs(TorchDispatchMode):
+    """Ends a pass through a model in which a tensor has more numbers than it may."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, list | tuple) else (made,):
+            if not isinstance(tensor, Tensor) or not tensor.is_meta:
+                continue
+            if tensor.untyped_storage().nbytes() > self._most * tensor.itemsize:
+                raise _ExcessError(
+                    f"The model cannot be used: one of its layers makes more than {self._most:,} "
+                    f"numbers of one example, which its weights do not explain."
+                )
+        return made
 
 
 def _numbers(weights: Mapping[str, Tensor]) -> int:

@@ -189,7 +189,7 @@ def read_run(folder: str | Path) -> Run:
         summary = read_json(path / "summary.json")
         config = read_yaml(path / "config.yaml")
         settings = dict(_flat(config))
-        json.dumps(settings, default=str)  # numbers that have no text
+        _check_digits(settings)
         _check_summary(summary)
     except FileNotFoundError as error:
         name = Path(error.filename).name
@@ -197,11 +197,34 @@ def read_run(folder: str | Path) -> Run:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{shown} cannot be read: its config.yaml or summary.json is damaged "
-            f"({printable(error)})."
+            f"({_reason(error)})."
         ) from None
     train, val = _curves(path)
     train = _smooth(train, int(summary["data"]["train"]))
     return Run(path, settings, summary, train, val)
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be read, in words of our own."""
+    if isinstance(error, OSError):
+        return printable(error.strerror or "it cannot be opened")
+    if isinstance(error, csv.Error):
+        return "a field is too long, or it is no table"
+    return printable(error) if type(error) is ValueError else "a part is of another kind"
+
+
+def _check_digits(settings: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(settings, default=str)
+    except ValueError:  # of numbers that have no text
+        raise ValueError("a number in config.yaml has too many digits") from None
+
+
+def _number(text: str, kind: type = float) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"expected a number, received {text[:40]!r}") from None
 
 
 def _check_summary(summary: Any) -> None:
@@ -265,17 +288,17 @@ def _curves(path: Path) -> tuple[Curve, Curve]:
                 raise ValueError("a row is longer than the header")
             for tag in losses:
                 if tag in columns and row[columns[tag]]:
-                    values = [float(row[columns[name]]) for name in (*places, tag)]
+                    values = [_number(row[columns[name]]) for name in (*places, tag)]
                     if not all(0 <= value <= _LARGEST for value in values[:3]) or 0 in values[:2]:
                         raise ValueError("a row has no place on the clocks")
-                    found[tag][int(row[columns["step"]])] = values
+                    found[tag][_number(row[columns["step"]], int)] = values
     except FileNotFoundError:
         raise ValueError(
             f"{shown} has no metrics.csv: its curve was not kept. Train with logger=csv or "
             f"logger=tensorboard."
         ) from None
     except (OSError, ValueError, TypeError, OverflowError, csv.Error) as error:
-        raise ValueError(f"{shown}/metrics.csv is damaged ({printable(error)}).") from None
+        raise ValueError(f"{shown}/metrics.csv is damaged ({_reason(error)}).") from None
     if missing:
         raise ValueError(f"{shown}/metrics.csv has no column {missing[0]}.")
     return _curve(found["loss/train"]), _curve(found["loss/val"])
@@ -337,7 +360,8 @@ def find_runs(pattern: str | Path) -> tuple[list[Run], list[str]]:
     roots = sorted(Path(name) for name in named if Path(name).is_dir())
     if not roots:
         raise ValueError(f"There is no folder {pattern}.")
-    folders = sorted({file.parent for root in roots for file in root.rglob("config.yaml")})
+    parts = ("config.yaml", "summary.json")
+    folders = sorted({f.parent for root in roots for name in parts for f in root.rglob(name)})
     runs, left_out = [], []
     for folder in folders:
         try:

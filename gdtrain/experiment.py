@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
-from gdtrain.builder import build_data, build_loss, build_model, check_description
+from gdtrain.builder import build_data, build_loss, build_model, check_description, check_outputs
 from gdtrain.configuration import (
     ConfigurationError,
     check,
@@ -81,7 +81,8 @@ __all__ = [
 
 _log = logging.getLogger("gdtrain")
 
-_LARGEST = 2**27  # numbers in an example, or in data that are drawn, which a checkpoint may ask for
+_LARGEST = 2**27  # numbers in an example which a checkpoint may ask for
+_MOST_DRAWN = 2**23  # and in data that are drawn
 
 
 def train(config: DictConfig, directory: str | Path) -> Result:
@@ -679,13 +680,34 @@ def load_trained(
     if model is not None:
         check_model(state["gdtrain"].get("settings", {}), module.model, path)
     check_fits(weights, module, path)
+    _check_weights(weights, module, path)
     module.load_state_dict(weights)
     module.description = {**description}
+    module.from_file = model is None and not trust
     module.noted_settings = dict(state["gdtrain"].get("settings", {}))
     module.updates = state["gdtrain"].get("updates", 0)
     module.examples_seen = state["gdtrain"].get("examples_seen", 0)
     module.eval()
     return Trained(module, preprocessing, state, trust, data)
+
+
+def _check_weights(weights: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
+    """Raise where a parameter is not of finite floating-point numbers, as those that answer are.
+
+    A buffer may hold infinite ones, such as a mask of -inf.
+    """
+    for name, own in module.named_parameters():
+        found = weights[name]
+        if own.is_floating_point() and not found.is_floating_point():
+            raise ValueError(
+                f"{path} cannot be used: expected {name} in floating point. Received: "
+                f"{found.dtype}."
+            )
+        if not torch.isfinite(found).all():
+            raise ValueError(
+                f"{path} cannot be used: its weights are not finite numbers, in {name}. Use a "
+                f"checkpoint from before the run diverged, such as best.ckpt."
+            )
 
 
 def _check_given(found: Any, part: str, given: Any, path: str | Path) -> None:
@@ -707,6 +729,10 @@ def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, value in weights.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"its weights must be tensors. Received: {name!r:.80}.")
+        if value.is_complex():
+            raise ValueError(
+                f"its weights must be real numbers. Received: {printable(name)} of {value.dtype}."
+            )
     return weights
 
 
@@ -778,7 +804,7 @@ def _same_data(
     own = dict(overrides or {})
     named = _merged(described, own)
     size = _numbers(named.get("num_examples")) * _numbers(named.get("num_features"))
-    if size > _LARGEST and not {"num_examples", "num_features"} & own.keys():
+    if size > _MOST_DRAWN and not {"num_examples", "num_features"} & own.keys():
         raise ValueError(
             f"{path} asks for {size:,} numbers to be drawn as its data. If that is meant, say so: "
             f"data.num_examples={named['num_examples']}."
@@ -861,6 +887,8 @@ def evaluate(
             raise ValueError("target=… and header=… are of a new file: input=… must name it.")
         loader = _test_loader(trained, path, overrides)
     trained.module.use_target_scale(trained.preprocessing.target_scale)
+    if trained.module.from_file:
+        check_outputs(trained.module.model, next(iter(loader))[0][:1])
     return trained.module.evaluate(loader, "test")
 
 
@@ -1147,6 +1175,8 @@ def _training_objective(
     inputs, targets = (
         t.to("cpu", dtype if t.is_floating_point() else None) for t in objective_examples(data)
     )
+    if module.from_file:
+        check_outputs(module.model, inputs[:1])
     return Objective(module.model, module.loss, inputs, targets), data.num_train
 
 

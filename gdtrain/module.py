@@ -216,6 +216,7 @@ class SupervisedModule(LightningModule):
         self.validated_at = -1
         self.description: dict[str, Any] | None = None
         self.noted_settings: dict[str, str] = {}
+        self.from_file = False  # its model was built as a file says, which may be anybody's
         self.examples_seen = 0
         self.updates = 0
         self.total_updates: int | None = None

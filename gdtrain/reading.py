@@ -12,6 +12,7 @@ import lzma
 import math
 import os
 import pickletools
+import re
 import stat
 import struct
 import zipfile
@@ -47,6 +48,8 @@ _ANYWAY = 64 * _MEGABYTE  # bytes that it may be unpacked to in any case
 _XZ_MEMORY = 128 * _MEGABYTE
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _SHARED = 16  # times: how much larger than its file the tensors of a checkpoint may be, if shared
+_REPEATED = 4  # times: how many more values than bytes a checkpoint may have, where they are shared
+_COLONS = 100  # in a value in YAML
 _NUMBERS_HEADER = 10_000  # characters of what stands before an array
 
 
@@ -87,7 +90,10 @@ def _text(path: str | Path) -> str:
             f"{printable(path)} is too large: expected at most {_TEXT_BYTES:,} bytes. Received: "
             f"{size:,}."
         )
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{printable(path)} is no text in UTF-8.") from None
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -117,6 +123,11 @@ def read_yaml(path: str | Path) -> Any:
     depth = 0
     try:
         for event in yaml.parse(text, Loader=loader):
+            value = event.value if isinstance(event, yaml.ScalarEvent) and event.implicit[0] else ""
+            if value.count(":") > _COLONS:
+                raise ValueError(  # 1:30 is 90 to YAML, and takes the square of the parts
+                    f"{printable(path)} has a value with more than {_COLONS} colons."
+                )
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError(f"{printable(path)} has an alias (*{printable(event.anchor)}).")
             if isinstance(event, yaml.CollectionStartEvent):
@@ -124,9 +135,12 @@ def read_yaml(path: str | Path) -> Any:
             elif isinstance(event, yaml.CollectionEndEvent):
                 depth -= 1
             _check_depth(depth, path)
-        return yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, TypeError, OverflowError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{printable(path)} is no YAML: {type(error).__name__}.") from None
+    try:
+        return yaml.load(text, Loader=loader)
+    except (ValueError, yaml.YAMLError, TypeError, OverflowError, RecursionError):
+        raise ValueError(f"{printable(path)} has a value that is none in YAML.") from None
 
 
 def read_json(path: str | Path) -> Any:
@@ -150,10 +164,15 @@ def read_json(path: str | Path) -> Any:
         ...     read_json(path)
         {'updates': 3}
     """
+    text = _text(path)
     try:
-        found = json.loads(_text(path))
+        found = json.loads(text)
     except RecursionError:
         raise ValueError(f"{printable(path)} has too many containers in each other.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{printable(path)} is no JSON, from line {error.lineno} on.") from None
+    except ValueError:
+        raise ValueError(f"{printable(path)} has a number with too many digits.") from None
     left = [(found, 0)]
     while left:
         node, depth = left.pop()
@@ -192,10 +211,17 @@ def lines(path: str | Path) -> Iterator[str]:
     """
     _size(path)
     with open(path, encoding="utf-8", newline="") as file:
-        while line := file.readline(_LINE + 1):
+        while line := _line(file, path):
             if len(line) > _LINE:
                 raise ValueError(f"{printable(path)} has a line of more than {_LINE:,} characters.")
             yield line
+
+
+def _line(file: Any, path: str | Path) -> str:
+    try:
+        return str(file.readline(_LINE + 1))
+    except UnicodeDecodeError:
+        raise ValueError(f"{printable(path)} is no text in UTF-8.") from None
 
 
 # ---------------------------------------------------------------------- packed files
@@ -263,6 +289,8 @@ def _listed(path: str | Path) -> list[zipfile.ZipInfo]:
         raise ValueError(f"{printable(path)} has two files of one name.")
     for info in infos:
         parts = info.filename.split("/")
+        if info.filename != info.orig_filename:  # others read the name that stands there
+            raise ValueError(f"{printable(path)} has a file of two names.")
         if info.filename.startswith("/") or "\\" in info.filename or ".." in parts:
             raise ValueError(f"{printable(path)} has a file {printable(info.filename)!r}.")
         if info.flag_bits & 1:
@@ -398,6 +426,11 @@ _ITEM_BYTES = {
     "ComplexFloatStorage": 8,
     "ComplexDoubleStorage": 16,
 }
+# What torch.save puts into its archive. torch.load takes no heed of upper case, and Python does.
+_PARTS = re.compile(
+    r"[^/]+/(data\.pkl|data/[0-9]+|version|byteorder|\.data/serialization_id|\.format_version"
+    r"|\.storage_alignment)"
+)
 _DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "complex64", "complex128"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
@@ -432,6 +465,9 @@ def check_checkpoint(path: str | Path) -> None:
     folders = {info.filename.partition("/")[0] for info in infos}
     if not starts or len(folders) > 1:
         raise ValueError("it is no archive of torch.save")
+    for info in infos:
+        if not _PARTS.fullmatch(info.filename):
+            raise ValueError(f"torch.save writes no part {printable(info.filename)!r}")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise ValueError("it is compressed, which torch.save does not do")
     if sum(info.file_size for info in infos) > size:
@@ -477,6 +513,7 @@ class _Pickle:
         try:
             for opcode, argument, _ in pickletools.genops(content):
                 self._step(opcode.name, argument)
+            _check_tree(self._stack[-1], 10**6 + _REPEATED * len(content))
         except (IndexError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"it is damaged ({type(error).__name__})") from None
 
@@ -585,6 +622,20 @@ class _Pickle:
         return _Opaque()
 
 
+def _check_tree(root: Any, most: int) -> None:
+    """Raise on containers that hold themselves, or each other so often that they have no end."""
+    left, count = [(root, 0)], 0
+    while left:
+        node, depth = left.pop()
+        count += 1
+        if count > most or depth > _DEPTH:
+            raise ValueError("it has containers that hold themselves or each other without end")
+        if isinstance(node, dict | list | tuple | set):
+            left.extend((x, depth + 1) for x in (node.values() if type(node) is dict else node))
+            if len(left) > most:
+                count = most
+
+
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 _CALLED = (
@@ -635,7 +686,43 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     parts = {"state_dict", "gdtrain"}
     if not isinstance(state, dict) or not all(isinstance(state.get(p), dict) for p in parts):
         raise ValueError(f"{path} is no checkpoint of gdtrain.")
+    _check_kinds(state, path)
     return state
+
+
+_WORDS_BY_KEY = ("state_dict", "callbacks", "loops", "gdtrain", "gdtrain.settings")
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(_WORDS_BY_KEY, dict),
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    **dict.fromkeys(("gdtrain.updates", "gdtrain.examples_seen"), int),
+    "gdtrain.updates_per_epoch": int,
+    "gdtrain.planned": int | None,
+    "gdtrain.rate_cut": int | float,
+    "gdtrain.random_state": dict | None,
+    **dict.fromkeys(("gdtrain.race", "gdtrain.stop", "gdtrain.schedule"), dict | None),
+    "gdtrain.description": dict | None,
+}
+
+
+def _check_kinds(state: Mapping[str, Any], path: str | Path) -> None:
+    """Raise, with its name, on a part of a checkpoint that is of another kind than is written."""
+    for name, kind in _KINDS.items():
+        place, _, key = name.rpartition(".")
+        part = state[place] if place else state
+        if key not in part:
+            continue
+        found = part[key]
+        right = isinstance(found, kind)
+        if right and name in _WORDS_BY_KEY:
+            right = all(isinstance(word, str) for word in found)
+        if right and name == "gdtrain.settings":
+            right = all(isinstance(word, str) for word in found.values())
+        if not right:
+            raise ValueError(
+                f"{path} cannot be used: it is damaged, its {name} is of another kind than "
+                f"training writes. Use another checkpoint of the run, best.ckpt or last.ckpt."
+            )
 
 
 def _allowed(name: str) -> _Name:

@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from gdtrain.reading import printable
 from gdtrain.structure import options, structure, text
 
 __all__ = ["check_model", "check_resumes", "model_settings", "planned_updates", "settings"]
@@ -43,6 +44,7 @@ _DECISIVE = (
 _STATE = {"params", "param_names", "lr", "initial_lr", "scheduled_lr"}
 _STATE |= {"step_size", "gathered", "overflow"}
 _PLAN = ("trainer.max_epochs", "trainer.max_steps")
+_NEEDED = ("settings", "updates", "examples_seen", "random_state", "micro_batch_size", "engine")
 _TRUE = {"64-true": "float64", "bf16-true": "bfloat16"}
 _FLOATING = r"\b(float64|float32|float16|bfloat16)\b"
 _POINTS = 4096  # at which two schedules are compared
@@ -236,6 +238,12 @@ def check_resumes(
     own = state["gdtrain"]
     if not {"optimizer_states", "loops"} <= state.keys():
         raise ValueError(f"{path} holds weights only: it can be evaluated, but not resumed.")
+    missing = [name for name in _NEEDED if name not in own]
+    if missing:
+        raise ValueError(
+            f"{path} cannot be resumed from: it is damaged, gdtrain.{missing[0]} is missing. Use "
+            f"another checkpoint of the run, best.ckpt or last.ckpt."
+        )
     then, now = dict(own["settings"]), settings(module, trainer, data)
     if then.get("trainer.precision") != now["trainer.precision"]:  # the types follow from it
         then, now = (
@@ -295,7 +303,8 @@ def check_model(then: Mapping[str, str], model: nn.Module, path: str | Path) -> 
 
 def _listed(found: Mapping[str, tuple[str, str]], command: bool) -> str:
     return "\n".join(
-        f"  {_shown(key, command)}: {before} then, {after} now{_MEANING.get(key, '')}"
+        f"  {printable(_shown(key, command))}: {printable(before)} then, {printable(after)} now"
+        f"{_MEANING.get(key, '')}"
         for key, (before, after) in sorted(found.items())
     )
 

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -24,12 +26,14 @@ import yaml
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from numpy.typing import ArrayLike, NDArray
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
 from torch.utils.tensorboard.summary import hparams
 
+from gdtrain.builder import check_outputs
 from gdtrain.callbacks import (
     BestAndLast,
     Convergence,
@@ -550,7 +554,7 @@ def run(
         if folder is not None and (folder / "config.yaml").is_file():
             config = (folder / "config.yaml").read_text(encoding="utf-8")
             _log_text(lightning, "configuration", f"```yaml\n{config}```", module.updates)
-        with as_keyboard_interrupt():
+        with as_keyboard_interrupt(), _restoring(checkpoint):
             lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
         seconds = curves.seconds
         stop = _why(lightning, module)
@@ -607,6 +611,8 @@ def predict(
     raw = features(inputs, preprocessing.feature_names)
     x = preprocessing.inputs(raw, parameter.dtype)
     with torch.no_grad(), evaluating(model):
+        if module.from_file and len(x):
+            check_outputs(model, next(iter(x.split(1))))
         decided = [
             module.loss.decide(module(part.to(parameter.device))) for part in x.split(batch_size)
         ]
@@ -621,6 +627,30 @@ def _check_plain(path: Path) -> None:
             "Only numbers, texts and tensors can be kept, and something is neither: labels, "
             "feature names, or buffers of the model. Train with labels that are texts or numbers."
         ) from None
+
+
+@contextmanager
+def _restoring(checkpoint: str | Path | None) -> Iterator[None]:
+    """Say of a checkpoint from which Lightning cannot restore the run which part is damaged."""
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        steps = [frame.f_code.co_name for frame in frames if _restores(frame)]
+        if not steps or str(checkpoint) in str(error):
+            raise
+        owners = (type(frame.f_locals.get("self")).__name__ for frame in reversed(frames))
+        part = next((name for name in owners if name != "NoneType"), "")
+        raise ValueError(
+            f"{checkpoint} cannot be resumed from: it is damaged, and {steps[-1].strip('_')} fails "
+            f"in its part for {part} ({type(error).__name__}). Use another checkpoint of the run, "
+            f"best.ckpt or last.ckpt."
+        ) from error
+
+
+def _restores(frame: FrameType) -> bool:
+    connector = isinstance(frame.f_locals.get("self"), _CheckpointConnector)
+    return connector and "restore" in frame.f_code.co_name
 
 
 def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import socket
@@ -469,7 +470,7 @@ def _drawn(state):
     state["SyntheticDataModule"] = state["EmbeddedDataModule"]
     state["gdtrain"]["description"]["data"] = {
         "_target_": "gdtrain.data.SyntheticDataModule",
-        "num_examples": 10**8,
+        "num_examples": 3 * 10**6,
         "num_features": 4,
     }
 
@@ -496,7 +497,31 @@ def _outside(path):
     return _rewritten(path, lambda name, old: [(name, old), ("../canary/" + name, old)])
 
 
+def _cased(path):
+    """torch.load takes the first of parts that differ in upper case alone."""
+    evil = pickle.dumps({"state_dict": {}, "gdtrain": _Calls(bytearray, 10**9)}, 2)
+
+    def change(name, old):
+        other = [(name.replace("data.pkl", "DATA.PKL"), evil)] if name.endswith("data.pkl") else []
+        return [*other, (name, old)]
+
+    return _rewritten(path, change)
+
+
+def _renamed(path):
+    """A part whose name ends at a zero for Python, and goes on for others."""
+
+    def change(name, old):
+        info = zipfile.ZipInfo(name)
+        info.filename = name + "\0x" * name.endswith("/version")
+        return [(info, old)]
+
+    return _rewritten(path, change)
+
+
 CHECKPOINTS = {
+    "a part in upper case": _cased,
+    "a part of two names": _renamed,
     "a call in the pickle": _calling(os.mkdir, "canary"),
     "eval in the pickle": _calling(eval, "open('canary', 'w')"),
     "a long text in the pickle": _calling(bytearray, 10**9),
@@ -542,12 +567,88 @@ def _resume(path):
     BestAndLast("checkpoints").take_over(Path(path))
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.tensor(float("nan")), "not finite"),
+        (torch.tensor(float("inf")), "not finite"),
+        (torch.tensor(1), "floating point"),
+        (torch.tensor(1j), "real numbers"),
+    ],
+)
+def test_weights_that_cannot_answer_are_refused(value, said, state):
+    changed = copy.deepcopy(state)
+    weights = changed["state_dict"]
+    weights[_first(changed)] = value.repeat(weights[_first(changed)].shape)
+    with pytest.raises(ValueError, match=rf"hostile\.ckpt cannot be used.*{said}"):
+        load(_save(changed))
+
+
 @pytest.mark.parametrize("entrance", [load_checkpoint, _resume, landscape, predict])
 @pytest.mark.parametrize("attempt", ["packed", "text that doubles", "a number for all weights"])
 def test_every_entrance_checks(attempt, entrance, run):
     path = CHECKPOINTS[attempt](run / "checkpoints" / "last.ckpt")
     with pytest.raises(ValueError, match=r"cannot be read as a checkpoint|is damaged"):
         entrance(path)
+
+
+def _layer(name, **options):
+    return {"_target_": f"torch.nn.{name}", **options}
+
+
+GROWING = {
+    "size": _layer("Upsample", size=[6000, 6000]),
+    "factor": _layer("Upsample", scale_factor=20_000.0),
+    "padding": _layer("ZeroPad2d", padding=[30_000] * 4),
+}
+
+
+@pytest.mark.parametrize("entrance", [evaluate, predict, landscape])
+@pytest.mark.parametrize("growing", GROWING)
+def test_a_layer_that_makes_much_of_an_example_is_not_run(growing, entrance, state):
+    layers = [
+        _layer("Unflatten", dim=1, unflattened_size=[1, 2, 2]),
+        GROWING[growing],
+        _layer("AdaptiveAvgPool2d", output_size=1),
+        _layer("Flatten"),
+        _layer("Linear", in_features=1, out_features=3),
+    ]
+    children = {str(i): layer for i, layer in enumerate(layers)}
+    changed = _put(state, "model", _layer("Sequential", children=children))
+    changed["state_dict"] = {
+        "model.4.weight": torch.zeros(3, 1),
+        "model.4.bias": torch.zeros(3),
+    }
+    with pytest.raises(ValueError, match="one of its layers makes more than"):
+        entrance(_save(changed))
+
+
+def _itself():
+    value = []
+    value.append(value)
+    return value
+
+
+_SHARED_LISTS = functools.reduce(lambda inner, _: [inner, inner], range(30), ["x"])
+PARTS = {
+    "a number as a name": ("state_dict", 3, torch.zeros(3, 4), "state_dict"),
+    "a list as a setting": ("gdtrain", "settings", {"model": ["x"]}, r"gdtrain\.settings"),
+    "a list as updates": ("gdtrain", "updates", [1], r"gdtrain\.updates"),
+    "a number as a race": ("gdtrain", "race", 3, r"gdtrain\.race"),
+    "numbers as optimizers": (None, "optimizer_states", 3, "optimizer_states"),
+    "lists in each other": ("gdtrain", "settings", {"model": _SHARED_LISTS}, "without end"),
+    "a list in itself": ("callbacks", "Divergence", _itself(), "without end"),
+}
+
+
+@pytest.mark.parametrize("attempt", PARTS)
+def test_a_part_of_another_kind_is_named(attempt, state):
+    place, key, value, said = PARTS[attempt]
+    changed = {k: dict(v) if isinstance(v, dict) else v for k, v in state.items()}
+    (changed[place] if place else changed)[key] = value
+    with pytest.raises(ValueError, match=said) as caught:
+        load_checkpoint(_save(changed))
+    assert "hostile.ckpt" in str(caught.value)
 
 
 def test_a_checkpoint_names_only_ordinary_files(run, state):
@@ -698,6 +799,28 @@ def test_arrays_are_checked_before_they_are_read(attempt, tmp_path):
         assert "format.npy" not in str(caught.value)  # it is another part that is bad
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "1 99999999999999999999:1",
+        "1 3000000000:1",
+        "1 1:x",
+        "1 -3:1",
+        "1 1:1 1:2",
+        "1 2:1 1:2",
+        "1 two:1",
+        "1 3",
+        "hello world",
+    ],
+)
+def test_a_bad_line_of_a_sparse_table_is_named(line):
+    Path("hostile.svm").write_text(f"1 1:1 # fine\n{line}\n0 1:2\n")
+    for entrance in (_train, read_features):
+        with pytest.raises(ValueError, match="line 2: ") as caught:
+            entrance("hostile.svm")
+        assert str(caught.value).startswith("hostile.svm could not be read as LIBSVM: expected")
+
+
 @pytest.mark.parametrize("kind", ["csr", "csc", "bsr", "coo", "dia", "lil"])
 def test_a_matrix_in_memory_is_checked(kind):
     whole = sparse.eye_array(6, format=kind)
@@ -766,6 +889,13 @@ FOLDERS = {
     "steps in YAML": _text("config.yaml", "".join(" " * i + "a:\n" for i in range(1500))),
     "long YAML": _text("config.yaml", "a: " + "x" * 10**7),
     "a number of 10⁵ digits": _text("config.yaml", "a: 0x" + "f" * 10**5),
+    "no settings": lambda folder: (folder / "config.yaml").unlink(),
+    "10⁵ digits in JSON": _text("summary.json", '{"updates": ' + "1" * 10**5 + "}"),
+    "JSON that ends": _text("summary.json", '{"updates": '),
+    "bytes in JSON": lambda folder: (folder / "summary.json").write_bytes(b"\xff\x00" * 100),
+    "a month 13": _text("config.yaml", "a: 2024-13-01"),
+    "a text as a loss": _text("metrics.csv", _HEAD + "1,10,1,abc\n"),
+    "a number of base 60": _text("config.yaml", "a: 1" + ":1" * 10**5),
     "a list of settings": _text("config.yaml", "[1, 2]"),
     "brackets in JSON": _text("summary.json", "[" * 10**5),
     "steps in JSON": _text("summary.json", '{"a":' * 900 + "1" + "}" * 900),
@@ -816,7 +946,23 @@ def test_a_bad_run_is_left_out_by_its_name(attempt, runs):
     assert "runs/hostile" in reason
     assert len(reason) < 1000
     assert reason.isprintable()
+    assert not re.search(r"Errno|sys\.|codec|column 1|char |could not|limit|literal", reason)
     assert len(comparison.compare(found).usable) == 2
+
+
+def test_bad_runs_are_named_where_too_few_are_left(runs, monkeypatch, capsys):
+    from gdtrain import cli
+
+    (runs / "hostile" / "summary.json").write_text("{")
+    (runs / "b" / "config.yaml").unlink()
+    monkeypatch.setattr(sys, "argv", ["compare", f"runs={runs}", "output=report"])
+    with pytest.raises(SystemExit) as ended:
+        cli.compare_main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert "needs two contenders" in said
+    assert "b holds no finished run: it has no config.yaml" in said
+    assert "hostile cannot be read" in said
 
 
 def test_names_of_a_run_are_shown_as_text(runs):

@@ -227,6 +227,25 @@ def test_a_run_with_another_setting_is_refused_with_its_name(checkpoints, messag
     assert len(re.findall(r"^  ", str(caught.value), re.MULTILINE)) <= 4
 
 
+DAMAGES = {
+    "callbacks": (lambda s: s["callbacks"].update(Divergence={"seen": 3}), "Divergence"),
+    "optimizer": (lambda s: s.update(optimizer_states=[{"x": 1}]), "SGD"),
+    "progress": (lambda s: s["loops"].update(fit_loop=3), "loops"),
+    "race": (lambda s: s["gdtrain"].update(race={"speed": 1}), "SupervisedModule"),
+    "random state": (lambda s: s["gdtrain"].pop("random_state"), r"gdtrain\.random_state"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_refused_with_its_name_and_part(checkpoints, tmp_path, damage):
+    change, part = DAMAGES[damage]
+    state = torch.load(checkpoints("usual"), weights_only=True)
+    change(state)
+    torch.save(state, tmp_path / "damaged.ckpt")
+    with pytest.raises(ValueError, match=rf"damaged\.ckpt cannot be resumed from.*{part}"):
+        start(checkpoint=tmp_path / "damaged.ckpt")
+
+
 FAMILIES = {
     "plateau": (
         {"schedule": partial(ReduceOnPlateau, patience=1)},

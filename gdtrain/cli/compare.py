@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["compare"]
 
 _THE_THREE = "optimizer=gd;optimizer=minibatch;optimizer=sgd"
+_TOLD = 5  # runs that are left out, in a message
 _WARM_UP = 2  # updates that a process makes before a run, and throws away
 _COMMAND = Command(
     "gdtrain-compare",
@@ -113,12 +114,15 @@ def _compare_finished(options: dict[str, Any], words: list[str]) -> tuple[Path, 
     from gdtrain.comparison import compare, find_runs
 
     folder = _folder(options, "runs")
+    left_out: list[str] = []
     try:
         runs, left_out = find_runs(options["runs"])
         comparison = compare(runs, options.get("target"))
         comparison.left_out += left_out
     except ValueError as error:
-        raise ConfigurationError(str(error)) from None
+        gone = f" Left out: {' '.join(left_out[:_TOLD])}" if left_out else ""
+        more = f" And {len(left_out) - _TOLD} more." if len(left_out) > _TOLD else ""
+        raise ConfigurationError(f"{error}{gone}{more}") from None
     comparison.made = [
         f"gdtrain-compare {shlex.join(sys.argv[1:])}",
         "Finished runs were read: their seconds are those of the machines that they ran on, and "

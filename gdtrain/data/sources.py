@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
+import gzip
 import io
 import logging
 from pathlib import Path
@@ -17,7 +19,7 @@ from gdtrain.data.frames import check_aligned, feature_names, features
 from gdtrain.data.module import DataModule, Raw
 from gdtrain.data.sparse import rows_of
 from gdtrain.data.targets import Task, check_task
-from gdtrain.reading import check_array_file, check_unpacked, read_arrays
+from gdtrain.reading import check_array_file, check_unpacked, printable, read_arrays
 
 __all__ = [
     "ArrayDataModule",
@@ -33,6 +35,7 @@ _log = logging.getLogger("gdtrain")
 # Below this share of entries that are not zero, CSR takes less than half of the dense memory, and
 # its indexed sums beat the dense ones.
 _SPARSE_BELOW = 0.25
+_LINE = 2**20  # bytes of a line that are looked at, where one is wrong
 _DENSE_BYTES = 8e9  # the most that a file may take as a dense array
 
 
@@ -528,7 +531,11 @@ _SPARSE_ARRAYS = {
 
 def _is_wide_enough(width: int, stored: int) -> bool:
     """Whether a file of so many bytes may have so many features: a weight is made for each."""
-    return width <= max(2**25, 8 * stored)
+    return width <= _widest(stored)
+
+
+def _widest(stored: int) -> int:
+    return max(2**25, 8 * stored)
 
 
 def _load_libsvm(
@@ -549,14 +556,9 @@ def _load_libsvm(
         try:
             x, y = load_svmlight_file(str(path), zero_based=True, dtype=number)
         except (ValueError, OSError, OverflowError, EOFError) as error:
-            raise ValueError(
-                f"{path} could not be read as LIBSVM, lines of a label and feature:value: {error}"
-            ) from None
+            raise _bad_libsvm(path, error) from None
         if not _is_wide_enough(x.shape[1], path.stat().st_size):
-            raise ValueError(
-                f"{path} could not be read as LIBSVM: it has a feature {x.shape[1] - 1:,}, and "
-                f"{path.stat().st_size:,} bytes."
-            )
+            raise _bad_libsvm(path)
         tables.append(csr_array(x))
         targets.append(y)
     has_zero = any((x.indices == 0).any() for x in tables)
@@ -580,6 +582,50 @@ def _load_libsvm(
         columns = x.indices - np.asarray(first, dtype=x.indices.dtype)
         tables[i] = csr_array((x.data, columns, x.indptr), shape=(x.shape[0], width))
     return tables, targets, first
+
+
+def _bad_libsvm(path: Path, error: Exception | None = None) -> ValueError:
+    """What is wrong with a file, by its first line that no LIBSVM file has."""
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open}
+    opened = openers.get(path.suffix.lower(), open)
+    widest = _widest(path.stat().st_size)
+    with contextlib.suppress(OSError, EOFError), opened(path, "rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LINE), b""), 1):
+            if why := _wrong_in(line.partition(b"#")[0].split(), widest):
+                shown = printable(line[:60].decode(errors="replace").rstrip())
+                return ValueError(
+                    f"{path} could not be read as LIBSVM: {why}. Received, in line {number}: "
+                    f"{shown}{'…' if len(line) > 60 else ''} Mend that line."
+                )
+    return ValueError(
+        f"{path} could not be read as LIBSVM, lines of a label and feature:value "
+        f"({type(error).__name__}). Is it damaged, or of another kind?"
+    )
+
+
+def _wrong_in(words: list[bytes], widest: int) -> str:
+    """Why no line of a LIBSVM file has these words; nothing, where one may."""
+    before = -1
+    try:
+        if words:
+            float(words[0])
+    except ValueError:
+        return "expected a number as label at the start of each line"
+    for word in words[1:]:
+        feature, _, value = word.partition(b":")
+        if feature == b"qid":
+            continue
+        try:
+            number = int(feature)
+            float(value)
+        except ValueError:
+            return "expected whole_number:number for each feature"
+        if not 0 <= number < widest:
+            return f"expected features from 0 to {widest - 1:,} in a file of this size"
+        if number <= before:
+            return "expected the features of a line in ascending order, none twice"
+        before = number
+    return ""
 
 
 def _dense_bytes(x: Any) -> float:

@@ -42,6 +42,7 @@ _MOST_CLASSES = 32  # that whole numbers are taken for, unasked
 _ENOUGH = 30  # examples of a class, to be taken for one
 _SHARE = 5  # or as many as a fifth of those of the most frequent class
 _SHOWN = 10  # labels in a message
+_LENGTH = 60  # characters of one
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def decide(values: Any, task: Task = "auto", loss: Loss | None = None) -> Decisi
         if words:
             raise ValueError(
                 f"A regression needs numbers as targets{because}. Received: text, such as "
-                f"{y.ravel()[0]!r}. task=classification takes it as classes."
+                f"{_short(y.ravel()[0])}. task=classification takes it as classes."
             )
         return _numbers(y, loss, because)
     if y.ndim > 1:
@@ -148,7 +149,7 @@ def decide(values: Any, task: Task = "auto", loss: Loss | None = None) -> Decisi
     if len(classes) < 2:
         raise ValueError(
             f"There must be at least two classes. Received: {len(y)} examples of the class "
-            f"{classes[0]!r}."
+            f"{_short(classes[0])}."
         )
     other = ""
     if wanted is None and y.dtype.kind in "iuf":
@@ -217,7 +218,7 @@ def class_numbers(values: Any, classes: list[Any]) -> NDArray[np.int64]:
             unknown = error.args[0]
     raise ValueError(
         f"Labels must be among those of the training data, {_listed(classes)}. "
-        f"Received: {unknown!r}."
+        f"Received: {_short(unknown)}."
     )
 
 
@@ -404,8 +405,13 @@ def _classes_said(classes: list[Any]) -> str:
     return f"{len(classes)} classes ({_listed(classes, total=False)})"
 
 
+def _short(label: Any) -> str:
+    text = repr(label)
+    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}…"
+
+
 def _listed(labels: Sequence[Any], total: bool = True) -> str:
-    shown = ", ".join(repr(label) for label in labels[:_SHOWN])
+    shown = ", ".join(_short(label) for label in labels[:_SHOWN])
     if len(labels) <= _SHOWN:
         return shown
     return f"{shown}, … ({len(labels)} in all)" if total else f"{shown}, …"
@@ -539,7 +545,7 @@ def _read_objects(y: NDArray[Any]) -> _Read:
         kinds.setdefault(kind_of(value), place)
     if "list" in kinds:
         raise ValueError(
-            f"Targets must be as many for each example. Received: {flat[kinds['list']]!r} in "
+            f"Targets must be as many for each example. Received: {_short(flat[kinds['list']])} in "
             f"example {kinds['list']} (counted from 0), beside others."
         )
     width = y.size // max(len(y), 1)
@@ -552,9 +558,9 @@ def _read_objects(y: NDArray[Any]) -> _Read:
     if len(kinds) > 1:
         (one, at), (other, there) = sorted(kinds.items(), key=lambda item: item[1])[:2]
         raise ValueError(
-            f"Targets must be of one type. Received: {one} ({flat[at]!r} in example "
-            f"{at // width}) and {other} ({flat[there]!r} in example {there // width}, counted "
-            f"from 0)."
+            f"Targets must be of one type. Received: {one} ({_short(flat[at])} in example "
+            f"{at // width}) and {other} ({_short(flat[there])} in example {there // width}, "
+            f"counted from 0)."
         )
     (kind,) = kinds
     if kind == "boolean":
@@ -612,7 +618,7 @@ def _not_a_target(kind: str, value: Any, example: int) -> str:
     )
     return (
         f"Targets must be text, booleans or numbers: other labels cannot be kept with a model. "
-        f"Received: {kind}, such as {value!r} in example {example}. {advice}"
+        f"Received: {kind}, such as {_short(value)} in example {example}. {advice}"
     )
 
 

@@ -294,3 +294,12 @@ def test_labels_that_training_did_not_have_are_named():
         classes = ["a", "b"] if isinstance(values[0], str) else [0, 1]
         with pytest.raises(ValueError, match=message):
             class_numbers(values, classes)
+
+
+def test_a_long_label_is_shortened_in_words():
+    long = "x" * 300_000
+    decided = decide([long, "b"] * 40)
+    assert len(decided.said) < 200
+    with pytest.raises(ValueError, match="Labels must be among") as caught:
+        class_numbers(np.array([long]), ["a", "b"])
+    assert len(str(caught.value)) < 300
