@@ -61,6 +61,7 @@ from gdtrain.training import (
     leave,
     predict,
     run,
+    unfinished,
 )
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ def train(config: DictConfig, directory: str | Path) -> Result:
 
     Args:
         config: Composed from `conf/train.yaml`.
-        directory: The run's folder; it must not hold a run yet.
+        directory: The run's folder; it must not hold a run yet. A run that `ckpt_path` names and
+            of which only the evaluation is left is finished in its own folder.
 
     Returns:
         The finished run.
@@ -113,8 +115,14 @@ def train(config: DictConfig, directory: str | Path) -> Result:
     plain = _plain(config)
     check(plain)
     check_processes(plain["trainer"])
+    unfinished = _unfinished(plain)
+    if unfinished is not None:
+        discard_empty(folder)
+        folder = unfinished
     before = set(os.listdir(folder)) if folder.is_dir() else None
-    if is_first_process():
+    if unfinished is not None:
+        pass  # it is that run's already
+    elif is_first_process():
         try:
             claim(folder, plain)
         except ValueError as error:
@@ -160,6 +168,17 @@ def train(config: DictConfig, directory: str | Path) -> Result:
         if module is None or module.total_updates is None:  # nothing was trained
             _leave(folder, before)
         raise
+
+
+def _unfinished(plain: Mapping[str, Any]) -> Path | None:
+    """The folder of the run to go on with, where only its evaluation is left."""
+    if plain["ckpt_path"] is None:
+        return None
+    limits = plain["trainer"].get("max_epochs"), plain["trainer"].get("max_steps", -1)
+    try:
+        return unfinished(plain["ckpt_path"], *limits)
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(str(error)) from None
 
 
 _USER_ERRORS = (
