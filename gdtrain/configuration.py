@@ -106,6 +106,8 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "data.data_seed": (int, 0, 2**32, True),
     "data.seed": (int, 0, 2**32, True),
     "step_size.seed": (int, 0, 2**32, True),
+    "callbacks.early_stopping.patience": (int, 0, _COUNT, True),
+    "callbacks.early_stopping.min_delta": (float, 0, math.inf, True),
 }
 _KEYS = (
     "variant",

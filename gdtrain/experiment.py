@@ -915,6 +915,12 @@ def _labelled_loader(
         target = None if described.get("target") is None else str(described["target"])
     header = described.get("header", "auto") if header is None else header
     raw, labels = read_labelled(input_path, trained.preprocessing, target, header=header)
+    columns = trained.data["num_targets"]
+    if math.prod(labels.shape[1:]) != columns:
+        raise ValueError(
+            f"The targets of {input_path} must have {columns} number{'s' * (columns > 1)} for each "
+            f"example, as in training. Received: an array of shape {labels.shape}."
+        )
     dtype = next(trained.module.model.parameters()).dtype
     inputs = trained.preprocessing.inputs(raw, dtype)
     targets = trained.preprocessing.targets(labels, dtype)

@@ -36,6 +36,17 @@ WRONG = [
     (TRAIN, ["--resolve"], "--resolve", "--cfg job"),
     (TRAIN, ["--experimental-rerun=x"], "--experimental-rerun", "give its keys again"),
     (TRAIN, ["-sc"], "-sc", "-sc install=bash"),
+    (TRAIN, ["-sc", "install=tcsh"], "install=tcsh", "bash, fish and zsh"),
+    (TRAIN, ["--cfg", "job", "-p", "optimiser"], "optimiser", "Did you mean optimizer?"),
+    (TRAIN, ["-c", "job", "-p", "model.nope"], "model.nope", "--cfg job"),
+    (TRAIN, ["--config-dir=/nope", "seed=1"], "--config-dir=/nope", "must name a folder"),
+    (TRAIN, ["--config-dir=", "seed=1"], "--config-dir=,", "must name a folder"),
+    (TRAIN, ["-m", "--config-dir=/nope", "hydra/sweeper=x"], "/nope", "must name a folder"),
+    ("find_lr", ["--config-dir=/nope"], "--config-dir=/nope", "must name a folder"),
+    (TRAIN, ["callbacks=early_stopping", "callbacks.early_stopping.patience=-1"],
+     "patience=-1", "at least 0"),
+    (TRAIN, ["callbacks=early_stopping", "callbacks.early_stopping.min_delta=-1"],
+     "min_delta=-1", "at least 0"),
     (TRAIN, ["model.hidden=[64,32"], "model.hidden=[64,32", "'model.hidden=[64,32]'"),
     (TRAIN, ["model.hidden=64,32"], "model.hidden=64,32", "model.hidden=[64,32]"),
     (TRAIN, ["optimizer=gd,sgd"], "optimizer=gd,sgd", "gdtrain -m optimizer=gd,sgd"),
@@ -75,13 +86,19 @@ WRONG = [
     (EVALUATE, ["ckpt_path"], "ckpt_path", "Write ckpt_path=VALUE"),
     (EVALUATE, ["checkpoint=x"], "checkpoint=x", "knows: ckpt_path"),
     (EVALUATE, ["ckpt_path=x", "data.name=a: b: c"], "a: b: c", "quotes of its own"),
+    (EVALUATE, ["ckpt_path=x", "trust=../x"], "trust=../x", "such as mypackage"),
+    (EVALUATE, ["ckpt_path=x", "trust=torch.nn,"], "trust=torch.nn,", "such as mypackage"),
+    ("landscape", ["run=x", "trust=a b"], "trust=a b", "such as mypackage"),
+    ("predict", ["ckpt_path=a", "input=b.npy", "output=c", "header=perhaps"],
+     "header=perhaps", "true, false or auto"),
+    (EVALUATE, ["ckpt_path=a", "input=b.npy", "header=perhaps"], "header=perhaps", "or auto"),
     ("predict", ["ckpt_path=a", "input=b"], "output", "output=predictions.csv"),
     ("explain", ["digits=99"], "digits=99", "at most 12"),
     ("explain", ["updat=3"], "updat", "Did you mean update?"),
     ("find_lr", ["min_lr=nan"], "min_lr=nan", "finite"),
     ("landscape", ["run=a", "points=1001"], "points=1001", "at most 1000"),
     ("landscape", [], "none", "ckpt_path=…, run=… and ckpt_dir=…"),
-]
+]  # fmt: skip
 
 
 def said(monkeypatch, capsys, command, words):
@@ -217,6 +234,15 @@ def test_several_processes_without_a_strategy_are_told_once(monkeypatch, capsys,
     check_processes({"strategy": "ddp", "devices": 2})
     with pytest.raises(ConfigurationError, match=r"Set trainer\.devices=2"):
         check_processes({"strategy": "ddp", "devices": 3})
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_NTASKS", "RANK", "LOCAL_RANK"])
+def test_a_rank_that_is_no_number_is_told_by_its_name(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "x")
+    message = said(monkeypatch, capsys, "train", ["data=iris"])
+    assert f"{name} must be a whole number" in message
+    assert f"Received: {name}=x" in message
 
 
 def test_what_slurm_has_left_is_not_taken_up(monkeypatch, tmp_path):

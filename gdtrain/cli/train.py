@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gdtrain import __version__
-from gdtrain.cli.arguments import compose, flags, jobs
+from gdtrain.cli.arguments import check_package, compose, flags, jobs
 from gdtrain.cli.messages import EXIT_CODES, complain, heard, listen, one_message, shown
 from gdtrain.cli.overview import overview
 from gdtrain.configuration import ConfigurationError, check, conf_directory
@@ -55,6 +55,9 @@ def train() -> None:
             wrong: list[Exception] = []
             for overrides in runs:
                 config = compose(overrides, arguments.config_dir)
+                if arguments.cfg and arguments.package:
+                    whole = compose(overrides, arguments.config_dir, whole=True)
+                    check_package(arguments.package, whole)
                 try:
                     plain: Any = OmegaConf.to_container(config, resolve=True)
                     if not only_shows:
