@@ -808,7 +808,9 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
             f"{folder} already holds a run. Choose another folder (hydra.run.dir=…){hint}"
         ) from None
     except OSError as error:
-        raise ValueError(f"The run's folder cannot be made: {error}") from None
+        raise ValueError(
+            f"The run's folder {folder} cannot be made: {error.strerror or error}. Choose another."
+        ) from None
 
 
 def _is_of(checkpoint: str | Path, folder: str | Path) -> bool:

@@ -19,6 +19,7 @@ FOREIGN = (
     r"|<class|_Deferred|Exception|Error\b|hydra\.[a-z]+\.[A-Z_]|omegaconf|lightning\.\w+\.\w+\("
 )
 TRAIN, COMPARE, EVALUATE = "train", "compare", "evaluate"
+IRIS = "data=iris"
 # Command, its words, the word that was wrong as it is quoted, the remedy.
 WRONG = [
     (TRAIN, ["optimizer.lr==0.1"], "=0.1", "finite number above 0"),
@@ -79,6 +80,30 @@ WRONG = [
     (TRAIN, ["+logger.w._target_=a.WandbLogger"], "a.WandbLogger", "+logger.w._partial_=true"),
     (TRAIN, ["+callbacks.c.x=5"], "callbacks.c", "+callbacks.c._target_=…"),
     (TRAIN, ["optimized_metric=best"], "optimized_metric=best", "loss/val"),
+    (TRAIN, ["~data"], "~data", "set data=…"),
+    (TRAIN, ["model=7"], "model=7", "cnn, linear, mlp"),
+    (TRAIN, ["++step_size=dog"], "step_size has a choice already", "Write step_size=dog"),
+    (TRAIN, ["hydra.job.num=x"], "hydra.job.num: ", "'x'"),
+    (TRAIN, ["hydra.run.dir=/proc/foo", "data=iris"], "/proc/foo", "hydra.run.dir=…"),
+    (TRAIN, ["trainer.accelerator=quantum"], "trainer.accelerator=quantum", "cpu, gpu, cuda"),
+    (TRAIN, ["trainer.precision=3"], "trainer.precision=3", "bf16-mixed, 64-true"),
+    (TRAIN, ["engine="], "engine=.", "native"),
+    (TRAIN, [IRIS, "model.hidden=[-3]"], "Received: model.hidden=[-3]", "model.hidden must"),
+    (TRAIN, [IRIS, "model.init=foo"], "Received: model.init=foo", "model.init must"),
+    (TRAIN, [IRIS, "data.val_fraction=0.9"], "data.val_fraction=0.9", "data.test_fraction=0.2"),
+    (TRAIN, [IRIS, "data.sampling=bogus"], "Received: data.sampling=bogus", "data.sampling must"),
+    (TRAIN, [IRIS, "schedule=step", "schedule.every=-1"], "schedule.every=-1", "schedule.every m"),
+    (TRAIN, [IRIS, "loss=huber", "loss.delta=-1"], "loss.delta=-1", "loss.delta must be"),
+    (TRAIN, [IRIS, "callbacks.checkpoints.seconds_between=-1"],
+     "Received: callbacks.checkpoints.seconds_between=-1", "between must be >= 0"),
+    (TRAIN, [IRIS, "instruments.distance.looks=-1"], "instruments.distance.looks=-1", "at least 1"),
+    ("find_lr", [IRIS, "optimizer=minibatch", "data.batch_size=1000"],
+     "Received: data.batch_size=1000", "data.batch_size must be at most 105"),
+    ("explain", [IRIS, "model=linear", "data.dtype=int8"], "data.dtype='int8'", "data.dtype must"),
+    ("find_lr", ["num=-3"], "num=-3", "min_lr, max_lr, updates, repetitions, output, and every"),
+    ("explain", ["output=x"], "output=x", "knows: update, digits, examples, and every key"),
+    (COMPARE, ["nope=3"], "nope=3", "and every key of gdtrain"),
+    ("find_lr", ["epochs=3"], "epochs", "Did you mean trainer.max_epochs?"),
     (COMPARE, ["--seeds=3"], "--seeds=3", "Write seeds=3"),
     (COMPARE, ["seeds=100000000000"], "seeds=100000000000", "at most 10000"),
     (COMPARE, ["target=1e999"], "target=1e999", "finite"),

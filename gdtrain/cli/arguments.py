@@ -214,12 +214,18 @@ class Command:
 
     def _check_misspelt(self, words: Sequence[str]) -> None:
         """Among the keys of the configuration, one may be meant for the command."""
-        names = [k.name for k in self.keys]
+        if not self.configures:
+            return
+        names, known = [k.name for k in self.keys], [*known_keys([]), *_ELSEWHERE]
         for word in words:
             name = word.partition("=")[0]
-            hint = "" if set("./@+~") & set(name) else closest(name, names)
-            if hint and name not in known_keys([]):
+            if set("./@+~") & set(name) or name in known or not _KEY.fullmatch(name):
+                continue
+            if closest(name, names):
+                hint = closest(name, names)
                 raise ConfigurationError(f"Unknown argument {name}.{hint} --help shows all keys.")
+            if not closest(name, known):
+                raise ConfigurationError(self._unknown(word))
 
     def _unknown(self, word: str) -> str:
         name, equals, _ = word.partition("=")
@@ -229,7 +235,8 @@ class Command:
                 f"{name} has no value. Write {name}=VALUE, without spaces. --help shows all keys."
             )
         shown = ", ".join(f"{k.name}{'KEY' * k.name.endswith('.')}" for k in self.keys)
-        return f"Unknown argument {word}.{closest(name, names)} {self.name} knows: {shown}."
+        others = ", and every key of gdtrain" if self.configures else ""
+        return f"Unknown argument {word}.{closest(name, names)} {self.name} knows: {shown}{others}."
 
     def _no_flag(self, word: str) -> str:
         name, _, value = word.lstrip("-").partition("=")
@@ -380,7 +387,9 @@ def _check_choice(group: str, word: str, parsed: Override) -> None:
         raise ConfigurationError(
             f"A group takes a choice, not null: {_choices(group)}. Received: {word}"
         )
-    if isinstance(value, list | dict):
+    if word.startswith("++"):
+        raise ConfigurationError(f"{group} has a choice already. Write {word[2:]}")
+    if value is not None and not isinstance(value, str | QuotedString):
         raise ConfigurationError(
             f"{group} takes the name of one choice: {_choices(group)}. Received: {word}"
         )

@@ -91,7 +91,11 @@ def _end(codes: str, several: bool) -> int:
     except OSError as error:
         if _read(codes):
             raise
-        return complain(f"The run's folder cannot be made: {error}")
+        place = error.filename or "The run's folder"
+        return complain(
+            f"{place} cannot be made, or not be written to: {error.strerror or error}. Choose "
+            f"another folder: hydra.run.dir=… (of a sweep hydra.sweep.dir=…)."
+        )
     except ConfigurationError:  # said by the job; a sweeper of another kind does not go on
         pass
     except BrokenExecutor:

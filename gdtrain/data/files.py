@@ -130,7 +130,7 @@ def read_labelled(
             f"{path}: expected one target for each example. Received: {x.shape[0]} examples and "
             f"{len(y)} targets."
         )
-    if preprocessing.classes is not None and y.ndim != 1:
+    if preprocessing.classes is not None and y.size != len(y):
         raise ValueError(
             f"The targets of {path} must be one label for each example. Received: an array of "
             f"shape {y.shape}."
