@@ -106,6 +106,8 @@ _NUMBERS: dict[str, tuple[type, float, float, bool]] = {
     "data.data_seed": (int, 0, 2**32, True),
     "data.seed": (int, 0, 2**32, True),
     "step_size.seed": (int, 0, 2**32, True),
+    "callbacks.early_stopping.patience": (int, 0, _COUNT, True),
+    "callbacks.early_stopping.min_delta": (float, 0, math.inf, True),
 }
 _KEYS = (
     "variant",
@@ -129,8 +131,15 @@ _SWITCHES = ("optimizer.nesterov", "optimizer.maximize", "data.standardize", "de
 _AUTOMATIC = ("optimizer.lr", "data.micro_batch_size", "data.updates_per_sweep")
 # Rules of which optimizer.lr is an option: the longest step.
 _BOUNDED_BY_LR = ("gdtrain.step_sizes.StochasticPolyak",)
-_ENGINES = ("auto", "eager", "compiled", "native")
-_OPTIONAL = ("data.micro_batch_size", "trainer.max_epochs")
+_WORDS = {
+    "engine": ("auto", "eager", "compiled", "native"),
+    "trainer.accelerator": ("auto", "cpu", "gpu", "cuda", "mps", "tpu"),
+    "trainer.precision": (
+        "32-true", "16-mixed", "bf16-mixed", "64-true", "16-true", "bf16-true", "32", "16", "bf16",
+        "64", "transformer-engine", "transformer-engine-float16",
+    ),
+}  # fmt: skip
+_OPTIONAL = ("data.micro_batch_size", "trainer.max_epochs", "trainer.precision")
 _METRIC = re.compile(r"(loss|metric/\w+)/(train|val|test)")
 
 
@@ -163,8 +172,15 @@ def check(config: Mapping[str, Any]) -> None:
     for key in ("data", "model", "trainer", "optimizer", "schedule"):
         if key == "schedule" and config[key] == {}:
             continue
-        if not isinstance(config[key], Mapping) or "_target_" not in config[key]:
-            raise ConfigurationError(f"{key} must be one of its choices. Received: {config[key]}")
+        if not isinstance(config[key], Mapping):
+            raise ConfigurationError(
+                f"{key} must be one of its choices. Received: {key}={_short(config[key])}"
+            )
+        if "_target_" not in config[key]:
+            raise ConfigurationError(
+                f"{key} must be one of its choices, and cannot be taken away: set {key}=…, without "
+                f"~{key}. --help shows the choices."
+            )
     flat = dict(_flatten(config))
     if flat.get("trainer.max_epochs") is None and flat.get("trainer.max_steps", -1) == -1:
         raise ConfigurationError(
@@ -179,11 +195,13 @@ def check(config: Mapping[str, Any]) -> None:
     for key in _SWITCHES:
         if key in flat and not isinstance(flat[key], bool):
             raise ConfigurationError(f"{key} must be true or false. Received: {flat[key]!r}.")
-    if flat["engine"] not in _ENGINES:
-        raise ConfigurationError(
-            f"engine must be one of {', '.join(_ENGINES)}. Received: engine={flat['engine']}."
-            f"{closest(str(flat['engine']), list(_ENGINES))}"
-        )
+    for key, words in _WORDS.items():
+        word = str(flat.get(key, words[0]))
+        if word not in (*words, *["None"] * (key in _OPTIONAL)):
+            raise ConfigurationError(
+                f"{key} must be one of {', '.join(words)}. Received: {key}={word}."
+                f"{closest(word, list(words))}"
+            )
     _check_batch_size(flat)
     _check_step_size(config, flat)
     steps = flat.get("trainer.max_steps", -1)
@@ -283,7 +301,9 @@ def _check_step_size(config: Mapping[str, Any], flat: Mapping[str, Any]) -> None
     if not rule:
         return
     if not isinstance(rule, Mapping) or "_target_" not in rule:
-        raise ConfigurationError(f"step_size must be one of its choices. Received: {rule}")
+        raise ConfigurationError(
+            f"step_size must be one of its choices. Received: step_size={_short(rule)}"
+        )
     if flat.get("optimizer.lr") not in (None, "auto") and rule["_target_"] not in _BOUNDED_BY_LR:
         name = str(rule["_target_"]).rsplit(".", 1)[-1]
         raise ConfigurationError(

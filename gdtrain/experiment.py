@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
 
+import gdtrain.data as data_modules
 from gdtrain.builder import build_data, build_loss, build_model, check_description, check_outputs
 from gdtrain.configuration import (
     ConfigurationError,
@@ -61,6 +62,7 @@ from gdtrain.training import (
     leave,
     predict,
     run,
+    unfinished,
 )
 
 if TYPE_CHECKING:
@@ -90,7 +92,8 @@ def train(config: DictConfig, directory: str | Path) -> Result:
 
     Args:
         config: Composed from `conf/train.yaml`.
-        directory: The run's folder; it must not hold a run yet.
+        directory: The run's folder; it must not hold a run yet. A run that `ckpt_path` names and
+            of which only the evaluation is left is finished in its own folder.
 
     Returns:
         The finished run.
@@ -114,8 +117,14 @@ def train(config: DictConfig, directory: str | Path) -> Result:
     plain = _plain(config)
     check(plain)
     check_processes(plain["trainer"])
+    unfinished = _unfinished(plain)
+    if unfinished is not None:
+        discard_empty(folder)
+        folder = unfinished
     before = set(os.listdir(folder)) if folder.is_dir() else None
-    if is_first_process():
+    if unfinished is not None:
+        pass  # it is that run's already
+    elif is_first_process():
         try:
             claim(folder, plain)
         except ValueError as error:
@@ -156,11 +165,22 @@ def train(config: DictConfig, directory: str | Path) -> Result:
             ) from error
         if trained or not isinstance(error, _USER_ERRORS):
             raise  # not the configuration's fault: the traceback tells more
-        raise ConfigurationError(_message(error)) from error
+        raise ConfigurationError(_message(error, plain)) from error
     except BaseException:
         if module is None or module.total_updates is None:  # nothing was trained
             _leave(folder, before)
         raise
+
+
+def _unfinished(plain: Mapping[str, Any]) -> Path | None:
+    """The folder of the run to go on with, where only its evaluation is left."""
+    if plain["ckpt_path"] is None:
+        return None
+    limits = plain["trainer"].get("max_epochs"), plain["trainer"].get("max_steps", -1)
+    try:
+        return unfinished(plain["ckpt_path"], *limits)
+    except (ValueError, OSError) as error:
+        raise ConfigurationError(str(error)) from None
 
 
 _USER_ERRORS = (
@@ -452,7 +472,7 @@ def find_lr(config: DictConfig, directory: str | Path, name: str = "", **options
             curve.details = {"name": name, **(curve.details or {})}
             curve.save(new)
     except _USER_ERRORS as error:
-        raise ConfigurationError(_message(error)) from error
+        raise ConfigurationError(_message(error, _plain(config))) from error
     return curve
 
 
@@ -539,7 +559,7 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
             found = explain_run(module, data, trainer, update)
         return found.text(**options)
     except _USER_ERRORS as error:
-        raise ConfigurationError(_message(error)) from error
+        raise ConfigurationError(_message(error, _plain(config))) from error
 
 
 # ---------------------------------------------------------------------- the run's folder
@@ -577,14 +597,46 @@ def discard_empty(folder: Path) -> None:
             path.rmdir()
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, plain: Mapping[str, Any]) -> str:
     """The innermost reason: Hydra and OmegaConf wrap what a constructor said."""
     key = re.search(r"full_key: (\S+)", str(error))
     while error.__cause__ is not None and isinstance(error, HydraException):
         error = error.__cause__
     text = str(error).partition("\nException raised from")[0].strip() or type(error).__name__
+    if isinstance(error, ConfigurationError):
+        return text
     # Python's own words do not say which value they are about.
-    return f"{key.group(1)}: {text}" if key and not isinstance(error, ValueError) else text
+    text = f"{key.group(1)}: {text}" if key and not isinstance(error, ValueError) else text
+    return in_keys(text, plain)
+
+
+def in_keys(text: str, plain: Mapping[str, Any]) -> str:
+    """A message about arguments, said with the keys that were typed.
+
+    Args:
+        text: Such as "std must be > 0. Received: std=0."
+        plain: The configuration.
+
+    Example:
+        >>> in_keys("std must be > 0. Received: 0.", {"model": {"std": 0}})
+        'model.std must be > 0. Received: model.std=0.'
+    """
+    flat = dict(_flat(plain))
+    received = text.partition("Received: ")[2]
+
+    def key(found: re.Match[str]) -> str:
+        name = found.group(1)
+        named = [k for k in flat if k.rpartition(".")[2] == name]
+        meant = [k for k in named if str(flat[k]) in received or f"{name}={flat[k]}" in text]
+        return meant[0] if meant else named[0] if len(named) == 1 else name
+
+    text = re.sub(r"(?<![\w.'=])(\w+)(?= must |=)", key, text)
+    first = text.partition(" must ")[0]
+    if first in flat and received.startswith((str(flat[first]), repr(flat[first]))):
+        said = f"{flat[first]}{received.removeprefix(repr(flat[first]))}"
+        said = said if received.startswith(repr(flat[first])) else received
+        text = text.replace(f"Received: {received}", f"Received: {first}={said}")
+    return text
 
 
 # ---------------------------------------------------------------------- from a checkpoint
@@ -803,6 +855,7 @@ def _same_data(
         )
     own = dict(overrides or {})
     named = _merged(described, own)
+    _check_data_options(named, own)
     size = _numbers(named.get("num_examples")) * _numbers(named.get("num_features"))
     if size > _MOST_DRAWN and not {"num_examples", "num_features"} & own.keys():
         raise ValueError(
@@ -825,6 +878,20 @@ def _same_data(
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no preprocessing that can be compared.") from error
     return data
+
+
+def _check_data_options(named: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise on a change to the data's configuration that its class does not take."""
+    found = getattr(data_modules, str(named.get("_target_")).removeprefix("gdtrain.data."), None)
+    if not inspect.isclass(found):
+        return
+    known, _, complete = _options(found)
+    for name in own:
+        if complete and name not in known and not name.startswith("_"):
+            raise ValueError(
+                f"data.{name}: {found.__name__} has no option {name}.{closest(name, known)} It "
+                f"has: {', '.join(known)}."
+            )
 
 
 def _numbers(value: Any) -> int:
@@ -924,6 +991,12 @@ def _labelled_loader(
         target = None if described.get("target") is None else str(described["target"])
     header = described.get("header", "auto") if header is None else header
     raw, labels = read_labelled(input_path, trained.preprocessing, target, header=header)
+    columns = trained.data["num_targets"]
+    if math.prod(labels.shape[1:]) != columns:
+        raise ValueError(
+            f"The targets of {input_path} must have {columns} number{'s' * (columns > 1)} for each "
+            f"example, as in training. Received: an array of shape {labels.shape}."
+        )
     dtype = next(trained.module.model.parameters()).dtype
     inputs = trained.preprocessing.inputs(raw, dtype)
     targets = trained.preprocessing.targets(labels, dtype)
@@ -1158,9 +1231,13 @@ def _free(folder: Path) -> Path:
 def _check_memory(needed: int, megabytes: float, what: str) -> None:
     if needed > megabytes * 2**20:
         raise ValueError(
-            f"{what} take about {needed / 2**20:,.0f} MB of memory, more than megabytes="
+            f"{what} take about {_rounded(needed / 2**20)} MB of memory, more than megabytes="
             f"{megabytes:g}. Raise it if there is more."
         )
+
+
+def _rounded(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 10 else f"{amount:.2g}"
 
 
 def _training_objective(

@@ -93,11 +93,19 @@ def check_processes(trainer: Mapping[str, Any]) -> None:
             what has one process.
 
     Raises:
-        ConfigurationError: The numbers differ.
+        ConfigurationError: The numbers differ, or one in the environment is none.
 
     Example:
         >>> check_processes({"strategy": {"_target_": "gdtrain.distributed.ExactDDP"}})
     """
+    numbers = {name for _, _, rank, sizes in _LAUNCHERS for name in (rank, *sizes)}
+    for name in sorted(numbers | {"LOCAL_RANK", "NODE_RANK", "SLURM_NNODES"}):
+        if not os.environ.get(name, "0").isdecimal():
+            raise ConfigurationError(
+                f"The environment's {name} must be a whole number, as a launcher sets it. "
+                f"Received: {name}={os.environ[name]}. Unset it, if no launcher started this "
+                f"process."
+            )
     started = launch()
     if not started.by:
         return

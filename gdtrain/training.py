@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -71,6 +72,7 @@ __all__ = [
     "loss_name",
     "predict",
     "run",
+    "unfinished",
 ]
 
 Variant = Literal["gd", "sgd", "minibatch"]
@@ -258,7 +260,8 @@ def fit(
         seed: Of initial weights (if the model is built here), order and dropout.
         engine: How updates are made, see `SupervisedModule`.
         directory: Folder for TensorBoard events, `metrics.csv`, checkpoints and `summary.json`;
-            None: nothing is written.
+            None: nothing is written. It must not hold a run, but the one of `checkpoint` where all
+            its updates were made, and only the evaluation is left.
         checkpoint: Go on with the run of this checkpoint. All that its next update depends on must
             be the same; more epochs are taken where the schedule is not stretched over them.
         progress: Whether to draw a progress bar on a terminal.
@@ -358,7 +361,14 @@ def fit(
         callbacks.append(BestAndLast)
         loggers = [partial(c, name="", version="") for c in (TensorBoardLogger, CSVLogger)]
         loggers[0].keywords.update(default_hp_metric=False, max_queue=1000)
-    with _claimed(directory, {**hyperparameters, "epochs": arguments["max_epochs"]}, module):
+    config = {**hyperparameters, "epochs": arguments["max_epochs"]}
+    finishes = (
+        checkpoint is not None
+        and directory is not None
+        and _is_of(checkpoint, directory)
+        and unfinished(checkpoint, arguments["max_epochs"], -1) is not None
+    )
+    with nullcontext() if finishes else _claimed(directory, config, module):
         result = run(
             module,
             data,
@@ -526,6 +536,8 @@ def run(
         built.append(OwnSignals())
     with _quiet(), alone_in(folder, trainer) as make_trainer:
         made_loggers = [] if folder is None else [make(save_dir=folder) for make in loggers]
+        if folder is not None and checkpoint is not None and _is_of(checkpoint, folder):
+            _keep_metrics(made_loggers, folder / "metrics.csv")
         lightning = make_trainer(
             callbacks=built,
             logger=made_loggers or False,
@@ -695,8 +707,48 @@ def _is_over(state: Mapping[str, Any], planned: int | None, path: Path) -> bool:
                 f"do. Raise trainer.max_epochs to train on."
             )
         return False
-    stop = state["gdtrain"].get("stop")
-    return made or (stop is not None and stop["reason"] != StopReason.INTERRUPTED.value)
+    return made or _stopped(state["gdtrain"])
+
+
+def _stopped(own: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint tells why its run ended, other than at the user's wish."""
+    stop = own.get("stop")
+    return stop is not None and stop["reason"] != StopReason.INTERRUPTED.value
+
+
+def unfinished(checkpoint: str | Path, max_epochs: int | None, max_steps: int) -> Path | None:
+    """The folder of a run of which only the evaluation and the summary are left.
+
+    Args:
+        checkpoint: In `checkpoints`, in the run's folder.
+        max_epochs: Of the trainer that is to go on.
+        max_steps: Likewise; -1: as many as the epochs have.
+
+    Returns:
+        Where the run is to be finished; None: it is finished, or there are updates left.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It cannot be used.
+
+    Example:
+        >>> unfinished("missing.ckpt", 1, -1)
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no checkpoint missing.ckpt. ...
+    """
+    own = load_checkpoint(checkpoint)["gdtrain"]
+    place = Path(checkpoint).parent
+    folder = place.parent
+    if place.name != "checkpoints" or not (folder / "config.yaml").is_file():
+        return None
+    if (folder / "summary.json").exists():
+        return None
+    then, planned = own.get("settings") or {}, own.get("planned")
+    limits = [str(then.get(f"trainer.{name}")) for name in ("max_epochs", "max_steps")]
+    same = [{"None": "-1"}.get(n, n) for n in limits] == [repr(max_epochs or -1), repr(max_steps)]
+    made = same and planned is not None and own["updates"] >= planned
+    return folder if made or _stopped(own) else None
 
 
 class _Finish(Callback):
@@ -777,12 +829,32 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
     except FileExistsError:
         if not folder.is_dir():
             raise ValueError(f"{folder} is a file, and a run needs a folder.") from None
+        hint = "; what goes on from a checkpoint is left in a folder of its own."
+        if config.get("ckpt_path") is None:
+            hint = f"; to go on with that run, set ckpt_path={folder}/checkpoints/last.ckpt."
         raise ValueError(
-            f"{folder} already holds a run. Choose another folder (hydra.run.dir=…); to go on "
-            f"with that run, set ckpt_path={folder}/checkpoints/last.ckpt."
+            f"{folder} already holds a run. Choose another folder (hydra.run.dir=…){hint}"
         ) from None
     except OSError as error:
-        raise ValueError(f"The run's folder cannot be made: {error}") from None
+        raise ValueError(
+            f"The run's folder {folder} cannot be made: {error.strerror or error}. Choose another."
+        ) from None
+
+
+def _is_of(checkpoint: str | Path, folder: str | Path) -> bool:
+    """Whether it is a checkpoint of the run in a folder."""
+    return Path(checkpoint).resolve().parent.parent == Path(folder).resolve()
+
+
+def _keep_metrics(loggers: Sequence[Logger], path: Path) -> None:
+    """Lightning's logger would take away the curves of a run that is finished."""
+    logger = next((one for one in loggers if isinstance(one, CSVLogger)), None)
+    if logger is None or not path.is_file():
+        return
+    with open(path, encoding="utf-8", newline="") as file:
+        rows: list[Any] = [row for row in csv.DictReader(file) if not row.get("loss/test")]
+    logger.experiment.metrics += rows
+    logger.save()
 
 
 def _build_callbacks(callbacks: Sequence[Any], folder: Path | None) -> list[Callback]:

@@ -110,7 +110,7 @@ def test_all_bad_columns_are_on_the_screen(checkpoint, table, tmp_path, monkeypa
     assert "column 'c', line 6: empty" in err
     code, _, err = said(cli.predict_main, monkeypatch, capsys, *words, "header=maybe")
     assert code == 2
-    assert "header must be true, false or auto. Received: 'maybe'." in err
+    assert "header must be true, false or auto. Received: header=maybe" in err
 
 
 def test_metrics_of_a_new_labelled_file(checkpoint, table, tmp_path, monkeypatch, capsys):

@@ -19,6 +19,7 @@ FOREIGN = (
     r"|<class|_Deferred|Exception|Error\b|hydra\.[a-z]+\.[A-Z_]|omegaconf|lightning\.\w+\.\w+\("
 )
 TRAIN, COMPARE, EVALUATE = "train", "compare", "evaluate"
+IRIS = "data=iris"
 # Command, its words, the word that was wrong as it is quoted, the remedy.
 WRONG = [
     (TRAIN, ["optimizer.lr==0.1"], "=0.1", "finite number above 0"),
@@ -36,6 +37,17 @@ WRONG = [
     (TRAIN, ["--resolve"], "--resolve", "--cfg job"),
     (TRAIN, ["--experimental-rerun=x"], "--experimental-rerun", "give its keys again"),
     (TRAIN, ["-sc"], "-sc", "-sc install=bash"),
+    (TRAIN, ["-sc", "install=tcsh"], "install=tcsh", "bash, fish and zsh"),
+    (TRAIN, ["--cfg", "job", "-p", "optimiser"], "optimiser", "Did you mean optimizer?"),
+    (TRAIN, ["-c", "job", "-p", "model.nope"], "model.nope", "--cfg job"),
+    (TRAIN, ["--config-dir=/nope", "seed=1"], "--config-dir=/nope", "must name a folder"),
+    (TRAIN, ["--config-dir=", "seed=1"], "--config-dir=,", "must name a folder"),
+    (TRAIN, ["-m", "--config-dir=/nope", "hydra/sweeper=x"], "/nope", "must name a folder"),
+    ("find_lr", ["--config-dir=/nope"], "--config-dir=/nope", "must name a folder"),
+    (TRAIN, ["callbacks=early_stopping", "callbacks.early_stopping.patience=-1"],
+     "patience=-1", "at least 0"),
+    (TRAIN, ["callbacks=early_stopping", "callbacks.early_stopping.min_delta=-1"],
+     "min_delta=-1", "at least 0"),
     (TRAIN, ["model.hidden=[64,32"], "model.hidden=[64,32", "'model.hidden=[64,32]'"),
     (TRAIN, ["model.hidden=64,32"], "model.hidden=64,32", "model.hidden=[64,32]"),
     (TRAIN, ["optimizer=gd,sgd"], "optimizer=gd,sgd", "gdtrain -m optimizer=gd,sgd"),
@@ -68,6 +80,30 @@ WRONG = [
     (TRAIN, ["+logger.w._target_=a.WandbLogger"], "a.WandbLogger", "+logger.w._partial_=true"),
     (TRAIN, ["+callbacks.c.x=5"], "callbacks.c", "+callbacks.c._target_=…"),
     (TRAIN, ["optimized_metric=best"], "optimized_metric=best", "loss/val"),
+    (TRAIN, ["~data"], "~data", "set data=…"),
+    (TRAIN, ["model=7"], "model=7", "cnn, linear, mlp"),
+    (TRAIN, ["++step_size=dog"], "step_size has a choice already", "Write step_size=dog"),
+    (TRAIN, ["hydra.job.num=x"], "hydra.job.num: ", "'x'"),
+    (TRAIN, ["hydra.run.dir=/proc/foo", "data=iris"], "/proc/foo", "hydra.run.dir=…"),
+    (TRAIN, ["trainer.accelerator=quantum"], "trainer.accelerator=quantum", "cpu, gpu, cuda"),
+    (TRAIN, ["trainer.precision=3"], "trainer.precision=3", "bf16-mixed, 64-true"),
+    (TRAIN, ["engine="], "engine=.", "native"),
+    (TRAIN, [IRIS, "model.hidden=[-3]"], "Received: model.hidden=[-3]", "model.hidden must"),
+    (TRAIN, [IRIS, "model.init=foo"], "Received: model.init=foo", "model.init must"),
+    (TRAIN, [IRIS, "data.val_fraction=0.9"], "data.val_fraction=0.9", "data.test_fraction=0.2"),
+    (TRAIN, [IRIS, "data.sampling=bogus"], "Received: data.sampling=bogus", "data.sampling must"),
+    (TRAIN, [IRIS, "schedule=step", "schedule.every=-1"], "schedule.every=-1", "schedule.every m"),
+    (TRAIN, [IRIS, "loss=huber", "loss.delta=-1"], "loss.delta=-1", "loss.delta must be"),
+    (TRAIN, [IRIS, "callbacks.checkpoints.seconds_between=-1"],
+     "Received: callbacks.checkpoints.seconds_between=-1", "between must be >= 0"),
+    (TRAIN, [IRIS, "instruments.distance.looks=-1"], "instruments.distance.looks=-1", "at least 1"),
+    ("find_lr", [IRIS, "optimizer=minibatch", "data.batch_size=1000"],
+     "Received: data.batch_size=1000", "data.batch_size must be at most 105"),
+    ("explain", [IRIS, "model=linear", "data.dtype=int8"], "data.dtype='int8'", "data.dtype must"),
+    ("find_lr", ["num=-3"], "num=-3", "min_lr, max_lr, updates, repetitions, output, and every"),
+    ("explain", ["output=x"], "output=x", "knows: update, digits, examples, and every key"),
+    (COMPARE, ["nope=3"], "nope=3", "and every key of gdtrain"),
+    ("find_lr", ["epochs=3"], "epochs", "Did you mean trainer.max_epochs?"),
     (COMPARE, ["--seeds=3"], "--seeds=3", "Write seeds=3"),
     (COMPARE, ["seeds=100000000000"], "seeds=100000000000", "at most 10000"),
     (COMPARE, ["target=1e999"], "target=1e999", "finite"),
@@ -75,13 +111,19 @@ WRONG = [
     (EVALUATE, ["ckpt_path"], "ckpt_path", "Write ckpt_path=VALUE"),
     (EVALUATE, ["checkpoint=x"], "checkpoint=x", "knows: ckpt_path"),
     (EVALUATE, ["ckpt_path=x", "data.name=a: b: c"], "a: b: c", "quotes of its own"),
+    (EVALUATE, ["ckpt_path=x", "trust=../x"], "trust=../x", "such as mypackage"),
+    (EVALUATE, ["ckpt_path=x", "trust=torch.nn,"], "trust=torch.nn,", "such as mypackage"),
+    ("landscape", ["run=x", "trust=a b"], "trust=a b", "such as mypackage"),
+    ("predict", ["ckpt_path=a", "input=b.npy", "output=c", "header=perhaps"],
+     "header=perhaps", "true, false or auto"),
+    (EVALUATE, ["ckpt_path=a", "input=b.npy", "header=perhaps"], "header=perhaps", "or auto"),
     ("predict", ["ckpt_path=a", "input=b"], "output", "output=predictions.csv"),
     ("explain", ["digits=99"], "digits=99", "at most 12"),
     ("explain", ["updat=3"], "updat", "Did you mean update?"),
     ("find_lr", ["min_lr=nan"], "min_lr=nan", "finite"),
     ("landscape", ["run=a", "points=1001"], "points=1001", "at most 1000"),
     ("landscape", [], "none", "ckpt_path=…, run=… and ckpt_dir=…"),
-]
+]  # fmt: skip
 
 
 def said(monkeypatch, capsys, command, words):
@@ -217,6 +259,15 @@ def test_several_processes_without_a_strategy_are_told_once(monkeypatch, capsys,
     check_processes({"strategy": "ddp", "devices": 2})
     with pytest.raises(ConfigurationError, match=r"Set trainer\.devices=2"):
         check_processes({"strategy": "ddp", "devices": 3})
+
+
+@pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_NTASKS", "RANK", "LOCAL_RANK"])
+def test_a_rank_that_is_no_number_is_told_by_its_name(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "x")
+    message = said(monkeypatch, capsys, "train", ["data=iris"])
+    assert f"{name} must be a whole number" in message
+    assert f"Received: {name}=x" in message
 
 
 def test_what_slurm_has_left_is_not_taken_up(monkeypatch, tmp_path):

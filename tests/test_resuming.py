@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from sklearn.datasets import load_iris
 from torch import nn
 
 import gdtrain
-from gdtrain import SGD, MiniBatchSGD, SupervisedModule
+from gdtrain import SGD, MiniBatchSGD, SupervisedModule, experiment
 from gdtrain.callbacks import BestAndLast, Convergence, Divergence, GradientNorms, LossCurves
+from gdtrain.cli.arguments import compose
+from gdtrain.configuration import ConfigurationError
 from gdtrain.data import EmbeddedDataModule
 from gdtrain.losses import CrossEntropy, Loss, OneHotSquaredError
 from gdtrain.models import MLP
@@ -488,3 +491,49 @@ def test_an_average_is_what_a_finished_run_ends_at(tmp_path):
     assert rest.metrics == whole.metrics
     for p, q in zip(whole.model.parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def unfinished(folder):
+    """A run of the command that was killed before its summary; and what was in its folder."""
+    words = ["data=iris", "model=linear", "optimizer=gd", "optimizer.lr=0.1",
+        "trainer.max_epochs=3", "instruments=off", "logger=csv"]  # fmt: skip
+    experiment.train(compose(words, None), folder / "run")
+    before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    (folder / "run" / "summary.json").unlink()
+    return [*words, f"ckpt_path={folder}/run/checkpoints/last.ckpt"], before
+
+
+@pytest.mark.parametrize("named", ["new", "run"])
+def test_the_command_finishes_a_run_in_its_own_folder(tmp_path, named):
+    words, before = unfinished(tmp_path)
+    (tmp_path / named).mkdir(exist_ok=True)  # as Hydra makes it
+    result = experiment.train(compose(words, None), tmp_path / named)
+    assert result.directory == tmp_path / "run"
+    after = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert after.keys() == before.keys()
+    for name in ("metrics.csv", "config.yaml"):
+        assert after[Path("run", name)] == before[Path("run", name)]
+    then, now = (json.loads(files[Path("run", "summary.json")]) for files in (before, after))
+    assert (now["metrics"], now["updates"]) == (then["metrics"], then["updates"])
+
+
+def test_a_run_with_updates_left_goes_on_in_a_folder_of_its_own(tmp_path):
+    words, _ = unfinished(tmp_path)
+    longer = compose([*words, "trainer.max_epochs=5", "schedule=constant"], None)
+    with pytest.raises(ConfigurationError, match=r"already holds a run.* a folder of its own"):
+        experiment.train(longer, tmp_path / "run")
+    with pytest.raises(ConfigurationError, match="These differ"):
+        experiment.train(compose([*words, "seed=1"], None), tmp_path / "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def test_fit_finishes_a_run_in_the_folder_that_it_has(tmp_path):
+    def fit(**options):
+        return gdtrain.fit("linear", *load_iris(return_X_y=True), variant="gd", lr=0.1, epochs=3,
+            progress=False, directory=tmp_path / "run", **options)  # fmt: skip
+
+    whole = fit()
+    (tmp_path / "run" / "summary.json").unlink()
+    rest = fit(checkpoint=tmp_path / "run" / "checkpoints" / "last.ckpt")
+    assert rest.metrics == whole.metrics
+    assert (tmp_path / "run" / "summary.json").is_file()

@@ -29,6 +29,7 @@ __all__ = [
     "Command",
     "Key",
     "Words",
+    "check_package",
     "compose",
     "composed",
     "flags",
@@ -213,12 +214,18 @@ class Command:
 
     def _check_misspelt(self, words: Sequence[str]) -> None:
         """Among the keys of the configuration, one may be meant for the command."""
-        names = [k.name for k in self.keys]
+        if not self.configures:
+            return
+        names, known = [k.name for k in self.keys], [*known_keys([]), *_ELSEWHERE]
         for word in words:
             name = word.partition("=")[0]
-            hint = "" if set("./@+~") & set(name) else closest(name, names)
-            if hint and name not in known_keys([]):
+            if set("./@+~") & set(name) or name in known or not _KEY.fullmatch(name):
+                continue
+            if closest(name, names):
+                hint = closest(name, names)
                 raise ConfigurationError(f"Unknown argument {name}.{hint} --help shows all keys.")
+            if not closest(name, known):
+                raise ConfigurationError(self._unknown(word))
 
     def _unknown(self, word: str) -> str:
         name, equals, _ = word.partition("=")
@@ -228,7 +235,8 @@ class Command:
                 f"{name} has no value. Write {name}=VALUE, without spaces. --help shows all keys."
             )
         shown = ", ".join(f"{k.name}{'KEY' * k.name.endswith('.')}" for k in self.keys)
-        return f"Unknown argument {word}.{closest(name, names)} {self.name} knows: {shown}."
+        others = ", and every key of gdtrain" if self.configures else ""
+        return f"Unknown argument {word}.{closest(name, names)} {self.name} knows: {shown}{others}."
 
     def _no_flag(self, word: str) -> str:
         name, _, value = word.lstrip("-").partition("=")
@@ -379,7 +387,9 @@ def _check_choice(group: str, word: str, parsed: Override) -> None:
         raise ConfigurationError(
             f"A group takes a choice, not null: {_choices(group)}. Received: {word}"
         )
-    if isinstance(value, list | dict):
+    if word.startswith("++"):
+        raise ConfigurationError(f"{group} has a choice already. Write {word[2:]}")
+    if value is not None and not isinstance(value, str | QuotedString):
         raise ConfigurationError(
             f"{group} takes the name of one choice: {_choices(group)}. Received: {word}"
         )
@@ -511,12 +521,14 @@ def flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ConfigurationError("--resolve goes with --cfg job only. Write: --cfg job --resolve")
     if arguments.shell_completion and not (
         len(arguments.overrides) == 1
-        and re.fullmatch(r"(install|uninstall|query)=\w+", arguments.overrides[0])
+        and re.fullmatch(r"(install|uninstall|query)=(bash|fish|zsh)", arguments.overrides[0])
     ):
         raise ConfigurationError(
             'The completion of a shell is installed with eval "$(gdtrain -sc install=bash)"; '
-            "uninstall=bash takes it away. Received: -sc " + " ".join(arguments.overrides)
+            "uninstall=bash takes it away. There is one for bash, fish and zsh. Received: -sc "
+            + " ".join(arguments.overrides)
         )
+    _check_folder(arguments.config_dir)
     own = list(words)
     for word in arguments.overrides:
         own.remove(word)
@@ -584,9 +596,8 @@ def compose(overrides: list[str], config_dir: str | None, whole: bool = False) -
         'gd'
     """
     extra = []
+    _check_folder(config_dir)
     if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise ConfigurationError(f"--config-dir: there is no folder {config_dir}")
         extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     try:
         with initialize_config_dir(str(conf_directory()), version_base="1.3"):
@@ -609,6 +620,34 @@ def compose(overrides: list[str], config_dir: str | None, whole: bool = False) -
         if unknown is None:
             raise
         raise ConfigurationError(_unknown(unknown.group(1), overrides)) from None
+
+
+def _check_folder(config_dir: str | None) -> None:
+    if config_dir is not None and (not config_dir or not Path(config_dir).is_dir()):
+        raise ConfigurationError(
+            f"--config-dir must name a folder. Received: --config-dir={config_dir}, and there is "
+            f"none."
+        )
+
+
+def check_package(package: str, config: DictConfig) -> None:
+    """Raise where the part of the configuration that is to be shown is not there.
+
+    Args:
+        package: The part's key.
+        config: The whole configuration.
+
+    Raises:
+        ConfigurationError: It has no such key, or nothing is set there.
+
+    Example:
+        >>> check_package("optimizer", compose([], None))
+    """
+    if package != "_global_" and OmegaConf.select(config, package) is None:
+        raise ConfigurationError(
+            f"--package (-p) must name a key that is set.{closest(package, known_keys([]))} "
+            f"Received: {package}. --cfg job without it shows all."
+        )
 
 
 def composed(words: list[str], config_dir: str | None) -> tuple[DictConfig, dict[str, str]]:

@@ -115,7 +115,9 @@ def heard(error: BaseException) -> str:
     multiple = re.search(r"Multiple values for ([^.]+)\.", text)
     if multiple:
         return f"{multiple.group(1)} was given twice. Give it once."
-    return text.splitlines()[0] if text else type(error).__name__
+    first = text.splitlines()[0] if text else type(error).__name__
+    key = getattr(error, "full_key", None)
+    return f"{key}: {first}" if key and str(key) not in first else first
 
 
 def _first_line(error: BaseException) -> str:

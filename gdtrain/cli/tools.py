@@ -41,13 +41,24 @@ def _ready(command: Command) -> Any:
 
 
 def _trusted(options: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(name for name in options.pop("trust", "").split(",") if name)
+    word = options.pop("trust", None)
+    names = () if word is None else tuple(name.strip() for name in word.split(","))
+    if not all(part.isidentifier() for name in names for part in name.split(".")):
+        raise ConfigurationError(
+            f"trust must be names of packages, separated by commas, such as mypackage. Received: "
+            f"trust={word}"
+        )
+    return names
 
 
 def _header(options: dict[str, Any]) -> Any:
     """Whether a table has a header, where that was said."""
     word = options.get("header")
-    return {"true": True, "false": False}.get((word or "").lower(), word)
+    known = {None: None, "true": True, "false": False, "auto": "auto"}
+    found = word if word is None else word.lower()
+    if found not in known:
+        raise ConfigurationError(f"header must be true, false or auto. Received: header={word}")
+    return known[found]
 
 
 def _data(below: dict[str, dict[str, str]]) -> dict[str, Any]:
@@ -98,6 +109,7 @@ def evaluate() -> None:
     with one_message():
         words = _ready(_EVALUATE)
         trust, overrides = _trusted(words.options), _data(words.below)
+        header = _header(words.options)
         from gdtrain.experiment import evaluate as run
 
         listen()
@@ -107,7 +119,7 @@ def evaluate() -> None:
             trust,
             input_path=words.options.get("input"),
             target=words.options.get("target"),
-            header=_header(words.options),
+            header=header,
         )
     for tag, value in metrics.items():
         print(f"{tag} {value:.6g}")
@@ -153,6 +165,7 @@ def predict() -> None:
     with one_message():
         words = _ready(_PREDICT)
         trust, output = _trusted(words.options), words.options["output"]
+        header = _header(words.options)
         from gdtrain.experiment import predict_file
 
         listen()
@@ -161,7 +174,7 @@ def predict() -> None:
             words.options["input"],
             output,
             trust,
-            header=_header(words.options),
+            header=header,
         )
     print(f"{count} predictions in {output}")
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gdtrain import __version__
-from gdtrain.cli.arguments import compose, flags, jobs
+from gdtrain.cli.arguments import check_package, compose, flags, jobs
 from gdtrain.cli.messages import EXIT_CODES, complain, heard, listen, one_message, shown
 from gdtrain.cli.overview import overview
 from gdtrain.configuration import ConfigurationError, check, conf_directory
@@ -55,6 +55,9 @@ def train() -> None:
             wrong: list[Exception] = []
             for overrides in runs:
                 config = compose(overrides, arguments.config_dir)
+                if arguments.cfg and arguments.package:
+                    whole = compose(overrides, arguments.config_dir, whole=True)
+                    check_package(arguments.package, whole)
                 try:
                     plain: Any = OmegaConf.to_container(config, resolve=True)
                     if not only_shows:
@@ -88,7 +91,11 @@ def _end(codes: str, several: bool) -> int:
     except OSError as error:
         if _read(codes):
             raise
-        return complain(f"The run's folder cannot be made: {error}")
+        place = error.filename or "The run's folder"
+        return complain(
+            f"{place} cannot be made, or not be written to: {error.strerror or error}. Choose "
+            f"another folder: hydra.run.dir=… (of a sweep hydra.sweep.dir=…)."
+        )
     except ConfigurationError:  # said by the job; a sweeper of another kind does not go on
         pass
     except BrokenExecutor:

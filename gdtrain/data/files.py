@@ -130,6 +130,11 @@ def read_labelled(
             f"{path}: expected one target for each example. Received: {x.shape[0]} examples and "
             f"{len(y)} targets."
         )
+    if preprocessing.classes is not None and y.size != len(y):
+        raise ValueError(
+            f"The targets of {path} must be one label for each example. Received: an array of "
+            f"shape {y.shape}."
+        )
     _check_labels(y, preprocessing, path, lambda row: f"example {row} (counted from 0)")
     return x, y
 

@@ -196,6 +196,8 @@ def test_labelled_arrays_that_do_not_fit(tmp_path):
         read_labelled(tmp_path / "x.npz", learnt)
     with pytest.raises(ValueError, match=r"must come with a \.npy file.* in column 9"):
         read_labelled(tmp_path / "xy.npy", learnt, "9")
+    with pytest.raises(ValueError, match=r"one label for each example.*shape \(\d+, \d+\)"):
+        read_labelled(tmp_path / "xy.npy", learnt, str(tmp_path / "xy.npy"))
     with pytest.raises(ValueError, match=r"example 1 \(counted from 0\): Labels must be among"):
         read_labelled(tmp_path / "xy.npy", learnt)
     with pytest.raises(FileNotFoundError, match=r"away\. Set target to one that exists"):
