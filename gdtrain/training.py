@@ -703,8 +703,8 @@ def _is_over(state: Mapping[str, Any], planned: int | None, path: Path) -> bool:
     if summary.is_file():
         if made:
             raise ValueError(
-                f"The run of {path} has made all its {planned} updates: there is nothing left to "
-                f"do. Raise trainer.max_epochs to train on."
+                f"The run of {path} has made all its {state['gdtrain']['updates']} updates: there is "
+                f"nothing left to do. Raise trainer.max_epochs (of gdtrain.fit: epochs) to train on."
             )
         return False
     return made or _stopped(state["gdtrain"])
