@@ -353,7 +353,7 @@ def _check_header(file: Any, size: int, path: str | Path) -> None:
             f"holds {printable(dtype)}."
         )
     claimed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
-    if any(n < 0 for n in shape) or claimed > there:
+    if any(type(n) is not int or n < 0 for n in shape) or claimed > there:
         raise ValueError(
             f"{printable(path)} is damaged: its header claims an array of shape "
             f"{printable(shape)}, {claimed:,} bytes, and it has {there:,}."

@@ -702,9 +702,10 @@ def _is_over(state: Mapping[str, Any], planned: int | None, path: Path) -> bool:
     made = planned is not None and state["gdtrain"]["updates"] >= planned
     if summary.is_file():
         if made:
+            count = state["gdtrain"]["updates"]
             raise ValueError(
-                f"The run of {path} has made all its {state['gdtrain']['updates']} updates: there is "
-                f"nothing left to do. Raise trainer.max_epochs (of gdtrain.fit: epochs) to train on."
+                f"The run of {path} has made all its {count} updates: there is nothing left to do. "
+                f"Raise trainer.max_epochs (of gdtrain.fit: epochs) to train on."
             )
         return False
     return made or _stopped(state["gdtrain"])

@@ -151,7 +151,7 @@ BAD = [
     ("schedule=one_cycle schedule.warmup=5", "Unknown key schedule.warmup."),
     ("trainer.max_epochs=1.0", "trainer.max_epochs must be a whole number"),
     ("trainer.max_epochs=null", "must bound the run"),
-    ("--config-dir=nowhere", "there is no folder nowhere"),
+    ("--config-dir=nowhere", "Received: --config-dir=nowhere"),
     ("--config-name=mine", "--config-dir=FOLDER"),
 ]
 
@@ -198,7 +198,7 @@ BAD_AT_BUILD = [
     ("callbacks=early_stopping callbacks.early_stopping.monitor=foo", "can monitor loss/val"),
     ("schedule=reduce_on_plateau data.val_fraction=0", "needs a validation part"),
     ("+optimizer.differentiable=true optimizer.lr=0.1", "steps are not differentiable"),
-    ("+optimizer.differentiable=true", "does not go with differentiable=True"),
+    ("+optimizer.differentiable=true", "does not go with optimizer.differentiable=True"),
     ("optimizer.momentum=0.9 optimizer.nesterov=true", "lr=auto has no rule for Nesterov"),
     ("optimizer=adam optimizer.lr=auto", "work with GD, SGD and MiniBatchSGD"),
     ("step_size=armijo", "Armijo is a rule for full-batch descent"),

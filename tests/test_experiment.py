@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from sklearn.datasets import load_iris
 
 import gdtrain
-from gdtrain import cli
+from gdtrain import cli, experiment
 from gdtrain.configuration import conf_directory
 from gdtrain.experiment import evaluate, load_trained, predict_file, train
 
@@ -174,3 +174,30 @@ def test_a_label_that_training_did_not_have_is_named_with_its_line(checkpoint, t
     new.to_csv(tmp_path / "new.csv", index=False)
     with pytest.raises(ValueError, match=r"new\.csv, line 9: Labels must be among .*'rose'"):
         evaluate(checkpoint, input_path=tmp_path / "new.csv")
+
+
+def test_a_change_that_the_data_does_not_take_is_told_with_what_it_takes(
+    checkpoint, monkeypatch, capsys
+):
+    words = (f"ckpt_path={checkpoint}", "data.pathh=x.csv")
+    code, out, err = said(cli.evaluate_main, monkeypatch, capsys, *words)
+    assert (code, out) == (2, "")
+    assert "data.pathh: CSVDataModule has no option pathh. Did you mean path?" in err
+
+
+def test_a_small_amount_of_memory_is_told_as_it_is(checkpoint):
+    with pytest.raises(ValueError, match=r"take about 0\.0\d+ MB of memory, more than megabytes="):
+        experiment.landscape(checkpoint, megabytes=0.001)
+
+
+def test_a_message_is_said_with_the_keys_that_were_typed():
+    plain = {"seed": 1, "callbacks": {"a": {"share": 0.1}, "b": {"share": 7}}, "data": {"seed": 1}}
+    said = experiment.in_keys("share must lie in (0, 1]. Received: 7.", plain)
+    assert said == "callbacks.b.share must lie in (0, 1]. Received: callbacks.b.share=7."
+    for text in (
+        "share must lie in (0, 1]. Received: 3.",  # which of two, nobody knows
+        "seed must be a whole number. Received: seed=1.",
+        "data.seed must be a whole number. Received: data.seed=1.",
+        "other must be > 0. Received: other=1.",
+    ):
+        assert experiment.in_keys(text, plain) == text

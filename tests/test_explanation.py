@@ -403,7 +403,7 @@ def test_words_are_those_of_training(monkeypatch, capsys, tmp_path):
         ("update=first", "update must be a whole number. Received: update=first"),
         ("update=-1", "update must be a whole number of at least 0"),
         ("update=2100", "range [0, 2099]"),
-        ("digits=0", "digits must be a whole number in [1, 12]"),
+        ("digits=0", "digits must be a whole number of at least 1"),
         ("model=cnn data=digits", "model=linear, model=mlp). Received: CNN."),
         ("optimizer=adam", "(optimizer=gd, sgd or minibatch)"),
         ("optimizer=sdg", "Did you mean sgd?"),

@@ -138,15 +138,20 @@ def listen(log: bool = True, signals: bool = True) -> None:
     """
     logger = logging.getLogger("gdtrain")
     if log and not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        logger.addHandler(handler)
+        logger.addHandler(_Screen())
         logger.setLevel(logging.INFO)
         logger.propagate = False
     warnings.showwarning = _warn  # type: ignore[assignment]
     if signals and threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
+
+
+class _Screen(logging.Handler):
+    """Writes what is said to the error stream of the moment, which may be replaced."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr)
 
 
 def _warn(message: Warning | str, *_: Any) -> None:

@@ -575,8 +575,12 @@ def _load_libsvm(
         unseen = np.unique(x.indices[x.indices >= first + width])
         if len(unseen):  # no weight was learnt for them
             _log.info(
-                f"{path}: features that training did not have are left out: {len(unseen)}, from "
-                f"{unseen[0]} to {unseen[-1]}."
+                f"{path}: features that training did not have are left out: "
+                + (
+                    f"{unseen[0]}."
+                    if len(unseen) == 1
+                    else f"{len(unseen)}, from {unseen[0]} to {unseen[-1]}."
+                )
             )
             x = x[:, : first + width]
         columns = x.indices - np.asarray(first, dtype=x.indices.dtype)
