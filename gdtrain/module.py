@@ -507,7 +507,7 @@ class SupervisedModule(LightningModule):
 
     def _check_endless(self) -> None:
         """Where no end is planned, η must not depend on one."""
-        if self._schedule_is_automatic:
+        if self.schedule_is_automatic:
             self.schedule = Constant()
         updates, size = 2.0 ** torch.arange(-1, 40, dtype=torch.float64), self.updates_per_epoch
         totals = (2**20, 2**30)

@@ -148,8 +148,6 @@ def structure(model: nn.Module) -> dict[str, str]:
 
 def _call_of(module: nn.Module) -> str:
     shown = [f"{name}={entry}" for name, entry in options(module).items()]
-    hooks = sum(len(getattr(module, name, ())) for name in _HOOKS)
-    shown += [f"hooks={hooks}"] if hooks else []
     return f"{type(module).__name__}({', '.join(shown)})"
 
 

@@ -112,7 +112,10 @@ ROWS = {
         ),
         "CONVERGED",
     ),
-    "a floor of noise": (lambda cut, folder: line(cut, [Convergence(share=0.5)]), "NOISE_FLOOR"),
+    "a floor of noise": (
+        lambda cut, folder: line(cut, [Convergence(share=0.5)], max_epochs=200),
+        "NOISE_FLOOR",
+    ),
     "checks every 130 updates": (
         lambda cut, folder: line(cut, [Convergence(every=130)]),
         "NOISE_FLOOR",

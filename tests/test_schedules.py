@@ -223,8 +223,8 @@ def test_the_ends_of_closed_ranges_are_allowed():
 
 
 def test_a_schedule_of_ones_own_needs_shape():
-    with pytest.raises(NotImplementedError):
-        Schedule()(0, 1)
+    with pytest.raises(ValueError, match=r"must define shape\(t, total\)"):
+        Schedule()
 
 
 # ------------------------------------------------------------------ torch schedulers

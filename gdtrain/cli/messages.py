@@ -137,6 +137,8 @@ def listen(log: bool = True, signals: bool = True) -> None:
         >>> listen()
     """
     logger = logging.getLogger("gdtrain")
+    for handler in [h for h in logger.handlers if isinstance(h, _Screen)]:
+        logger.removeHandler(handler)
     if log and not logger.handlers:
         logger.addHandler(_Screen())
         logger.setLevel(logging.INFO)

@@ -342,8 +342,12 @@ REFUSED = {
         {"name": "t.csv.gz"},
         "t.csv.gz could not be read as CSV: expected text in UTF-8. Received, line 2",
     ),
-    "a cut archive": (gzip.compress(TABLE.encode())[:-9], {"name": "t.csv.gz"}, "could not be rea"),
-    "no archive": (TABLE, {"name": "t.csv.zip"}, "t.csv.zip could not be read"),
+    "a cut archive": (
+        gzip.compress(TABLE.encode())[:-9],
+        {"name": "t.csv.gz"},
+        "cannot be unpacked",
+    ),
+    "no archive": (TABLE, {"name": "t.csv.zip"}, "t.csv.zip is no archive"),
     "two files": (
         zipped("a.csv", "b.csv"),
         {"name": "t.csv.zip"},

@@ -31,6 +31,9 @@ from gdtrain.step_sizes import (
     StochasticPolyak,
 )
 
+# Of one process, as here.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 OPTIMIZERS = {
     "SGD": lambda p: SGD(p, lr=0.1, momentum=0.9),
     "GD": lambda p: GD(p, lr=0.1, momentum=0.9, weight_decay=0.1, num_samples=6),
