@@ -870,7 +870,8 @@ def _same_data(
         data.download = False  # type: ignore[attr-defined]  # to fetch files, the user must ask
     data.prepare_data()
     data.use_loss(trained.module.loss)
-    if any(p.dtype == torch.float64 for p in trained.module.parameters()):
+    weights = trained.state["state_dict"]  # as they were trained, whatever the model is now
+    if any(w.dtype == torch.float64 for n, w in weights.items() if n.startswith("model.")):
         data.dtype = torch.float64
     data.setup()
     try:
