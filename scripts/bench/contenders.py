@@ -256,6 +256,9 @@ class _Clock(Callback):
         self.ended = 0.0
         self.first = self.last = 0
 
+    def next_update(self, update: int) -> None:
+        """Nowhere must a sweep end for a clock: it is no reason for one update a step."""
+
     def on_train_batch_end(
         self,
         trainer: Trainer,

@@ -233,6 +233,19 @@ class Watch(Callback):
         self.passes = passes
         self.at: list[float] = []
         self.values: list[float] = []
+        self._every = 1  # updates from look to look
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Plan the looks: an update of a rule that searches may take many passes."""
+        rule = getattr(trainer.optimizers[0], "step_size", None)
+        searches = rule is not None and (rule.evaluates or rule.differentiates)
+        data = trainer.datamodule
+        updates = self.passes * data.num_train / data.examples_per_update
+        self._every = max(1, int(updates / POINTS / (20 if searches else 1)))
+
+    def next_update(self, update: int) -> int:
+        """The next look."""
+        return (update // self._every + 1) * self._every
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
