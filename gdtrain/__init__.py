@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gdtrain.keeping import load
-    from gdtrain.minimization import Minimum, minimize
-    from gdtrain.module import SupervisedModule
+    from gdtrain.descent.minimization import Minimum, minimize
+    from gdtrain.lightning.module import SupervisedModule
     from gdtrain.optim import GD, SGD, MiniBatchSGD
-    from gdtrain.training import Result, fit
+    from gdtrain.runs.fit import Result, fit
+    from gdtrain.runs.keeping import load
 
 __version__ = "0.1.0"
 
@@ -28,12 +28,12 @@ _HOME = {
     "GD": "gdtrain.optim",
     "SGD": "gdtrain.optim",
     "MiniBatchSGD": "gdtrain.optim",
-    "Minimum": "gdtrain.minimization",
-    "Result": "gdtrain.training",
-    "SupervisedModule": "gdtrain.module",
-    "fit": "gdtrain.training",
-    "load": "gdtrain.keeping",
-    "minimize": "gdtrain.minimization",
+    "Minimum": "gdtrain.descent.minimization",
+    "Result": "gdtrain.runs.fit",
+    "SupervisedModule": "gdtrain.lightning.module",
+    "fit": "gdtrain.runs.fit",
+    "load": "gdtrain.runs.keeping",
+    "minimize": "gdtrain.descent.minimization",
 }
 
 
@@ -41,6 +41,6 @@ def __getattr__(name: str) -> Any:
     # Lazily, so that `import gdtrain` and `gdtrain.optim` do not import Lightning.
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("callbacks", "data", "losses", "models", "optim", "schedules"):
+    if name in ("callbacks", "data", "losses", "models", "optim", "schedules", "step_sizes"):
         return import_module(f"gdtrain.{name}")
     raise AttributeError(f"module 'gdtrain' has no attribute {name!r}")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from gdtrain.dropout import Dropout, drawing
+from gdtrain.models.dropout import Dropout, drawing
 
 __all__ = [
     "Objective",

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gdtrain import GD, SGD, MiniBatchSGD, minimize
-from gdtrain.configuration import closest
 from gdtrain.data.loader import IndexLoader
+from gdtrain.engines import choose
 from gdtrain.losses import CrossEntropy, Logistic, Loss
 from gdtrain.models import MLP
 from gdtrain.objective import Objective
-from gdtrain.sweep import choose
+from gdtrain.runs.configuration import closest
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 # Okabe and Ito's colours, which all eyes tell apart; lines differ in style or marker too.

@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from gdtrain import GD
-from gdtrain.curvature import sharpness
+from gdtrain.analysis.curvature import sharpness
 from gdtrain.losses import CrossEntropy, Loss, OneHotSquaredError
 from gdtrain.models import MLP
 from gdtrain.objective import Objective

@@ -25,7 +25,7 @@ from sklearn.datasets import load_diabetes
 from sklearn.preprocessing import StandardScaler
 
 import gdtrain
-from gdtrain.landscape import Grid, Landscape, Line, Snapshots
+from gdtrain.analysis.landscape import Grid, Landscape, Line, Snapshots
 from gdtrain.losses import SquaredError
 from gdtrain.models import Linear
 from gdtrain.objective import Objective

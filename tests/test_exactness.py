@@ -19,11 +19,11 @@ import gdtrain
 from gdtrain import SGD, SupervisedModule
 from gdtrain.callbacks import ExactBatchNorm, LossCurves
 from gdtrain.data import ArrayDataModule, MappedInputs, NPYDataModule, Preprocessing
-from gdtrain.dropout import Dropout, drawing
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import CNN, MLP, exact_batch_norm_
+from gdtrain.models.dropout import Dropout, drawing
 from gdtrain.objective import Objective, own_part
-from gdtrain.training import run
+from gdtrain.runs.fit import run
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.autograd.functional import hessian as explicit_hessian
 
-from gdtrain.dropout import Dropout
 from gdtrain.losses import CrossEntropy, Hinge, Loss, OneHotSquaredError, SquaredError
 from gdtrain.models import CNN, MLP
+from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective, untouched
 
 N = 11  # a prime: every M < N leaves a ragged last pass

@@ -29,25 +29,18 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 
 
 LAYERS = [
-    [
-        "rules",
-        "reading",
-        "schedules",
-        "losses",
-        "dropout",
-        "stopping",
-        "configuration",
-        "step_sizes",
-    ],
-    ["objective", "optim", "launch"],
-    ["models", "data", "minimization", "curvature", "landscape", "snapshot", "instruments"],
-    ["sweep", "work", "structure", "builder"],
-    ["race", "diagnosis", "certificates", "resuming", "hooks"],
-    ["module", "distributed"],
-    ["callbacks", "rate_finder", "explanation", "comparison"],
-    ["training", "report"],
-    ["experiment"],
-    ["keeping"],
+    ["rules", "schedules", "losses", "errors"],
+    ["step_sizes", "models"],
+    ["objective", "optim"],
+    ["data"],
+    ["engines"],
+    ["descent"],
+    ["convex"],
+    ["lightning"],
+    ["analysis"],
+    ["callbacks"],
+    ["reporting"],
+    ["runs"],
     ["cli"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -71,7 +64,7 @@ def test_imports_point_up_the_map_only(path):
         if top == "gdtrain" and rest:
             other = rest.split(".")[0]
             assert other == own or LEVEL[other] < LEVEL[own], f"{path.name} imports {name}"
-        if own in ("rules", "schedules", "losses", "objective", "optim", "models", "sweep"):
+        if own in ("rules", "schedules", "losses", "objective", "optim", "models", "engines"):
             assert top not in ("lightning", "hydra", "omegaconf", "sklearn", "tensorboard")
-        if own not in ("experiment", "cli"):
+        if own not in ("runs", "cli"):
             assert top not in ("hydra", "omegaconf")

@@ -41,7 +41,7 @@ def test_each_command_composes(line, tmp_path, monkeypatch):
     from omegaconf import OmegaConf
 
     from gdtrain.cli.arguments import compose, flags, jobs
-    from gdtrain.configuration import check
+    from gdtrain.runs.configuration import check
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").touch()

@@ -12,13 +12,13 @@ from sklearn.svm import SVC
 
 from gdtrain import GD, SGD, SupervisedModule, minimize
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
+from gdtrain.descent.stopping import StopReason
+from gdtrain.engines import Eager
+from gdtrain.lightning.module import parameter_groups
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, SquaredError
 from gdtrain.models import Linear
-from gdtrain.module import parameter_groups
 from gdtrain.objective import Objective
 from gdtrain.schedules import Polynomial
-from gdtrain.stopping import StopReason
-from gdtrain.sweep import Eager
 
 WHOLE = {"dtype": "float64", "val_fraction": 0, "test_fraction": 0}
 

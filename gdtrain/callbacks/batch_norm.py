@@ -8,8 +8,8 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models import exact_batch_norm_
-from gdtrain.module import SupervisedModule
 
 __all__ = ["ExactBatchNorm"]
 

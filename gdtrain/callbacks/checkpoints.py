@@ -13,8 +13,8 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from gdtrain.module import SupervisedModule
-from gdtrain.reading import load_checkpoint
+from gdtrain.data.reading import load_checkpoint
+from gdtrain.lightning.module import SupervisedModule
 
 __all__ = ["BestAndLast"]
 

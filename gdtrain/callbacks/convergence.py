@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gdtrain.certificates import (
+from gdtrain.convex.certificate import (
     Certificate,
     LinearProblem,
     NoCertificateError,
     double,
     linear_layer,
 )
-from gdtrain.dropout import Dropout
-from gdtrain.module import SupervisedModule
+from gdtrain.descent.stopping import Stop, StopReason
+from gdtrain.lightning.module import SupervisedModule
+from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective, untouched
 from gdtrain.schedules import ReduceOnPlateau
-from gdtrain.stopping import Stop, StopReason
 
 __all__ = ["Convergence", "mean_bounds"]
 
@@ -94,8 +94,8 @@ class Convergence(Callback):
     not decide, the batches are doubled, up to one exact gradient of all N.
 
     **CONVERGED, linear models**: the duality gap P − D is at most `gap` · |P|, see
-    `gdtrain.certificates`. Whether or not `gap` is set, a linear model with weight decay ends with
-    the certificate in `module.certificate` (a dictionary, or None). It is that of the average,
+    `gdtrain.convex.certificate`. Whether or not `gap` is set, a linear model with weight decay ends
+    with the certificate in `module.certificate` (a dictionary, or None). It is that of the average,
     where the step-size rule keeps one.
 
     **NOISE_FLOOR** (B < N): at this η an update is expected to change J by −η‖∇J‖² + c, where

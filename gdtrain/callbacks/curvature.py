@@ -10,14 +10,20 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from gdtrain.analysis.curvature import (
+    NotFiniteError,
+    Sharpness,
+    batch_sharpness,
+    sharpness,
+    stability_limit,
+)
 from gdtrain.callbacks.curves import described
-from gdtrain.curvature import NotFiniteError, Sharpness, batch_sharpness, sharpness, stability_limit
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
-from gdtrain.module import SupervisedModule
+from gdtrain.descent.work import FREE, Places, Work
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
 from gdtrain.optim.base import Descent
-from gdtrain.work import FREE, Places, Work
 
 __all__ = ["Curvature"]
 
@@ -45,7 +51,7 @@ class Curvature(Callback):
 
     - full batch: `curvature/sharpness`, the largest eigenvalue λ of the objective's Hessian with
       weight decay; `curvature/limit`, the η beyond which descent with this momentum is unstable
-      (`gdtrain.curvature.stability_limit`);
+      (`gdtrain.analysis.curvature.stability_limit`);
     - B < N: `curvature/batch_sharpness`, the curvature along the gradients of 16 batches of B
       examples; there 2/λ is no limit, and is not logged;
     - `curvature/lr`, the η of the last update (at the start, of the first), and
@@ -59,9 +65,9 @@ class Curvature(Callback):
     Args:
         every: Updates from one look to the next, range [1, ∞); the first is before the first
             update. None: at most 100 looks, evenly, and as often as they take no more than 4% of
-            the run's work so far, counted in floating-point operations (`gdtrain.work`), or of
-            about a tenth of a second's; the first before the first update, where the planned ones
-            will pay for it.
+            the run's work so far, counted in floating-point operations (`gdtrain.descent.work`), or
+            of about a tenth of a second's; the first before the first update, where the planned
+            ones will pay for it.
         examples: Full batch: of how many the Hessian is, a fixed sample, range [1, N]; the limit is
             then that of the sample. None: all N.
 

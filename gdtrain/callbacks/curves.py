@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 
-from gdtrain.module import SupervisedModule
+from gdtrain.lightning.module import SupervisedModule
 
 __all__ = ["History", "LossCurves", "described"]
 

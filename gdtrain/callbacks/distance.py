@@ -9,9 +9,9 @@ from typing import Any, ClassVar, cast
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from gdtrain.analysis.gradients import dot
 from gdtrain.callbacks.instrument import Instrument, Look
-from gdtrain.instruments import dot
-from gdtrain.module import SupervisedModule
+from gdtrain.lightning.module import SupervisedModule
 
 __all__ = ["Distance"]
 

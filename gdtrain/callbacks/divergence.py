@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gdtrain.data.dataset import PairLoader
-from gdtrain.data.loader import IndexLoader
-from gdtrain.diagnosis import (
+from gdtrain.analysis.diagnosis import (
     RECTIFIERS,
     Cause,
     Finding,
@@ -32,10 +30,12 @@ from gdtrain.diagnosis import (
     overshoot,
     step_limit,
 )
-from gdtrain.module import SupervisedModule, set_random_state
+from gdtrain.data.dataset import PairLoader
+from gdtrain.data.loader import IndexLoader
+from gdtrain.descent.stopping import Stop, StopReason
+from gdtrain.lightning.module import SupervisedModule, set_random_state
 from gdtrain.objective import Objective
 from gdtrain.schedules import ReduceOnPlateau
-from gdtrain.stopping import Stop, StopReason
 
 __all__ = ["Divergence"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from gdtrain.analysis.gradients import cosine
 from gdtrain.callbacks.instrument import Instrument, Look
-from gdtrain.instruments import cosine
 
 __all__ = ["GradientCosine"]
 

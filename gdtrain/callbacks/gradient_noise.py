@@ -9,10 +9,10 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
+from gdtrain.analysis.gradients import NoiseEstimate, NoiseScale, gram, noise, noise_scale
 from gdtrain.callbacks.instrument import Instrument, Look
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
-from gdtrain.instruments import NoiseEstimate, NoiseScale, gram, noise, noise_scale
 
 __all__ = ["GradientNoise"]
 
@@ -29,8 +29,8 @@ class GradientNoise(Instrument):
 
     G is the gradient on all N training examples, Σ the covariance of the gradients of single ones.
     Each look draws groups of examples anew and takes the gradient of each group, whatever the
-    model; numerator and denominator are estimated without bias (`gdtrain.instruments.noise`) and
-    averaged apart over the last 8 looks, and the 95% interval is Fieller's. Where ‖G‖² is not
+    model; numerator and denominator are estimated without bias (`gdtrain.analysis.gradients.noise`)
+    and averaged apart over the last 8 looks, and the 95% interval is Fieller's. Where ‖G‖² is not
     significantly above 0 the scale is undefined, and is not logged. It is a heuristic for the batch
     size from which larger batches help little. With BatchNorm a group is normalised by itself, and
     Σ is that of groups of this size. Where layers draw random numbers, Σ has their share, and ‖G‖²

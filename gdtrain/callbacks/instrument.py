@@ -19,14 +19,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gdtrain.analysis.gradients import dot, layers
 from gdtrain.callbacks.curves import described
 from gdtrain.data.loader import IndexLoader
-from gdtrain.instruments import dot, layers
-from gdtrain.module import SupervisedModule
+from gdtrain.descent.trial import Snapshot, seed_all
+from gdtrain.descent.work import FREE, Places, Work
+from gdtrain.engines import Eager
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective, untouched
-from gdtrain.snapshot import Snapshot, seed_all
-from gdtrain.sweep import Eager
-from gdtrain.work import FREE, Places, Work
 
 __all__ = ["Instrument", "Look", "is_full"]
 
@@ -216,7 +216,7 @@ class Instrument(Callback):
             [1, ∞). Where that number is not known, looks become rarer: so many in each doubling of
             the run.
         share: With every=None, of the run's work, counted in floating-point operations of passes
-            over examples (`gdtrain.work`), that this instrument may take, range (0, 1). The
+            over examples (`gdtrain.descent.work`), that this instrument may take, range (0, 1). The
             instruments of a run add their shares up; about a tenth of a second's work they may
             take together in any run.
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from gdtrain.module import SupervisedModule
-from gdtrain.stopping import Stop, StopReason
+from gdtrain.descent.stopping import Stop, StopReason
+from gdtrain.lightning.module import SupervisedModule
 
 __all__ = ["Interrupt", "OwnSignals", "as_keyboard_interrupt"]
 

@@ -9,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from gdtrain.module import SupervisedModule
+from gdtrain.lightning.module import SupervisedModule
 
 __all__ = ["ProgressLine"]
 

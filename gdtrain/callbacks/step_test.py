@@ -10,11 +10,11 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from gdtrain.analysis.curvature import weight_decays
+from gdtrain.analysis.gradients import StepTrial, StepVerdict, dot, judge
 from gdtrain.callbacks.instrument import Instrument, Look, is_full
-from gdtrain.curvature import weight_decays
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
-from gdtrain.instruments import StepTrial, StepVerdict, dot, judge
 from gdtrain.optim.base import Descent
 
 __all__ = ["StepTest"]
@@ -45,7 +45,7 @@ class StepTest(Instrument):
     the full batch there is no such noise: there the probe is all N, and the parabola that of J.
 
     The verdict rests on stability, on whether steps end lower than they began
-    (`gdtrain.instruments.judge`), and not on α = 0, which is no aim.
+    (`gdtrain.analysis.gradients.judge`), and not on α = 0, which is no aim.
 
     Tags: `step/alpha`, of a step that begins downhill; of the last 32 steps `step/alpha_low`,
     `step/alpha_median` and `step/alpha_high`, their quartiles, `step/alphas`, a histogram in

@@ -12,10 +12,10 @@ from lightning import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import nn
 
+from gdtrain.analysis.landscape import Snapshots
 from gdtrain.data.loader import IndexLoader
-from gdtrain.landscape import Snapshots
-from gdtrain.module import SupervisedModule
-from gdtrain.work import Work
+from gdtrain.descent.work import Work
+from gdtrain.lightning.module import SupervisedModule
 
 __all__ = ["Trajectory"]
 
@@ -33,17 +33,17 @@ class Trajectory(Callback):
 
     T planned updates. A copy (float32, in memory) is made before the first update, after each
     multiple of T/points updates, and of the end. A sweep ends at each, so that cheap updates get
-    fewer: no more than cost about 1% of the run's work (`gdtrain.work`), but 16 in any case. The
-    updates are the same, bit for bit. Of a model with one or two parameters, the first `points`
-    updates are kept one by one. Where T is not known, or too low, every second copy is dropped when
-    there are too many, and the spacing doubles. A state that is not finite is left out. Which
-    updates are kept depends on their numbers alone: a resumed run leaves the path of one that went
-    on.
+    fewer: no more than cost about 1% of the run's work (`gdtrain.descent.work`), but 16 in any
+    case. The updates are the same, bit for bit. Of a model with one or two parameters, the first
+    `points` updates are kept one by one. Where T is not known, or too low, every second copy is
+    dropped when there are too many, and the spacing doubles. A state that is not finite is left
+    out. Which updates are kept depends on their numbers alone: a resumed run leaves the path of one
+    that went on.
 
-    The file (`gdtrain.landscape.Snapshots`) is written at the end of the run, also of one that was
-    stopped, and beside a checkpoint if it is 30 s old; a resumed run goes on with the file of the
-    run before. `gdtrain.landscape` draws it. A step-size rule that averages shows the points at
-    which it descends, not their average.
+    The file (`gdtrain.analysis.landscape.Snapshots`) is written at the end of the run, also of one
+    that was stopped, and beside a checkpoint if it is 30 s old; a resumed run goes on with the file
+    of the run before. `gdtrain.analysis.landscape` draws it. A step-size rule that averages shows
+    the points at which it descends, not their average.
 
     State in checkpoints: none.
 

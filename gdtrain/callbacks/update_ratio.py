@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
+from gdtrain.analysis.gradients import norms
 from gdtrain.callbacks.instrument import Instrument, Look
-from gdtrain.instruments import norms
 
 __all__ = ["UpdateRatio"]
 

@@ -22,7 +22,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gdtrain.configuration import ConfigurationError, closest, conf_directory
+from gdtrain.errors import ConfigurationError
+from gdtrain.runs.configuration import closest, conf_directory
 
 __all__ = [
     "TEXTS",
@@ -61,7 +62,7 @@ class Key:
         >>> Key("seeds", "runs of each", "3", "5", int, 1, 1000).read("seeds", "0")
         Traceback (most recent call last):
         ...
-        gdtrain.configuration.ConfigurationError: seeds must be a whole number of at least 1. ...
+        gdtrain.errors.ConfigurationError: seeds must be a whole number of at least 1. ...
     """
 
     name: str
@@ -322,7 +323,7 @@ def typed(words: Sequence[str], several: bool = False) -> list[str]:
         >>> typed(["model.hidden=[64,32"])
         Traceback (most recent call last):
         ...
-        gdtrain.configuration.ConfigurationError: The bracket of model.hidden=[64,32 is not ...
+        gdtrain.errors.ConfigurationError: The bracket of model.hidden=[64,32 is not ...
     """
     return [_typed(i, words, several) for i, _ in enumerate(words)]
 
@@ -586,7 +587,7 @@ def compose(overrides: list[str], config_dir: str | None, whole: bool = False) -
         whole: With Hydra's own part.
 
     Returns:
-        What `gdtrain.experiment.train` takes.
+        What `gdtrain.runs.run.train` takes.
 
     Raises:
         ConfigurationError: A key is unknown.

@@ -24,16 +24,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gdtrain.cli.arguments import Command, Key, composed, typed
 from gdtrain.cli.messages import listen, one_message, shown
-from gdtrain.configuration import (
-    ConfigurationError,
-    check,
-    conf_directory,
-    new_folder,
-)
-from gdtrain.launch import check_processes
+from gdtrain.errors import ConfigurationError
+from gdtrain.lightning.launch import check_processes
+from gdtrain.runs.configuration import check, conf_directory, new_folder
 
 if TYPE_CHECKING:
-    from gdtrain.comparison import Comparison
+    from gdtrain.reporting.comparison import Comparison
 
 __all__ = ["compare"]
 
@@ -91,7 +87,7 @@ def compare() -> None:
             folder, comparison = _compare_finished(words.options, words.overrides)
         else:
             folder, comparison = _compare_trained(words.options, words.overrides, words.config_dir)
-        from gdtrain.report import save
+        from gdtrain.reporting.page import save
 
         try:
             save(comparison, folder)
@@ -111,7 +107,7 @@ def _compare_finished(options: dict[str, Any], words: list[str]) -> tuple[Path, 
             f"runs=… compares finished runs and trains none, so it takes target=… and output=… "
             f"only. Received: {others[0]}"
         )
-    from gdtrain.comparison import compare, find_runs
+    from gdtrain.reporting.comparison import compare, find_runs
 
     folder = _folder(options, "runs")
     left_out: list[str] = []
@@ -172,7 +168,7 @@ def _compare_trained(
             file=sys.stderr,
         )
         raise
-    from gdtrain.comparison import compare, read_run
+    from gdtrain.reporting.comparison import compare, read_run
 
     runs, left_out = [], []
     for path, (name, own) in places.items():
@@ -289,7 +285,7 @@ def _launch(
 
 def _contend(config: DictConfig) -> str:
     """One run of a comparison; returns nothing, or why there is none."""
-    from gdtrain.experiment import discard_empty, train
+    from gdtrain.runs.run import discard_empty, train
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     where = f"{directory.parent.name}, {directory.name.replace('-', ' ')}"

@@ -17,8 +17,9 @@ from hydra.errors import HydraException
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 from yaml import YAMLError
 
-from gdtrain.configuration import ConfigurationError, closest
-from gdtrain.launch import is_first_process
+from gdtrain.errors import ConfigurationError
+from gdtrain.lightning.launch import is_first_process
+from gdtrain.runs.configuration import closest
 
 __all__ = ["EXIT_CODES", "complain", "heard", "listen", "one_message", "shown"]
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from gdtrain.configuration import conf_directory
+from gdtrain.runs.configuration import conf_directory
 
 __all__ = ["documented", "overview"]
 

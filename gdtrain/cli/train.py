@@ -19,11 +19,12 @@ from gdtrain import __version__
 from gdtrain.cli.arguments import check_package, compose, flags, jobs
 from gdtrain.cli.messages import EXIT_CODES, complain, heard, listen, one_message, shown
 from gdtrain.cli.overview import overview
-from gdtrain.configuration import ConfigurationError, check, conf_directory
-from gdtrain.launch import check_processes, is_first_process
+from gdtrain.errors import ConfigurationError
+from gdtrain.lightning.launch import check_processes, is_first_process
+from gdtrain.runs.configuration import check, conf_directory
 
 if TYPE_CHECKING:
-    from gdtrain.training import Result
+    from gdtrain.runs.fit import Result
 
 __all__ = ["train"]
 
@@ -68,7 +69,7 @@ def train() -> None:
             if wrong and len(wrong) == len(runs):  # else the others run
                 raise wrong[0]
         if not only_shows and not arguments.shell_completion:
-            import gdtrain.experiment  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
+            import gdtrain.runs.run  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
     with tempfile.TemporaryDirectory() as scratch:
         sys.exit(_end(str(Path(scratch) / "codes"), several))
 
@@ -119,8 +120,8 @@ def _read(codes: str) -> list[int]:
 def _run(config: DictConfig, several: bool) -> tuple[int, float]:
     """One run: its exit code, and what a sweeper optimizes. A wrong one does not end the others."""
     directory = Path(HydraConfig.get().runtime.output_dir)
-    from gdtrain.experiment import discard_empty
-    from gdtrain.experiment import train as run
+    from gdtrain.runs.run import discard_empty
+    from gdtrain.runs.run import train as run
 
     listen(signals=False)
     try:
@@ -181,7 +182,7 @@ def _show(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from gdtrain.training import loss_name
+    from gdtrain.runs.fit import loss_name
 
     summary, metrics = result.summary, result.metrics
     table = Table(title=summary["variant"], title_justify="left")

@@ -17,9 +17,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from gdtrain.data.frames import check_aligned, feature_names, features
 from gdtrain.data.module import DataModule, Raw
+from gdtrain.data.reading import check_array_file, check_unpacked, printable, read_arrays
 from gdtrain.data.sparse import rows_of
 from gdtrain.data.targets import Task, check_task
-from gdtrain.reading import check_array_file, check_unpacked, printable, read_arrays
 
 __all__ = [
     "ArrayDataModule",

@@ -23,9 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdtrain.data.module import DataModule, Raw
+from gdtrain.data.reading import check_unpacked
 from gdtrain.data.sources import _existing
 from gdtrain.data.targets import Task, check_task
-from gdtrain.reading import check_unpacked
 
 __all__ = ["CSVDataModule", "Table", "is_table"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from gdtrain.dropout import Dropout
+from gdtrain.models.dropout import Dropout
 from gdtrain.models.initialisation import Init, initialise_
 
 __all__ = ["CNN", "resnet18"]

@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from gdtrain import SGD
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.engines import ENGINES, Eager, NotApplicableError
+from gdtrain.lightning.module import parameter_groups
 from gdtrain.losses import (
     CrossEntropy,
     Hinge,
@@ -40,9 +42,7 @@ from gdtrain.losses import (
 )
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.models.mlp import ACTIVATIONS
-from gdtrain.module import parameter_groups
 from gdtrain.objective import Objective
-from gdtrain.sweep import ENGINES, Eager, NotApplicableError
 
 # float32: 1,000 updates of about 1e-7 each, and a unit that comes to lie beyond a kink.
 BOUND = 1e-4

@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from gdtrain import SGD, SupervisedModule
 from gdtrain.callbacks import Divergence, Interrupt, LossCurves, ProgressLine
 from gdtrain.data import DataModule
+from gdtrain.engines import EngineName
 from gdtrain.losses import Loss
-from gdtrain.sweep import EngineName
 
 __all__ = ["Timing", "fit", "plain_lightning", "plain_loop", "scikit_learn"]
 

@@ -26,9 +26,9 @@ from comparison import Row, alternate, environment, parser, report, selected, us
 from hydra import compose, initialize_config_dir
 from throughput import mnist
 
-from gdtrain.configuration import conf_directory
-from gdtrain.experiment import train
-from gdtrain.training import Result
+from gdtrain.runs.configuration import conf_directory
+from gdtrain.runs.fit import Result
+from gdtrain.runs.run import train
 
 # What each row has, beside a run at a constant rate without instruments; and the ratio that is
 # asked for, by variant.

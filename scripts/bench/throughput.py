@@ -72,9 +72,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdtrain.data import ArrayDataModule
+from gdtrain.engines import ENGINES, EngineName
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, Loss
 from gdtrain.models import CNN, MLP, Linear
-from gdtrain.sweep import ENGINES, EngineName
 
 PASSES = 20
 A9A_PASSES = 100

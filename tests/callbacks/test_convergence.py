@@ -15,14 +15,14 @@ from torch import nn
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.callbacks import Convergence
 from gdtrain.callbacks.convergence import _falls_later, _Level, _Slopes, mean_bounds
-from gdtrain.certificates import LinearProblem
+from gdtrain.convex.certificate import LinearProblem
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
+from gdtrain.descent.stopping import StopReason
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, SquaredError
 from gdtrain.models import MLP, Linear
 from gdtrain.objective import Objective
 from gdtrain.schedules import Constant, Cosine, Polynomial, ReduceOnPlateau, Step
 from gdtrain.step_sizes import ScheduleFree
-from gdtrain.stopping import StopReason
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Total length of .list. across ranks is zero"),

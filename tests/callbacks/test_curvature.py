@@ -12,8 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain.analysis.curvature import sharpness, stability_limit
 from gdtrain.callbacks.curvature import Curvature
-from gdtrain.curvature import sharpness, stability_limit
 from gdtrain.data import EmbeddedDataModule
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import MLP, Linear
@@ -178,7 +178,7 @@ def test_the_run_is_the_same_with_and_without_it(batch):
 @pytest.fixture
 def counted(monkeypatch):
     """Only examples count, so that work is in passes over them."""
-    monkeypatch.setattr("gdtrain.work._PASS", 0)
+    monkeypatch.setattr("gdtrain.descent.work._PASS", 0)
     monkeypatch.setattr("gdtrain.callbacks.curvature.FREE", 0)
 
 

@@ -18,7 +18,7 @@ from gdtrain.callbacks import LossCurves
 from gdtrain.data import ArrayDataModule
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import Linear
-from gdtrain.training import run
+from gdtrain.runs.fit import run
 
 
 class Losses(Callback):

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain.analysis.landscape import Snapshots
 from gdtrain.callbacks import (
     Curvature,
     Distance,
@@ -26,7 +27,6 @@ from gdtrain.callbacks import (
     UpdateRatio,
 )
 from gdtrain.data import EmbeddedDataModule
-from gdtrain.landscape import Snapshots
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import MLP
 

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule, fit
 from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
 from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
+from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.losses import CrossEntropy, Hinge, SquaredError
 from gdtrain.models import MLP, Linear
+from gdtrain.runs.fit import run
 from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
-from gdtrain.stopping import Stop, StopReason
-from gdtrain.training import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUIET = {

@@ -29,9 +29,9 @@ from gdtrain.callbacks import (
     UpdateRatio,
 )
 from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
-from gdtrain.dropout import Dropout
 from gdtrain.losses import CrossEntropy, OneHotSquaredError, SquaredError
 from gdtrain.models import MLP, Linear
+from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective
 from gdtrain.schedules import Cosine
 
@@ -479,7 +479,7 @@ def test_looks_stand_at_the_updates_that_the_plan_names(options, expected, sweep
 def test_looks_take_no_more_than_their_share_of_the_passes(monkeypatch, caplog):
     """Full batch, where a pass has its N examples: a look makes two, and with a cosine three."""
     monkeypatch.setattr("gdtrain.callbacks.instrument.FREE", 0)
-    monkeypatch.setattr("gdtrain.work._PASS", 0)
+    monkeypatch.setattr("gdtrain.descent.work._PASS", 0)
     caplog.set_level(logging.INFO, logger="gdtrain")
     for instruments, passes in (
         ([GradientNorms(share=0.04)], 2),
@@ -500,7 +500,7 @@ def test_looks_take_no_more_than_their_share_of_the_passes(monkeypatch, caplog):
 
 
 def test_without_a_planned_end_looks_become_rarer_as_the_run_goes_on(monkeypatch):
-    monkeypatch.setattr("gdtrain.work._PASS", 0)
+    monkeypatch.setattr("gdtrain.descent.work._PASS", 0)
 
     class End(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -590,8 +590,8 @@ def test_tensorboard_gets_scalars_and_histograms_and_csv_the_scalars(tmp_path):
 def test_the_summary_tells_the_noise_scale_and_the_verdict(tmp_path):
     from hydra import compose, initialize_config_dir
 
-    from gdtrain.configuration import conf_directory
-    from gdtrain.experiment import train
+    from gdtrain.runs.configuration import conf_directory
+    from gdtrain.runs.run import train
 
     found = {}
     for preset in ("off", "light", "full"):

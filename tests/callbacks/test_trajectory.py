@@ -12,10 +12,10 @@ from torch import nn
 
 import gdtrain.callbacks.trajectory as trajectory_module
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain.analysis.landscape import Snapshots
 from gdtrain.callbacks import BestAndLast, Divergence
 from gdtrain.callbacks.trajectory import Trajectory
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
-from gdtrain.landscape import Snapshots
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.models import MLP, Linear
 

@@ -17,14 +17,14 @@ from torchvision.datasets import FakeData
 
 import gdtrain
 from gdtrain.callbacks import BestAndLast, ExactBatchNorm
-from gdtrain.configuration import conf_directory
 from gdtrain.data import ArrayDataModule, DatasetDataModule, IndexLoader, PairLoader
 from gdtrain.data import dataset as under_test
-from gdtrain.experiment import train as train_config
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.losses import CrossEntropy, SquaredError
-from gdtrain.module import SupervisedModule
+from gdtrain.runs.configuration import conf_directory
+from gdtrain.runs.fit import predict, run
+from gdtrain.runs.run import train as train_config
 from gdtrain.schedules import Cosine
-from gdtrain.training import predict, run
 
 N, D, C = 50, 4, 3
 

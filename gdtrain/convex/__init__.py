@@ -1,0 +1,3 @@
+"""Certificates of optimality for convex problems."""
+
+__all__: list[str] = []

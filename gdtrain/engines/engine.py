@@ -1,0 +1,230 @@
+"""What the ways to run a sweep share.
+
+K updates in one sweep, B examples per update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gdtrain.objective import Objective
+
+__all__ = [
+    "WORTH_SHARING",
+    "Ahead",
+    "Engine",
+    "NotApplicableError",
+    "alone",
+    "check_hooks",
+    "last_share",
+    "rates_by_schedule",
+]
+
+# Multiplications an update: with fewer, threads wait more than they work.
+WORTH_SHARING = 2**20
+
+
+class NotApplicableError(ValueError):
+    """An engine cannot make the updates of this model, loss, optimizer or data; the text says why.
+
+    Example:
+        >>> raise NotApplicableError("the model is no MLP")
+        Traceback (most recent call last):
+        ...
+        gdtrain.engines.engine.NotApplicableError: the model is no MLP
+    """
+
+
+class Engine(Protocol):
+    """Makes K whole updates, one after the other. All engines make the same (to rounding).
+
+        for k in 0 … K−1:  g = ∇J(θ; indices[k]),  η = η₀ factors[k],  θ ← rule(θ, g, η)
+
+    η₀ is each parameter group's "initial_lr", as torch's schedulers keep it. After a call the
+    parameters, the optimizer's state and each group's "lr" are as the K-th update left them, and
+    one call of K updates is the same, bit for bit, as several that make K together.
+
+    Example:
+        >>> from gdtrain.engines.eager import Eager
+        >>> engine: type[Engine] = Eager
+        >>> engine.name
+        'eager'
+    """
+
+    name: ClassVar[str]
+    optimizer: Optimizer
+    rates: Tensor
+    """(K,) float64: η of the first group at each update of the last call."""
+    evaluations: int
+    """How often a rule has looked at J or its gradient elsewhere, so far."""
+
+    def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
+        """Prepare, or raise `NotApplicableError`: then nothing was changed."""
+
+    def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
+        """(K, B) example numbers, int64, and (K,) factors of the schedule, float64, to (K,) losses.
+
+        The losses are J on each update's examples before that update. `draw` names the random
+        numbers of the first update; the next has the next.
+        """
+
+
+def rates_by_schedule(optimizer: Optimizer, factors: Tensor) -> Tensor:
+    """η of the first group at each update, where a schedule alone decides.
+
+    Args:
+        optimizer: Its groups have "initial_lr".
+        factors: (K,).
+
+    Returns:
+        (K,), float64, on CPU.
+
+    Example:
+        >>> import torch
+        >>> p = torch.nn.Parameter(torch.zeros(1))
+        >>> optimizer = torch.optim.SGD([{"params": [p], "initial_lr": 0.5}])
+        >>> rates_by_schedule(optimizer, torch.tensor([1.0, 0.5]))
+        tensor([0.5000, 0.2500], dtype=torch.float64)
+    """
+    return factors.to("cpu", torch.float64) * float(optimizer.param_groups[0]["initial_lr"])
+
+
+class Ahead:
+    """What a line search found where it went: value and gradient of the next update, if it held.
+
+    A rule that tests a point before it goes there (Armijo, Barzilai and Borwein) needs the value
+    there; the next full-batch update needs value and gradient at the same point. So the first test
+    of an update makes both, unless the update before needed more than one.
+
+    Example:
+        >>> ahead, theta, rows = Ahead(), torch.zeros(2), torch.arange(3)
+        >>> ahead.begin([theta], rows), ahead.wanted()
+        (None, True)
+        >>> ahead.keep([theta + 1], rows, "value and gradient")
+        >>> theta += 1
+        >>> ahead.begin([theta], rows)
+        'value and gradient'
+    """
+
+    def __init__(self) -> None:
+        self._kept: tuple[list[Tensor], Tensor, Any] | None = None
+        self._tests, self._hopeful, self._asked, self._useless = 0, True, False, False
+
+    def begin(self, params: Sequence[Tensor], rows: Tensor) -> Any:
+        """An update begins.
+
+        Args:
+            params: θ.
+            rows: (B,), its examples.
+
+        Returns:
+            What was kept at this very θ and these examples, or None.
+        """
+        kept, self._kept = self._kept, None
+        self._useless = self._useless or (self._asked and kept is None)  # it draws, say
+        self._tests, self._hopeful, self._asked = 0, self._tests <= 1, False
+        if kept is None or not torch.equal(kept[1], rows):
+            return None
+        same = all(torch.equal(p, there) for p, there in zip(params, kept[0], strict=True))
+        return kept[2] if same else None
+
+    def wanted(self) -> bool:
+        """Whether a test that comes now should make the gradient as well."""
+        self._tests += 1
+        self._asked = self._asked or (self._tests == 1 and self._hopeful and not self._useless)
+        return self._asked and self._tests == 1
+
+    def keep(self, params: Sequence[Tensor], rows: Tensor, answer: Any) -> None:
+        """For the next `begin`.
+
+        Args:
+            params: θ where the search is, copied.
+            rows: (B,).
+            answer: What it shall return.
+        """
+        self._kept = [p.detach().clone() for p in params], rows, answer
+
+
+@contextmanager
+def alone(multiplications: int) -> Iterator[None]:
+    """Within it, torch computes on one thread if an update has too little work for more.
+
+    Args:
+        multiplications: Of an update.
+
+    Example:
+        >>> with alone(1000):
+        ...     torch.get_num_threads()
+        1
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or multiplications >= WORTH_SHARING:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def last_share(shares: Tensor, before: float = 0.0) -> float:
+    """The last share of η₀ that is above 0, from which a smoothed bound goes on.
+
+    Args:
+        shares: (K,), of `StochasticPolyak`.
+        before: What there was before, if none of them is.
+
+    Example:
+        >>> last_share(torch.tensor([0.5, 0.25, 0.0]))
+        0.25
+    """
+    positive = shares[shares > 0]
+    return float(positive[-1]) if len(positive) else before
+
+
+def check_hooks(objective: Objective, optimizer: Optimizer) -> None:
+    """Refuse what only the eager engine runs: hooks of the user's, on modules or on the step.
+
+    Args:
+        objective: J.
+        optimizer: Of its parameters.
+
+    Raises:
+        NotApplicableError: There are hooks, or several processes.
+
+    Example:
+        >>> import torch
+        >>> from gdtrain import SGD
+        >>> from gdtrain.losses import SquaredError
+        >>> model = torch.nn.Linear(1, 1)
+        >>> _ = model.register_forward_hook(lambda module, inputs, output: None)
+        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.ones(1))
+        >>> check_hooks(objective, SGD(model.parameters()))
+        Traceback (most recent call last):
+        ...
+        gdtrain.engines.engine.NotApplicableError: Linear has hooks, which ...
+    """
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+    )
+    for module in (*objective.model.modules(), objective.loss):
+        if any(getattr(module, name, None) for name in hooks):
+            raise NotApplicableError(
+                f"{type(module).__name__} has hooks, which only the eager engine calls"
+            )
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in objective.params):
+        raise NotApplicableError("a parameter has hooks, which only the eager engine calls")
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        raise NotApplicableError("the optimizer has hooks, which only the eager engine calls")
+    if objective.ranks > 1:
+        raise NotApplicableError("several processes share each update")

@@ -1,0 +1,393 @@
+"""What a resumed run must share with the run it goes on with: all that its next update depends on.
+
+Settings are texts by key; keys are those of the command line. T planned updates.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+
+from gdtrain.data.reading import printable
+from gdtrain.lightning.description import options, structure, text
+
+__all__ = ["check_model", "check_resumes", "model_settings", "planned_updates", "settings"]
+
+# Lightning's callbacks that a run depends on; gdtrain's say by `decisive` which attributes do.
+_DECISIVE = (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+    BaseFinetuning,
+    BackboneFinetuning,
+    ModelPruning,
+)
+# Of a group: what a run changes, and what a rule or gathering keep there.
+_STATE = {"params", "param_names", "lr", "initial_lr", "scheduled_lr"}
+_STATE |= {"step_size", "gathered", "overflow"}
+_PLAN = ("trainer.max_epochs", "trainer.max_steps")
+_NEEDED = ("settings", "updates", "examples_seen", "random_state", "micro_batch_size", "engine")
+_TRUE = {"64-true": "float64", "bf16-true": "bfloat16"}
+_FLOATING = r"\b(float64|float32|float16|bfloat16)\b"
+_POINTS = 4096  # at which two schedules are compared
+
+
+def settings(module: Any, trainer: Any, data: Any = None) -> dict[str, str]:
+    """Everything that the next update depends on beside the state, by key.
+
+    Args:
+        module: The `SupervisedModule`.
+        trainer: Lightning's, with its callbacks.
+        data: The data module, if there is one of gdtrain.
+
+    Returns:
+        Texts: equal ones for a run that goes on as it would have.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> from gdtrain import SGD, SupervisedModule
+        >>> from gdtrain.losses import CrossEntropy
+        >>> module = SupervisedModule(nn.Linear(2, 3), CrossEntropy(), SGD)
+        >>> trainer = Trainer(max_epochs=9, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False)
+        >>> found = settings(module, trainer)
+        >>> found["optimizer"], found["optimizer.lr"], found["trainer.max_epochs"]
+        ('SGD', '0.001', '9')
+    """
+    found = {
+        **model_settings(module.model, _TRUE.get(str(trainer.precision))),
+        "decay_biases": str(module.decay_biases),
+        "trainer.precision": str(trainer.precision),
+        "trainer.max_epochs": repr(trainer.max_epochs),
+        "trainer.max_steps": repr(trainer.max_steps),
+        "trainer.check_val_every_n_epoch": repr(trainer.check_val_every_n_epoch),
+        "trainer.limit_val_batches": repr(trainer.limit_val_batches),
+    }
+    found |= _of("loss", module.loss)
+    found |= _of("schedule", "auto" if module.schedule_is_automatic else module.schedule)
+    module.planned_updates = planned_updates(trainer, data, module.updates_per_epoch)
+    optimizer = module.configure_optimizers()
+    module.planned_updates = None
+    found |= _optimizer(optimizer, automatic=module.step_size == "auto")
+    rule = getattr(optimizer, "step_size", None)
+    found |= _of("step_size", "auto" if module.step_size == "auto" else rule)
+    for callback in trainer.callbacks:
+        found |= _callback(callback)
+    if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):
+        found.pop("model/frozen", None)  # it freezes and thaws
+        found.pop("optimizer.params")
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm | _DropoutNd) for m in _layers(module)):
+        found["trainer.devices"] = str(trainer.world_size)  # each draws, or normalises, its own
+    if data is not None and hasattr(data, "settings"):
+        found |= {f"data.{name}": value for name, value in data.settings().items()}
+    return found
+
+
+def model_settings(model: nn.Module, dtype: str | None = None) -> dict[str, str]:
+    """Those of a model: its class, its own settings, and every layer below it.
+
+    Args:
+        model: Any.
+        dtype: In which it will train; None: that of its tensors.
+
+    Example:
+        >>> found = model_settings(nn.Sequential(nn.Dropout(0.5)))
+        >>> found["model"], found["model/0"]
+        ('Sequential', 'Dropout(inplace=False, p=0.5)')
+    """
+    found = {"model": type(model).__name__}
+    found |= {f"model.{name}": value for name, value in options(model).items()}
+    for path, layer in structure(model).items():
+        if path == "":
+            layer = layer.partition("), ")[2]  # the settings stand above
+        if layer:
+            found[f"model/{path}"] = layer if dtype is None else re.sub(_FLOATING, dtype, layer)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    return {**found, "model/frozen": ", ".join(frozen)} if frozen else found
+
+
+def _layers(module: Any) -> list[nn.Module]:
+    return list(module.model.modules())
+
+
+def _of(key: str, value: Any) -> dict[str, str]:
+    """An object's class and its settings; a loss may have parts."""
+    if value is None or isinstance(value, str):
+        return {key: str(value)}
+    found = {key: type(value).__name__}
+    found |= {f"{key}.{name}": entry for name, entry in options(value).items()}
+    if isinstance(value, nn.Module):
+        found |= {f"{key}.{p}": entry for p, entry in structure(value).items() if p}
+    return found
+
+
+def _optimizer(optimizer: Optimizer, automatic: bool) -> dict[str, str]:
+    groups = optimizer.param_groups
+    found = {"optimizer": type(optimizer).__name__}
+    names = {name for group in groups for name in group} - _STATE
+    for name in sorted(names):
+        found[f"optimizer.{name}"] = _by_group([group.get(name) for group in groups])
+    if not automatic:
+        rates = [group.get("initial_lr", group["lr"]) for group in groups]
+        found["optimizer.lr"] = _by_group(rates)
+    found["optimizer.params"] = _by_group([len(group["params"]) for group in groups])
+    return found
+
+
+def _by_group(values: list[Any]) -> str:
+    shown = [str(text(value)) for value in values]
+    return shown[0] if len(set(shown)) == 1 else f"{', '.join(shown)} (by group)"
+
+
+def _callback(callback: Any) -> dict[str, str]:
+    names = getattr(callback, "decisive", None)
+    if names is None and not isinstance(callback, _DECISIVE):
+        return {}
+    if names is None:
+        names = _constructor_arguments(type(callback))
+    found = {f"callbacks.{type(callback).__name__}": "there"}
+    for name in names:
+        value = vars(callback).get(name, vars(callback).get(f"_{name}"))
+        shown = text(value)
+        if name == "min_delta":
+            shown = text(abs(value))  # EarlyStopping keeps it with the sign of its mode
+        if shown is not None:
+            found[f"callbacks.{type(callback).__name__}.{name}"] = shown
+    return found
+
+
+def _constructor_arguments(kind: type) -> list[str]:
+    own = [vars(k)["__init__"] for k in kind.__mro__ if "__init__" in vars(k)]
+    names = {name for made in own for name in getattr(made, "__annotations__", {})}
+    # Not what Lightning fills in itself, and what changes no number.
+    return sorted(names - {"return", "device", "verbose", "strict", "check_on_train_epoch_end"})
+
+
+def planned_updates(trainer: Any, data: Any, per_epoch: int) -> int | None:
+    """T, as a trainer plans it.
+
+    Args:
+        trainer: Lightning's.
+        data: The data module, if there is one of gdtrain.
+        per_epoch: Updates in an epoch, for other loaders.
+
+    Returns:
+        Updates; None: no end.
+
+    Example:
+        >>> from lightning import Trainer
+        >>> trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False,
+        ...     enable_checkpointing=False, enable_progress_bar=False)
+        >>> planned_updates(trainer, None, per_epoch=10)
+        30
+    """
+    if hasattr(data, "planned_updates"):
+        return data.planned_updates(trainer)
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs * per_epoch
+    limits = [limit for limit in (epochs, trainer.max_steps) if limit >= 0]
+    return min(limits) if limits else None
+
+
+def check_resumes(
+    state: Mapping[str, Any],
+    module: Any,
+    trainer: Any,
+    data: Any,
+    path: str | Path = "the checkpoint",
+) -> None:
+    """Raise, with all that differs, where a run would not go on as the one of a checkpoint.
+
+    More or fewer epochs are taken where the schedule gives the updates that were made the factors
+    that they had, as a constant one does: then the run is what it would have been if it had been
+    planned like that.
+
+    Args:
+        state: The checkpoint.
+        module: The `SupervisedModule`.
+        trainer: Lightning's.
+        data: The data module, if there is one.
+        path: Of the checkpoint, for the message.
+
+    Raises:
+        ValueError: Something differs, or the checkpoint holds weights only.
+
+    Example:
+        >>> check_resumes({"gdtrain": {}, "state_dict": {}}, None, None, None, "weights.ckpt")
+        Traceback (most recent call last):
+        ...
+        ValueError: weights.ckpt holds weights only: it can be evaluated, but not resumed.
+    """
+    own = state["gdtrain"]
+    if not {"optimizer_states", "loops"} <= state.keys():
+        raise ValueError(f"{path} holds weights only: it can be evaluated, but not resumed.")
+    missing = [name for name in _NEEDED if name not in own]
+    if missing:
+        raise ValueError(
+            f"{path} cannot be resumed from: it is damaged, gdtrain.{missing[0]} is missing. Use "
+            f"another checkpoint of the run, best.ckpt or last.ckpt."
+        )
+    then, now = dict(own["settings"]), settings(module, trainer, data)
+    if then.get("trainer.precision") != now["trainer.precision"]:  # the types follow from it
+        then, now = (
+            {k: re.sub(_FLOATING, "float", v) if "/" in k else v for k, v in s.items()}
+            for s in (then, now)
+        )
+    config = (own.get("description") or {}, module.description or {})
+    plans = [(s.pop(_PLAN[0], "None"), s.pop(_PLAN[1], "-1")) for s in (then, now)]
+    found = _differences(then, now)
+    if plans[0] != plans[1] and (why := _other_plan(own, module, trainer, data)):
+        i = int(plans[0][0] == plans[1][0])
+        found[_PLAN[i]] = (f"{plans[0][i]} ({why})", plans[1][i])
+    if not found:
+        return
+    command = all("variant" in part and part.get("command") for part in config)
+    if command and any(key.partition("/")[0].partition(".")[0] == "model" for key in found):
+        parts = [{k: str(v) for k, v in _flat("model", part.get("model"))} for part in config]
+        typed = _differences(parts[0], parts[1])
+        if typed:
+            found = {k: v for k, v in found.items() if k[:5] != "model"} | typed
+    raise ValueError(
+        f"The run of {path} can only go on as the run that it was. These differ:\n"
+        f"{_listed(found, command)}\n"
+        f"Resume with what it had then. With other settings it is a new run from its weights: "
+        f"gdtrain.fit(gdtrain.load('{path}').model, X, y, …)."
+    )
+
+
+def check_model(then: Mapping[str, str], model: nn.Module, path: str | Path) -> None:
+    """Raise, with all that differs, where a model is not of the structure that a file tells.
+
+    Args:
+        then: The settings in the file.
+        model: To be filled from it.
+        path: Of the file, for the message.
+
+    Raises:
+        ValueError: It is another.
+
+    Example:
+        >>> check_model(model_settings(nn.ReLU()), nn.Tanh(), "kept.pt")
+        Traceback (most recent call last):
+        ...
+        ValueError: The model is not that of kept.pt:
+          model: ReLU then, Tanh now
+        ...
+    """
+    kept = {key: value for key, value in then.items() if key[:5] == "model"}
+    found = _differences(kept, model_settings(model))
+    found.pop("model/frozen", None)
+    if found:
+        raise ValueError(
+            f"The model is not that of {path}:\n{_listed(found, False)}\nBuild it as it was "
+            f"trained."
+        )
+
+
+def _listed(found: Mapping[str, tuple[str, str]], command: bool) -> str:
+    return "\n".join(
+        f"  {printable(_shown(key, command))}: {printable(before)} then, {printable(after)} now"
+        f"{_MEANING.get(key, '')}"
+        for key, (before, after) in sorted(found.items())
+    )
+
+
+_MEANING = {
+    "data.examples_fingerprint": " (the examples are others)",
+    "data.preprocessing_fingerprint": " (the examples, or how they are prepared, are others)",
+    "data.split_fingerprint": " (the examples are divided otherwise: others, or other targets)",
+}
+
+
+def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Keys whose values differ, without those that only follow from another."""
+    found = {
+        key: (then.get(key, "none"), now.get(key, "none"))
+        for key in (*then, *now)
+        if then.get(key) != now.get(key)
+    }
+    own = any(key == "model" or key.startswith("model.") for key in found)
+    return {
+        key: values
+        for key, values in found.items()
+        if not (own and key.startswith("model/"))
+        and not any(key.startswith(f"{other}.") for other in found)
+        and not (key in _FOLLOWS and _FOLLOWS[key] & found.keys())
+    }
+
+
+_FOLLOWS = {
+    "optimizer.params": {"decay_biases", "model/frozen"},
+    "optimizer.weight_decay": {"decay_biases"},
+    "data.split_fingerprint": {"data.val_fraction", "data.test_fraction", "data.split_seed"},
+    "data.preprocessing_fingerprint": {
+        "data.standardize",
+        "data.standardize_targets",
+        "data.split_fingerprint",
+        "data.val_fraction",
+        "data.test_fraction",
+        "data.split_seed",
+    },
+}
+_FOLLOWS["data.examples_fingerprint"] = {
+    "data.dtype",
+    "data.preprocessing_fingerprint",
+    *_FOLLOWS["data.preprocessing_fingerprint"],
+}
+
+
+def _other_plan(own: Mapping[str, Any], module: Any, trainer: Any, data: Any) -> str:
+    """Why another T makes another run; "": it does not."""
+    per_epoch = own.get("updates_per_epoch", 1)
+    before, after = own.get("planned"), planned_updates(trainer, data, per_epoch)
+    done = own["updates"]
+    if before == after or not done:
+        return ""
+    module.planned_updates = after
+    rule = getattr(module.configure_optimizers(), "step_size", None)
+    module.planned_updates = None
+    if rule is not None and rule.needs_total_updates:
+        return f"{type(rule).__name__} is stretched over them"
+    t = np.unique(np.linspace(0, done - 1, min(done, _POINTS)).astype(np.int64))
+    updates = torch.from_numpy(t).to(torch.float64)
+    factors = [
+        module.schedule(updates, max(total or done, 1), per_epoch) for total in (before, after)
+    ]
+    if torch.equal(*factors):
+        return ""
+    name = "schedule=auto" if module.schedule_is_automatic else type(module.schedule).__name__
+    return f"{name} is stretched over them; a constant schedule is not"
+
+
+def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        return [(key, value)]
+    return [entry for name, part in value.items() for entry in _flat(f"{key}.{name}", part)]
+
+
+def _shown(key: str, command: bool) -> str:
+    """A key in the words of the command line, or of Python's arguments."""
+    key = {"data.seed": "seed", "model/": "model"}.get(key, key)
+    if not command:
+        key = re.sub(r"^(optimizer|data|trainer|callbacks)\.", "", key)
+    else:
+        key = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower() if "callbacks." in key else key
+        key = key.removesuffix("._target_")
+    return key.replace("/", ".")

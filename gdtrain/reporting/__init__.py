@@ -1,0 +1,3 @@
+"""Runs compared, drawn and written."""
+
+__all__: list[str] = []

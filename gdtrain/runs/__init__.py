@@ -1,0 +1,3 @@
+"""Runs from Python and from configurations."""
+
+__all__: list[str] = []

@@ -1,0 +1,78 @@
+"""The demonstration: a shortened run reaches the edge; the page shows what the command printed."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "scripts" / "demo_edge_of_stability.py"
+
+
+def run(*arguments):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_squared_error_comes_to_the_edge_and_cross_entropy_falls_away_from_it():
+    code, out, err = run("--updates", 540, "--every", 60, "--json")
+    assert (code, err) == (0, "")
+    runs = json.loads(out)
+    squared, entropy = runs["squared error"], runs["cross-entropy"]
+    assert (squared["lr"], entropy["lr"]) == (0.3, 1.0)
+    for update, ratio in zip(squared["update"], squared["ratio"], strict=True):
+        if update < 150:
+            assert ratio < 0.7
+        if update >= 500:
+            assert 0.9 < ratio < 1.1
+    assert squared["update"][-1] == 540
+    assert squared["loss"][-1] < 0.12 * squared["loss"][0]
+    assert set(squared["output_curvature"]) == {1.0}
+    top = max(entropy["ratio"])
+    assert 1.2 * entropy["ratio"][0] < top < 0.8
+    assert entropy["update"][entropy["ratio"].index(top)] < 50
+    assert entropy["ratio"][-1] < 0.15 * top
+    assert entropy["output_curvature"][-1] < 0.05 * entropy["output_curvature"][0]
+    assert all(
+        ratio == pytest.approx(value * run_["lr"] / 2)
+        for run_ in (squared, entropy)
+        for ratio, value in zip(run_["ratio"], run_["sharpness"], strict=True)
+    )
+
+
+@pytest.mark.slow
+def test_it_draws_and_prints_as_the_page_says(tmp_path):
+    code, out, err = run("--updates", 8, "--figure", tmp_path / "short.png")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "short.png").read_bytes().startswith(b"\x89PNG")
+    page = (ROOT / "docs" / "edge-of-stability.md").read_text()
+    assert "\npython scripts/demo_edge_of_stability.py\n" in page
+    assert "](edge-of-stability.png)" in page
+    assert (ROOT / "docs" / "edge-of-stability.png").read_bytes().startswith(b"\x89PNG")
+    rows = re.findall(r"^\| \d.*$", out, re.MULTILINE)
+    assert len(rows) == 4
+    for row in rows:  # of updates 0 and 8
+        assert row in page
+
+
+def test_the_page_shows_that_it_stays_within_ten_percent():
+    page = (ROOT / "docs" / "edge-of-stability.md").read_text()
+    low, high = re.search(r"between (0\.\d+) and (1\.\d+)\.", page).groups()
+    assert 0.9 <= float(low) <= 1 <= float(high) <= 1.1
+    rows = [
+        line.split("|") for line in page.splitlines() if re.match(r"\| (500|1000|2000|3000) ", line)
+    ]
+    assert [float(row[4]) for row in rows[:4]] == [1.05, 1.03, 1.01, 1.01]
+    assert len(rows) == 8
+
+
+def test_no_updates_are_refused():
+    code, _, err = run("--updates", 0)
+    assert code == 2
+    assert "--updates must be at least 1. Received: 0" in err

@@ -1,0 +1,424 @@
+"""One update by hand, against autograd and torch.optim.SGD; and inside a run, against the run."""
+
+import copy
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from torch import nn
+
+from gdtrain import GD, SGD, MiniBatchSGD
+from gdtrain.analysis.explanation import _SLOPES, explain, explain_run
+from gdtrain.data import EmbeddedDataModule
+from gdtrain.lightning.module import SupervisedModule
+from gdtrain.losses import (
+    CrossEntropy,
+    Hinge,
+    Huber,
+    Logistic,
+    OneHotSquaredError,
+    SquaredError,
+    SquaredHinge,
+)
+from gdtrain.models import CNN, MLP, Linear
+from gdtrain.models.mlp import ACTIVATIONS
+from gdtrain.objective import Objective
+from gdtrain.schedules import Cosine
+
+LOSSES = [
+    SquaredError(),
+    Huber(0.5),
+    CrossEntropy(),
+    OneHotSquaredError(),
+    Logistic(),
+    Hinge(),
+    SquaredHinge(),
+]
+RULES = [
+    {},
+    {"weight_decay": 0.1},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+    {"momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
+    {"momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+]
+
+
+def problem(loss, examples=7, features=4):
+    torch.manual_seed(1)
+    x = torch.randn(examples, features, dtype=torch.float64)
+    outputs = {"regression": 2, "binary": 1, "multiclass": 3}[loss.task]
+    if loss.task == "regression":
+        return x, torch.randn(examples, outputs, dtype=torch.float64), outputs
+    return x, torch.arange(examples) % max(outputs, 2), outputs
+
+
+def check(model, loss, x, y, indices, rule, updates=3):
+    """Each update by hand, then by autograd and torch.optim.SGD; weights are compared."""
+    objective = Objective(model, loss, x, y)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.2, **rule)
+    for _ in range(updates):
+        found = explain(objective, optimizer, indices)
+        values = loss(model(x[indices]), y[indices])
+        optimizer.zero_grad()
+        values.mean().backward()
+        near = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-12)
+        near(found.losses, values.detach())
+        for step, p in zip(found.steps, model.parameters(), strict=True):
+            near(step.before, p.detach())
+            near(step.gradient, p.grad)
+        optimizer.step()
+        for step, p in zip(found.steps, model.parameters(), strict=True):
+            near(step.after, p.detach())
+            if rule.get("momentum"):
+                near(step.buffer, optimizer.state[p]["momentum_buffer"])
+        near(found.losses_after, loss(model(x[indices]), y[indices]).detach())
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_model(rule, bias):
+    x, y, outputs = problem(SquaredError())
+    model = Linear((4,), outputs, bias=bias).double()
+    check(model, SquaredError(), x, y, torch.tensor([2, 5, 3]), rule)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_each_loss(loss):
+    x, y, outputs = problem(loss)
+    model = MLP((4,), outputs, hidden=[3], activation="tanh").double()
+    check(model, loss, x, y, torch.arange(7), {"momentum": 0.9})
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_each_activation(activation):
+    x, y, outputs = problem(CrossEntropy())
+    model = MLP((4,), outputs, hidden=[5, 3], activation=activation).double()
+    check(model, CrossEntropy(), x, y, torch.tensor([6, 1]), {"weight_decay": 0.01})
+
+
+def test_the_activations_are_those_of_the_models():
+    assert list(_SLOPES) == list(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_each_rule_on_a_deep_model(rule):
+    x, y, outputs = problem(CrossEntropy())
+    model = MLP((2, 2), outputs, hidden=[4, 3]).double()
+    check(model, CrossEntropy(), x.reshape(7, 2, 2), y, torch.arange(4), rule)
+
+
+def test_error_signals_are_the_gradients_of_the_loss_in_z():
+    x, y, outputs = problem(CrossEntropy())
+    model = MLP((4,), outputs, hidden=[5], activation="gelu").double()
+    found = explain(Objective(model, CrossEntropy(), x, y), GD(model.parameters()), torch.arange(7))
+    first, second = found.layers
+    z = first.z.clone().requires_grad_()
+    p = nn.functional.gelu(z) @ second.weight.T + second.bias
+    z_grad, p_grad = torch.autograd.grad(CrossEntropy()(p, y).sum(), (z, p))
+    torch.testing.assert_close(first.signal, z_grad)
+    torch.testing.assert_close(second.signal, p_grad)
+    by_example = torch.stack(
+        [torch.outer(first.signal[k], first.inputs[k]) for k in range(len(x))]
+    ).mean(0)
+    torch.testing.assert_close(first.weight_gradient, by_example)
+
+
+def test_nothing_is_changed():
+    x, y, outputs = problem(CrossEntropy())
+    model = MLP((4,), outputs, hidden=[3]).double()
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
+    objective = Objective(model, CrossEntropy(), x, y)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    explain(objective, optimizer, torch.arange(7))
+    assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(optimizer.state.values())
+
+
+# ---------------------------------------------------------------------- what it prints
+
+NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
+
+
+def small():
+    x = torch.tensor([[2.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    model = MLP((2,), 1, hidden=[2], activation="relu").double()
+    with torch.no_grad():
+        for p, values in zip(
+            model.parameters(),
+            ([[1.0, -1.0], [0.5, 0.5]], [0.0, -2.0], [[2.0, 1.0]], [0.5]),
+            strict=True,
+        ):
+            p.copy_(torch.tensor(values))
+    return Objective(model, SquaredError(), x, torch.tensor([1.0, 2.0], dtype=torch.float64))
+
+
+def test_the_text_of_an_update_that_was_made_on_paper():
+    # z₁ = (1, −½), h₁ = (1, 0), p = 2½, ℓ = ½ 1.5² = 1.125; δ₂ = 1.5, δ₁ = (1.5 · 2, 0) = (3, 0)
+    objective = small()
+    optimizer = GD(objective.params, lr=0.1)
+    text = explain(objective, optimizer, torch.tensor([0])).text()
+    lines = [line.strip() for line in text.splitlines()]
+    for line in (
+        "z₁ = W₁ x + b₁,   h₁ = relu(z₁)",
+        "Example 0 (1 of 1), y = 1",
+        "x = [ 2  1 ]",
+        "z₁ = [ 1  -0.5 ]",
+        "h₁ = [ 1  0 ]",
+        "p = [ 2.5 ]",
+        "ℓ = ½ Σ (p − y)² = 1.125",
+        "δ₂ = ∂ℓ/∂p = p − y",
+        "δ₂ = [ 1.5 ]",
+        "a′(z₁) = [ 1  0 ]",
+        "δ₁ = [ 3  0 ]",
+        "The objective: J = ℓ = 1.125",
+        "∂J/∂W₁ = δ₁ xᵀ",
+        "[ 6  3 ]",
+        "The rule: d = g,   θ ← θ − ηd",
+        "W₁, for one the entry [1, 1]:",
+        "θ = 1 − 0.1 · 6 = 0.4",
+        "new W₁ = [ 0.4  -1.3 ]",
+        "new W₂ = [ 1.85  1 ]",
+        "new b₂ = [ 0.35 ]",
+    ):
+        assert line in lines, line
+
+
+def test_the_rule_is_shown_with_decay_and_momentum():
+    objective = small()
+    optimizer = torch.optim.SGD(
+        objective.params, lr=0.1, momentum=0.5, dampening=0.25, weight_decay=0.5
+    )
+    for p in objective.params:
+        optimizer.state[p]["momentum_buffer"] = torch.full_like(p, 2.0)
+    text = explain(objective, optimizer, torch.tensor([0])).text()
+    assert "The rule: d = g + λθ,   b ← μb + (1 − τ) d (b = d at first),   θ ← θ − ηb" in text
+    assert "d = 6 + 0.5 · 1 = 6.5\n" in text
+    assert "b = 0.5 · 2 + 0.75 · 6.5 = 5.875\n" in text
+    assert "θ = 1 − 0.1 · 5.875 = 0.4125\n" in text
+
+
+def test_every_worked_line_adds_up():
+    x, y, outputs = problem(CrossEntropy())
+    for rule in RULES:
+        model = MLP((4,), outputs, hidden=[5]).double()
+        found = check(model, CrossEntropy(), x, y, torch.arange(7), rule)
+        text = found.text(digits=8)
+        worked = re.findall(r"^ +([dbθ]) = (.*\d.*) = (\S+)$", text, re.MULTILINE)
+        assert len(worked) >= len(found.steps)
+        for _, left, right in worked:
+            value = eval(left.replace("−", "-").replace("·", "*"))
+            assert value == pytest.approx(float(right), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("digits", [1, 4, 12])
+def test_it_fits_in_a_hundred_columns_and_tells_what_was_cut(digits):
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 64), torch.arange(40) % 10
+    model = MLP((64,), 10, hidden=[128])
+    optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    found = explain(Objective(model, CrossEntropy(), x, y), optimizer, torch.arange(40))
+    text = found.text(digits=digits, title="A title")
+    assert text.startswith("A title\n\nThe model")
+    assert max(map(len, text.splitlines())) <= 100
+    assert "(128 × 64 in all, norm" in text
+    assert "… 38 examples more" in text
+    assert text.count("Example ") == 2
+    assert len(found.text(digits=digits, examples=5).split("Example ")) == 6
+    norm = torch.linalg.vector_norm(model.layers[1].weight.double()).item()
+    assert f"(128 × 64 in all, norm {norm:.{digits}g})" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"digits": 0}, r"digits must be a whole number in \[1, 12\]. Received: digits=0"),
+        ({"digits": 13}, "digits=13"),
+        ({"digits": 2.5}, "digits=2.5"),
+        ({"examples": -1}, "examples must be a whole number of at least 0. Received: examples=-1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    found = explain(small(), GD(small().params), torch.tensor([0]))
+    with pytest.raises(ValueError, match=message):
+        found.text(**options)
+
+
+# ---------------------------------------------------------------------- in a run
+
+
+def planned(epochs=2):
+    return partial(
+        Trainer,
+        max_epochs=epochs,
+        accelerator="cpu",
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def make(optimizer, batch_size, model=None, schedule=None, **options):
+    data = EmbeddedDataModule("iris", batch_size=batch_size)
+    torch.manual_seed(0)
+    model = Linear((4,), 3) if model is None else model()
+    return SupervisedModule(model, CrossEntropy(), optimizer, schedule, **options), data
+
+
+@pytest.mark.parametrize("engine", ["native", "eager"])
+@pytest.mark.parametrize("update", [0, 1, 20, 130])
+def test_an_update_of_a_run_is_that_of_the_run(engine, update):
+    """The run that goes on by itself has, after it, the weights that were worked out."""
+    rule = partial(SGD, lr=0.05, momentum=0.8, weight_decay=0.01)
+    module, data = make(rule, 1, schedule=Cosine(), engine=engine)
+    found = explain_run(module, data, planned(), update)
+    assert found.gap < 1e-6
+    again, data = make(rule, 1, schedule=Cosine(), engine=engine)
+    again.schedule = module.schedule
+    trainer = planned()(max_steps=update + 1, logger=False, enable_checkpointing=False)
+    again.rate_factors = module.rate_factors  # of the whole run, not of the shortened one
+    trainer.fit(again, datamodule=data)
+    for step, p in zip(found.steps, again.model.parameters(), strict=True):
+        torch.testing.assert_close(step.after.float(), p.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "batch_size"),
+    [
+        (partial(GD, lr=0.5), "full"),
+        (partial(MiniBatchSGD, lr=0.1, momentum=0.9, nesterov=True), 16),
+        (partial(torch.optim.SGD, lr=0.1, weight_decay=0.1), 16),
+    ],
+)
+def test_the_variants(optimizer, batch_size):
+    module, data = make(optimizer, batch_size, model=partial(MLP, (4,), 3, hidden=[4]))
+    found = explain_run(module, data, planned(), 1)
+    assert found.gap < 1e-6
+    assert len(found.indices) == (data.num_train if batch_size == "full" else 16)
+
+
+def test_dropout_is_that_of_the_update():
+    model = partial(MLP, (4,), 3, hidden=[8, 6], dropout=0.5)
+    module, data = make(partial(MiniBatchSGD, lr=0.1), 16, model=model)
+    found = explain_run(module, data, planned(), 2)
+    assert found.gap < 1e-6
+    assert all(set(layer.mask.unique().tolist()) == {0.0, 2.0} for layer in found.layers[:2])
+    assert "h₁ = m₁ ∘ relu(z₁)" in found.text()
+
+
+def test_a_rate_that_a_rule_computes_is_the_one_shown():
+    module, data = make(partial(GD), "full", step_size="auto")
+    found = explain_run(module, data, planned(50), 5)
+    assert found.gap < 1e-6
+    assert found.rate == pytest.approx(float(module.rates[0]))
+    assert found.rate != 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "update", "message"),
+    [
+        ({}, 210, r"update must be one of the run's 210.*\[0, 209\]. Received: update=210"),
+        ({}, -1, "update must be a whole number of at least 0. Received: update=-1"),
+        ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, 0, "GD, SGD and MiniBatchSGD.*Adam"),
+        ({"model": partial(CNN, (1, 8, 8), 3)}, 0, "gdtrain's Linear and MLP.*Received: CNN"),
+        ({"model": partial(nn.Linear, 4, 3)}, 0, "Received: Linear"),
+    ],
+)
+def test_what_cannot_be_explained_is_said(changes, update, message):
+    options = {"optimizer": partial(SGD, lr=0.1), "batch_size": 1, **changes}
+    module, data = make(**options)
+    with pytest.raises(ValueError, match=message):
+        explain_run(module, data, planned(), update)
+
+
+def test_a_loss_of_ones_own_is_refused():
+    class OwnError(SquaredError):
+        pass
+
+    model = Linear((4,), 1)
+    objective = Objective(model, OwnError(), torch.zeros(2, 4), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"gdtrain's own losses: SquaredError.*Received: OwnError"):
+        explain(objective, GD(model.parameters()), torch.arange(2))
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def command(monkeypatch, folder, words):
+    from gdtrain import cli
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["explain.py", *words.split()])
+    try:
+        cli.explain_main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+def test_without_words_it_is_small_enough_to_read(monkeypatch, capsys, tmp_path):
+    assert command(monkeypatch, tmp_path, "") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Update 0 of sgd on iris, linear\n")
+    assert "η = 0.1\n" in said
+    assert len(said.splitlines()) < 60
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_page_shows_what_the_command_prints(monkeypatch, capsys, tmp_path):
+    page = (Path(__file__).parent.parent.parent / "docs" / "explain.md").read_text(encoding="utf-8")
+    (words,) = re.findall(r"^python scripts/explain.py (.*)$", page, re.MULTILINE)
+    assert command(monkeypatch, tmp_path, words) == 0
+    said = capsys.readouterr().out
+    (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    assert said.splitlines()[:-1] == shown.splitlines()[:-1]  # the last line tells of rounding
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {})
+    assert "Example 1 (2 of 3), y = 4" in capsys.readouterr().out
+
+
+def test_words_are_those_of_training(monkeypatch, capsys, tmp_path):
+    words = (
+        "model.hidden=[2] optimizer=minibatch optimizer.momentum=0.9 optimizer.lr=0.05 "
+        "optimizer.weight_decay=0.01 update=5 examples=3 digits=3"
+    )
+    assert command(monkeypatch, tmp_path, words) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Update 5 of minibatch on iris, mlp\n")
+    assert "η = 0.05,   μ = 0.9,   λ = 0.01 (not on b₁, b₂)\n" in said
+    assert said.count("Example ") == 3
+    gap = re.search(r"largest difference is (\S+)\.\n", said)
+    assert float(gap.group(1)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("update=first", "update must be a whole number. Received: update=first"),
+        ("update=-1", "update must be a whole number of at least 0"),
+        ("update=2100", "range [0, 2099]"),
+        ("digits=0", "digits must be a whole number of at least 1"),
+        ("model=cnn data=digits", "model=linear, model=mlp). Received: CNN."),
+        ("optimizer=adam", "(optimizer=gd, sgd or minibatch)"),
+        ("optimizer=sdg", "Did you mean sgd?"),
+        ("hidden=[2]", "Unknown key hidden."),
+        ("-m optimizer=gd,sgd", "one update at a time"),
+        (f"ckpt_path={__file__}", f"Received: ckpt_path={__file__}. Leave it out"),
+        ("trainer.precision=bf16-mixed", "precision=bf16-mixed. Set trainer=default"),
+        ("data=iris model=linear step_size=schedule_free update=40", "Set step_size=none."),
+    ],
+)
+def test_bad_words_end_with_one_message_and_code_2(monkeypatch, capsys, tmp_path, words, message):
+    assert command(monkeypatch, tmp_path, words) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.startswith("error")
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,552 @@
+"""The rate finder: what it finds on problems with known limits, and that it leaves no trace."""
+
+import json
+import math
+import random
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import Dataset
+
+from gdtrain import GD, SGD, MiniBatchSGD
+from gdtrain.analysis.rate_finder import _smooth, find_lr, suggest
+from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
+from gdtrain.lightning.module import SupervisedModule
+from gdtrain.losses import CrossEntropy, SquaredError
+from gdtrain.models import MLP, Linear
+from gdtrain.models.dropout import Dropout
+from gdtrain.step_sizes import Armijo
+
+
+def regression(scales=(1.0, 0.5, 0.2), n=120, batch_size="full", noise=0.1, seed=0, val=0):
+    """Least squares whose Hessian is known: XᵀX/N; and its largest eigenvalue."""
+    generator = np.random.default_rng(seed)
+    X = generator.normal(size=(n, len(scales))) * scales
+    y = X @ np.ones(len(scales)) + noise * generator.normal(size=n)
+    options = {"standardize": False, "standardize_targets": False, "test_fraction": 0}
+    data = ArrayDataModule(
+        X, y, batch_size=batch_size, dtype="float64", val_fraction=val, **options
+    )
+    return data, float(np.linalg.eigvalsh(X.T @ X / n)[-1])
+
+
+def zero_model(features=3):
+    model = nn.Linear(features, 1, bias=False, dtype=torch.float64)
+    nn.init.zeros_(model.weight)
+    return model
+
+
+# ---------------------------------------------------------------------- the curve
+
+
+def test_smoothing_keeps_a_quadratic_and_its_slope():
+    x = np.linspace(-3, 1, 40)
+    value, slope = _smooth(x, 2 - x + 0.5 * x**2, np.ones(40))
+    # Within the bounds of what it smooths: the values at the ends are themselves such bounds.
+    assert value == pytest.approx(2 - x + 0.5 * x**2, abs=1e-10)
+    assert slope == pytest.approx(-1 + x, abs=1e-9)
+
+
+def test_weights_take_a_noisy_point_out():
+    x, y, weights = np.linspace(0, 1, 21), np.ones(21), np.ones(21)
+    y[10], weights[10] = 100.0, 1e-12
+    assert _smooth(x, y, weights)[0] == pytest.approx(np.ones(21), abs=1e-6)
+
+
+def test_suggestion_by_hand():
+    # ln η from 10⁻³ to 10³; J = 2 − log₁₀ η down to η = 1, and up again at three times the slope.
+    rates = np.geomspace(1e-3, 1e3, 61)
+    u = np.log10(rates)
+    losses = np.where(u < 0, 2 - u, 2 + 3 * u)
+    for full, divisor in ((True, 4), (False, 2)):
+        curve = suggest(rates, losses, 6.0, full_batch=full)
+        # Rounding the corner moves the lowest point a little.
+        assert curve.turn == pytest.approx(1, rel=0.3)
+        assert curve.suggestion == pytest.approx(max(curve.turn / divisor, 0), rel=0.06)
+        assert curve.slopes[5] == pytest.approx(-1)
+        assert f"the turn divided by {divisor}" in curve.basis
+
+
+def test_a_steep_fall_close_to_the_turn_bounds_the_suggestion_from_below():
+    rates = np.geomspace(1e-3, 1e1, 81)
+    losses = 1 - 0.9 / (1 + np.exp(-20 * (np.log10(rates) + 0.2))) + (rates > 1) * 5
+    curve = suggest(rates, losses, 1.0, full_batch=True)
+    assert curve.suggestion == pytest.approx(curve.turn / 2, rel=0.06)
+    assert "half of the turn" in curve.basis
+
+
+@pytest.mark.parametrize("full_batch", [True, False])
+def test_noise_moves_the_suggestion_by_less_than_a_factor_of_three(full_batch):
+    rates = np.geomspace(1e-6, 1e2, 100)
+    clean = 0.2 + 0.8 / (1 + 30 * rates) + np.minimum(rates / 2, 30) ** 3
+    exact = suggest(rates, clean, 1.0, full_batch=full_batch).suggestion
+    found = []
+    for seed in range(20):
+        noise = np.random.default_rng(seed).normal(size=100) * 0.05
+        curve = suggest(rates, clean + noise, 1.0, errors=np.full(100, 0.05), full_batch=full_batch)
+        found.append(curve.suggestion)
+    assert exact / 3 < min(found) <= max(found) < 3 * exact
+    # The lowest measured loss, and the steepest difference, are further apart.
+    lowest = [
+        rates[(clean + np.random.default_rng(s).normal(size=100) * 0.05).argmin()]
+        for s in range(20)
+    ]
+    steepest = [
+        rates[np.diff(clean + np.random.default_rng(s).normal(size=100) * 0.05)[:75].argmin()]
+        for s in range(20)
+    ]
+    assert max(max(lowest) / min(lowest), max(steepest) / min(steepest)) > 10
+
+
+def test_what_comes_after_the_first_turn_does_not_count():
+    rates = np.geomspace(1e-3, 1e3, 61)
+    u = np.log10(rates)
+    losses = np.where(u < 0, 2 - u, 2 + 3 * u)
+    losses[-8:] = 0.1  # a lucky place, far beyond
+    curve = suggest(rates, losses, 6.0)
+    assert curve.turn == pytest.approx(1, rel=0.3)
+
+
+def test_a_loss_that_is_gone_ends_the_search():
+    rates = np.geomspace(1e-3, 1e3, 61)
+    losses = 1 / (1 + 1000 * rates)  # falls for ever: 1% at η = 0.099
+    curve = suggest(rates, losses, 1.0)
+    assert curve.turn == pytest.approx(0.1, rel=0.3)
+    assert "below 1% of that" in curve.basis
+
+
+def test_a_loss_that_has_not_turned_says_so():
+    rates = np.geomspace(1e-6, 1e-2, 50)
+    curve = suggest(rates, 1 - 10 * rates, 1.0)
+    assert curve.turn == rates[-1]
+    assert "raise max_lr" in curve.basis
+
+
+def test_no_fall_no_suggestion():
+    rates = np.geomspace(1e-6, 1, 50)
+    flat = suggest(rates, np.ones(50), 1.0)
+    rising = suggest(rates, 1 + rates, 1.0)
+    noisy = suggest(rates, 1 - 0.02 * np.sin(9 * np.log(rates)), 1.0, errors=np.full(50, 0.1))
+    assert flat.suggestion is rising.suggestion is noisy.suggestion is None
+    assert all(c.basis.startswith("No suggestion") for c in (flat, rising, noisy))
+    assert "lower min_lr" in rising.basis
+    assert flat.rows()  # tables and pictures are made all the same
+    flat.plot()
+
+
+def test_values_that_are_not_finite_count_as_the_highest():
+    rates = np.geomspace(1e-3, 1e1, 60)
+    losses = np.where(rates < 1, 1 / (1 + 20 * rates), np.nan)
+    curve = suggest(rates, losses, 1.0)
+    assert 0.5 < curve.turn < 1  # a jump is smoothed over 0.35 decades
+    text = json.dumps(curve.to_dict(), allow_nan=False)
+    assert json.loads(text)["losses"][-1] is None
+
+
+def test_too_few_points_are_refused():
+    with pytest.raises(ValueError, match="at least 10 points"):
+        suggest(np.geomspace(1, 2, 9), np.ones(9), 1.0)
+
+
+# ---------------------------------------------------------------------- known problems
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_a_quadratic_turns_at_its_limit(momentum, nesterov, scale):
+    data, largest = regression(scales=(scale, 0.5 * scale, 0.2 * scale))
+    make = partial(GD, lr=1.0, momentum=momentum, nesterov=nesterov)
+    curve = find_lr(SupervisedModule(zero_model(), SquaredError(), make), data)
+    expected = 2 / largest * (1 + momentum) / ((1 + 2 * momentum) if nesterov else 1)
+    assert curve.sharpness == pytest.approx(largest, rel=0.01)
+    assert curve.limit == pytest.approx(expected, rel=0.01)
+    # With momentum the loss rings, and the first swing back counts as the turn.
+    least, factor = (0.2, 20) if momentum else (0.5, 8)
+    assert least * expected < curve.turn < 3 * expected
+    assert expected / factor < curve.suggestion < expected
+    assert "Stability limit" in curve.basis
+
+
+def test_weight_decay_belongs_to_the_limit():
+    data, largest = regression()
+    make = partial(GD, lr=1.0, weight_decay=2.0)
+    curve = find_lr(SupervisedModule(zero_model(), SquaredError(), make, decay_biases=True), data)
+    assert curve.limit == pytest.approx(2 / (largest + 2), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "make", [partial(SGD, lr=1.0), partial(MiniBatchSGD, lr=1.0), partial(torch.optim.Adam, lr=1.0)]
+)
+def test_no_limit_is_shown_where_there_is_none(make):
+    kind = make.func
+    size = {SGD: 1, MiniBatchSGD: 8}.get(kind, "full")
+    data, _ = regression(batch_size=size)
+    model = zero_model()
+    curve = find_lr(SupervisedModule(model, SquaredError(), make), data, updates=200)
+    assert curve.limit is None
+    assert curve.sharpness is None
+    assert curve.suggestion > 0
+    assert all("limit" not in words for words in curve.rows().values())
+
+
+@pytest.mark.parametrize("size", [1, 32])
+def test_orders_and_weights_move_the_suggestion_by_less_than_a_factor_of_three(size):
+    found = []
+    for seed in range(5):
+        data = EmbeddedDataModule("digits", batch_size=size, seed=100 * seed)
+        data.setup()
+        torch.manual_seed(seed)
+        model = MLP(data.input_shape, 10, hidden=[32])
+        module = SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=1.0))
+        found.append(find_lr(module, data).suggestion)
+    assert max(found) < 3 * min(found)
+
+
+def test_the_lr_of_the_optimizer_is_only_a_unit():
+    data, _ = regression()
+    curves = [
+        find_lr(SupervisedModule(zero_model(), SquaredError(), partial(GD, lr=lr)), data)
+        for lr in (1.0, 0.25)  # powers of two: the same rates to the last bit
+    ]
+    assert curves[0].losses.tolist() == curves[1].losses.tolist()
+
+
+def test_equal_calls_are_equal():
+    data, _ = regression(batch_size=4)
+    module = SupervisedModule(zero_model(), SquaredError(), partial(MiniBatchSGD, lr=1.0))
+    first, second = (find_lr(module, data, updates=100) for _ in range(2))
+    assert first.to_dict() == second.to_dict()
+
+
+def test_an_overflow_ends_the_test_and_not_the_suggestion():
+    data, _ = regression()
+    module = SupervisedModule(zero_model().float(), SquaredError(), partial(GD, lr=1.0))
+    curve = find_lr(module, data, min_lr=1e-3, max_lr=1e30, updates=300, curvature=False)
+    assert len(curve.rates) < 50
+    assert math.isinf(curve.losses[-1]) or curve.losses[-1] > curve.start
+    assert curve.suggestion is not None
+    json.dumps(curve.to_dict(), allow_nan=False)
+
+
+def test_a_start_that_is_no_number_is_refused():
+    data, _ = regression()
+    model = zero_model()
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+    module = SupervisedModule(model, SquaredError(), partial(GD, lr=1.0))
+    with pytest.raises(ValueError, match=r"finite before any update\. Received: nan"):
+        find_lr(module, data)
+
+
+def test_examples_of_a_dataset_are_fetched():
+    class Lines(Dataset):
+        def __len__(self):
+            return 90
+
+        def __getitem__(self, i):
+            return torch.tensor([math.sin(i), math.cos(3 * i)]), torch.tensor([math.sin(i)])
+
+    for size, factory in (("full", GD), (1, SGD)):
+        data = DatasetDataModule(Lines(), batch_size=size, val_fraction=0, test_fraction=0)
+        module = SupervisedModule(nn.Linear(2, 1), SquaredError(), partial(factory, lr=1.0))
+        curve = find_lr(module, data, updates=200)
+        assert curve.details["examples"] == 90
+        assert 0.01 < curve.suggestion < 10
+
+
+# ---------------------------------------------------------------------- no trace
+
+
+class Busy(nn.Module):
+    """Buffers that passes change, and layers that draw from each generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.own, self.torchs = Dropout(0.2), nn.Dropout(0.2)
+        self.last = nn.Linear(8, 1)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x):
+        self.passes += 1
+        shift = random.random() + np.random.rand()  # noqa: NPY002
+        return self.last(self.torchs(self.own(self.norm(self.first(x))))) + 0.01 * shift
+
+
+@pytest.mark.parametrize(("size", "training"), [("full", True), (8, True), (8, False)])
+def test_everything_is_as_it_was(size, training):
+    data, _ = regression(batch_size=size)
+    data.dtype = torch.float32
+    data.setup()
+    model = Busy().train(training)
+    optimizer = MiniBatchSGD(model.parameters(), lr=0.1, momentum=0.9)
+    module = SupervisedModule(model, SquaredError(), optimizer)
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+
+    def state():
+        return {
+            "weights": {k: v.clone() for k, v in model.state_dict().items()},
+            "gradients": [p.grad.clone() for p in model.parameters()],
+            "momentum": [optimizer.state[p]["momentum_buffer"].clone() for p in optimizer.state],
+            "groups": [
+                {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups
+            ],
+            "modes": [m.training for m in model.modules()],
+            "torch": torch.get_rng_state(),
+            "numpy": np.random.get_state()[1].copy(),  # noqa: NPY002
+            "python": random.getstate(),
+            "order": [b.clone() for b in data.train_dataloader()],
+            "examples": [t.clone() for t in data.examples("train")],
+            "updates": module.updates,
+        }
+
+    before = state()
+    names = set(vars(module)), set(vars(data))
+    curve = find_lr(module, data, updates=100)
+    after = state()
+    assert curve.losses[-1] != curve.start  # something was done
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert (set(vars(module)), set(vars(data))) == names
+    assert module.engine_reason == ""
+
+
+def test_an_error_leaves_the_random_states_alone():
+    class Fails(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            torch.rand(1)
+            type(self).calls += 1
+            if self.calls > 10:
+                raise KeyboardInterrupt
+            return super().forward(x)
+
+    data, _ = regression()
+    module = SupervisedModule(Fails(3, 1).double(), SquaredError(), partial(GD, lr=1.0))
+    before = torch.get_rng_state()
+    weight = module.model.weight.clone()
+    with pytest.raises(KeyboardInterrupt):
+        find_lr(module, data)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(module.model.weight, weight)
+
+
+def test_training_after_a_test_is_the_same_run():
+    from lightning import Trainer
+
+    def trained(tested):
+        torch.manual_seed(0)
+        data, _ = regression(batch_size=4, val=20)
+        module = SupervisedModule(zero_model(), SquaredError(), partial(MiniBatchSGD, lr=0.1))
+        if tested:
+            find_lr(module, data, updates=50)
+        trainer = Trainer(
+            max_epochs=3,
+            accelerator="cpu",
+            precision="64-true",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=data)
+        return module.model.weight.detach().clone()
+
+    assert torch.equal(trained(True), trained(False))
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_lr": 0}, r"min_lr must be finite and > 0\. Received: min_lr=0\."),
+        ({"max_lr": math.inf}, r"max_lr must be finite and > 0\. Received: max_lr=inf\."),
+        ({"max_lr": True}, "max_lr must be finite"),
+        ({"min_lr": math.nan}, "min_lr must be finite"),
+        ({"min_lr": 1.0, "max_lr": 0.1}, "min_lr must be below max_lr. Received: min_lr=1, max"),
+        ({"updates": 19}, "updates must be a whole number of at least 20. Received: updates=19"),
+        ({"updates": 1e3}, "updates must be a whole number"),
+        ({"repetitions": 0}, "repetitions must be a whole number of at least 1"),
+    ],
+)
+def test_bad_options(options, message):
+    data, _ = regression()
+    module = SupervisedModule(zero_model(), SquaredError(), partial(GD, lr=1.0))
+    with pytest.raises(ValueError, match=message):
+        find_lr(module, data, **options)
+
+
+def test_a_rule_leaves_nothing_to_find():
+    data, _ = regression()
+    module = SupervisedModule(zero_model(), SquaredError(), GD, step_size=Armijo())
+    with pytest.raises(ValueError, match=r"no rate to find where a rule computes .*Armijo"):
+        find_lr(module, data)
+    model = zero_model()
+    own = GD(model.parameters(), step_size=Armijo())
+    with pytest.raises(ValueError, match="no rate to find where a rule computes"):
+        find_lr(SupervisedModule(model, SquaredError(), own), data)
+
+
+def test_the_automatic_rate_can_be_compared_with_a_found_one():
+    data, _ = regression()
+    module = SupervisedModule(zero_model(), SquaredError(), GD, step_size="auto")
+    assert find_lr(module, data).suggestion > 0
+
+
+def test_a_model_of_another_shape_is_told():
+    data, _ = regression()
+    module = SupervisedModule(zero_model(4), SquaredError(), partial(GD, lr=1.0))
+    with pytest.raises(ValueError, match=r"does not take examples of shape \(3,\)"):
+        find_lr(module, data)
+
+
+def test_a_model_without_parameters_is_told():
+    data, _ = regression()
+    model = zero_model()
+    model.weight.requires_grad_(False)
+    module = SupervisedModule(model, SquaredError(), partial(GD, lr=1.0))
+    with pytest.raises(ValueError, match="no parameter to train"):
+        find_lr(module, data)
+
+
+def test_a_layer_without_second_derivative_costs_the_limit_only():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return g
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = zero_model()
+
+        def forward(self, x):
+            return Once.apply(self.linear(x)) ** 1
+
+    data, _ = regression()
+    curve = find_lr(SupervisedModule(Model(), SquaredError(), partial(GD, lr=1.0)), data)
+    assert curve.limit is None
+    assert "No stability limit" in curve.basis
+    assert curve.suggestion > 0
+
+
+# ---------------------------------------------------------------------- the command
+
+
+def command(monkeypatch, folder, words):
+    from gdtrain import cli
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["find_lr.py", *words.split()])
+    try:
+        cli.find_lr_main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.mark.parametrize("variant", ["gd", "sgd"])
+def test_the_command_leaves_table_picture_and_numbers(monkeypatch, capsys, tmp_path, variant):
+    words = f"data=diabetes model=linear optimizer={variant} updates=200"
+    assert command(monkeypatch, tmp_path, words) == 0
+    (folder,) = tmp_path.glob("outputs/find_lr/*/*")
+    assert folder.parent.name == f"diabetes-linear-{variant}"
+    assert not [p for p in tmp_path.rglob("*") if p.name.startswith(".")]
+    found = json.loads((folder / "find_lr.json").read_text())
+    said = capsys.readouterr().out
+    assert "suggestion" in said
+    assert f"Train with optimizer.lr={found['suggestion']:g}" in said
+    assert f"tensorboard --logdir outputs/find_lr/diabetes-linear-{variant}" in said
+    assert (found["limit"] is not None) == (variant == "gd")
+    assert ("Stability limit" in said) == (variant == "gd")
+    assert found["rates"][0] == pytest.approx(1e-6, rel=0.3)
+    assert (folder / "find_lr.png").read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(folder)).Reload()
+    scalars = events.Scalars("find_lr/loss")
+    assert [e.step for e in scalars] == list(range(len(found["rates"])))
+    assert [e.value for e in scalars] == pytest.approx(found["losses"], rel=1e-5)
+    assert events.Tags()["images"] == ["find_lr/curve"]
+    (text,) = events.Tensors("find_lr/suggestion/text_summary")
+    assert text.tensor_proto.string_val[0].decode() == found["basis"]
+
+
+def test_the_command_takes_a_folder_and_refuses_a_full_one(monkeypatch, capsys, tmp_path):
+    words = "data=iris model=linear optimizer=gd updates=50 max_lr=10 output=a/b"
+    assert command(monkeypatch, tmp_path, words) == 0
+    names = {p.name for p in (tmp_path / "a" / "b").iterdir()}
+    assert {"find_lr.json", "find_lr.png"} < names
+    capsys.readouterr()
+    assert command(monkeypatch, tmp_path, words) == 2
+    assert capsys.readouterr().err == "error: a/b exists already; choose another output=…\n"
+    assert {p.name for p in (tmp_path / "a" / "b").iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("min_lr=fast", "min_lr must be a number. Received: min_lr=fast"),
+        ("updates=1.5", "updates must be a whole number. Received: updates=1.5"),
+        ("output=", "output must be a folder"),
+        ("min_lr=-1", "min_lr must be a number above 0"),
+        ("min_lr=1 max_lr=0.1", "min_lr must be below max_lr"),
+        ("updates=10", "updates must be a whole number of at least 20"),
+        ("optimizer=sdg", "Did you mean sgd?"),
+        ("mn_lr=1", "Unknown argument mn_lr"),
+        ("optimizer=sgd data.batch_size=4", "data.batch_size must be 1"),
+        ("data=csv data.path=nothing.csv", "data.path must name a file"),
+        ("optimizer=minibatch data.batch_size=5000", "batch_size must be at most"),
+        ("loss=hinge", "Hinge is a loss for two classes"),
+        ("trainer.devices=2", "one device"),
+        ("-m optimizer=gd,sgd", "one test at a time"),
+    ],
+)
+def test_bad_words_end_with_one_message_and_code_2(monkeypatch, capsys, tmp_path, words, message):
+    assert command(monkeypatch, tmp_path, words) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("error")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_in_the_configuration_is_refused(monkeypatch, capsys, tmp_path):
+    words = "optimizer=gd +step_size._target_=gdtrain.step_sizes.Armijo"
+    assert command(monkeypatch, tmp_path, words) == 2
+    assert "step_size=none" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_curve_is_drawn_with_names_and_units():
+    data, _ = regression()
+    curve = find_lr(SupervisedModule(zero_model(), SquaredError(), partial(GD, lr=1.0)), data)
+    above, below = curve.plot().axes
+    assert above.get_ylabel() == "mean training loss"
+    assert "step size η" in below.get_xlabel()
+    assert "loss per decade" in below.get_ylabel()
+    assert below.get_xscale() == "log"
+    assert "B = 120" in above.get_title()
+    labels = [text.get_text() for text in above.get_legend().get_texts()]
+    assert any("stability limit" in label for label in labels)
+    styles = {line.get_linestyle() for line in above.lines}
+    assert {"-", "--", ":", "-."} <= styles  # apart without colour
+
+
+def test_a_linear_model_of_classes_by_name():
+    data = EmbeddedDataModule("wine", batch_size="full")
+    module = SupervisedModule(Linear((13,), 3), CrossEntropy(), partial(GD, lr=1.0))
+    curve = find_lr(module, data)
+    assert 0.5 < curve.suggestion < 20

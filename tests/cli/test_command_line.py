@@ -1,0 +1,430 @@
+"""The command as a user types it: what it leaves, what it says, and its exit code."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.datasets import load_diabetes, load_digits
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def command(folder, script, *words, timeout=300):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def only_run(folder):
+    (run,) = Path(folder).glob("outputs/*/*")
+    return run
+
+
+@pytest.mark.slow
+def test_main_job_leaves_what_the_contract_says(tmp_path):
+    done = command(tmp_path, "train", "optimizer=sgd")
+    assert done.returncode == 0, done.stderr
+    target, engine, rate = done.stderr.splitlines()
+    assert target.startswith("target: 10 classes (0, 1, 2")
+    assert engine == "engine: native (a linear model or MLP on CPU, written by hand)"
+    assert re.match(r"lr: auto found [\d.]+ \(2 times the best of 6 rates", rate)
+    assert done.stdout.splitlines()[-1] == "finished: all 25,160 updates made"
+    assert "BUDGET" not in done.stdout + done.stderr
+    run = only_run(tmp_path)
+    assert re.fullmatch(r"digits-mlp-sgd", run.parent.name)
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "checkpoints", "metrics.csv", "summary.json", "split.npz"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["variant"] == "sgd"
+    assert summary["updates"] == summary["examples_seen"] == 20 * 1258
+    assert summary["metrics"]["metric/accuracy/test"] >= 0.95
+    assert "tensorboard --logdir outputs" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "tag", "least"),
+    [
+        (["optimizer=minibatch", "model=cnn"], "metric/accuracy/test", 0.96),
+        (["optimizer=gd", "model=linear"], "metric/accuracy/test", 0.93),
+        (["optimizer=gd", "model=linear", "data=diabetes", "schedule=constant"], None, 0),
+    ],
+)
+def test_default_runs_reach_their_accuracy(tmp_path, words, tag, least):
+    done = command(tmp_path, "train", *words)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((only_run(tmp_path) / "summary.json").read_text())
+    if tag is not None:
+        assert summary["metrics"][tag] >= least
+    else:
+        X, y = load_diabetes(return_X_y=True)
+        train = np.load(only_run(tmp_path) / "split.npz")["train"]
+        design = np.column_stack([X[train], np.ones(len(train))])
+        y = (y[train] - y[train].mean()) / y[train].std()
+        residual = design @ np.linalg.lstsq(design, y, rcond=None)[0] - y
+        best = 0.5 * np.mean(residual**2)
+        assert best <= summary["metrics"]["loss/train"] <= best * 1.01
+
+
+@pytest.mark.slow
+def test_three_variants_in_one_sweep_share_no_folder(tmp_path):
+    done = command(
+        tmp_path, "train", "-m", "optimizer=gd,sgd,minibatch", "seed=0,1", "trainer.max_epochs=1"
+    )
+    assert done.returncode == 0, done.stderr
+    runs = list(tmp_path.glob("outputs/*/*/summary.json"))
+    assert len(runs) == 6
+    assert {json.loads(run.read_text())["variant"] for run in runs} == {"gd", "sgd", "minibatch"}
+
+
+@pytest.mark.slow
+def test_one_bad_job_does_not_end_the_others(tmp_path):
+    done = command(
+        tmp_path,
+        "train",
+        "-m",
+        "optimizer=sgd,minibatch",
+        "data.batch_size=32",
+        "trainer.max_epochs=1",
+    )
+    assert done.returncode == 2
+    assert "optimizer=minibatch" in done.stderr
+    (run,) = tmp_path.glob("outputs/*/*")
+    assert run.parent.name == "digits-mlp-minibatch"
+
+
+@pytest.mark.slow
+def test_a_finished_folder_is_not_overwritten(tmp_path):
+    words = ("optimizer=gd", "model=linear", "trainer.max_epochs=2", "hydra.run.dir=my run")
+    assert command(tmp_path, "train", *words).returncode == 0
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    again = command(tmp_path, "train", *words)
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+BAD = [
+    ("optimizer=sdg", "There is no optimizer=sdg. Did you mean sgd?"),
+    ("optimizr=sgd", "Unknown key optimizr. Did you mean optimizer?"),
+    ("optimizer.lrr=1", "Did you mean optimizer.lr?"),
+    ("trainer.max_epoch=3", "Did you mean trainer.max_epochs?"),
+    ("optimizer.lr=0", "optimizer.lr must be a finite number above 0"),
+    ("optimizer.lr=nan", "Received: optimizer.lr=nan"),
+    ("optimizer.lr=inf", "Received: optimizer.lr=inf"),
+    ("optimizer.lr=-0.1", "Received: optimizer.lr=-0.1"),
+    ("optimizer.lr=fast", "Received: optimizer.lr=fast"),
+    ("optimizer.momentum=-1", "optimizer.momentum must be"),
+    ("optimizer.nesterov=maybe", "optimizer.nesterov must be true or false"),
+    ("data.batch_size=32", "Descent on batches, which many texts call SGD, is optimizer=minibatch"),
+    ("data.batch_size=0", "data.batch_size must be a whole number"),
+    ("data.batch_size=1.5", "data.batch_size must be a whole number"),
+    ("data.micro_batch_size=2", "data.micro_batch_size must be at most"),
+    ("data.val_fraction=-1", "data.val_fraction must be"),
+    ("data=csv", "data.path has no default and must be set"),
+    ("data=csv data.path=nothing.csv", "data.path must name a file that exists"),
+    ("trainer.max_epochs=0", "trainer.max_epochs must be"),
+    ("trainer.max_steps=0", "trainer.max_steps must be"),
+    ("seed=-1", "seed must be"),
+    ("seed=one", "seed must be"),
+    ("ckpt_path=nothing.ckpt", "ckpt_path must name a file that exists"),
+    ("optimizer", "is not of the form key=value"),
+    ("experiment=nothing", "There is no experiment=nothing"),
+    ("-m optimizer=sgd,nothing", "There is no optimizer=nothing"),
+    ("model=null", "A group takes a choice, not null"),
+    ("~model", "model is missing"),
+    ("+lr=1", "Unknown key lr"),
+    ("schedule=one_cycle schedule.warmup=5", "Unknown key schedule.warmup."),
+    ("trainer.max_epochs=1.0", "trainer.max_epochs must be a whole number"),
+    ("trainer.max_epochs=null", "must bound the run"),
+    ("--config-dir=nowhere", "Received: --config-dir=nowhere"),
+    ("--config-name=mine", "--config-dir=FOLDER"),
+]
+
+
+def complain(monkeypatch, capsys, folder, words):
+    """Run the command in this process."""
+    from gdtrain import cli
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["gdtrain", *words.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.train_main()
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_bad_input_ends_with_one_message_and_code_2(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.delitem(sys.modules, "gdtrain.runs.run", raising=False)
+    code, said = complain(monkeypatch, capsys, tmp_path, words)
+    assert code == 2
+    assert message in said
+    assert said.startswith("error")
+    assert said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert "gdtrain.runs.run" not in sys.modules  # which imports torch
+
+
+BAD_AT_BUILD = [
+    ("optimizer=minibatch data.batch_size=5000", "at most 1258, the number of training examples"),
+    ("loss=hinge", "Hinge is a loss for two classes, and the targets have 10"),
+    ("loss=squared_error", "use loss=cross_entropy"),
+    ("data=diabetes loss=cross_entropy", "use loss=squared_error or loss=huber"),
+    ("model.hidden=128", "hidden must be a list of whole widths"),
+    ("model.activation=step", "activation must be one of"),
+    ("model.init=zeros", "init=zeros is for linear models"),
+    ("model=cnn data=iris", "model=cnn is for images"),
+    ("data.sampling=sorted", "sampling must be one of"),
+    ("schedule=linear schedule.final=7", "final must lie in [0, 1]"),
+    ("schedule=one_cycle +schedule.warmup=5", "set rise instead of warmup"),
+    ("optimizer.nesterov=true", "Nesterov momentum requires a momentum"),
+    ("data=mnist data.download=false data.root=none", "into none/MNIST/raw/"),
+    ("optimizer=minibatch trainer.devices=2", "Several devices train together with trainer=ddp"),
+    ("callbacks=early_stopping data.val_fraction=0", "needs a validation part"),
+    ("callbacks=early_stopping callbacks.early_stopping.monitor=foo", "can monitor loss/val"),
+    ("schedule=reduce_on_plateau data.val_fraction=0", "needs a validation part"),
+    ("+optimizer.differentiable=true optimizer.lr=0.1", "steps are not differentiable"),
+    ("+optimizer.differentiable=true", "does not go with optimizer.differentiable=True"),
+    ("optimizer.momentum=0.9 optimizer.nesterov=true", "lr=auto has no rule for Nesterov"),
+    ("optimizer=adam optimizer.lr=auto", "work with GD, SGD and MiniBatchSGD"),
+    ("step_size=armijo", "Armijo is a rule for full-batch descent"),
+    ("optimizer=gd step_size=armijo loss=hinge data=breast_cancer", "Hinge"),
+    ("+loss._target_=torch.nn.CrossEntropyLoss", "must be a gdtrain.losses.Loss"),
+    ("model.hidden=null", "The model cannot be built from its configuration"),
+    ("+trainer.limit_train_batches=1", "limit_train_batches counts Lightning steps"),
+    ("+trainer.no_such_argument=1", "no_such_argument"),
+    ("callbacks.curves.points=0", "points must be"),
+    ("model._target_=gdtrain.models.Nothing", "Nothing"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_AT_BUILD)
+def test_what_only_the_data_shows_ends_before_training_too(
+    monkeypatch, capsys, tmp_path, words, message
+):
+    code, said = complain(monkeypatch, capsys, tmp_path, words)
+    assert code == 2
+    assert message in said
+    assert said.startswith("error")
+    assert "Traceback" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").touch()
+    for place in ("file", "file/x"):
+        words = f"data=iris optimizer=gd hydra.run.dir={place}"
+        code, said = complain(monkeypatch, capsys, tmp_path, words)
+        assert code == 2
+        assert said.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["callbacks=default", "callbacks.divergence.action=stop"],
+        ["callbacks=none", "+callbacks.divergence.action=stop"],
+    ],
+)
+def test_a_diverging_run_ends_with_code_3(tmp_path, words):
+    done = command(
+        tmp_path,
+        "train",
+        "optimizer=gd",
+        "model=linear",
+        "data=diabetes",
+        "optimizer.lr=1000",
+        *words,
+    )
+    assert done.returncode == 3
+    assert "Set optimizer.lr" in done.stdout
+    run = only_run(tmp_path)
+    assert json.loads((run / "summary.json").read_text())["stop_reason"] in (
+        "NON_FINITE",
+        "DIVERGED",
+    )
+    last = run / "checkpoints" / "last.ckpt"
+    assert last.exists() == ("callbacks=default" in words)  # the last good state
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_resumed_evaluated_and_predicts(tmp_path):
+    words = ("optimizer=sgd", "model.dropout=0.2")
+    whole = command(tmp_path, "train", *words, "trainer.max_epochs=3", "hydra.run.dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    # The schedule knows the budget, so a shorter run is another run: end the same one early.
+    early = command(
+        tmp_path,
+        "train",
+        *words,
+        "trainer.max_epochs=3",
+        "hydra.run.dir=early",
+        "+callbacks.stop._target_=lightning.pytorch.callbacks.Timer",
+        "+callbacks.stop.duration.seconds=1",
+    )
+    assert early.returncode == 0, early.stderr
+    done = json.loads((tmp_path / "early" / "summary.json").read_text())["updates"]
+    assert done > 0
+    checkpoint = "early/checkpoints/last.ckpt"
+    rest = command(
+        tmp_path,
+        "train",
+        *words,
+        "trainer.max_epochs=3",
+        "hydra.run.dir=rest",
+        f"ckpt_path={checkpoint}",
+    )
+    assert rest.returncode == 0, rest.stderr
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "rest")
+    ]
+    assert summaries[0]["metrics"] == summaries[1]["metrics"]
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "rest")
+    ]
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+    evaluated = command(tmp_path, "evaluate", "ckpt_path=whole/checkpoints/last.ckpt")
+    assert evaluated.returncode == 0, evaluated.stderr
+    values = dict(line.split() for line in evaluated.stdout.splitlines())
+    for tag in ("loss/test", "metric/accuracy/test"):
+        assert float(values[tag]) == pytest.approx(summaries[0]["metrics"][tag], rel=1e-5)
+
+    digits = load_digits()
+    np.save(tmp_path / "new.npy", digits.data[:100])
+    predicted = command(
+        tmp_path,
+        "predict",
+        "ckpt_path=whole/checkpoints/last.ckpt",
+        "input=new.npy",
+        "output=out.csv",
+    )
+    assert predicted.returncode == 0, predicted.stderr
+    answers = pd.read_csv(tmp_path / "out.csv")["prediction"]
+    assert (answers.to_numpy() == digits.target[:100]).mean() > 0.9
+    again = command(
+        tmp_path,
+        "predict",
+        "ckpt_path=whole/checkpoints/last.ckpt",
+        "input=new.npy",
+        "output=out.csv",
+    )
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_table_of_ones_own_from_training_to_predictions(tmp_path):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.normal(size=(300, 3)) * [1, 50, 0.01], columns=["a", "b", "c"])
+    table["price"] = 1000 + 200 * table["a"] + 3 * table["b"] + rng.normal(size=300)
+    table.to_csv(tmp_path / "table with spaces.csv", index=False)
+    done = command(
+        tmp_path,
+        "train",
+        "optimizer=gd",
+        "model=linear",
+        "data=csv",
+        "data.target=price",
+        "data.path='table with spaces.csv'",
+        "hydra.run.dir=run",
+    )
+    assert done.returncode == 0, done.stderr
+    new = table.drop(columns="price")[["c", "b", "a"]]
+    new.to_csv(tmp_path / "new.csv", index=False)
+    words = ("ckpt_path=run/checkpoints/best.ckpt", "input=new.csv", "output=out.csv")
+    done = command(tmp_path, "predict", *words)
+    assert done.returncode == 0, done.stderr
+    answers = pd.read_csv(tmp_path / "out.csv")["prediction"]
+    assert np.abs(answers - table["price"]).max() < 10
+    new.drop(columns="b").to_csv(tmp_path / "new.csv", index=False)
+    done = command(tmp_path, "predict", *words[:2], "output=other.csv")
+    assert done.returncode == 2
+    assert "lacks the feature 'b'" in done.stderr
+
+
+def test_a_checkpoint_cannot_call_what_it_likes(tmp_path):
+    data = {"_target_": "gdtrain.data.EmbeddedDataModule", "name": "digits"}
+    description = {"model": {"_target_": "pathlib.Path.unlink"}, "loss": None, "data": data}
+    torch.save({"state_dict": {}, "gdtrain": {"description": description}}, tmp_path / "evil.ckpt")
+    for words, message in (
+        (("ckpt_path=evil.ckpt",), "asks to call"),
+        ((), "ckpt_path=… is missing"),
+        (("ckpt=evil.ckpt",), "Did you mean ckpt_path?"),
+    ):
+        done = command(tmp_path, "evaluate", *words)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_command_and_fit_give_the_same_result(tmp_path):
+    import gdtrain
+
+    for variant in ("gd", "sgd", "minibatch"):
+        done = command(
+            tmp_path,
+            "train",
+            f"optimizer={variant}",
+            "trainer.max_epochs=2",
+            f"hydra.run.dir={variant}",
+        )
+        assert done.returncode == 0, done.stderr
+        digits = load_digits()
+        result = gdtrain.fit(
+            "mlp", digits.images[:, None], digits.target, variant=variant, epochs=2
+        )
+        summary = json.loads((tmp_path / variant / "summary.json").read_text())
+        state = torch.load(tmp_path / variant / "checkpoints" / "last.ckpt", weights_only=True)
+        ours = result.module.state_dict()
+        assert result.metrics == summary["metrics"]
+        assert all(torch.equal(ours[k], state["state_dict"][k]) for k in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_ends_in_good_order(tmp_path, number):
+
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "scripts" / "train.py"),
+            "optimizer=sgd",
+            "trainer.max_epochs=1000",
+            "hydra.run.dir=run",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    metrics = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    for _ in range(600):
+        if metrics.exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "ckpt_path=" in out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stop_reason"] == "INTERRUPTED"
+    assert 0 < summary["updates"] < 1258 * 1000
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()

@@ -1,0 +1,506 @@
+"""Modules of one's own: constants of −∞, outputs in tuples, norms that need two examples, freezing.
+
+The oracle is a plain loop over the same examples with torch.optim.SGD, which shares nothing with
+the package but the order of the examples.
+"""
+
+import warnings
+from collections import namedtuple
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
+    StochasticWeightAveraging,
+)
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import gdtrain
+from gdtrain import GD, MiniBatchSGD, SupervisedModule
+from gdtrain.callbacks import BestAndLast, Divergence
+from gdtrain.data import ArrayDataModule
+from gdtrain.losses import CrossEntropy
+from gdtrain.objective import prediction_of
+from gdtrain.schedules import Constant, Polynomial
+
+N = 33
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(N, 4))
+Y = (X[:, 0] + 0.3 * RNG.normal(size=N) > 0).astype(int)
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "limit_val_batches": 0,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+def data(batch_size, **options):
+    options = {"val_fraction": 0.0, "test_fraction": 0.0, "standardize": False, **options}
+    return ArrayDataModule(X, Y, batch_size=batch_size, dtype="float64", **options)
+
+
+def net(seed=0, **layers):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
+
+
+def train(model, batch_size=11, epochs=6, callbacks=(), lr=0.3, schedule=None, **options):
+    optimizer = options.pop("optimizer", partial(MiniBatchSGD, lr=lr))
+    module = SupervisedModule(model, CrossEntropy(), optimizer, schedule, **options)
+    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), precision="64-true", **QUIET)
+    trainer.fit(module, datamodule=data(batch_size))
+    return module
+
+
+def batches(epochs, batch_size=11):
+    """The examples of each update, as gdtrain draws them."""
+    source = data(batch_size)
+    source.setup()
+    loader = source.train_dataloader()
+    return [loader.block(t, 1)[0] for t in range(epochs * loader.updates_per_epoch)]
+
+
+def assert_equal(model, other, tolerance=1e-12):
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
+
+
+# ---------------------------------------------------------------------- constants of −∞
+
+
+class Attends(nn.Module):
+    """Looks at earlier features only; the mask is a buffer, or made anew each time."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 2).double()
+        mask = torch.triu(torch.full((4, 4), -torch.inf, dtype=torch.float64), 1)
+        self.mask = mask if not buffer else None
+        if buffer:
+            del self.mask
+            self.register_buffer("mask", mask)
+
+    def forward(self, x):
+        return self.layer(torch.softmax(x[:, None] * x[:, :, None] + self.mask, -1).sum(1))
+
+
+@pytest.mark.parametrize("callbacks", [[], [Divergence()]], ids=["alone", "divergence"])
+def test_a_mask_of_minus_infinity_is_a_constant(callbacks):
+    module = train(Attends(buffer=True), callbacks=callbacks)
+    assert module.stop is None
+    assert module.updates == 18
+    assert_equal(module.model, train(Attends(buffer=False)).model, 0)
+
+
+def test_a_model_with_a_mask_is_saved_and_goes_on(tmp_path):
+    saved, options = BestAndLast(tmp_path), {**QUIET, "enable_checkpointing": True}
+    whole = train(Attends(buffer=True), callbacks=[Divergence()])
+    for epochs, path in ((3, None), (6, str(saved.last_path))):
+        module = SupervisedModule(Attends(True), CrossEntropy(), partial(MiniBatchSGD, lr=0.3))
+        callbacks = [saved, Divergence()]
+        trainer = Trainer(max_epochs=epochs, callbacks=callbacks, precision="64-true", **options)
+        trainer.fit(module, datamodule=data(11), ckpt_path=path)
+    assert module.stop is None
+    assert_equal(module.model, whole.model, 0)
+
+
+class Spoils(Callback):
+    """Puts a number into a buffer after an update."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if pl_module.updates >= 5:
+            pl_module.model.count.fill_(self.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_buffer_that_was_finite_is_watched(value):
+    model = Attends(buffer=True)
+    model.register_buffer("count", torch.zeros(2))
+    callbacks = [Spoils(value), Divergence("stop")]
+    module = train(model, callbacks=callbacks, epochs=200)
+    assert module.stop.reason.value == "NON_FINITE"
+    assert module.updates < 600
+
+
+# ---------------------------------------------------------------------- what a model returns
+
+Output = namedtuple("Output", ["prediction", "hidden"])
+WAYS = {
+    "tuple": lambda logits, x: (logits, x),
+    "list": lambda logits, x: [logits, None],
+    "namedtuple": lambda logits, x: Output(logits, x),
+    "logits": lambda logits, x: {"hidden": x, "logits": logits},
+    "only entry": lambda logits, x: {"out": logits},
+}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        self.layers, self.way = net(), way
+
+    def forward(self, x):
+        return self.way(self.layers(x), x)
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("optimizer", [partial(MiniBatchSGD, lr=0.3), partial(GD, lr=0.3)])
+def test_a_prediction_in_a_tuple_or_mapping_trains_as_the_tensor_does(way, optimizer):
+    batch_size = "full" if optimizer.func is GD else 11
+    options = {"optimizer": optimizer, "batch_size": batch_size, "engine": "eager"}
+    module, plain = train(Wrapped(way), **options), train(net(), **options)
+    assert_equal(module.model, plain.model, 0)
+    source = data(11)
+    source.setup()
+    pairs = [source.examples("train")]
+    assert module.evaluate(pairs) == plain.evaluate(pairs)
+    assert torch.equal(module(pairs[0][0]), plain(pairs[0][0]))
+
+
+def test_a_mapping_in_the_compiled_engine_in_fit_and_in_predict():
+    module = train(Wrapped(WAYS["logits"]), engine="compiled")
+    assert_equal(module.model, train(net(), engine="eager").model)
+    model = Wrapped(WAYS["tuple"]).float()
+    result = gdtrain.fit(model, X, Y, variant="minibatch", batch_size=4, epochs=2)
+    assert result.predict(X).shape == (N,)
+    assert {"loss/test", "metric/accuracy/test"} <= result.metrics.keys()
+
+
+@pytest.mark.parametrize(
+    ("output", "received"),
+    [
+        ((), "tuple of nothing"),
+        (({}, torch.zeros(1)), "tuple of dict, Tensor"),
+        ({"a": torch.zeros(1), "b": torch.zeros(1)}, "dict with the keys 'a', 'b'"),
+        ({"logits": None, "b": torch.zeros(1)}, "dict with the keys 'logits', 'b'"),
+        (None, "NoneType"),
+        (np.zeros(2), "ndarray"),
+    ],
+)
+def test_what_is_no_prediction_is_told(output, received):
+    with pytest.raises(ValueError, match="must return its prediction") as error:
+        prediction_of(output)
+    assert f"Received: {received}." in str(error.value)
+
+
+# ---------------------------------------------------------------------- norms and single examples
+
+
+def normed(norm):
+    return nn.Sequential(nn.Linear(4, 6), norm, nn.ReLU(), nn.Linear(6, 2)).double()
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"batch_size": 32}, "the last batch of an epoch has one: 33 examples in batches of 32"),
+        ({"batch_size": 8}, "the last batch of an epoch has one: 33 examples in batches of 8"),
+        ({"batch_size": 1}, "each update sees one"),
+        ({"batch_size": 11, "micro_batch_size": 5}, "11 examples of a batch in passes of 5"),
+        ({"batch_size": 11, "micro_batch_size": 1}, "11 examples of a batch in passes of 1"),
+        ({"batch_size": "full", "micro_batch_size": 16}, "33 examples of a batch in passes of 16"),
+        ({"batch_size": 20, "micro_batch_size": 12}, "13 examples of a batch in passes of 12"),
+    ],
+)
+def test_batch_norm_is_told_before_the_first_update_that_one_example_will_come(options, why):
+    model = normed(nn.BatchNorm1d(6))
+    before = [t.clone() for t in model.state_dict().values()]
+    module = SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=0.1))
+    trainer = Trainer(max_epochs=2, precision="64-true", **QUIET)
+    with pytest.raises(ValueError, match=why):
+        trainer.fit(module, datamodule=data(**options))
+    assert all(map(torch.equal, before, model.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("drop_last", "batch_size", "refused"), [(False, 8, True), (True, 8, False), (False, 11, False)]
+)
+def test_batch_norm_with_a_loader_of_ones_own(drop_last, batch_size, refused):
+    pairs = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
+    loader = DataLoader(pairs, batch_size=batch_size, drop_last=drop_last)
+    warnings.filterwarnings("ignore", message="You defined a `validation_step`")
+    module = SupervisedModule(normed(nn.BatchNorm1d(6)), CrossEntropy(), partial(GD, lr=0.1))
+    trainer = Trainer(max_epochs=1, precision="64-true", **QUIET)
+    if refused:
+        with pytest.raises(ValueError, match="33 examples in batches of 8"):
+            trainer.fit(module, loader)
+    else:
+        trainer.fit(module, loader)
+    assert module.updates == (0 if refused else N // batch_size)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6)])
+def test_norms_that_can_be_trained_on_one_example_are(norm):
+    assert train(normed(norm), batch_size=32, epochs=1).updates == 2
+
+
+def test_batch_norm_over_the_places_of_one_image_is_no_mistake():
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)
+    ).double()
+    assert train(model, batch_size=32, epochs=1).updates == 2
+
+
+# ---------------------------------------------------------------------- groups and freezing
+
+
+class Thaws(BaseFinetuning):
+    """Trains the last layer alone for two epochs, then all, the first with a tenth of η."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.model[0])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 2:
+            self.unfreeze_and_add_param_group(pl_module.model[0], optimizer)
+
+
+def thawed(momentum, factor=lambda t: 1.0, peak_of_first=0.03):
+    model = net()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.3, momentum=momentum)
+    x, y = torch.from_numpy(X), torch.from_numpy(Y)
+    for t, rows in enumerate(batches(6)):
+        if t == 6:
+            optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.0})
+        for group, peak in zip(optimizer.param_groups, (0.3, peak_of_first), strict=False):
+            group["lr"] = peak * factor(t)
+        model.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("engine", "momentum"), [("eager", 0.0), ("auto", 0.0), ("auto", 0.9), ("compiled", 0.9)]
+)
+def test_a_group_added_while_training_is_trained(engine, momentum):
+    optimizer = partial(MiniBatchSGD, lr=0.3, momentum=momentum)
+    module = train(net(), callbacks=[Thaws(), Divergence()], optimizer=optimizer, engine=engine)
+    assert_equal(module.model, thawed(momentum))
+
+
+class ThawsHot(Thaws):
+    """With a rate at which the first layer diverges."""
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        super().finetune_function(pl_module, epoch, optimizer)
+        if epoch == 2:
+            optimizer.param_groups[-1]["lr"] = 1e30
+
+
+def test_a_run_recovers_after_a_group_was_added_however_it_is_cut():
+    found = []
+    for cut in (1, 7, "auto"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+        divergence = Divergence(recoveries=40)
+        optimizer = partial(MiniBatchSGD, lr=0.3)
+        module = SupervisedModule(model, CrossEntropy(), optimizer, Constant())
+        callbacks = [ThawsHot(), divergence]
+        trainer = Trainer(max_epochs=300, callbacks=callbacks, precision="64-true", **QUIET)
+        trainer.fit(module, datamodule=data(11, updates_per_sweep=cut))
+        assert module.stop is None
+        events = [(event["update"], event["good_update"]) for event in divergence.events]
+        found.append([events, *(p.tolist() for p in model.parameters())])
+    assert found[0] == found[1] == found[2]
+    assert events[0][0] in range(6, 22)
+    assert events[0][1] == 6  # where it was thawed
+    with torch.no_grad():
+        loss = F.cross_entropy(model(torch.from_numpy(X)), torch.from_numpy(Y))
+    assert loss < 0.4
+
+
+def test_a_group_added_under_a_schedule_goes_on_from_its_rate():
+    # The callback takes a tenth of η at update 5, and update 6 has it. T = 18.
+    module = train(net(), callbacks=[Thaws()], schedule=Polynomial(power=1))
+    assert_equal(module.model, thawed(0.0, lambda t: 1 - t / 18, 0.03 * (13 / 18) / (12 / 18)))
+
+
+def test_a_baseline_optimizer_takes_groups_too():
+    module = train(net(), callbacks=[Thaws()], optimizer=partial(torch.optim.SGD, lr=0.3))
+    assert_equal(module.model, thawed(0.0))
+
+
+class Freezes(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 3:
+            pl_module.model[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+def test_layers_frozen_while_training_stay(engine):
+    module = train(net(), callbacks=[Freezes()], engine=engine)
+    short = train(net(), epochs=3, schedule=Constant())
+    assert_equal(module.model[0], short.model[0], 1e-15)
+    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
+    for t, rows in enumerate(batches(6)):
+        model.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        with torch.no_grad():
+            for p in (model[2] if t >= 9 else model).parameters():
+                p -= 0.3 * p.grad
+    assert_equal(module.model, model)
+
+
+class SetsRate(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 4:
+            trainer.optimizers[0].param_groups[0]["lr"] = 0.05
+
+
+def test_a_rate_set_by_a_callback_holds():
+    module = train(net(), callbacks=[SetsRate()], decay_biases=True, schedule=Constant())
+    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
+    for t, rows in enumerate(batches(6)):
+        model.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= (0.05 if t >= 12 else 0.3) * p.grad
+    assert_equal(module.model, model)
+
+
+class Backbone(SupervisedModule):
+    """Lightning's callback asks for an attribute of this name."""
+
+    @property
+    def backbone(self):
+        return self.model[0]
+
+
+def test_backbone_finetuning_raises_the_rate_of_the_backbone():
+    callback = BackboneFinetuning(
+        unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 2.0, backbone_initial_lr=0.01
+    )
+    module = Backbone(net(), CrossEntropy(), partial(MiniBatchSGD, lr=0.3))
+    trainer = Trainer(max_epochs=5, callbacks=[callback], precision="64-true", **QUIET)
+    trainer.fit(module, datamodule=data(11))
+    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
+    for t, rows in enumerate(batches(5)):
+        model.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        backbone = {0: 0.0, 1: 0.0, 2: 0.01, 3: 0.02, 4: 0.04}[t // 3]
+        with torch.no_grad():
+            for p in model[0].parameters():
+                p -= backbone * p.grad
+            for p in model[2].parameters():
+                p -= 0.3 * p.grad
+    assert_equal(module.model, model)
+
+
+# ---------------------------------------------------------------------- averaged weights
+
+
+class Records(Callback):
+    """The parameters at each start of an epoch."""
+
+    def __init__(self):
+        self.kept, self.rates = [], []
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.kept.append([p.detach().clone() for p in pl_module.model.parameters()])
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.rates += outputs["rates"].tolist()
+
+
+@pytest.mark.parametrize("engine", ["eager", "auto"])
+@pytest.mark.parametrize("batch_size", [11, "full"])
+def test_stochastic_weight_averaging_is_the_mean_of_the_epochs(engine, batch_size):
+    records = Records()
+    callbacks = [StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=4), records, Divergence()]
+    module = train(net(), batch_size, callbacks=callbacks, engine=engine, schedule=Polynomial())
+    # Lightning takes the weights in at the start of epochs 3, 4 and 5, counted from 0.
+    for k, p in enumerate(module.model.parameters()):
+        expected = torch.stack([kept[k] for kept in records.kept[3:]]).mean(0)
+        torch.testing.assert_close(p, expected, rtol=0, atol=1e-12)
+
+
+def test_its_rates_are_those_of_torchs_scheduler():
+    records = Records()
+    averaging = StochasticWeightAveraging(
+        swa_lrs=0.1, swa_epoch_start=2, annealing_epochs=3, annealing_strategy="linear"
+    )
+    train(net(), callbacks=[averaging, records], epochs=7)
+    optimizer = torch.optim.SGD(net().parameters(), lr=0.3)
+    scheduler = torch.optim.swa_utils.SWALR(optimizer, 0.1, 3, "linear")
+    expected = [0.3]
+    for _ in range(6):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    np.testing.assert_allclose(records.rates, np.repeat(expected, 3), rtol=1e-12)
+
+
+def test_batch_norm_of_averaged_weights_has_the_statistics_of_all_examples():
+    torch.manual_seed(0)
+    model = normed(nn.BatchNorm1d(6))
+    averaging = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=3)
+    module = train(model, callbacks=[averaging], epochs=5)
+    assert module.updates == 15  # no epoch more
+    with torch.no_grad():
+        h = model[0](torch.from_numpy(X))
+    torch.testing.assert_close(model[1].running_mean, h.mean(0))
+    torch.testing.assert_close(model[1].running_var, h.var(0, unbiased=False))
+
+
+def test_a_rule_that_computes_the_rate_and_swa_lrs_exclude_each_other():
+    with pytest.raises(ValueError, match=r"sets η \(swa_lrs\), and BarzilaiBorwein computes it"):
+        train(
+            net(),
+            "full",
+            callbacks=[StochasticWeightAveraging(swa_lrs=0.1)],
+            optimizer=GD,
+            step_size="auto",
+        )
+
+
+# ---------------------------------------------------------------------- modes, and functions
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+def test_layers_in_evaluation_mode_stay_in_it():
+    model = normed(nn.BatchNorm1d(6))
+    model[1].eval()
+    before = [b.clone() for b in model[1].buffers()]
+    module = train(model, batch_size=32, epochs=2)  # with a last batch of one
+    assert not model[1].training
+    assert model[0].training
+    assert all(map(torch.equal, before, model[1].buffers()))
+    source = data(11)
+    source.setup()
+    module.evaluate([source.examples("train")])
+    assert [layer.training for layer in model] == [True, False, True, True]
+
+
+def test_a_model_may_come_from_a_function_made_in_place():
+    made = gdtrain.fit(
+        lambda shape, outputs: nn.Linear(shape[0], outputs), X, Y, variant="gd", epochs=2
+    )
+    assert made.summary["updates"] == 2
+
+
+def test_functions_in_a_layer_are_told_apart():
+    from gdtrain.lightning.description import structure
+
+    class Applies(nn.Module):
+        def __init__(self, f):
+            super().__init__()
+            self.f = f
+
+    functions = [torch.tanh, torch.relu, lambda x: x, lambda x: 2 * x, F.relu, partial(F.elu, 2)]
+    told = [structure(Applies(f))[""] for f in functions]
+    assert len(set(told)) == len(functions)

@@ -1,0 +1,741 @@
+"""Runs in Python: exact counts, resumed runs, summaries, what a run leaves."""
+
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EarlyStopping
+from sklearn.datasets import load_diabetes, load_digits, load_iris
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gdtrain
+from gdtrain import SGD, SupervisedModule
+from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
+from gdtrain.data import ArrayDataModule, EmbeddedDataModule
+from gdtrain.losses import (
+    CrossEntropy,
+    Hinge,
+    Logistic,
+    OneHotSquaredError,
+    SquaredError,
+    SquaredHinge,
+)
+from gdtrain.models import CNN, MLP, Linear
+from gdtrain.runs.configuration import conf_directory
+from gdtrain.runs.fit import run
+from gdtrain.runs.run import _build
+from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
+
+QUIET = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+def make(batch_size=1, dropout=0.5, schedule=None, momentum=0.9, **options):
+    seed_everything(0, verbose=False)
+    data = EmbeddedDataModule("iris", batch_size=batch_size, **options)
+    module = SupervisedModule(
+        MLP((4,), 3, hidden=[8], dropout=dropout),
+        CrossEntropy(),
+        partial(SGD, lr=0.05, momentum=momentum),
+        schedule if schedule is not None else Cosine(),
+    )
+    return module, data
+
+
+def train(module, data, folder=None, checkpoint=None, callbacks=(), **arguments):
+    return run(
+        module,
+        data,
+        trainer=partial(Trainer, **{"max_epochs": 3, **QUIET, **arguments}),
+        callbacks=[LossCurves(), *([BestAndLast] if folder else []), *callbacks],
+        directory=folder,
+        checkpoint=checkpoint,
+    )
+
+
+class StopAt(Callback):
+    """Ends the run once so many updates are made; `at_epoch_end` waits for the hook."""
+
+    def __init__(self, update):
+        self.update = update
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        if trainer.global_step >= self.update:
+            trainer.should_stop = True
+
+
+class Updates(Callback):
+    """Notes the example numbers of every update."""
+
+    def __init__(self):
+        self.blocks = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.blocks += [row.tolist() for row in batch]
+
+
+def same_state(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a) and a.keys() == b.keys()
+
+
+@pytest.mark.parametrize(("batch_size", "per_epoch"), [(1, 105), (16, 7), ("full", 1)])
+def test_global_step_counts_updates_whatever_the_sweep(batch_size, per_epoch):
+    for updates_per_sweep in (1, 5, 64):
+        module, data = make(batch_size, updates_per_sweep=updates_per_sweep)
+        result = train(module, data)
+        assert module.trainer.global_step == module.updates == 3 * per_epoch
+        assert result.summary["updates"] == 3 * per_epoch
+        assert result.summary["examples_seen"] == 3 * 105
+        assert result.summary["stop_reason"] == "BUDGET"
+
+
+def test_weights_do_not_depend_on_the_sweep_length():
+    states = []
+    for updates_per_sweep in (1, 7, 64):
+        module, data = make(updates_per_sweep=updates_per_sweep)
+        train(module, data)
+        states.append({k: v.clone() for k, v in module.model.state_dict().items()})
+    assert same_state(states[0], states[1])
+    assert same_state(states[0], states[2])
+
+
+def test_max_steps_counts_updates():
+    module, data = make(updates_per_sweep=64)
+    result = train(module, data, max_epochs=-1, max_steps=130)
+    assert result.summary["updates"] == module.trainer.global_step == 130
+    assert module.total_updates == 130
+
+
+def test_schedule_is_evaluated_at_each_update():
+    module, data = make(16, updates_per_sweep=4, momentum=0)
+    result = train(module, data)
+    expected = 0.05 * Cosine()(torch.arange(21), total=21)
+    assert result.history.array("train", "lr") == pytest.approx(expected.tolist(), rel=1e-12)
+    assert result.history.array("train", "update").tolist() == list(range(1, 22))
+
+
+def test_micro_batches_give_the_same_run():
+    weights = []
+    for micro in (None, 1, 5, 105):
+        seed_everything(0, verbose=False)
+        data = EmbeddedDataModule(
+            "iris", batch_size="full", micro_batch_size=micro, dtype="float64"
+        )
+        module = SupervisedModule(Linear((4,), 3).double(), CrossEntropy(), partial(SGD, lr=0.5))
+        train(module, data, max_epochs=20)
+        weights.append(module.model.linear.weight.detach().clone())
+    for other in weights[1:]:
+        assert torch.allclose(weights[0], other, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("batch_size", [1, 16, "full"])
+@pytest.mark.parametrize("stop", [1, 40, 105, 150])
+def test_a_resumed_run_is_the_same_run(tmp_path, batch_size, stop):
+    total = {1: 315, 16: 21, "full": 3}[batch_size]
+    stop = max(1, stop * total // 315)
+    whole, data = make(batch_size, updates_per_sweep=10)
+    seen = Updates()
+    result = train(whole, data, tmp_path / "whole", callbacks=[seen])
+
+    half, data = make(batch_size, updates_per_sweep=10)
+    first = Updates()
+    train(half, data, tmp_path / "half", callbacks=[first, StopAt(stop)])
+    assert stop <= half.updates < stop + 10
+    if half.updates == total:
+        pytest.skip("the whole run is one sweep")
+
+    rest, data = make(batch_size, updates_per_sweep=10)
+    torch.manual_seed(1234)  # whatever the generators were at, the checkpoint decides
+    second = Updates()
+    last = tmp_path / "half" / "checkpoints" / "last.ckpt"
+    resumed = train(rest, data, tmp_path / "rest", last, callbacks=[second])
+
+    assert first.blocks + second.blocks == seen.blocks
+    assert same_state(whole.model.state_dict(), rest.model.state_dict())
+    assert resumed.summary["updates"] == total
+    assert resumed.summary["metrics"] == result.summary["metrics"]
+    for column in ("update", "examples", "loss", "lr"):
+        assert (
+            resumed.history.array("train", column).tolist()
+            == result.history.array("train", column).tolist()
+        )
+    for column in result.history.val:
+        if column != "seconds":
+            assert resumed.history.val[column] == result.history.val[column]
+
+
+def test_a_run_resumed_from_its_best_checkpoint_is_the_same_run(tmp_path):
+    whole, data = make(16)
+    train(whole, data, tmp_path / "whole", max_epochs=6)
+    checkpoints = tmp_path / "whole" / "checkpoints"
+    state = torch.load(checkpoints / "best.ckpt", weights_only=True)
+    if state["gdtrain"]["updates"] < 42:
+        again, data = make(16)
+        train(again, data, tmp_path / "again", checkpoints / "best.ckpt", max_epochs=6)
+        assert same_state(whole.model.state_dict(), again.model.state_dict())
+    again, data = make(16)
+    with pytest.raises(ValueError, match="has made all its 42 updates"):
+        train(again, data, None, checkpoints / "last.ckpt", max_epochs=6)
+    # Twice as many epochs with the rate that a constant schedule keeps: training goes on.
+    longer, data = make(16, schedule=Constant())
+    train(longer, data, tmp_path / "longer", max_epochs=3)
+    further, data = make(16, schedule=Constant())
+    last = tmp_path / "longer" / "checkpoints" / "last.ckpt"
+    train(further, data, tmp_path / "further", last, max_epochs=6)
+    assert further.updates == 42
+
+
+def test_the_best_checkpoint_of_a_resumed_run_is_the_best_of_the_whole(tmp_path):
+    def climbing():
+        seed_everything(0, verbose=False)
+        data = EmbeddedDataModule("iris", batch_size=16)
+        optimizer = partial(SGD, lr=0.05, maximize=True)  # the first validation is the best
+        return SupervisedModule(Linear((4,), 3), CrossEntropy(), optimizer), data
+
+    for name, callbacks in (("whole", ()), ("half", (StopAt(21),))):
+        train(*climbing(), tmp_path / name, callbacks=callbacks, max_epochs=6)
+    last = tmp_path / "half" / "checkpoints" / "last.ckpt"
+    train(*climbing(), tmp_path / "rest", last, max_epochs=6)
+    states = [
+        torch.load(tmp_path / name / "checkpoints" / "best.ckpt", weights_only=True)
+        for name in ("whole", "rest")
+    ]
+    assert states[0]["gdtrain"]["updates"] == states[1]["gdtrain"]["updates"] == 7
+    assert same_state(states[0]["state_dict"], states[1]["state_dict"])
+
+
+def test_the_last_update_is_validated_whatever_the_interval(tmp_path):
+    for epochs, expected in ((5, [5]), (15, [10, 15]), (20, [10, 20])):
+        module, data = make("full")
+        result = train(
+            module, data, tmp_path / str(epochs), max_epochs=epochs, check_val_every_n_epoch=10
+        )
+        assert result.history.val["update"] == expected
+        assert (tmp_path / str(epochs) / "checkpoints" / "best.ckpt").exists()
+
+
+def test_two_runs_of_fit_share_no_folder(tmp_path):
+    X, y = load_iris(return_X_y=True)
+    gdtrain.fit("linear", X, y, variant="gd", epochs=2, directory=tmp_path / "run")
+    with pytest.raises(ValueError, match="already holds a run"):
+        gdtrain.fit("linear", X, y, variant="gd", epochs=2, directory=tmp_path / "run")
+
+
+def test_a_second_fit_of_a_module_starts_its_counts_anew():
+    module, data = make(16)
+    for _ in range(2):
+        result = train(module, data)
+        assert result.summary["updates"] == 21
+        assert result.summary["examples_seen"] == 315
+
+
+def test_no_point_of_a_curve_is_at_step_0(tmp_path):
+    gdtrain.fit("linear", *load_iris(return_X_y=True), epochs=2, directory=tmp_path)
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert min(steps) > 0
+        if not tag.startswith("by_millisecond/"):
+            assert steps[-1] == (2 if tag.startswith("by_epoch/") else 210)
+
+
+def test_validate_and_predict_work_outside_fit():
+    module, data = make(16)
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    trainer.fit(module, datamodule=data)
+    assert trainer.validate(module, datamodule=data, verbose=False)[0]["loss/val"] > 0
+    X, y = data.examples("test")
+    answers = trainer.predict(module, DataLoader(TensorDataset(X, y), batch_size=10))
+    assert torch.cat(answers).shape == y.shape
+
+
+def test_double_precision_is_double_throughout():
+    seed_everything(0, verbose=False)
+    data = EmbeddedDataModule("diabetes", batch_size="full", dtype="float64")
+    module = SupervisedModule(Linear((10,), 1, init="zeros"), SquaredError(), partial(SGD, lr=0.1))
+    result = train(module, data, max_epochs=2, precision="64-true")
+    X, y = (t.double() for t in data.examples("train"))
+    w, b, losses = torch.zeros(10).double(), torch.zeros(1).double(), []
+    for _ in range(2):
+        error = X @ w + b - y
+        losses.append(0.5 * error.square().mean().item())
+        w, b = w - 0.1 * X.T @ error / len(y), b - 0.1 * error.mean()
+    assert result.history.train["loss"] == pytest.approx(losses, rel=1e-14)
+    final = 0.5 * (X @ w + b - y).square().mean().item()
+    assert result.metrics["loss/train"] == pytest.approx(final, rel=1e-14)
+
+
+def test_a_plateau_schedule_is_resumed(tmp_path):
+    def plateau():
+        return ReduceOnPlateau(gamma=0.5, patience=0, threshold=0.5)
+
+    whole, data = make(16, schedule=plateau())
+    train(whole, data, max_epochs=6)
+    assert whole.schedule.factor < 1
+    half, data = make(16, schedule=plateau())
+    train(half, data, tmp_path, callbacks=[StopAt(21)], max_epochs=6)
+    rest, data = make(16, schedule=plateau())
+    train(rest, data, None, tmp_path / "checkpoints" / "last.ckpt", max_epochs=6)
+    assert rest.schedule.factor == whole.schedule.factor
+    assert same_state(whole.model.state_dict(), rest.model.state_dict())
+
+
+def test_checkpoints_load_with_weights_only(tmp_path):
+    module, data = make()
+    train(module, data, tmp_path)
+    for name in ("best.ckpt", "last.ckpt"):
+        state = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
+        assert state["gdtrain"]["updates"] <= 315
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "last.ckpt",
+    ]
+
+
+def test_best_checkpoint_has_the_lowest_validation_loss(tmp_path):
+    module, data = make()
+    result = train(module, data, tmp_path, max_epochs=8)
+    state = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    best = int(np.argmin(result.history.array("val", "loss/val")))
+    assert state["gdtrain"]["updates"] == result.history.val["update"][best]
+
+
+def test_same_seed_same_summary_and_weights():
+    results = []
+    for _ in range(2):
+        module, data = make()
+        result = train(module, data)
+        summary = {k: v for k, v in result.summary.items() if k != "fit_seconds"}
+        results.append((summary, module.model.state_dict()))
+    assert results[0][0] == results[1][0]
+    assert same_state(results[0][1], results[1][1])
+
+
+def test_non_finite_loss_ends_the_run_and_names_the_update(tmp_path):
+    X, y = load_diabetes(return_X_y=True)
+    data = ArrayDataModule(X, y, batch_size=1)
+    module = SupervisedModule(Linear((10,), 1), SquaredError(), partial(SGD, lr=1e6))
+    result = train(module, data, tmp_path, callbacks=[Divergence(action="stop")])
+    assert result.stop.reason.value == "NON_FINITE"
+    assert "at update" in result.stop.message
+    assert result.summary["updates"] < 310
+    # The model is the last good one.
+    assert json.loads(json.dumps(result.summary, allow_nan=False))["metrics"]["loss/train"] > 0
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+
+
+def test_early_stopping_is_a_reason(tmp_path):
+    module, data = make(16, dropout=0.0)
+    early = EarlyStopping("loss/val", patience=1, min_delta=1.0)
+    result = train(module, data, callbacks=[early], max_epochs=50)
+    assert result.stop.reason.value == "STALLED"
+    assert result.summary["updates"] < 350
+
+
+def test_a_pair_of_tensors_from_any_loader_is_one_update():
+    X, y = load_iris(return_X_y=True)
+    dataset = TensorDataset(torch.tensor(X, dtype=torch.float32), torch.tensor(y))
+    loader = DataLoader(dataset, batch_size=16, shuffle=True)
+    module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.05), Cosine())
+    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, **QUIET)
+    in_order = DataLoader(dataset, batch_size=50)
+    trainer.fit(module, loader, in_order)
+    assert trainer.global_step == 20
+    assert module.examples_seen == 300
+    assert module.total_updates == 20
+    assert trainer.callback_metrics["metric/accuracy/val"] > 0.5
+    assert set(trainer.test(module, in_order, verbose=False)[0]) == {
+        "loss/test",
+        "metric/accuracy/test",
+    }
+
+
+def test_own_module_own_metrics_and_frozen_parameters():
+    from torchmetrics.classification import MulticlassF1Score
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    model[0].weight.requires_grad_(False)
+    before = model[0].weight.clone()
+    module = SupervisedModule(
+        model, CrossEntropy(), partial(SGD, lr=0.1), metrics={"f1": MulticlassF1Score(3)}
+    )
+    result = train(module, EmbeddedDataModule("iris", batch_size=8))
+    assert torch.equal(before, model[0].weight)
+    assert "metric/f1/test" in result.metrics
+
+
+def test_weight_decay_spares_biases_unless_asked():
+    module, _ = make()
+    for decay_biases, expected in ((False, [2, 2]), (True, [4])):
+        module.decay_biases = decay_biases
+        groups = module.configure_optimizers().param_groups
+        assert [len(group["params"]) for group in groups] == expected
+    norm = SupervisedModule(CNN((1, 8, 8), 10, norm="batch"), CrossEntropy(), partial(SGD, lr=1.0))
+    decayed, exempt = norm.configure_optimizers().param_groups
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in exempt["params"]} == {1}
+
+
+def test_events_and_csv_hold_the_curves(tmp_path):
+    result = gdtrain.fit(
+        "mlp", *load_iris(return_X_y=True), variant="minibatch", epochs=5, directory=tmp_path
+    )
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    for tag in (
+        "loss/train",
+        "loss/val",
+        "loss/test",
+        "lr",
+        "metric/accuracy/val",
+        "metric/accuracy/test",
+        "by_sample/loss/train",
+        "by_sample/loss/val",
+    ):
+        assert tag in tags
+    by_update, by_sample = (events.Scalars(tag) for tag in ("loss/train", "by_sample/loss/train"))
+    assert [e.step for e in by_update] == result.history.train["update"] == list(range(1, 21))
+    assert [e.step for e in by_sample] == result.history.train["examples"]
+    assert [e.value for e in by_update] == pytest.approx(result.history.train["loss"], rel=1e-6)
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    import pandas as pd
+
+    table = pd.read_csv(tmp_path / "metrics.csv")
+    train_rows = table.dropna(subset="loss/train")
+    assert train_rows["step"].tolist() == result.history.train["update"]
+    assert train_rows["examples"].tolist() == result.history.train["examples"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {
+        "variant",
+        "updates",
+        "examples_seen",
+        "fit_seconds",
+        "stop_reason",
+        "metrics",
+        "versions",
+    } <= summary.keys()
+    split = np.load(tmp_path / "split.npz")
+    assert sorted(np.concatenate([split[k] for k in split.files]).tolist()) == list(range(150))
+
+
+def test_points_of_the_curve_are_means_whatever_the_sweep():
+    curves = []
+    for updates_per_sweep in (1, 13, 64):
+        module, data = make(updates_per_sweep=updates_per_sweep)
+        result = run(
+            module,
+            data,
+            trainer=partial(Trainer, max_epochs=3, **QUIET),
+            callbacks=[LossCurves(points=20)],
+        )
+        curves.append(result.history.train)
+    assert curves[0]["update"] == curves[1]["update"] == curves[2]["update"]
+    assert curves[0]["update"] == [*range(16, 315, 16), 315]
+    assert curves[0]["examples"] == curves[2]["examples"] == curves[0]["update"]
+    assert curves[0]["loss"] == pytest.approx(curves[1]["loss"], rel=1e-12)
+    assert curves[0]["loss"] == pytest.approx(curves[2]["loss"], rel=1e-12)
+
+
+def test_fit_predicts_labels_and_numbers_in_their_own_units():
+    digits = load_digits()
+    names = np.array([f"digit {i}" for i in digits.target])
+    result = gdtrain.fit("cnn", digits.images[:, None], names, variant="minibatch", epochs=5)
+    flat = result.predict(digits.data[:50])
+    assert (flat == result.predict(digits.images[:50, None])).all()
+    assert (flat == names[:50]).mean() > 0.8
+    X, y = load_diabetes(return_X_y=True)
+    result = gdtrain.fit("linear", X, y, variant="gd")
+    assert np.abs(result.predict(X) - y).mean() == pytest.approx(43, abs=2)
+    assert result.metrics["metric/mae/train"] == pytest.approx(43, abs=2)
+    figure = result.plot(by="examples")
+    assert figure.axes[0].get_xlabel() == "examples seen"
+
+
+def test_fit_trains_on_several_targets():
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(200, 3))
+    Y = X @ rng.normal(size=(3, 2)) * [1, 100] + [0, 1000]
+    result = gdtrain.fit("linear", X, Y, variant="gd", lr=0.3)
+    assert np.allclose(result.predict(X), Y, rtol=1e-2, atol=0.1)
+    assert result.metrics["metric/r2/test"] > 0.999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variant": "newton"}, "variant must be gd, sgd or minibatch"),
+        ({"variant": "sgd", "batch_size": 32}, "Use variant='minibatch'"),
+        ({"variant": "gd", "batch_size": 32}, "averages all examples"),
+        ({"variant": "minibatch", "batch_size": 500}, "at most 105"),
+        ({"lr": 0.0}, "lr must be finite and > 0"),
+        ({"lr": float("nan")}, "lr must be finite and > 0"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"model": "transformer"}, "model must be one of"),
+        ({"model": "cnn"}, "is for images"),
+        ({"loss": SquaredError(), "task": "classification"}, "use loss=cross_entropy"),
+        ({"loss": CrossEntropy(), "task": "regression"}, "use loss=squared_error"),
+        ({"val_fraction": -0.1}, "val_fraction must be"),
+        ({"sampling": "sorted"}, "sampling must be one of"),
+        ({"checkpoint": "missing.ckpt"}, "There is no checkpoint"),
+        ({"momentum": -1.0}, "Invalid momentum value"),
+        ({"model": nn.Linear(7, 3)}, "does not take examples of shape"),
+        ({"model": nn.Linear(4, 2)}, "integer labels 0 … 1"),
+    ],
+)
+def test_fit_refuses_with_one_message(arguments, message):
+    model = arguments.pop("model", "mlp")
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        gdtrain.fit(model, *load_iris(return_X_y=True), **arguments)
+
+
+def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path):
+    module, data = make()
+    train(module, data, tmp_path, max_epochs=1)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    other = SupervisedModule(MLP((4,), 3, hidden=[9]), CrossEntropy(), partial(SGD, lr=0.1))
+    with pytest.raises(ValueError, match=r"hidden: \[8\] then, \[9\] now"):
+        train(other, EmbeddedDataModule("iris", batch_size=1), None, last)
+    for options, message in (
+        ({"split_seed": 1}, "split_seed: 0 then, 1 now"),
+        ({"batch_size": 2}, "batch_size: 1 then, 2 now"),
+        ({"seed": 3}, "seed: 0 then, 3 now"),
+    ):
+        module, data = make(**options)
+        with pytest.raises(ValueError, match=message):
+            train(module, data, None, last)
+    broken = tmp_path / "broken.ckpt"
+    broken.write_bytes(b"not a checkpoint")
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"weights": torch.ones(1)}, foreign)
+    for path, message in ((broken, "cannot be read"), (foreign, "no checkpoint of gdtrain")):
+        module, data = make()
+        with pytest.raises(ValueError, match=message):
+            train(module, data, None, path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"val_check_interval": 3}, "val_check_interval counts Lightning steps"),
+        ({"limit_train_batches": 3}, "limit_train_batches counts Lightning steps"),
+        ({"overfit_batches": 2}, "overfit_batches counts Lightning steps"),
+    ],
+)
+def test_trainer_arguments_that_count_lightning_steps_are_refused(arguments, message):
+    module, data = make()
+    with pytest.raises(ValueError, match=message):
+        train(module, data, **arguments)
+
+
+def test_fast_dev_run_makes_one_update():
+    module, data = make()
+    trainer = Trainer(fast_dev_run=True, logger=False, **{**QUIET, "num_sanity_val_steps": None})
+    trainer.fit(module, datamodule=data)
+    assert trainer.global_step == module.updates == 1
+
+
+def test_a_run_without_validation_or_test_parts():
+    module, data = make(val_fraction=0, test_fraction=0)
+    result = train(module, data)
+    assert result.summary["data"]["train"] == 150
+    assert set(result.metrics) == {"loss/train", "metric/accuracy/train"}
+
+
+class Layouts(Callback):
+    def __init__(self):
+        self.last = []
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        weight = pl_module.model.layers[0].weight
+        self.last.append(weight.is_contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize(("batch_size", "expected"), [(16, True), (1, False)])
+def test_convolutions_train_in_the_faster_layout_and_end_in_the_usual_one(batch_size, expected):
+    layouts = Layouts()
+    images = np.random.default_rng(0).random((40, 2, 8, 8))
+    data = ArrayDataModule(images, np.arange(40) % 2, batch_size=batch_size)
+    seed_everything(0, verbose=False)
+    module = SupervisedModule(
+        CNN((2, 8, 8), 2, channels=[3]), CrossEntropy(), partial(SGD, lr=0.1, momentum=0.9)
+    )
+    train(module, data, callbacks=[layouts], max_epochs=1)
+    assert set(layouts.last) == {expected}
+    assert all(p.is_contiguous() for p in module.model.parameters())
+
+
+# -------------------------------------------------------------------- targets and precision
+
+
+def test_seconds_since_1970_and_money_are_fitted_to_rounding():
+    t = 1.7e9 + np.arange(400)
+    y = 3.5 + 0.25 * (t - 1.7e9)
+    for dtype, error in (("float32", 2e-5), ("float64", 1e-6)):  # of a range of 100
+        options = {"variant": "gd", "epochs": 300, "val_fraction": 0.0, "dtype": dtype}
+        result = gdtrain.fit("linear", t[:, None], y, progress=False, **options)
+        assert {p.dtype for p in result.model.parameters()} == {getattr(torch, dtype)}
+        assert {t.dtype for t in result.data.examples("train")} == {getattr(torch, dtype)}
+        assert result.metrics["metric/mae/train"] < error
+        assert np.abs(result.predict(t[:, None]) - y).max() < 2 * error
+
+
+def test_one_switch_trains_in_float64(monkeypatch):
+    X, y = load_diabetes(return_X_y=True)
+    arguments = {"variant": "gd", "epochs": 2, "progress": False}
+
+    def types(model, **more):
+        result = gdtrain.fit(model, X, y, **arguments, **more)
+        tensors = [*result.model.parameters(), *result.data.examples("train")]
+        return {t.dtype for t in tensors}, result.predict(X[:3]).dtype
+
+    double = ({torch.float64}, np.dtype(np.float64))
+    assert types("linear", dtype="float64") == double
+    assert types(nn.Linear(10, 1), dtype="float64") == double
+    assert types(nn.Linear(10, 1).double()) == double
+    assert types(nn.Linear(10, 1).double(), dtype="float32")[0] == {torch.float32}
+    assert types("linear")[0] == {torch.float32}
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert types("linear") == double
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        ([], torch.float32),
+        (["data.dtype=float64"], torch.float64),
+        (["trainer.precision=64-true"], torch.float64),
+    ],
+)
+def test_one_switch_of_the_command_trains_in_float64(words, dtype):
+    config = composed("data=diabetes", "model=linear", "optimizer=gd", *words)
+    data, module = _build(config)
+    assert {t.dtype for t in data.examples("train")} == {dtype}
+    if dtype == torch.float32 or "data" in words[0]:
+        assert {p.dtype for p in module.parameters()} == {dtype}
+
+
+def test_two_precisions_are_a_contradiction():
+    words = ["data=iris", "data.dtype=float64", "trainer.precision=bf16-mixed"]
+    with pytest.raises(ValueError, match=r"trainer.precision=bf16-mixed in another. Set one"):
+        _build(composed(*words))
+
+
+def test_the_loss_of_the_command_decides_what_the_targets_are(tmp_path):
+    table = tmp_path / "t.csv"
+    rows = [f"{i},{i % 3}" for i in range(30)]
+    table.write_text("\n".join(["x,y", *rows]))
+    words = ["data=csv", f"data.path={table}", "model=linear", "optimizer=gd"]
+    for loss, classes in ((None, 3), ("cross_entropy", 3), ("squared_error", None)):
+        data, _ = _build(composed(*words, *([f"loss={loss}"] if loss else [])))
+        assert data.num_classes == classes
+
+
+def composed(*words):
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        return compose("train", list(words))
+
+
+def test_what_the_target_is_stands_once_in_the_log_of_a_run(caplog):
+    caplog.set_level("INFO", logger="gdtrain")
+    gdtrain.fit("linear", *load_iris(return_X_y=True), variant="gd", epochs=3, progress=False)
+    said = [text for text in caplog.messages if text.startswith("target")]
+    assert said == ["target: 3 classes (0, 1, 2); task=regression would make them numbers"]
+
+
+def test_a_loss_decides_in_python_too():
+    X, y = load_iris(return_X_y=True)
+    for loss, classes in ((SquaredError(), None), (CrossEntropy(), 3), (None, 3)):
+        options = {"variant": "gd", "epochs": 2, "loss": loss, "progress": False}
+        assert gdtrain.fit("linear", X, y, **options).data.num_classes == classes
+    data = ArrayDataModule(X, y, batch_size=1)
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    trainer.fit(SupervisedModule(nn.Linear(4, 1), SquaredError(), partial(SGD, lr=0.01)), data)
+    assert data.num_classes is None
+    settled = ArrayDataModule(X, y, batch_size=1)
+    settled.setup()  # before anybody knew of a loss
+    module = SupervisedModule(nn.Linear(4, 1), SquaredError(), partial(SGD, lr=0.01))
+    with pytest.raises(ValueError, match=r"SquaredError is a loss for numbers.*3 classes"):
+        trainer.fit(module, settled)
+
+
+class Logits(nn.Module):
+    """Fixed predictions, so that a loss can be worked out by hand."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(outputs))
+
+    def forward(self, x):
+        return x[:, :1] * self.scale
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step:UserWarning")
+@pytest.mark.parametrize("loss", [Logistic(), Hinge(), SquaredHinge(), OneHotSquaredError(),
+                                  CrossEntropy()], ids=repr)  # fmt: skip
+def test_targets_of_a_loader_of_ones_own_mean_the_same_in_any_shape(loss):
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    x = torch.linspace(-1, 1, 6)[:, None]
+    outputs = 1 if loss.task == "binary" else 2
+    wanted = loss(x.expand(6, outputs), labels).mean().item()
+    for targets in (
+        labels,
+        labels[:, None],
+        labels.bool(),
+        labels[:, None].float(),
+        nn.functional.one_hot(labels, 2),
+    ):
+        seen = Seen()
+        module = SupervisedModule(Logits(outputs), loss, partial(SGD, lr=0.1))
+        quiet = {"logger": False, "enable_checkpointing": False, **QUIET}
+        trainer = Trainer(max_epochs=1, callbacks=[seen], **quiet)
+        trainer.fit(module, DataLoader(TensorDataset(x, targets), batch_size=6))
+        assert seen.losses == pytest.approx([wanted], rel=1e-6)
+        module.model.scale.data.fill_(1.0)
+        found = module.evaluate([(x, targets)])
+        assert found["loss/train"] == pytest.approx(wanted, rel=1e-6)
+        right = (loss.decide(x.expand(6, outputs)) == labels).float().mean().item()
+        assert found["metric/accuracy/train"] == pytest.approx(right)
+
+
+class Seen(Callback):
+    def __init__(self):
+        self.losses = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses += outputs["losses"].tolist()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a .validation_step:UserWarning")
+def test_labels_out_of_range_are_named_in_every_batch_of_a_loader():
+    batches = [(torch.ones(2, 1), torch.tensor([0, 1])), (torch.ones(2, 1), torch.tensor([0, -1]))]
+    module = SupervisedModule(nn.Linear(1, 1), Logistic(), partial(SGD, lr=0.1))
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    with pytest.raises(ValueError, match=r"integer labels 0 … 1.*from -1 to 0"):
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+
+
+def test_the_score_of_numbers_far_from_zero_is_right():
+    x = torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
+    y = 2e4 + x[:, 0]
+    module = SupervisedModule(nn.Linear(1, 1), SquaredError(), partial(SGD, lr=0.1))
+    with torch.no_grad():
+        module.model.weight.fill_(0.5)
+        module.model.bias.fill_(2e4)
+    found = module.evaluate([(x, y)])
+    p = (2e4 + 0.5 * x[:, 0]).double()
+    wanted = 1 - ((y - p) ** 2).sum() / ((y - y.double().mean()) ** 2).sum()
+    assert found["metric/r2/train"] == pytest.approx(wanted.item(), abs=1e-3)

@@ -1,0 +1,458 @@
+"""A model made in Python is kept: in a file, in a checkpoint, in a pickle."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from functools import partial
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from lightning import Trainer
+from sklearn.datasets import load_diabetes, load_iris
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gdtrain
+from gdtrain import GD, SGD, SupervisedModule
+from gdtrain.callbacks import LossCurves
+from gdtrain.data import (
+    ArrayDataModule,
+    DatasetDataModule,
+    EmbeddedDataModule,
+    NPYDataModule,
+)
+from gdtrain.lightning.description import describe, rebuild, structure
+from gdtrain.losses import CrossEntropy, Huber, Loss, OneHotSquaredError
+from gdtrain.models import CNN, MLP, Linear, resnet18
+from gdtrain.runs.fit import run
+from gdtrain.runs.run import evaluate, landscape, load_trained, predict_file
+from gdtrain.schedules import Constant
+from gdtrain.step_sizes import BarzilaiBorwein, ScheduleFree
+
+IRIS = load_iris(return_X_y=True)
+WORDS = np.array(["setosa", "versicolor", "virginica"])[IRIS[1]]
+QUIET = {
+    "accelerator": "cpu",
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+
+
+class Residual(nn.Module):
+    """A model of the user's own."""
+
+    def __init__(self, width=4, slope=0.1):
+        super().__init__()
+        self.slope = slope
+        self.inner, self.out = nn.Linear(4, width), nn.Linear(width, 3)
+        self.register_buffer("mask", torch.ones(width))
+
+    def forward(self, x):
+        return self.out(nn.functional.leaky_relu(self.inner(x), self.slope) * self.mask)
+
+
+class Weighted(Loss):
+    """A loss of the user's own, with a weight for each class."""
+
+    task = "multiclass"
+
+    def __init__(self, weight=(1.0, 2.0, 3.0)):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(weight))
+
+    def forward(self, prediction, target):
+        return nn.functional.cross_entropy(prediction, target, self.weight, reduction="none")
+
+
+def fit(model="mlp", X=IRIS[0], y=WORDS, **options):
+    options = {"variant": "minibatch", "epochs": 2, "lr": 0.1, "progress": False, **options}
+    return gdtrain.fit(model, X, y, **options)
+
+
+def sequential():
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6, eps=1e-3), nn.LeakyReLU(0.3), nn.Dropout(0.2),
+        nn.Sequential(nn.Linear(6, 3, bias=False), nn.Identity()),
+    )  # fmt: skip
+
+
+def images():
+    return np.random.default_rng(0).random((60, 1, 8, 8)), np.arange(60) % 3
+
+
+KINDS = {
+    "linear": lambda: fit("linear"),
+    "mlp": lambda: fit("mlp"),
+    "mlp with options": lambda: fit(partial(MLP, hidden=[5, 4], activation="tanh", dropout=0.1)),
+    "no bias": lambda: fit(Linear((4,), 3, bias=False)),
+    "cnn": lambda: fit("cnn", *images()),
+    "cnn with options": lambda: fit(partial(CNN, channels=[4], norm="batch"), *images()),
+    "resnet18": lambda: fit(resnet18, *images(), epochs=1, batch_size=21),
+    "sequential": lambda: fit(sequential()),
+    "float64": lambda: fit(Linear((4,), 3).double(), dtype="float64"),
+    "numbers": lambda: fit("linear", *load_diabetes(return_X_y=True)),
+    "several": lambda: fit("linear", IRIS[0][:, :2], IRIS[0][:, 2:], loss=Huber(0.7)),
+    "one hot": lambda: fit("linear", loss=OneHotSquaredError()),
+    "an average": lambda: fit("linear", lr="auto", step_size=ScheduleFree(), schedule=Constant()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_loaded_answers_as_what_was_saved(tmp_path, kind):
+    result = KINDS[kind]()
+    again = gdtrain.load(result.save(tmp_path / "deep" / "model.pt"))
+    X = images()[0] if result.data.input_shape == (1, 8, 8) else IRIS[0]
+    if result.data.input_shape not in ((1, 8, 8), (4,)):
+        X = load_diabetes().data if kind == "numbers" else IRIS[0][:, :2]
+    assert np.array_equal(again.predict(X), result.predict(X))
+    assert again.metrics == result.metrics
+    assert again.summary == result.summary
+    assert again.stop == result.stop
+    assert again.history == result.history
+    assert again.module.loss.task == result.module.loss.task
+    assert repr(again.module.loss) == repr(result.module.loss)
+    assert structure(again.model) == structure(result.model)
+    assert len(again.plot().axes[0].lines) == len(result.plot().axes[0].lines)
+    # Plain, whole, and the only file; saved again it is the same.
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["model.pt"]
+    torch.load(tmp_path / "deep" / "model.pt", weights_only=True)
+    twice = gdtrain.load(again.save(tmp_path / "twice.pt"))
+    assert np.array_equal(twice.predict(X), result.predict(X))
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    result = fit("linear")
+    path = result.save(tmp_path / "model.pt")
+    before = path.read_bytes()
+    result.data.preprocessing.classes = [np.datetime64("2020-01-01"), "b", "c"]
+    with pytest.raises(ValueError, match="Only numbers, texts and tensors can be kept"):
+        result.save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_model_of_ones_own_class_is_given_and_filled(tmp_path):
+    result = fit(Residual(5, slope=0.2))
+    path = result.save(tmp_path / "own.pt")
+    with pytest.raises(ValueError, match=r"own class, Residual.*model=Residual\(…\)"):
+        gdtrain.load(path)
+    for given in (Residual(5, slope=0.2), lambda shape, outputs: Residual(5, slope=0.2)):
+        assert np.array_equal(
+            gdtrain.load(path, model=given).predict(IRIS[0]), result.predict(IRIS[0])
+        )
+    for other, message in (
+        (Residual(5, slope=0.3), "model.slope: 0.2 then, 0.3 now"),
+        (Residual(6, slope=0.2), "model.inner: Linear"),
+        (MLP((4,), 3), "model: Residual then, MLP now"),
+    ):
+        with pytest.raises(ValueError, match="The model is not that of") as caught:
+            gdtrain.load(path, model=other)
+        assert message in str(caught.value)
+
+
+def test_a_loss_of_ones_own_class_is_given_and_filled(tmp_path):
+    result = fit("linear", loss=Weighted((3.0, 1.0, 2.0)))
+    path = result.save(tmp_path / "own.pt")
+    with pytest.raises(ValueError, match=r"own class, Weighted.*loss=Weighted\(…\)"):
+        gdtrain.load(path)
+    again = gdtrain.load(path, loss=Weighted())
+    assert again.module.loss.weight.tolist() == [3.0, 1.0, 2.0]
+
+
+class Subclass(nn.Linear):
+    pass
+
+
+def hooked():
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(lambda *_: None)
+    return nn.Sequential(layer)
+
+
+def tied():
+    layer = nn.Linear(2, 2)
+    return nn.Sequential(layer, nn.ReLU(), layer)
+
+
+def patched():
+    layer = nn.Linear(2, 2)
+    layer.forward = lambda x: x
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "described"),
+    [
+        (sequential, True),
+        (lambda: nn.Sequential(nn.Conv2d(1, 2, 3, padding="same", bias=False)), True),
+        (lambda: nn.Sequential(nn.Conv2d(2, 4, (3, 1), groups=2, padding_mode="reflect")), True),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(2, 2, 2, stride=2)), True),
+        (lambda: nn.Sequential(nn.Flatten(0, 1), nn.Unflatten(1, (1, 2))), True),
+        (lambda: nn.Sequential(nn.GroupNorm(1, 2), nn.LayerNorm((2,)), nn.RMSNorm(2)), True),
+        (lambda: nn.Sequential(nn.Softplus(2.0), nn.GELU("tanh"), nn.PReLU()), True),
+        (lambda: nn.Sequential(nn.Softmax(1), nn.ZeroPad2d(1), nn.Upsample(scale_factor=2)), True),
+        (lambda: nn.Bilinear(2, 3, 4), True),
+        (lambda: Linear((3,), 2, init="zeros").double(), True),
+        (lambda: nn.Linear(2, 2).bfloat16(), True),
+        (lambda: nn.Linear(2, 2).requires_grad_(False), True),
+        (lambda: Subclass(2, 2), False),
+        (lambda: nn.Sequential(Subclass(2, 2)), False),
+        (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), False),
+        (lambda: nn.LSTM(2, 3), False),
+        (hooked, False),
+        (tied, False),
+        (patched, False),
+        (lambda: nn.ModuleList([nn.Linear(2, 2)]), False),
+    ],
+)  # fmt: skip
+def test_what_is_described_is_built_again_with_the_same_outputs(make, described):
+    model = make()
+    state = torch.get_rng_state()
+    found = describe(model)
+    assert torch.equal(state, torch.get_rng_state())
+    assert (found is not None) == described
+    if found is None:
+        return
+    import pkgutil
+
+    def build(node):
+        node = dict(node)
+        return pkgutil.resolve_name(node.pop("_target_"))(**node)
+
+    again = rebuild(found, build)
+    again.to(next((p.dtype for p in model.parameters()), None))
+    again.load_state_dict(model.state_dict())
+    assert structure(again) == structure(model)
+
+
+# ---------------------------------------------------------------------- checkpoints of Python
+
+
+def test_the_checkpoints_of_fit_are_loaded_and_taken_by_the_commands(tmp_path):
+    X = pd.DataFrame(IRIS[0], columns=["a", "b", "c", "d"])
+    result = fit("mlp", IRIS[0], directory=tmp_path / "run")
+    last, best = (tmp_path / "run" / "checkpoints" / f"{n}.ckpt" for n in ("last", "best"))
+    again = gdtrain.load(last)
+    assert np.array_equal(again.predict(IRIS[0]), result.predict(IRIS[0]))
+    assert again.metrics == result.metrics
+    assert again.stop == result.stop
+    assert again.history.train == result.history.train
+    X.to_csv(tmp_path / "new.csv", index=False)
+    np.save(tmp_path / "new.npy", IRIS[0])
+    kept = result.save(tmp_path / "kept.pt")
+    for path in (last, best, kept):
+        output = tmp_path / f"{path.name}.csv"
+        assert predict_file(path, tmp_path / "new.npy", output) == 150
+        expected = gdtrain.load(path).predict(IRIS[0])
+        assert pd.read_csv(output)["prediction"].tolist() == expected.tolist()
+        with pytest.raises(ValueError, match="trained on arrays in Python"):
+            evaluate(path)
+        with pytest.raises(ValueError, match="trained on arrays in Python"):
+            landscape(path, tmp_path / "pictures")
+    (tmp_path / "run" / "summary.json").unlink()
+    alone = gdtrain.load(last)
+    assert (alone.metrics, alone.stop, alone.summary["updates"]) == ({}, None, 8)
+    assert alone.plot().axes[0].get_title() == "minibatch: loss"
+
+
+def modules(tmp_path):
+    np.save(tmp_path / "table.npy", np.column_stack(IRIS))
+    return {
+        "embedded": EmbeddedDataModule("iris", batch_size=20),
+        "npy": NPYDataModule(tmp_path / "table.npy", batch_size=20, val_fraction=0.2),
+    }
+
+
+@pytest.mark.parametrize("source", ["embedded", "npy"])
+def test_a_run_of_built_objects_is_evaluated_where_its_data_have_a_name(tmp_path, source):
+    data = modules(tmp_path)[source]
+    module = SupervisedModule(MLP((4,), 3, hidden=[4]), CrossEntropy(), partial(SGD, lr=0.1))
+    result = run(
+        module, data, trainer=partial(Trainer, max_epochs=2, **QUIET), callbacks=[LossCurves()]
+    )
+    path = result.save(tmp_path / "kept.pt")
+    metrics = evaluate(path)
+    assert metrics.keys() == {"loss/test", "metric/accuracy/test"}
+    for tag, value in metrics.items():
+        assert value == pytest.approx(result.metrics[tag], rel=1e-6)
+
+
+def test_lightnings_own_checkpoints_are_loaded(tmp_path):
+    X = torch.tensor(IRIS[0], dtype=torch.float32)
+    loader = DataLoader(TensorDataset(X, torch.tensor(IRIS[1])), batch_size=50)
+    module = SupervisedModule(sequential(), CrossEntropy(), partial(SGD, lr=0.1))
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    trainer.fit(module, loader, loader)
+    trainer.save_checkpoint(tmp_path / "own.ckpt")
+    again = gdtrain.load(tmp_path / "own.ckpt")
+    module.eval()
+    assert np.array_equal(again.predict(IRIS[0]), module(X).argmax(1).numpy())
+
+
+def test_what_a_file_names_is_not_trusted(tmp_path):
+    path = fit("linear").save(tmp_path / "model.pt")
+    state = torch.load(path, weights_only=True)
+    for part in ("model", "loss"):
+        for target in (
+            "os.system",
+            "torch.load",
+            "torch.nn.functional.torch.hub.load",
+            "builtins.eval",
+        ):
+            evil = copy.deepcopy(state)
+            evil["gdtrain"]["description"][part] = {
+                "_target_": "torch.nn.Sequential",
+                "children": {"0": {"_target_": target, "x": 1}},
+            }
+            torch.save(evil, tmp_path / "evil.pt")
+            with pytest.raises(ValueError, match=r"asks to call|must hold plain"):
+                gdtrain.load(tmp_path / "evil.pt")
+
+
+def test_damaged_descriptions_are_told(tmp_path):
+    state = torch.load(fit("linear").save(tmp_path / "model.pt"), weights_only=True)
+    for model in ([1], {"_target_": "torch.nn.Sequential", "children": {"0": [1]}}):
+        evil = {**state, "gdtrain": {"description": {"model": model, "data": None}}}
+        torch.save(evil, tmp_path / "evil.pt")
+        with pytest.raises(ValueError, match="descri"):
+            gdtrain.load(tmp_path / "evil.pt")
+
+
+# ---------------------------------------------------------------------- pickles and copies
+
+CASES = {
+    "sgd": lambda: fit("mlp", variant="sgd", epochs=1),
+    "gd": lambda: fit("linear", variant="gd", epochs=20, lr="auto"),
+    "minibatch": lambda: fit("mlp", lr="auto"),
+    "eager": lambda: fit("mlp", engine="eager"),
+    "average": lambda: fit("linear", lr="auto", step_size=ScheduleFree(), schedule=Constant()),
+    "module": lambda: fit(sequential()),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", ["pickle", "deepcopy", "joblib"])
+def test_results_are_pickled_and_copied(tmp_path, case, way):
+    result = CASES[case]()
+    if way == "pickle":
+        again = pickle.loads(pickle.dumps(result))
+    elif way == "joblib":
+        joblib.dump(result, tmp_path / "result")
+        again = joblib.load(tmp_path / "result")
+    else:
+        again = copy.deepcopy(result)
+    assert np.array_equal(again.predict(IRIS[0]), result.predict(IRIS[0]))
+    assert again.summary == result.summary
+    # A copy trains on as any module: here from where it is.
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **QUIET}
+    Trainer(**options).fit(again.module, datamodule=again.data)
+    assert again.module.updates > 0
+    assert result.predict(IRIS[0]).shape == (150,)
+
+
+def test_a_pickle_gives_the_same_predictions_in_a_new_process(tmp_path):
+    result = fit("mlp")
+    with open(tmp_path / "result.pickle", "wb") as file:
+        pickle.dump(result, file)
+    path = result.save(tmp_path / "result.pt")
+    code = (
+        "import pickle, sys, gdtrain\n"
+        "from sklearn.datasets import load_iris\n"
+        "X = load_iris().data\n"
+        "a = pickle.load(open(sys.argv[1], 'rb')).predict(X)\n"
+        "b = gdtrain.load(sys.argv[2]).predict(X)\n"
+        "assert (a == b).all()\n"
+        "print(','.join(a))"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "result.pickle"), str(path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.strip().split(",") == result.predict(IRIS[0]).tolist()
+
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, i):
+        return torch.tensor([i / 60.0, 1.0]), i % 3
+
+
+def sources(tmp_path):
+    from scipy.sparse import csr_array
+
+    np.save(tmp_path / "x.npy", IRIS[0])
+    np.save(tmp_path / "y.npy", IRIS[1])
+    sparse = csr_array(IRIS[0] * (IRIS[0] > 2))
+    return {
+        "arrays": ArrayDataModule(*IRIS, batch_size=10),
+        "sparse": ArrayDataModule(sparse, IRIS[1], batch_size=10, standardize=False),
+        "mapped": NPYDataModule(
+            tmp_path / "x.npy", target_path=tmp_path / "y.npy", memory_map=True, batch_size=10
+        ),
+        "dataset": DatasetDataModule(Numbers(), batch_size=10, num_workers=0),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize("kind", ["arrays", "sparse", "mapped", "dataset"])
+def test_data_modules_are_pickled_and_copied_after_training(tmp_path, kind):
+    data = sources(tmp_path)[kind]
+    data.setup()
+    module = SupervisedModule(
+        Linear(data.input_shape, data.num_classes), CrossEntropy(), partial(SGD, lr=0.1)
+    )
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **QUIET}
+    Trainer(**options).fit(module, datamodule=data)
+    for again in (pickle.loads(pickle.dumps(data)), copy.deepcopy(data)):
+        assert again.split_fingerprint == data.split_fingerprint
+        pairs = zip(again.evaluation_loader("train"), data.evaluation_loader("train"), strict=True)
+        assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in pairs)
+        Trainer(**options).fit(module, datamodule=again)
+
+
+@pytest.mark.parametrize("rule", [BarzilaiBorwein(), ScheduleFree()])
+def test_optimizers_with_rules_are_pickled_and_copied(rule):
+    theta = nn.Parameter(torch.tensor([4.0, -1.0]))
+    made = GD if isinstance(rule, BarzilaiBorwein) else SGD
+    optimizer = made([theta], step_size=rule)
+
+    def step(p, o):
+        def closure():
+            o.zero_grad()
+            value = (p**2 * torch.tensor([1.0, 3.0])).sum()
+            value.backward()
+            return value
+
+        o.step(closure)
+
+    for _ in range(3):
+        step(theta, optimizer)
+    copies = [pickle.loads(pickle.dumps((theta, optimizer))), copy.deepcopy((theta, optimizer))]
+    step(theta, optimizer)
+    for p, o in copies:
+        step(p, o)
+        assert torch.equal(p, theta)
+
+
+def test_an_unpickled_module_with_an_optimizer_keeps_its_parameters_together():
+    model = MLP((4,), 3, hidden=[3])
+    module = SupervisedModule(model, CrossEntropy(), SGD(model.parameters(), lr=0.1))
+    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, **QUIET}
+    Trainer(**options).fit(module, datamodule=EmbeddedDataModule("iris", batch_size=50))
+    for again in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
+        held = {id(p) for g in again.configure_optimizers().param_groups for p in g["params"]}
+        assert held == {id(p) for p in again.model.parameters()}
+
+
+def test_a_loaded_model_is_the_start_of_another_run(tmp_path):
+    first = fit("mlp", epochs=3)
+    again = gdtrain.load(first.save(tmp_path / "first.pt"))
+    second = fit(again.model, epochs=1, lr=1e-9)
+    assert second.metrics["loss/train"] == pytest.approx(first.metrics["loss/train"], rel=1e-4)
+    assert isinstance(load_trained(tmp_path / "first.pt").module.model, MLP)
+    assert second.model.training
