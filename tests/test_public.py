@@ -29,7 +29,8 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 
 
 LAYERS = [
-    ["rules", "schedules", "losses", "errors"],
+    ["errors", "ranges", "_compat"],
+    ["rules", "schedules", "losses"],
     ["step_sizes", "models"],
     ["objective", "optim"],
     ["data"],
