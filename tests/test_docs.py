@@ -1,5 +1,6 @@
-"""What the pages in docs/ show is run as it stands; demonstrations have tests of their own."""
+"""What the README and the pages in docs/ show is run as it stands; demonstrations have tests."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,43 +9,57 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
+PAGES = (README, *sorted((ROOT / "docs").glob("*.md")))
 BLOCKS = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
-# Pages whose examples are whole.
-WHOLE = ("learning-rate", "convergence", "edge-of-stability", "drop-in", "keeping")
-EXAMPLES = [
-    pytest.param(code, id=f"{name}-{k}")
-    for name in WHOLE
-    for k, code in enumerate(
-        code
-        for language, code in BLOCKS.findall((ROOT / "docs" / f"{name}.md").read_text("utf-8"))
-        if language == "python"
-    )
-]
-COMMANDS = sorted(
-    {
-        line.split("  #")[0].strip()
+# Pages whose examples are whole; those of other pages are run by the tests of their subject.
+WHOLE = (
+    "README", "convergence", "drop-in", "edge-of-stability", "keeping", "learning-rate",
+    "lightning", "python",
+)  # fmt: skip
+
+
+def blocks(*languages):
+    return [
+        (page.stem, code)
         for page in PAGES
         for language, code in BLOCKS.findall(page.read_text("utf-8"))
-        if language in ("", "bash")
-        for line in code.splitlines()
-        if line.startswith("python scripts/train.py") and "…" not in line
-    }
-)
+        if language in languages
+    ]
+
+
+EXAMPLES = [code for page, code in blocks("python") if page in WHOLE]
+COMMANDS = sorted({
+    line.split("  #")[0].strip() for _, code in blocks("", "bash") for line in code.splitlines()
+})  # fmt: skip
 
 
 @pytest.mark.slow
 def test_each_python_example_runs(tmp_path):
-    assert len(EXAMPLES) == 6
-    code = "\n\n".join(param.values[0] for param in EXAMPLES)
+    assert len(EXAMPLES) == 13
+    code = "\n\n".join(EXAMPLES)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "find_lr.png").is_file()
+    assert {"curve.png", "find_lr.png", "wine.pt"} <= {path.name for path in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("line", COMMANDS)
+def test_the_two_commands_of_a_fresh_machine_are_there():
+    text = README.read_text("utf-8")
+    assert "pip install -e . && python scripts/train.py optimizer=sgd" in text
+    assert "pip install -e '.[test]' && pytest" in text
+    assert len(text.splitlines()) <= 150
+
+
+@pytest.mark.parametrize(
+    "line", [c for c in COMMANDS if c.startswith("python scripts/train.py") and "…" not in c]
+)
 def test_each_command_composes(line, tmp_path, monkeypatch):
     from omegaconf import OmegaConf
 
@@ -57,8 +72,43 @@ def test_each_command_composes(line, tmp_path, monkeypatch):
         check(OmegaConf.to_container(compose(overrides, None), resolve=True))
 
 
+def test_the_message_that_is_shown_is_the_message_that_comes(tmp_path):
+    ((_, session),) = [found for found in blocks("console") if found[0] == "README"]
+    command, message = session.strip().split("\n", 1)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *command.split()[3:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == message
+
+
+def test_every_file_of_the_map_is_there_and_every_package_is_on_it():
+    text = (ROOT / "docs" / "map.md").read_text("utf-8")
+    shown = re.findall(r"^((?:gdtrain|conf|scripts)/\S*)", text, re.MULTILINE)
+    for name in shown:
+        assert (ROOT / name).exists() or (ROOT / f"{name}.py").exists(), name
+    for package in (ROOT / "gdtrain").glob("*/__init__.py"):
+        name = f"gdtrain/{package.parent.name}"
+        assert name in {entry.rstrip("/") for entry in shown}, name
+
+
+def test_every_choice_is_listed():
+    text = (ROOT / "docs" / "command-line.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)
+    assert len(rows) == 11
+    for group, shown in rows:
+        if group == "experiment":
+            continue
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert path.stem in shown, f"{group}={path.stem}"
+
+
 def test_each_picture_and_page_that_is_linked_is_there():
-    for page in (*PAGES, ROOT / "README.md"):
+    for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text("utf-8")):
             if "://" not in target:
                 assert (page.parent / target).is_file(), f"{page.name}: {target}"
