@@ -88,14 +88,16 @@ def compare() -> None:
         else:
             folder, comparison = _compare_trained(words.options, words.overrides, words.config_dir)
         from gdtrain.reporting.page import save
+        from gdtrain.reporting.text import Report
 
         try:
             save(comparison, folder)
         except OSError as error:
             raise ConfigurationError(f"The report cannot be written: {error}") from None
-    for sentence in comparison.sentences():
+    report = Report(comparison)
+    for sentence in report.sentences():
         print(sentence)
-    for sentence in comparison.absent():
+    for sentence in report.absent():
         print(f"Left out: {sentence}")
     print(f"Report: {shown(folder)}/report.html")
 
@@ -107,7 +109,8 @@ def _compare_finished(options: dict[str, Any], words: list[str]) -> tuple[Path, 
             f"runs=… compares finished runs and trains none, so it takes target=… and output=… "
             f"only. Received: {others[0]}"
         )
-    from gdtrain.reporting.comparison import compare, find_runs
+    from gdtrain.reporting.comparison import compare
+    from gdtrain.reporting.finished import find_runs
 
     folder = _folder(options, "runs")
     left_out: list[str] = []
@@ -168,7 +171,8 @@ def _compare_trained(
             file=sys.stderr,
         )
         raise
-    from gdtrain.reporting.comparison import compare, read_run
+    from gdtrain.reporting.comparison import compare
+    from gdtrain.reporting.finished import read_run
 
     runs, left_out = [], []
     for path, (name, own) in places.items():

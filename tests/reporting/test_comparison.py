@@ -19,8 +19,11 @@ import yaml
 
 from gdtrain import cli
 from gdtrain.cli import compare as compare_command
-from gdtrain.reporting.comparison import CLOCKS, compare, find_runs, read_run
-from gdtrain.reporting.page import page, plot, plot_costs, save
+from gdtrain.reporting.comparison import compare
+from gdtrain.reporting.figures import plot, plot_costs
+from gdtrain.reporting.finished import CLOCKS, find_runs, read_run
+from gdtrain.reporting.page import page, save
+from gdtrain.reporting.text import Report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
@@ -192,7 +195,7 @@ def test_a_validation_curve_is_as_it_was_measured(tmp_path):
     assert second.band("updates", "val")[1].tolist() == [4, 2, 4]  # one ended before
     assert len(first.band("updates", "val", points=2)[0]) == 2
     assert compared.validated
-    (told,) = [s for s in compared.sentences() if s.startswith("The validation loss")]
+    (told,) = [s for s in Report(compared).sentences() if s.startswith("The validation loss")]
     assert told == (
         "The validation loss of gd was lowest at update 2, 2 (1–3), and rose to 4 (2–6): what it "
         "learned later did not help on held-out examples."
@@ -227,14 +230,14 @@ def test_costs_and_words_of_known_curves(two):
     expected = [9 + (f / 9 - 0.102) / (f / 9 - f / 10) for f in (1, 1.01, 1.02)]
     assert reached["updates"] == pytest.approx(expected)
     ratio = np.median(sgd.reached(compared.target)["updates"]) / np.median(expected)
-    by_updates, by_examples, by_seconds, end, _ = [*compared.sentences(), ""]
+    by_updates, by_examples, by_seconds, end, _ = [*Report(compared).sentences(), ""]
     assert by_updates.startswith("Counted in updates, gd is the cheapest way to a training loss of")
     assert f"sgd needs {ratio:.0f} times as many." in by_updates
     assert by_examples.startswith("Counted in examples, sgd is the cheapest")
     assert f"gd needs {100 / ratio:.2g} times as many." in by_examples
     assert f"gd needs {100 / ratio:.2g} times as many." in by_seconds
     assert "gd has the lowest loss over all training examples" in end
-    told = compared.portraits()
+    told = Report(compared).portraits()
     assert "all examples, so an epoch of 100 has 1 update." in told["gd"]
     assert f"It buys the fewest updates (sgd needs {ratio:.0f} times as many)." in told["gd"]
     assert f"It costs {100 / ratio:.2g} times the examples of sgd" in told["gd"]
@@ -246,22 +249,22 @@ def test_ranges_that_overlap_are_not_told_apart(tmp_path):
         leave_run(tmp_path / f"a{seed}", "gd", falling(factor, 20), seed=seed)
         leave_run(tmp_path / f"b{seed}", "minibatch", falling(1.1 * factor, 20), seed=seed)
     compared = compare(find_runs(tmp_path)[0])
-    assert "minibatch is within the seeds' spread of it." in compared.sentences()[0]
+    assert "minibatch is within the seeds' spread of it." in Report(compared).sentences()[0]
     assert (
         "do not tell it from the best of the others in updates (gd)"
-        in (compared.portraits()["minibatch"])
+        in (Report(compared).portraits()["minibatch"])
     )
 
 
 def test_a_target_that_not_all_reach(two):
     compared = compare(find_runs(two)[0], target=0.1005)
-    gd, sgd = compared.costs()
+    gd, sgd = Report(compared).costs()
     assert gd["updates"] == gd["seconds"] == "1 of 3 did"
     assert "did" not in sgd["updates"]
-    assert compared.sentences()[0].endswith(" gd did not come to it with every seed.")
-    assert "1 of its 3 runs came to a training loss of 0.101" in compared.portraits()["gd"]
+    assert Report(compared).sentences()[0].endswith(" gd did not come to it with every seed.")
+    assert "1 of its 3 runs came to a training loss of 0.101" in Report(compared).portraits()["gd"]
     nobody = compare(find_runs(two)[0], target=1e-9)
-    assert nobody.sentences()[0].startswith("Counted in updates: nobody came to")
+    assert Report(nobody).sentences()[0].startswith("Counted in updates: nobody came to")
     assert "0 of 3 did" in page(nobody)
 
 
@@ -271,7 +274,7 @@ def test_a_run_that_recovered_is_told(tmp_path):
         summary = {"stop_numbers": numbers}
         leave_run(tmp_path / f"a{seed}", "gd", falling(1, 5), seed=seed, summary=summary)
         leave_run(tmp_path / f"b{seed}", "sgd", falling(1, 5), seed=seed)
-    told = [s for s in compare(find_runs(tmp_path)[0]).sentences() if "diverged" in s]
+    told = [s for s in Report(compare(find_runs(tmp_path)[0])).sentences() if "diverged" in s]
     assert told == [
         "2 of 3 runs of gd diverged on the way and went on with a smaller step size than was set."
     ]
@@ -280,7 +283,7 @@ def test_a_run_that_recovered_is_told(tmp_path):
 def test_one_seed_shows_no_spread(tmp_path):
     leave_run(tmp_path / "a", "gd", falling(1, 5))
     leave_run(tmp_path / "b", "sgd", falling(1, 5), each=1)
-    said = compare(find_runs(tmp_path)[0]).sentences()
+    said = Report(compare(find_runs(tmp_path)[0])).sentences()
     assert said[-1].startswith("With one seed a contender shows no spread")
 
 
@@ -302,7 +305,7 @@ def test_a_run_that_was_made_twice_counts_once(two):
     shutil.copytree(two / "gd-1", two / "gd-again")
     compared = compare(find_runs(two)[0])
     assert [len(c.runs) for c in compared.contenders] == [3, 3]
-    (said,) = compared.absent()
+    (said,) = Report(compared).absent()
     assert re.search(r"gd-again: the settings and the seed of .*gd-1, again\.$", said)
 
 
@@ -317,11 +320,11 @@ def test_noise_stands_in_the_table_where_it_was_measured(tmp_path):
     noise = {"summary": {"instruments": {"noise_scale": {"value": 45.0}}}}
     leave_run(tmp_path / "a", "gd", [2, 1])
     leave_run(tmp_path / "b", "sgd", [2, 1], **noise)
-    first, second = compare(find_runs(tmp_path)[0]).ends()
+    first, second = Report(compare(find_runs(tmp_path)[0])).ends()
     assert (first["gradient noise scale"], second["gradient noise scale"]) == ("–", "45")
     leave_run(tmp_path / "other" / "a", "gd", [2, 1])
     leave_run(tmp_path / "other" / "b", "sgd", [2, 1])
-    assert "gradient noise scale" not in compare(find_runs(tmp_path / "other")[0]).ends()[0]
+    assert "gradient noise scale" not in Report(compare(find_runs(tmp_path / "other")[0])).ends()[0]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,7 @@ def test_the_direction_of_a_metric(tmp_path, name, best):
     for folder, value in (("gd", 0.9), ("sgd", 0.5)):
         metrics = {"loss/train": 1.0, f"metric/{name}/test": value}
         leave_run(tmp_path / folder, folder, [2, 1], metrics=metrics)
-    said = compare(find_runs(tmp_path)[0]).sentences()[4]
+    said = Report(compare(find_runs(tmp_path)[0])).sentences()[4]
     winner = "gd" if best == "highest" else "sgd"
     assert said.startswith(f"At the end, {winner} has the {best} test {name}:")
 
@@ -362,7 +365,10 @@ def test_a_lost_run_is_named_and_does_not_count(two):
     leave_run(two / "sgd-8", "sgd", [], each=1, seed=8, reason="NON_FINITE")
     compared = compare(find_runs(two)[0])
     assert [len(c.runs) for c in compared.contenders] == [3, 3]
-    assert compared.absent() == ["sgd, seed 8: NON_FINITE. Words.", "sgd, seed 9: DIVERGED. Words."]
+    assert Report(compared).absent() == [
+        "sgd, seed 8: NON_FINITE. Words.",
+        "sgd, seed 9: DIVERGED. Words.",
+    ]
     assert "seed 9: DIVERGED" in page(compared)
 
 
@@ -726,7 +732,7 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
     # The finished runs give the same numbers.
     runs, left_out = find_runs("iris/runs")
     assert left_out == []
-    assert compare(runs).sentences() == lines[:-1]
+    assert Report(compare(runs)).sentences() == lines[:-1]
     assert command(third.split(), monkeypatch) == 0
     out, _ = capsys.readouterr()
     assert "to a training loss of 0.3:" in out
@@ -744,5 +750,5 @@ def test_the_python_of_the_page(tmp_path, monkeypatch):
         (run,) = c.runs
         made = json.loads((run.folder / "summary.json").read_text())
         assert run.train.updates[-1] == made["updates"]
-        assert c.values("loss/train")[0] == made["metrics"]["loss/train"]
-    assert [row["contender"] for row in compared.ends()] == ["gd", "sgd"]
+        assert c.metrics("loss/train")[0] == made["metrics"]["loss/train"]
+    assert [row["contender"] for row in Report(compared).ends()] == ["gd", "sgd"]

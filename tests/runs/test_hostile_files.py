@@ -32,7 +32,7 @@ from gdtrain.analysis.landscape import Snapshots
 from gdtrain.callbacks import BestAndLast
 from gdtrain.data import LIBSVMDataModule, NPYDataModule, read_features
 from gdtrain.data.reading import load_checkpoint
-from gdtrain.reporting import comparison
+from gdtrain.reporting import comparison, finished
 from gdtrain.runs import run as experiment
 from gdtrain.runs.configuration import conf_directory
 
@@ -941,7 +941,7 @@ def runs(run, tmp_path):
 @pytest.mark.parametrize("attempt", FOLDERS)
 def test_a_bad_run_is_left_out_by_its_name(attempt, runs):
     FOLDERS[attempt](runs / "hostile")
-    found, left_out = comparison.find_runs(runs)
+    found, left_out = finished.find_runs(runs)
     assert [run.folder.name for run in found] == ["a", "b"]
     (reason,) = left_out
     assert "runs/hostile" in reason
@@ -968,6 +968,7 @@ def test_bad_runs_are_named_where_too_few_are_left(runs, monkeypatch, capsys):
 
 def test_names_of_a_run_are_shown_as_text(runs):
     from gdtrain.reporting.page import page
+    from gdtrain.reporting.text import Report
 
     name = "<img src=x onerror=alert(1)>\x1b[2J"
     folder = runs / "hostile"
@@ -976,9 +977,10 @@ def test_names_of_a_run_are_shown_as_text(runs):
     (folder / "config.yaml").write_text(text.replace("lr: 0.3", f"lr: {words}"))
     folder.rename(runs / name)
     shutil.copytree(runs / name, runs / f"{name} again")
-    found, _ = comparison.find_runs(runs)
+    found, _ = finished.find_runs(runs)
     compared = comparison.compare(found)
-    said = [*compared.sentences(), *compared.absent(), *(c.name for c in compared.contenders)]
+    report = Report(compared)
+    said = [*report.sentences(), *report.absent(), *(c.name for c in compared.contenders)]
     assert all(line.isprintable() and len(line) < 2000 for line in said)
     html = page(compared)
     assert "<script" not in html
