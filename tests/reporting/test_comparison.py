@@ -11,7 +11,6 @@ import sys
 from concurrent.futures import BrokenExecutor
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -615,7 +614,9 @@ def test_a_run_that_fails_is_named_and_does_not_end_the_others(tmp_path, monkeyp
     failing = "optimizer=minibatch data.batch_size=9999"
     with monkeypatch.context() as patch:
         patch.setattr(
-            compare_command, "_launch", lambda _, places, *__: dict.fromkeys(places, "Too few.")
+            compare_command,
+            "_train_all",
+            lambda jobs, *_: {job.folder: "Too few." for job in jobs},
         )
         assert command([*words, f"contenders={failing};optimizer=gd"], monkeypatch) == 2
     _, err = capsys.readouterr()
@@ -636,25 +637,28 @@ def test_a_run_that_fails_is_named_and_does_not_end_the_others(tmp_path, monkeyp
 
 
 def test_a_killed_process_does_not_end_what_had_to_wait(tmp_path, monkeypatch):
-    folders = [tmp_path / name for name in ("finished", "running", "waiting")]
+    names = ("finished", "running", "waiting")
+    jobs = [compare_command._Job(name, 0, [], tmp_path / name) for name in names]
     calls = []
 
-    class Launcher:
-        def launch(self, jobs, first):
-            calls.append([job[0] for job in jobs])
-            if len(calls) == 1:
-                for folder in folders[:2]:
-                    folder.mkdir()
-                (folders[0] / "summary.json").touch()
-                raise BrokenExecutor
-            return [SimpleNamespace(_return_value=ValueError("no such thing"))]
+    def parallel(**_):
+        def run(tasks):
+            calls.append([arguments[0].contender for _, arguments, _ in tasks])
+            if len(calls) > 1:
+                return ["ValueError: no such thing"]
+            for job in jobs[:2]:
+                job.folder.mkdir()
+            (jobs[0].folder / "summary.json").touch()
+            raise BrokenExecutor
 
-    monkeypatch.setattr(compare_command.Plugins, "instantiate_launcher", lambda *_: Launcher())
-    failed = compare_command._launch([[folder.name] for folder in folders], folders, 2, None)
+        return run
+
+    monkeypatch.setattr("joblib.Parallel", parallel)
+    failed = compare_command._train_all(jobs, 2, None)
     assert calls == [["finished", "running", "waiting"], ["waiting"]]
     assert failed == {
-        folders[1]: "A process was killed; perhaps memory ran out.",
-        folders[2]: "ValueError: no such thing",
+        tmp_path / "running": "A process was killed; perhaps memory ran out.",
+        tmp_path / "waiting": "ValueError: no such thing",
     }
 
 
@@ -689,7 +693,7 @@ def test_what_the_commands_of_the_page_start(tmp_path, monkeypatch, capsys):
         started.append(jobs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compare_command, "_launch", stop)
+    monkeypatch.setattr(compare_command, "_train_all", stop)
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^python scripts/compare.py (.*)$", PAGE, re.MULTILINE)
     trained = [shlex.split(line) for line in lines if "runs=" not in line]
@@ -697,15 +701,12 @@ def test_what_the_commands_of_the_page_start(tmp_path, monkeypatch, capsys):
     assert "Compare the runs that were finished with runs=rates/runs" in capsys.readouterr().err
     digits, iris, rates = started
     assert (len(digits), len(iris), len(rates)) == (9, 6, 6)
-    assert digits[0][:-1] == [
+    assert digits[0].overrides == [
         *("data=digits", "model=mlp", "trainer.max_epochs=20", "optimizer=gd", "seed=0")
     ]
-    assert rates[-1][-4:] == [
-        *("optimizer=sgd", "optimizer.lr=0.01", "seed=2"),
-        "hydra.sweep.subdir='rates/runs/sgd-lr-0.01-2/seed-2'",
-    ]
-    seeds = [[word for word in job if word.startswith("seed=")] for job in digits]
-    assert seeds == [[f"seed={seed}"] for seed in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    assert rates[-1].overrides[-3:] == ["optimizer=sgd", "optimizer.lr=0.01", "seed=2"]
+    assert rates[-1].folder == Path("rates/runs/sgd-lr-0.01-2/seed-2")
+    assert [job.seed for job in digits] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.slow
