@@ -275,11 +275,11 @@ class Report:
         for run in self.comparison.runs:
             for name, value in (run.summary.get("versions") or {}).items():
                 if value != "not installed":
-                    found.setdefault(name, set()).add(value)
+                    found.setdefault(printable(name), set()).add(printable(value))
         versions = ", ".join(f"{name} {'/'.join(sorted(v))}" for name, v in found.items())
         summaries = [run.summary for run in self.comparison.runs]
-        devices = sorted({str(summary.get("device", "cpu")) for summary in summaries})
-        engines = sorted({str(summary.get("engine", "eager")) for summary in summaries})
+        devices = sorted({printable(summary.get("device", "cpu")) for summary in summaries})
+        engines = sorted({printable(summary.get("engine", "eager")) for summary in summaries})
         return f"Device: {listed(devices)}; engine: {listed(engines)}. Versions: {versions}."
 
 
