@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from gdtrain.data.reading import printable
+from gdtrain.ranges import Interval
 from gdtrain.reporting.finished import CLOCKS, Clock, Curve, Part, Run, Values
 
 __all__ = ["Comparison", "Contender", "Standing", "compare", "standing"]
 
+_TARGET = Interval(-math.inf, math.inf)
 _POINTS = 160  # of a curve's common grid
 _WORD = 60  # characters of a setting in a contender's name
 _METRIC = re.compile(r"metric/([^/]+)/(train|val|test)")
@@ -265,8 +267,8 @@ def compare(
         ...
         ValueError: Comparing needs two contenders with a finished run each. Received: none. ...
     """
-    if target is not None and not math.isfinite(target):
-        raise ValueError(f"target must be a finite loss. Received: target={target}.")
+    if target is not None:
+        target = _TARGET.check("target", target)
     kinds = sorted({run.data_name for run in runs})
     if len(kinds) > 1:
         raise ValueError(
@@ -309,7 +311,7 @@ def compare(
         )
     if target is None:
         target = max(float(run.train.losses.min()) for c in usable for run in c.runs)
-    return Comparison(contenders, float(target), left_out)
+    return Comparison(contenders, target, left_out)
 
 
 def _identity(run: Run) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from gdtrain.reporting.comparison import Comparison
 from gdtrain.reporting.figures import INK, plot, plot_costs, svg
@@ -27,7 +26,7 @@ _PARTS: tuple[Part, ...] = ("train", "val")
 @dataclass(frozen=True)
 class _Chart:
     box: str
-    inside: Markup  # matplotlib's, in which letters are paths: no text of a run's
+    inside: str
     words: str
 
 
@@ -90,8 +89,7 @@ def _unbroken(text: str) -> str:
 
 
 def _chart(figure: Any, name: str, words: str) -> _Chart:
-    box, inside = svg(figure, name)
-    return _Chart(box, Markup(inside), words)
+    return _Chart(*svg(figure, name), words)
 
 
 def _in_words(comparison: Comparison, clock: Clock, part: Part) -> str:
