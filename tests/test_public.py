@@ -37,10 +37,10 @@ LAYERS = [
     ["engines"],
     ["descent"],
     ["convex"],
+    ["reporting"],
     ["lightning"],
     ["analysis"],
     ["callbacks"],
-    ["reporting"],
     ["runs"],
     ["cli"],
 ]

@@ -17,13 +17,13 @@ from gdtrain.analysis.curvature import (
     sharpness,
     stability_limit,
 )
-from gdtrain.callbacks.curves import described
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
 from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
 from gdtrain.optim.base import Descent
+from gdtrain.reporting.tensorboard import described
 
 __all__ = ["Curvature"]
 

@@ -12,63 +12,11 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 
 from gdtrain.lightning.module import SupervisedModule
+from gdtrain.reporting.tensorboard import BAND, LAYOUT, SPEED, described
 
-__all__ = ["History", "LossCurves", "described"]
-
-_BAND = tuple(f"spread/loss/train/{name}" for name in ("mean", "min", "max"))
-_SPEED = "time/updates_per_second"
-_AXES = {  # further horizontal axes of the losses: TensorBoard's is the update number
-    "by_sample": "Step: examples seen, so that variants with different batch sizes compare.",
-    "by_epoch": "Step: passes over the training examples.",
-    "by_millisecond": "Step: milliseconds since training began (12k are 12 seconds).",
-}
-_DESCRIPTIONS = {
-    "loss/train": "Mean loss of the updates since the point before, each taken on the update's own "
-    "examples, before it.",
-    "loss/val": "Mean loss of the validation examples.",
-    "loss/test": "Mean loss of the test examples, at the end.",
-    "spread/loss/train/mean": "Mean loss of the updates since the point before, as `loss/train`.",
-    "spread/loss/train/min": "Smallest loss of an update since the point before.",
-    "spread/loss/train/max": "Largest loss of an update since the point before.",
-    "lr": "η, the step size, of the last update before the point.",
-    _SPEED: "Updates per second of training since the point before, without validations.",
-}
-# The same in all runs: TensorBoard joins the pages of the runs that it shows. Tags are regular
-# expressions in "Multiline", and names in "Margin" (value, lower edge, upper edge).
-_PAGE = {
-    "loss": {
-        "against updates": ["Multiline", ["^loss/train$", "^loss/val$"]],
-        "training, smallest to largest of an interval": ["Margin", list(_BAND)],
-        "against examples seen": ["Multiline", ["^by_sample/loss/train$", "^by_sample/loss/val$"]],
-        "against epochs": ["Multiline", ["^by_epoch/loss/train$", "^by_epoch/loss/val$"]],
-        "against milliseconds": [
-            "Multiline",
-            ["^by_millisecond/loss/train$", "^by_millisecond/loss/val$"],
-        ],
-    },
-    "rate": {
-        "step size η, and from where on descent is unstable": [
-            "Multiline",
-            ["^lr$", "^curvature/limit$"],
-        ],
-        "curvature, and 2/η": [
-            "Multiline",
-            ["^curvature/(batch_)?sharpness$", "^curvature/two_over_lr$"],
-        ],
-        "length of a step, relative to the parameters": ["Multiline", ["^step/ratio$"]],
-    },
-    "gradient": {
-        "norm": ["Multiline", ["^gradient/norm$"]],
-        "norm, by layer": ["Multiline", ["^gradient/norm/"]],
-        "cosine of one gradient with the next": ["Multiline", ["^gradient/cosine$"]],
-        "signal to noise": ["Multiline", ["^noise/signal_to_noise$"]],
-        "noise scale, in examples, with its interval": ["Multiline", ["^noise/scale"]],
-    },
-    "time": {"updates per second": ["Multiline", [f"^{_SPEED}$"]]},
-}
+__all__ = ["History", "LossCurves"]
 
 
 @dataclass
@@ -188,7 +136,7 @@ class LossCurves(Callback):
         self._described = [set() for _ in trainer.loggers]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                logger.experiment.add_custom_scalars(_PAGE)
+                logger.experiment.add_custom_scalars(LAYOUT)
 
     def on_train_batch_end(
         self,
@@ -224,9 +172,9 @@ class LossCurves(Callback):
                 self.history.append("train", row)
                 values = {"loss/train": row["loss"], "lr": row["lr"]}
                 if total is None or self.every(module) > 1:
-                    values |= zip(_BAND, (row["loss"], point.min, point.max), strict=True)
+                    values |= zip(BAND, (row["loss"], point.min, point.max), strict=True)
                 if point.seconds > 0:
-                    values[_SPEED] = point.updates / point.seconds
+                    values[SPEED] = point.updates / point.seconds
                 self._log(trainer, values, row)
         per_epoch = module.updates_per_epoch
         epochs = None if total is None else math.ceil(total / per_epoch)
@@ -362,54 +310,3 @@ def _pieces(first: int, last: int, every: Callable[[int], int]) -> Iterator[tupl
         end = min((first // every(first) + 1) * every(first), last)
         yield first, end
         first = end
-
-
-def described(
-    values: Mapping[str, float], known: set[str], describe: Callable[[str], str] | None = None
-) -> Summary:
-    """Scalars for TensorBoard; the first of a tag brings what its chart says about it.
-
-    Args:
-        values: By tag.
-        known: Tags that have been written; those of `values` are added.
-        describe: From a tag to what its chart says; None: as for the tags of `LossCurves`.
-
-    Returns:
-        One summary, to be written at one step.
-
-    Example:
-        >>> known = set()
-        >>> first, second = described({"lr": 0.1}, known), described({"lr": 0.2}, known)
-        >>> first.value[0].metadata.summary_description
-        'η, the step size, of the last update before the point.'
-        >>> second.value[0].HasField("metadata")
-        False
-    """
-    entries = []
-    for tag, value in values.items():
-        entry = Summary.Value(tag=tag, simple_value=value)
-        if tag not in known:
-            known.add(tag)
-            entry.metadata.CopyFrom(
-                SummaryMetadata(
-                    display_name=tag,
-                    summary_description=(describe or _description)(tag),
-                    plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
-                    data_class=DATA_CLASS_SCALAR,  # else TensorBoard's fast loader drops all this
-                )
-            )
-        entries.append(entry)
-    return Summary(value=entries)
-
-
-def _description(tag: str) -> str:
-    axis, _, rest = tag.partition("/")
-    if axis in _AXES:
-        what = _DESCRIPTIONS[rest]
-        if axis == "by_epoch" and rest == "loss/train":
-            what = "Mean loss of an epoch's examples, each before its update."
-        return f"{what} {_AXES[axis]}"
-    if axis == "metric":
-        name, _, part = rest.partition("/")
-        return f"{name} of the {'validation' if part == 'val' else part} examples."
-    return _DESCRIPTIONS.get(tag, "")

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.analysis.gradients import dot, layers
-from gdtrain.callbacks.curves import described
 from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.trial import Snapshot, seed_all
 from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.engines import Eager
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective, untouched
+from gdtrain.reporting.tensorboard import described
 
 __all__ = ["Instrument", "Look", "is_full"]
 

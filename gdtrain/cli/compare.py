@@ -8,25 +8,21 @@ import re
 import shlex
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra import initialize_config_dir
-from hydra._internal.callbacks import Callbacks
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
-from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gdtrain.cli.arguments import Command, Key, composed, typed
+from gdtrain.cli.arguments import Command, Key, compose, composed, typed
 from gdtrain.cli.messages import listen, one_message, shown
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes
-from gdtrain.runs.configuration import check, conf_directory, new_folder
+from gdtrain.runs.configuration import check, new_folder
 
 if TYPE_CHECKING:
     from gdtrain.reporting.comparison import Comparison
@@ -88,14 +84,16 @@ def compare() -> None:
         else:
             folder, comparison = _compare_trained(words.options, words.overrides, words.config_dir)
         from gdtrain.reporting.page import save
+        from gdtrain.reporting.text import Report
 
         try:
             save(comparison, folder)
         except OSError as error:
             raise ConfigurationError(f"The report cannot be written: {error}") from None
-    for sentence in comparison.sentences():
+    report = Report(comparison)
+    for sentence in report.sentences():
         print(sentence)
-    for sentence in comparison.absent():
+    for sentence in report.absent():
         print(f"Left out: {sentence}")
     print(f"Report: {shown(folder)}/report.html")
 
@@ -107,7 +105,8 @@ def _compare_finished(options: dict[str, Any], words: list[str]) -> tuple[Path, 
             f"runs=… compares finished runs and trains none, so it takes target=… and output=… "
             f"only. Received: {others[0]}"
         )
-    from gdtrain.reporting.comparison import compare, find_runs
+    from gdtrain.reporting.comparison import compare
+    from gdtrain.reporting.finished import find_runs
 
     folder = _folder(options, "runs")
     left_out: list[str] = []
@@ -127,23 +126,27 @@ def _compare_finished(options: dict[str, Any], words: list[str]) -> tuple[Path, 
     return folder, comparison
 
 
+@dataclass(frozen=True)
+class _Job:
+    """A run of a comparison that is to be trained."""
+
+    contender: str
+    seed: int
+    overrides: list[str]
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.contender}, seed {self.seed}"
+
+
 def _compare_trained(
     options: dict[str, Any], words: list[str], config_dir: str | None
 ) -> tuple[Path, Comparison]:
     contenders = _contenders(options.get("contenders", _THE_THREE))
-    keys = [word.partition("=")[0].lstrip("+~") for word in words]
-    for key, instead in (("seed", "seeds=COUNT"), ("optimizer", "contenders='optimizer=…;…'")):
-        if key in keys and (key == "seed" or "contenders" not in options):
-            raise ConfigurationError(
-                f"{key}=… is set for each run by the comparison: set {instead}. Received: "
-                f"{words[keys.index(key)]}"
-            )
-    common = list(words)
-    if "epochs" in options or "trainer.max_epochs" not in keys:
-        common.append(f"trainer.max_epochs={options.get('epochs', 20)}")
+    common = _common(options, words)
     first: dict[str, str] = {}
     for name, overrides in contenders.items():
-        if "seed" in (word.partition("=")[0].lstrip("+~") for word in overrides):
+        if "seed" in map(_key, overrides):
             raise ConfigurationError(
                 f"seed=… is set for each run by the comparison: set seeds=COUNT. Received: {name}"
             )
@@ -151,16 +154,20 @@ def _compare_trained(
         first = first or choices
         _check_contender(config, choices["logger"], overrides)
     folder = _folder(options, f"{first['data']}-{first['model']}")
-    count = options.get("seeds", 3)
-    places = {
-        folder / "runs" / _slug(name, i) / f"seed-{seed}": (name, [*overrides, f"seed={seed}"])
-        for seed in range(count)  # the same seeds for all: common random numbers
+    seeds = options.get("seeds", 3)
+    jobs = [
+        _Job(
+            name,
+            seed,
+            [*common, *overrides, f"seed={seed}"],
+            folder / "runs" / _slug(name, i) / f"seed-{seed}",
+        )
+        for seed in range(seeds)  # the same seeds for all: common random numbers
         for i, (name, overrides) in enumerate(contenders.items())
-    }
-    processes = min(options.get("jobs", min(2, os.cpu_count() or 1)), len(places))
-    jobs = [[*common, *own, _place(path)] for path, (_, own) in places.items()]
+    ]
+    processes = min(options.get("jobs", min(2, os.cpu_count() or 1)), len(jobs))
     try:
-        failed = _launch(jobs, list(places), processes, config_dir)
+        failed = _train_all(jobs, processes, config_dir)
     except KeyboardInterrupt:
         print(
             f"Interrupted, so there is no report. Compare the runs that were finished with "
@@ -168,26 +175,45 @@ def _compare_trained(
             file=sys.stderr,
         )
         raise
-    from gdtrain.reporting.comparison import compare, read_run
+    from gdtrain.reporting.comparison import compare
+    from gdtrain.reporting.finished import read_run
 
     runs, left_out = [], []
-    for path, (name, own) in places.items():
+    for job in jobs:
         try:
-            if path in failed:
-                raise ValueError(failed[path])
-            runs.append(read_run(path))
+            if job.folder in failed:
+                raise ValueError(failed[job.folder])
+            runs.append(read_run(job.folder))
         except ValueError as error:
-            left_out.append(f"{name}, {own[-1].replace('=', ' ')}: {error}")
+            left_out.append(f"{job}: {error}")
     try:
-        names = {path: name for path, (name, _) in places.items()}
+        names = {job.folder: job.contender for job in jobs}
         comparison = compare(runs, options.get("target"), names)
     except ValueError as error:
         why = f" {left_out[0]}" if left_out else ""
         kept = f" Finished runs are in {shown(folder / 'runs')}." if runs else ""
         raise ConfigurationError(f"{error}{why}{kept}") from None
     comparison.left_out += left_out
-    comparison.made = _told(common, contenders, count, processes)
+    comparison.made = _told(common, contenders, seeds, processes)
     return folder, comparison
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].lstrip("+~")
+
+
+def _common(options: Mapping[str, Any], words: Sequence[str]) -> list[str]:
+    """The overrides of all contenders."""
+    keys = [_key(word) for word in words]
+    for key, instead in (("seed", "seeds=COUNT"), ("optimizer", "contenders='optimizer=…;…'")):
+        if key in keys and (key == "seed" or "contenders" not in options):
+            raise ConfigurationError(
+                f"{key}=… is set for each run by the comparison: set {instead}. Received: "
+                f"{words[keys.index(key)]}"
+            )
+    if "epochs" not in options and "trainer.max_epochs" in keys:
+        return [*words]
+    return [*words, f"trainer.max_epochs={options.get('epochs', 20)}"]
 
 
 def _contenders(text: str) -> dict[str, list[str]]:
@@ -239,82 +265,58 @@ def _slug(name: str, number: int) -> str:
     return plain if plain == name else f"{plain[:60]}-{number + 1}"
 
 
-def _place(path: Path) -> str:
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"hydra.sweep.subdir='{text}'"
+def _train_all(jobs: Sequence[_Job], processes: int, config_dir: str | None) -> dict[Path, str]:
+    """Train in parallel processes; why runs failed, by their folders."""
+    from joblib import Parallel, delayed
 
-
-def _launch(
-    jobs: list[list[str]], folders: list[Path], processes: int, config_dir: str | None
-) -> dict[Path, str]:
-    """Train in parallel processes, by Hydra's launcher; why runs failed, by their folders."""
-    words = [
-        "hydra/launcher=joblib",
-        f"hydra.launcher.n_jobs={processes}",
-        "hydra.launcher.batch_size=1",
-        "hydra.sweep.dir=.",
-    ]
-    if config_dir is not None:
-        words.append(f"hydra.searchpath=[file://{Path(config_dir).resolve()}]")
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        launcher = Plugins.instance().instantiate_launcher(
-            HydraContext(loader, Callbacks()),
-            _contend,
-            loader.load_configuration("train", words, RunMode.MULTIRUN),
-        )
-        failed: dict[Path, str] = {}
-        waiting = dict(zip(folders, jobs, strict=True))
-        while waiting:
-            try:
-                done = launcher.launch(list(waiting.values()), 0)
-            except BrokenExecutor:  # it takes what ran beside it along, and not what had to wait
-                open_ones = [path for path in waiting if not (path / "summary.json").is_file()]
-                begun = [path for path in open_ones if path.exists()] or open_ones
-                failed |= dict.fromkeys(begun, "A process was killed; perhaps memory ran out.")
-                waiting = {path: waiting[path] for path in open_ones if path not in begun}
-                continue
-            for path, job in zip(waiting, done, strict=True):
-                outcome = job._return_value
-                if outcome:
-                    kind = f"{type(outcome).__name__}: " if isinstance(outcome, Exception) else ""
-                    failed[path] = f"{kind}{outcome}"
+    failed: dict[Path, str] = {}
+    while jobs:
+        try:
+            parallel = Parallel(n_jobs=processes, backend="loky", batch_size=1)
+            outcomes = parallel(delayed(_train)(job, config_dir) for job in jobs)
+        except BrokenExecutor:  # it takes what ran beside it along, and not what had to wait
+            unfinished = [job for job in jobs if not (job.folder / "summary.json").is_file()]
+            begun = [job for job in unfinished if job.folder.exists()] or unfinished
+            why = "A process was killed; perhaps memory ran out."
+            failed |= {job.folder: why for job in begun}
+            jobs = [job for job in unfinished if job not in begun]
+        else:
+            failed |= {job.folder: why for job, why in zip(jobs, outcomes, strict=True) if why}
             break
     return failed
 
 
-def _contend(config: DictConfig) -> str:
+def _train(job: _Job, config_dir: str | None) -> str:
     """One run of a comparison; returns nothing, or why there is none."""
     from gdtrain.runs.run import discard_empty, train
 
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    where = f"{directory.parent.name}, {directory.name.replace('-', ' ')}"
     listen(signals=False)
     log = logging.getLogger("gdtrain")
     level = log.level
     log.setLevel(logging.CRITICAL)  # one line a run, below
-    with open_dict(config):
-        (config.callbacks or {}).pop("progress", None)
+    job.folder.mkdir(parents=True)  # from here on it has begun
     try:
+        config = compose(job.overrides, config_dir)
+        with open_dict(config):
+            (config.callbacks or {}).pop("progress", None)
         # What a process loads once would else be in the seconds of its first run only.
         with tempfile.TemporaryDirectory() as scratch, suppress(ConfigurationError):
             train(_first_updates(config), Path(scratch) / "run")
-        result = train(config, directory)
-    except ConfigurationError as error:
-        discard_empty(directory)
-        print(f"{where}: {error}", file=sys.stderr, flush=True)
-        return str(error)
+        summary = train(config, job.folder).summary
+    except Exception as error:  # of any kind: the other runs go on
+        discard_empty(job.folder)
+        known = isinstance(error, ConfigurationError)
+        why = str(error) if known else f"{type(error).__name__}: {error}"
+        print(f"{job}: {why}", file=sys.stderr, flush=True)
+        return why
     finally:
         log.setLevel(level)
-    summary = result.summary
-    reason = summary["stop_reason"]
+    reason, loss = summary["stop_reason"], summary["metrics"].get("loss/train")
     if reason == "INTERRUPTED":
         raise KeyboardInterrupt  # the whole comparison is meant
-    loss = summary["metrics"].get("loss/train")
     print(
-        f"{where}: {'finished' if reason == 'BUDGET' else reason}, {summary['updates']:,} updates "
-        f"in {summary['fit_seconds']:.2f} s, "
-        f"training loss {'–' if loss is None else format(loss, '.4g')}",
+        f"{job}: {'finished' if reason == 'BUDGET' else reason}, {summary['updates']:,} updates in "
+        f"{summary['fit_seconds']:.2f} s, training loss {'–' if loss is None else f'{loss:.4g}'}",
         file=sys.stderr,
         flush=True,
     )

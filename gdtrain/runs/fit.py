@@ -29,10 +29,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from numpy.typing import ArrayLike, NDArray
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch import Tensor, nn
-from torch.utils.tensorboard.summary import hparams
 
 from gdtrain.callbacks import (
     BestAndLast,
@@ -44,7 +41,6 @@ from gdtrain.callbacks import (
     LossCurves,
     ProgressLine,
 )
-from gdtrain.callbacks.curves import described
 from gdtrain.callbacks.interrupt import OwnSignals, as_keyboard_interrupt
 from gdtrain.data import ArrayDataModule, DataModule, features
 from gdtrain.data.reading import load_checkpoint
@@ -57,6 +53,7 @@ from gdtrain.losses import CrossEntropy, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.objective import evaluating
 from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.reporting.tensorboard import described, hyperparameter_row
 from gdtrain.runs.builder import check_outputs
 from gdtrain.runs.configuration import read_defaults
 from gdtrain.schedules import ReduceOnPlateau, Schedule
@@ -78,7 +75,6 @@ __all__ = [
 Variant = Literal["gd", "sgd", "minibatch"]
 _OPTIMIZERS = {"gd": GD, "sgd": SGD, "minibatch": MiniBatchSGD}
 _log = logging.getLogger("gdtrain")
-_TELLING = ("variant", "optimizer.lr", "lr", "data.batch_size", "schedule", "seed")
 _MODELS = {"linear": Linear, "mlp": MLP, "cnn": CNN}
 
 
@@ -910,8 +906,8 @@ def _log_final(
             writer = logger.experiment.file_writer  # open again for the text, since fit closed it
             missing = tested if module.validated_at == module.updates else shown
             writer.add_summary(described(missing, set()), module.updates)
-            for part in hparams(plain, shown):
-                writer.add_summary(_telling_first(part), module.updates)
+            for part in hyperparameter_row(plain, shown):
+                writer.add_summary(part, module.updates)
         else:
             logger.log_metrics(
                 {
@@ -922,16 +918,6 @@ def _log_final(
                 step=module.updates,
             )
             logger.log_hyperparams(plain)
-
-
-def _telling_first(summary: Summary) -> Summary:
-    """TensorBoard's table shows five hyperparameters: those that "differ" first, then by name."""
-    plugin = summary.value[0].metadata.plugin_data
-    data = HParamsPluginData.FromString(plugin.content)
-    for info in data.experiment.hparam_infos:
-        info.differs = info.name in _TELLING
-    plugin.content = data.SerializeToString()
-    return summary
 
 
 def _log_text(trainer: Trainer, tag: str, markdown: str, step: int) -> None:

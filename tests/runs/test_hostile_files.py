@@ -19,6 +19,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from gdtrain.analysis.landscape import Snapshots
 from gdtrain.callbacks import BestAndLast
 from gdtrain.data import LIBSVMDataModule, NPYDataModule, read_features
 from gdtrain.data.reading import load_checkpoint
-from gdtrain.reporting import comparison
+from gdtrain.reporting import comparison, finished
 from gdtrain.runs import run as experiment
 from gdtrain.runs.configuration import conf_directory
 
@@ -941,7 +942,7 @@ def runs(run, tmp_path):
 @pytest.mark.parametrize("attempt", FOLDERS)
 def test_a_bad_run_is_left_out_by_its_name(attempt, runs):
     FOLDERS[attempt](runs / "hostile")
-    found, left_out = comparison.find_runs(runs)
+    found, left_out = finished.find_runs(runs)
     assert [run.folder.name for run in found] == ["a", "b"]
     (reason,) = left_out
     assert "runs/hostile" in reason
@@ -968,6 +969,7 @@ def test_bad_runs_are_named_where_too_few_are_left(runs, monkeypatch, capsys):
 
 def test_names_of_a_run_are_shown_as_text(runs):
     from gdtrain.reporting.page import page
+    from gdtrain.reporting.text import Report
 
     name = "<img src=x onerror=alert(1)>\x1b[2J"
     folder = runs / "hostile"
@@ -976,13 +978,68 @@ def test_names_of_a_run_are_shown_as_text(runs):
     (folder / "config.yaml").write_text(text.replace("lr: 0.3", f"lr: {words}"))
     folder.rename(runs / name)
     shutil.copytree(runs / name, runs / f"{name} again")
-    found, _ = comparison.find_runs(runs)
+    found, _ = finished.find_runs(runs)
     compared = comparison.compare(found)
-    said = [*compared.sentences(), *compared.absent(), *(c.name for c in compared.contenders)]
+    report = Report(compared)
+    said = [*report.sentences(), *report.absent(), *(c.name for c in compared.contenders)]
     assert all(line.isprintable() and len(line) < 2000 for line in said)
     html = page(compared)
     assert "<script" not in html
     assert "<img" not in html
+
+
+class _Page(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.elements, self.text = set(), ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.add((tag, *sorted(name for name, _ in attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_whatever_a_run_says_is_shown_as_text(runs):
+    from gdtrain.reporting.page import page
+
+    plain = _Page(page(comparison.compare(finished.find_runs(runs)[0])))
+    said = {i: f"</p></td>'\"><script>alert({i})</script>{{{{ 7 * 7 }}}}" for i in range(9)}
+    for folder in runs.iterdir():
+        _summary(
+            device=f"{said[0]}\x1b[2J",
+            engine=f"{said[1]}\x1b[2J",
+            versions={f"{said[2]}\x1b[2J": f"{said[3]}\x1b[2J"},
+            stop_message=f"{said[4]}\x1b[2J",
+        )(folder)
+        text = (folder / "config.yaml").read_text()
+        found = re.search(r"model:\n *_target_: (\S+)", text)
+        model = json.dumps(f"{said[5]}\x1b[2J")
+        (folder / "config.yaml").write_text(text.replace(found[1], model))
+    _summary(stop_reason="DIVERGED")(runs / "hostile")
+    found, _ = finished.find_runs(runs)
+    compared = comparison.compare(
+        found, names={r.folder: f"{r.folder.name} {said[6]}" for r in found}
+    )
+    compared.left_out += [said[7]]
+    compared.made += [said[8]]
+    text = page(compared)
+    assert "\x1b" not in text
+    shown = _Page(text)
+    assert shown.elements == plain.elements
+    for words in said.values():
+        assert words in shown.text
+
+
+@pytest.mark.parametrize("tag", ["metric/", "metric/a", "metric/a/b/c", "metric/a/sideways"])
+def test_a_metric_of_no_part_is_no_metric(tag, runs):
+    for folder in runs.iterdir():
+        _summary(metrics={"loss/train": 1.0, tag: 2.0})(folder)
+    compared = comparison.compare(finished.find_runs(runs)[0])
+    assert compared.metric is None
 
 
 # ---------------------------------------------------------------------- the path of a run
