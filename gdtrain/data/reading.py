@@ -65,6 +65,16 @@ def printable(text: Any) -> str:
     return shown[:300]
 
 
+def existing(path: str | Path) -> Path:
+    """The path of a file to train on; raises where there is none."""
+    if path is None:
+        raise ValueError("data.path must name the file of examples. Received: null.")
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}. Set data.path to one that exists.")
+    return path
+
+
 def file_size(path: str | Path) -> int:
     """Bytes of an ordinary file; raises on pipes, devices and folders, which may never end."""
     status = os.stat(path)
@@ -393,3 +403,8 @@ def unpacked_bytes(path: str | Path) -> int:
         ValueError: It is no archive.
     """
     return sum(info.file_size for info in archive_entries(path))
+
+
+def most_features(stored: int) -> int:
+    """How many features a file of so many bytes may have: a weight is made for each."""
+    return max(2**25, 8 * stored)

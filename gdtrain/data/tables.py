@@ -22,12 +22,11 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from gdtrain.data.module import DataModule, Raw
-from gdtrain.data.reading import check_unpacked
-from gdtrain.data.sources import _existing
+from gdtrain.data.prepared import Raw
+from gdtrain.data.reading import check_unpacked, existing
 from gdtrain.data.targets import Task, check_task
 
-__all__ = ["CSVDataModule", "Table", "is_table"]
+__all__ = ["Table", "is_table", "read_csv"]
 
 _log = logging.getLogger("gdtrain")
 
@@ -559,23 +558,22 @@ def _listed(names: list[str], most: int = 20) -> str:
     return shown + f" and {len(names) - most} more" * (len(names) > most)
 
 
-# ---------------------------------------------------------------------- training
-
-
-class CSVDataModule(DataModule):
-    r"""A CSV file with a header; numeric features and one target column.
-
-    What is read as a table is written at `gdtrain.data.tables.Table`. Booleans are taken as 0 and
-    1. A first column without a name, as R and pandas write for the rows, is left out.
+def read_csv(
+    path: str | Path,
+    target: str | None = None,
+    *,
+    columns: list[str] | None = None,
+    header: Header = "auto",
+    task: Task = "auto",
+) -> Raw:
+    r"""The examples of a table: numeric features and one target column.
 
     Args:
-        path: The file: `.csv`, or `.tsv` with tabs; plain, `.gz`, `.bz2`, `.xz` or `.zip`.
+        path: As for `CSVDataModule`, and so the following.
         target: Name of the target column; None: the last.
         columns: Names of the feature columns; None: all others.
-        header: Whether the first line holds names; if not, the columns are called 0, 1, …. "auto":
-            a ValueError where it looks like an example.
-        task: As for `ArrayDataModule`.
-        **options: As for `DataModule`.
+        header: Whether the first line holds names.
+        task: "classification", "regression" or "auto".
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -585,54 +583,32 @@ class CSVDataModule(DataModule):
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "table.csv"
-        ...     _ = path.write_text("a,b,kind\n" + "1,2,yes\n3,4,no\n" * 10)
-        ...     data = CSVDataModule(path, target="kind", batch_size=4)
-        ...     data.setup()
-        >>> data.preprocessing.classes
-        ['no', 'yes']
+        ...     _ = path.write_text("a,b,kind\n1,2,yes\n3,4,no\n")
+        ...     raw = read_csv(path, "kind")
+        >>> raw.feature_names, raw.targets.tolist()
+        (['a', 'b'], ['yes', 'no'])
     """
+    path, task = existing(path), check_task(task)
+    target = None if target is None else str(target).strip()
 
-    def __init__(
-        self,
-        path: str | Path,
-        target: str | None = None,
-        *,
-        columns: list[str] | None = None,
-        header: Header = "auto",
-        task: Task = "auto",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.path, self.target, self.task = _existing(path), target, check_task(task)
-        if isinstance(columns, str) or (columns is not None and not columns):
-            raise ValueError(
-                f"columns must be a list of names, such as [age,height], or null for all. "
-                f"Received: {columns!r}."
-            )
-        self.columns = None if columns is None else [str(name).strip() for name in columns]
-        self.header = header
-
-    def load(self) -> Raw:
-        """Read it."""
-        target = None if self.target is None else str(self.target).strip()
-        said = [*(self.columns or []), *([] if target is None else [target])]
-        words = [name for name in said if not _is_number(name)]  # a number may be of an example
-        table = Table(self.path, self.header, expected=words)
-        everything = table.all_names() if target is None or self.columns is None else []
-        if target is None:
-            target = everything[-1]
-        names = self.columns or [name for name in everything if name != target]
-        if not names:
-            raise ValueError(
-                f"{self.path} has no feature column beside the target {_quoted(target)}. Fields "
-                f"are separated by commas, tabs, semicolons or bars."
-            )
-        if target in names or (self.columns and len(set(names)) < len(names)):
-            raise ValueError(
-                f"columns must name each feature once, and not the target {_quoted(target)}. "
-                f"Received: {_listed(names)}."
-            )
-        kinds: dict[str, Kind] = {"regression": "numbers", "classification": "labels"}
-        features, targets = table.read(names, target, kinds.get(self.task, "auto"))
-        assert targets is not None
-        return Raw(features, targets, self.task, names)
+    said = [*(columns or []), *([] if target is None else [target])]
+    words = [name for name in said if not _is_number(name)]  # a number may be of an example
+    table = Table(path, header, expected=words)
+    everything = table.all_names() if target is None or columns is None else []
+    if target is None:
+        target = everything[-1]
+    names = columns or [name for name in everything if name != target]
+    if not names:
+        raise ValueError(
+            f"{path} has no feature column beside the target {_quoted(target)}. Fields "
+            f"are separated by commas, tabs, semicolons or bars."
+        )
+    if target in names or (columns and len(set(names)) < len(names)):
+        raise ValueError(
+            f"columns must name each feature once, and not the target {_quoted(target)}. "
+            f"Received: {_listed(names)}."
+        )
+    kinds: dict[str, Kind] = {"regression": "numbers", "classification": "labels"}
+    features, targets = table.read(names, target, kinds.get(task, "auto"))
+    assert targets is not None
+    return Raw(features, targets, task, names)
