@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdtrain.data.arrays import load_npy, load_npz
+from gdtrain.data.columns import Kind, listed
 from gdtrain.data.frames import features
 from gdtrain.data.libsvm import load_libsvm
 from gdtrain.data.preprocessing import Preprocessing
-from gdtrain.data.tables import Header, Kind, Table, _listed, is_table
+from gdtrain.data.tables import Header, Table, is_table
 
 __all__ = ["read_features", "read_labelled"]
 
@@ -180,8 +181,8 @@ def _there(table: Table, names: list[str] | None) -> list[str]:
     missing = [name for name in names or () if name not in there]
     if missing:
         raise ValueError(
-            f"{table.path} lacks the feature{'s' * (len(missing) > 1)} {_listed(missing, 10)}. "
-            f"It has: {_listed(table.names)}."
+            f"{table.path} lacks the feature{'s' * (len(missing) > 1)} {listed(missing, 10)}. "
+            f"It has: {listed(table.names)}."
         )
     return table.all_names() if names is None else names
 
@@ -194,7 +195,7 @@ def _target(table: Table, names: list[str] | None, target: str | None) -> str:
     if len(others) != 1:
         raise ValueError(
             f"{table.path}: which column has the targets? target=… names it. Beside the features "
-            f"there are: {_listed(others) or 'none'}."
+            f"there are: {listed(others) or 'none'}."
         )
     return others[0]
 

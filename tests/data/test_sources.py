@@ -175,7 +175,7 @@ def test_set_up_twice_is_set_up_once():
     [
         (
             {"batch_size": 0},
-            "batch_size must be a whole number of at least 1, or full. Received: b",
+            "batch_size must be a whole number of at least 1, or full.*batch_size=0",
         ),
         ({"batch_size": 2.0}, "Received: batch_size=2.0"),
         ({"batch_size": True}, "Received: batch_size=True"),
