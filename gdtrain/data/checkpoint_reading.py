@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gdtrain._compat.torch_saving import REBUILD_PARAMETER, REBUILD_TENSOR
 from gdtrain.data.reading import (
     MEGABYTE,
     MOST_ANYWAY,
@@ -193,9 +194,9 @@ class _Pickle:
         return _Storage(item_bytes, numbers)
 
     def _made(self, name: Any, *arguments: Any) -> Any:
-        if name == "torch._utils _rebuild_tensor_v2":
+        if name == REBUILD_TENSOR:
             return self._tensor(*arguments)
-        if name == "torch._utils _rebuild_parameter" and isinstance(arguments[0], _Opaque):
+        if name == REBUILD_PARAMETER and isinstance(arguments[0], _Opaque):
             return arguments[0]
         if name == "collections OrderedDict" and not arguments:
             return {}
@@ -253,8 +254,8 @@ def _check_tree(root: Any, most: int) -> None:
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _VALUES = ("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
 _CALLED = (
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
+    REBUILD_TENSOR,
+    REBUILD_PARAMETER,
     "collections OrderedDict",
     "torch Size",
     "torch device",
