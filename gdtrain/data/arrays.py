@@ -38,10 +38,6 @@ def read_npy(
         memory_map: Whether the inputs stay in the file; needs `target_path`.
         task: "classification", "regression" or "auto".
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file holds no such array.
-
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

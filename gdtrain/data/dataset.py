@@ -214,8 +214,6 @@ class FetchedData(PreparedData):
             f"faster, where they fit into memory."
         )
 
-    # ------------------------------------------------------------------ the examples
-
     def examples(self, part: Part) -> tuple[Any, Tensor]:
         """Inputs and targets of one part, where they are resident; else see `evaluation_loader`.
 

@@ -50,10 +50,6 @@ def read_libsvm(
         dtype: Of the tensors that are made of them.
         task: "classification", "regression" or "auto".
 
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It cannot be read, or would take more than 8 GB as a dense array.
-
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -5,10 +5,8 @@ N training examples, B examples per update, D features, C classes.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -19,10 +17,10 @@ from torch import Tensor
 
 from gdtrain.data.loader import IndexLoader, Sampling
 from gdtrain.data.mapped import MappedInputs
-from gdtrain.data.prepared import Part, PreparedData, Raw, prepare
+from gdtrain.data.prepared import Part, PreparedData, Raw, check_fraction, prepare
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sparse import SparseInputs
-from gdtrain.ranges import Interval, Whole
+from gdtrain.ranges import Whole
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -89,8 +87,8 @@ class DataModule(LightningDataModule):
             "micro_batch_size", micro_batch_size, 1, "auto", None
         )
         self.sampling: Sampling = sampling
-        self.val_fraction = _fraction("val_fraction", val_fraction)
-        self.test_fraction = _fraction("test_fraction", test_fraction)
+        self.val_fraction = check_fraction("val_fraction", val_fraction)
+        self.test_fraction = check_fraction("test_fraction", test_fraction)
         self.standardize = standardize
         self.standardize_targets = standardize_targets
         self.split_seed = Whole(0).check("split_seed", split_seed)
@@ -103,8 +101,6 @@ class DataModule(LightningDataModule):
     @abstractmethod
     def load(self) -> Raw:
         """Read the source."""
-
-    # ------------------------------------------------------------------ set-up
 
     def setup(self, stage: str | None = None) -> None:
         """Load, split and standardise; once, whatever the stage.
@@ -163,8 +159,6 @@ class DataModule(LightningDataModule):
             self._loss = getattr(trainer.lightning_module, "loss", None)
         if str(trainer.precision) == "64-true":
             self.dtype = torch.float64
-
-    # ------------------------------------------------------------------ what models need to know
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -232,8 +226,6 @@ class DataModule(LightningDataModule):
         """B."""
         return self.num_train if self.batch_size == "full" else self.batch_size
 
-    # ------------------------------------------------------------------ loaders
-
     def train_dataloader(self) -> IndexLoader:
         """Blocks of example numbers, from the trainer's update on."""
         trainer = self.trainer
@@ -294,8 +286,6 @@ class DataModule(LightningDataModule):
         if trainer is None:
             return self.evaluation_loader(part)
         return self.evaluation_loader(part, trainer.global_rank, trainer.world_size)
-
-    # ------------------------------------------------------------------ checkpoints
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the trainer."""
@@ -360,16 +350,3 @@ def whole_or(name: str, value: Any, low: int, *words: str | None) -> Any:
         raise ValueError(
             f"{name} must be {Whole(low)}, or {others}. Received: {name}={value!r}."
         ) from None
-
-
-def _fraction(name: str, value: Any) -> Any:
-    """The value, if it is a share of the examples or a number of them."""
-    amount = -1.0
-    with suppress(ValueError):
-        amount = Interval(0, math.inf, "left").check(name, value)
-    if amount < 0 or (amount > 1 and amount % 1):
-        raise ValueError(
-            f"{name} must be a fraction in [0, 1) or a whole number of examples. "
-            f"Received: {name}={value!r}."
-        )
-    return value

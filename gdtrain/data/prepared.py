@@ -6,7 +6,9 @@ N examples, D features, C classes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +22,7 @@ from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.preprocessing import Preprocessing, check_features, check_whole
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.targets import Decision, Task, decide
+from gdtrain.ranges import Interval
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -118,8 +121,6 @@ class PreparedData:
             self._split_fingerprint = digest.hexdigest()[:12]
         return self._split_fingerprint
 
-    # ------------------------------------------------------------------ the examples
-
     def examples(self, part: Part) -> tuple[Tensor | MappedInputs | SparseInputs, Tensor]:
         """Inputs and targets of one part, standardised.
 
@@ -187,8 +188,6 @@ class PreparedData:
         if isinstance(inputs, SparseInputs):
             batch_size = min(batch_size, inputs.rows_at_once)
         return EvaluationLoader(inputs, targets, batch_size, rank, ranks)
-
-    # ------------------------------------------------------------------ the same data again
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the preprocessing, the shapes and the split's fingerprint."""
@@ -319,14 +318,27 @@ def prepare(
     return PreparedData(parts, _Split(split), preprocessing, target.said)
 
 
+def check_fraction(name: str, value: Any) -> Any:
+    """The value, if it is a share of the examples or a number of them."""
+    amount = -1.0
+    with suppress(ValueError):
+        amount = Interval(0, math.inf, "left").check(name, value)
+    if amount < 0 or (amount > 1 and amount % 1):
+        raise ValueError(
+            f"{name} must be a fraction in [0, 1) or a whole number of examples. "
+            f"Received: {name}={value!r}."
+        )
+    return value
+
+
 def held_out(
     n: int, val_fraction: float, test_fraction: float, given: Collection[str] = ()
 ) -> dict[str, int]:
     """How many of N examples are held out for the parts that are not given; raises on all."""
-    counts = {
-        name: 0 if name in given else int(f) if f >= 1 else round(f * n)
-        for name, f in (("val", val_fraction), ("test", test_fraction))
-    }
+    counts = {}
+    for name, f in (("val", val_fraction), ("test", test_fraction)):
+        check_fraction(f"{name}_fraction", f)
+        counts[name] = 0 if name in given else int(f) if f >= 1 else round(f * n)
     if n - sum(counts.values()) < 1:
         raise ValueError(
             f"val_fraction={val_fraction} and test_fraction={test_fraction} leave nothing of {n} "

@@ -135,8 +135,6 @@ class Table:
         if not self.num_rows:
             raise ValueError(f"{self.path} has a header, but no rows.")
 
-    # ------------------------------------------------------------------ lines and fields
-
     @contextmanager
     def _open(self) -> Iterator[TextIO]:
         """The text, unpacked."""
@@ -294,8 +292,6 @@ class Table:
             numbered = zip(range(max(wanted, default=-1) + 1), records, strict=False)
             return {row: record for row, record in numbered if row in wanted}
 
-    # ------------------------------------------------------------------ columns
-
     @property
     def names(self) -> list[str]:
         """Of the columns that have one, in their order."""
@@ -429,10 +425,6 @@ def read_csv(
         columns: Names of the feature columns; None: all others.
         header: Whether the first line holds names.
         task: "classification", "regression" or "auto".
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No such column, rows of several lengths, text in a feature, or missing values.
 
     Example:
         >>> import tempfile

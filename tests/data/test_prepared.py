@@ -1,12 +1,15 @@
 """The data of a run without Lightning: the very same tensors as from the data modules."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import gdtrain.data
 from gdtrain.data import (
     CSVDataModule,
     DatasetDataModule,
@@ -52,6 +55,13 @@ def test_digits_are_learnt_without_lightning():
     accuracy, imported = done.stdout.split()
     assert float(accuracy) > 0.85
     assert imported == "False"
+
+
+def test_lightning_is_known_to_the_data_modules_alone():
+    folder = Path(gdtrain.data.__file__).parent
+    known = r"^(from|import) (lightning|gdtrain\.data\.modules?)\b"
+    found = [p.name for p in folder.glob("*.py") if re.search(known, p.read_text("utf-8"), re.M)]
+    assert sorted(found) == ["module.py", "modules.py"]
 
 
 def files(folder):
@@ -100,6 +110,12 @@ def test_a_dataset_is_split_alike_without_lightning():
     (x, y), (u, v) = (next(iter(d.evaluation_loader("val"))) for d in (plain, shell))
     assert torch.equal(x, u)
     assert torch.equal(y, v)
+
+
+@pytest.mark.parametrize("name", ["val_fraction", "test_fraction"])
+def test_fractions_out_of_range_are_named(name):
+    with pytest.raises(ValueError, match=rf"{name} must be a fraction in .* {name}=-0\.5"):
+        prepare(embedded("iris"), **{name: -0.5})
 
 
 def test_data_that_are_not_there_yet_say_so():
