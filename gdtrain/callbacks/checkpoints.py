@@ -13,7 +13,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from gdtrain.data.reading import load_checkpoint
+from gdtrain.data.checkpoint_reading import load_checkpoint
 from gdtrain.lightning.module import SupervisedModule
 
 __all__ = ["BestAndLast"]

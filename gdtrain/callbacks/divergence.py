@@ -30,8 +30,8 @@ from gdtrain.analysis.diagnosis import (
     overshoot,
     step_limit,
 )
-from gdtrain.data.dataset import PairLoader
 from gdtrain.data.loader import IndexLoader
+from gdtrain.data.pairs import PairLoader
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule, set_random_state
 from gdtrain.objective import Objective

@@ -1,26 +1,33 @@
-"""Data: sources, the split, the index loader. The data modules alone import Lightning."""
+"""Data: sources, what is prepared of them, the index loader. The data modules import Lightning."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gdtrain.data.dataset import DatasetDataModule, PairLoader
+    from gdtrain.data.arrays import read_npy
+    from gdtrain.data.dataset import FetchedData
     from gdtrain.data.files import read_features, read_labelled
     from gdtrain.data.frames import features
+    from gdtrain.data.libsvm import read_libsvm
     from gdtrain.data.loader import EvaluationLoader, IndexLoader
     from gdtrain.data.mapped import MappedInputs
-    from gdtrain.data.module import DataModule, Raw
-    from gdtrain.data.preprocessing import Preprocessing
-    from gdtrain.data.sources import (
+    from gdtrain.data.module import DataModule
+    from gdtrain.data.modules import (
         ArrayDataModule,
+        CSVDataModule,
+        DatasetDataModule,
         EmbeddedDataModule,
         LIBSVMDataModule,
         NPYDataModule,
         SyntheticDataModule,
         TorchvisionDataModule,
     )
+    from gdtrain.data.pairs import PairLoader
+    from gdtrain.data.prepared import PreparedData, Raw, prepare
+    from gdtrain.data.preprocessing import Preprocessing
+    from gdtrain.data.sources import embedded, synthetic, torchvision_images
     from gdtrain.data.sparse import SparseInputs
-    from gdtrain.data.tables import CSVDataModule, Table
+    from gdtrain.data.tables import Table, read_csv
 
 __all__ = [
     "ArrayDataModule",
@@ -29,48 +36,66 @@ __all__ = [
     "DatasetDataModule",
     "EmbeddedDataModule",
     "EvaluationLoader",
+    "FetchedData",
     "IndexLoader",
     "LIBSVMDataModule",
     "MappedInputs",
     "NPYDataModule",
     "PairLoader",
+    "PreparedData",
     "Preprocessing",
     "Raw",
     "SparseInputs",
     "SyntheticDataModule",
     "Table",
     "TorchvisionDataModule",
+    "embedded",
     "features",
+    "prepare",
+    "read_csv",
     "read_features",
     "read_labelled",
+    "read_libsvm",
+    "read_npy",
+    "synthetic",
+    "torchvision_images",
 ]
 
 _HOME = {
-    "ArrayDataModule": "sources",
-    "CSVDataModule": "tables",
+    "ArrayDataModule": "modules",
+    "CSVDataModule": "modules",
     "DataModule": "module",
-    "DatasetDataModule": "dataset",
-    "EmbeddedDataModule": "sources",
+    "DatasetDataModule": "modules",
+    "EmbeddedDataModule": "modules",
     "EvaluationLoader": "loader",
+    "FetchedData": "dataset",
     "IndexLoader": "loader",
-    "LIBSVMDataModule": "sources",
+    "LIBSVMDataModule": "modules",
     "MappedInputs": "mapped",
-    "NPYDataModule": "sources",
-    "PairLoader": "dataset",
+    "NPYDataModule": "modules",
+    "PairLoader": "pairs",
+    "PreparedData": "prepared",
     "Preprocessing": "preprocessing",
-    "Raw": "module",
+    "Raw": "prepared",
     "SparseInputs": "sparse",
-    "SyntheticDataModule": "sources",
+    "SyntheticDataModule": "modules",
     "Table": "tables",
-    "TorchvisionDataModule": "sources",
+    "TorchvisionDataModule": "modules",
+    "embedded": "sources",
     "features": "frames",
+    "prepare": "prepared",
+    "read_csv": "tables",
     "read_features": "files",
     "read_labelled": "files",
+    "read_libsvm": "libsvm",
+    "read_npy": "arrays",
+    "synthetic": "sources",
+    "torchvision_images": "sources",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: the loader and the order are used where no Lightning is.
+    # Lazily: only the data modules are to import Lightning.
     if name in _HOME:
         return getattr(import_module(f"gdtrain.data.{_HOME[name]}"), name)
     raise AttributeError(f"module 'gdtrain.data' has no attribute {name!r}")

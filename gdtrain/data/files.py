@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gdtrain.data.arrays import load_npy, load_npz
+from gdtrain.data.columns import Kind, listed
 from gdtrain.data.frames import features
+from gdtrain.data.libsvm import load_libsvm
 from gdtrain.data.preprocessing import Preprocessing
-from gdtrain.data.sources import _load_libsvm, _load_npy, _load_npz
-from gdtrain.data.tables import Header, Kind, Table, _listed, is_table
+from gdtrain.data.tables import Header, Table, is_table
 
 __all__ = ["read_features", "read_labelled"]
 
@@ -60,11 +62,11 @@ def read_features(
     path = _input(path)
     kind = _kind(path, feature_names, first_feature)
     if kind == "npy":
-        return features(_load_npy(path))
+        return features(load_npy(path))
     if kind == "npz":
-        return features(_load_npz(path))
+        return features(load_npz(path))
     if kind == "libsvm":
-        return _load_libsvm([path], np.float64, first_feature, num_features)[0][0]
+        return load_libsvm([path], np.float64, first_feature, num_features)[0][0]
     names = _stripped(feature_names)
     table = Table(path, header, expected=names, key="header")
     return table.read(_there(table, names), advice=_LEAVE)[0]
@@ -120,10 +122,10 @@ def read_labelled(
         return x, y
     if kind == "libsvm":
         width = int(np.prod(preprocessing.input_shape)) if preprocessing.input_shape else None
-        tables, labels, _ = _load_libsvm([path], np.float64, first, width)
+        tables, labels, _ = load_libsvm([path], np.float64, first, width)
         x, y = tables[0], labels[0]
     else:
-        x = features(_load_npz(path) if kind == "npz" else _load_npy(path))
+        x = features(load_npz(path) if kind == "npz" else load_npy(path))
         x, y = _apart(x, target, path, kind)
     if len(y) != x.shape[0]:
         raise ValueError(
@@ -179,8 +181,8 @@ def _there(table: Table, names: list[str] | None) -> list[str]:
     missing = [name for name in names or () if name not in there]
     if missing:
         raise ValueError(
-            f"{table.path} lacks the feature{'s' * (len(missing) > 1)} {_listed(missing, 10)}. "
-            f"It has: {_listed(table.names)}."
+            f"{table.path} lacks the feature{'s' * (len(missing) > 1)} {listed(missing, 10)}. "
+            f"It has: {listed(table.names)}."
         )
     return table.all_names() if names is None else names
 
@@ -193,7 +195,7 @@ def _target(table: Table, names: list[str] | None, target: str | None) -> str:
     if len(others) != 1:
         raise ValueError(
             f"{table.path}: which column has the targets? target=… names it. Beside the features "
-            f"there are: {_listed(others) or 'none'}."
+            f"there are: {listed(others) or 'none'}."
         )
     return others[0]
 
@@ -201,7 +203,7 @@ def _target(table: Table, names: list[str] | None, target: str | None) -> str:
 def _apart(x: Any, target: str | None, path: Path, kind: str) -> tuple[Any, NDArray[Any]]:
     """Inputs and targets of NumPy's files."""
     if target is not None and not target.strip().lstrip("-").isdigit():
-        return x, _load_npy(_input(target, "target"))
+        return x, load_npy(_input(target, "target"))
     column = -1 if target is None else int(target)
     if kind == "npz" or x.ndim != 2 or not -x.shape[1] <= column < x.shape[1]:
         raise ValueError(

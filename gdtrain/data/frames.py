@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gdtrain.data.preprocessing import check_whole
 from gdtrain.data.sparse import is_sparse, rows_of
-from gdtrain.data.targets import is_of, kind_of, raw_array
+from gdtrain.data.target_values import is_of, kind_of, raw_array
 
 __all__ = ["check_aligned", "feature_names", "features"]
 

@@ -16,8 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gdtrain._compat.numpy_memmap import file_map
 from gdtrain.data.sparse import SparseInputs, check_entries, is_sparse
-from gdtrain.data.targets import check_numbers, class_numbers, label_array, read
+from gdtrain.data.target_values import check_numbers, label_array, read
+from gdtrain.data.targets import class_numbers
 
 __all__ = ["Preprocessing"]
 
@@ -324,14 +326,9 @@ def give_back(array: NDArray[Any]) -> None:
     Args:
         array: Mapped, or not: then nothing happens.
     """
-    base: Any = array
-    while isinstance(base, np.ndarray):
-        mapped = getattr(base, "_mmap", None)
-        if mapped is not None:
-            if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-                mapped.madvise(mmap.MADV_DONTNEED)
-            return
-        base = base.base
+    mapped = file_map(array)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _moments(

@@ -13,7 +13,6 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -22,28 +21,31 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from gdtrain.data.module import DataModule, Raw
-from gdtrain.data.reading import check_unpacked
-from gdtrain.data.sources import _existing
+from gdtrain.data.columns import (
+    Fault,
+    Kind,
+    column_numbers,
+    column_targets,
+    explain,
+    is_number,
+    listed,
+    look_like_values,
+    quoted,
+)
+from gdtrain.data.prepared import Raw
+from gdtrain.data.reading import check_unpacked, existing
 from gdtrain.data.targets import Task, check_task
 
-__all__ = ["CSVDataModule", "Table", "is_table"]
+__all__ = ["Table", "is_table", "read_csv"]
 
 _log = logging.getLogger("gdtrain")
 
 Header = bool | Literal["auto"]
-Kind = Literal["auto", "labels", "numbers", "text"]
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LONGEST_LINE = 2**24  # characters
 _MOST_BYTES = 8e9  # of the numbers, as a dense array
-_EXACT = 2**53  # float64 has every whole number up to here
-_MOST_SHOWN = 10
-_MISSING = frozenset(
-    ["", "na", "n/a", "<na>", "nan", "-nan", "nat", "null", "none", "?"]
-    + [f"#{word}" for word in ("n/a", "div/0!", "num!", "value!", "ref!", "name?")]  # Excel's
-)
 
 
 def is_table(path: Path) -> bool:
@@ -65,16 +67,6 @@ def _suffix(path: Path) -> str:
     if suffixes and suffixes[-1] in (*_OPENERS, ".zip"):
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
-
-
-@dataclass
-class _Fault:
-    """What is wrong with a column: in how many rows, the first of them, and what stands there."""
-
-    name: str
-    row: int
-    count: int
-    is_target: bool = False
 
 
 class Table:
@@ -128,8 +120,8 @@ class Table:
             # "Unnamed: 0" is what pandas calls a column without a name, and then writes.
             names = [re.sub(r"^Unnamed: \d+$", "", field.strip()) for field in fields]
             known = bool(expected) and set(expected or ()) <= set(names)
-            if header == "auto" and not known and _numeric(names):
-                shown = _quoted(self.delimiter.join(fields))
+            if header == "auto" and not known and look_like_values(names):
+                shown = quoted(self.delimiter.join(fields))
                 raise ValueError(
                     f"{self.path}, line {self._first_line}: expected the columns' names. Received "
                     f"what looks like an example: {shown}. {key}=false takes it as one, and calls "
@@ -142,8 +134,6 @@ class Table:
             self.num_rows = self._count(records if self._has_header else chain([first], records))
         if not self.num_rows:
             raise ValueError(f"{self.path} has a header, but no rows.")
-
-    # ------------------------------------------------------------------ lines and fields
 
     @contextmanager
     def _open(self) -> Iterator[TextIO]:
@@ -174,7 +164,7 @@ class Table:
                 if len(names) != 1:
                     raise ValueError(
                         f"{self.path} must hold one file. Received: {len(names)}"
-                        f"{_listed(names) and f', {_listed(names)}'}."
+                        f"{listed(names) and f', {listed(names)}'}."
                     )
                 with archive.open(names[0]) as file:
                     yield file
@@ -191,7 +181,7 @@ class Table:
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
-                    where = f", line {number}: {_quoted(bytes(line[error.start :][:20]))}"
+                    where = f", line {number}: {quoted(bytes(line[error.start :][:20]))}"
                     break
                 if not line:
                     break
@@ -302,8 +292,6 @@ class Table:
             numbered = zip(range(max(wanted, default=-1) + 1), records, strict=False)
             return {row: record for row, record in numbered if row in wanted}
 
-    # ------------------------------------------------------------------ columns
-
     @property
     def names(self) -> list[str]:
         """Of the columns that have one, in their order."""
@@ -389,16 +377,16 @@ class Table:
         features = np.empty((self.num_rows, len(names)))
         faults = []
         for i, name in enumerate(names):
-            features[:, i], bad = _numbers(frame[places[name]])
+            features[:, i], bad = column_numbers(frame[places[name]])
             if bad.any():
-                faults.append(_Fault(name, int(bad.argmax()), int(bad.sum())))
+                faults.append(Fault(name, int(bad.argmax()), int(bad.sum())))
         targets = None
         if target is not None:
-            targets, bad = _targets(frame[places[target]], kind)
+            targets, bad = column_targets(frame[places[target]], kind)
             if bad.any():
-                faults.append(_Fault(target, int(bad.argmax()), int(bad.sum()), is_target=True))
+                faults.append(Fault(target, int(bad.argmax()), int(bad.sum()), is_target=True))
         if faults:
-            raise ValueError(self._explain(faults, kind, advice))
+            raise ValueError(explain(self.path, self._columns, faults, self.lines, kind, advice))
         return features, targets
 
     def _places(self, chosen: list[str]) -> dict[str, int]:
@@ -409,230 +397,65 @@ class Table:
         unknown = [name for name in chosen if name not in places or not name]
         if unknown:
             raise ValueError(
-                f"{self.path} has no column {_listed(unknown)}. It has: {_listed(self.names)}."
+                f"{self.path} has no column {listed(unknown)}. It has: {listed(self.names)}."
             )
         twice = next((name for name in chosen if len(places[name]) > 1), None)
         if twice is not None:
             first, second = places[twice][:2]
             raise ValueError(
                 f"{self.path}, line {self._first_line}: each column needs a name of its own. "
-                f"Received: {_quoted(twice)} in the columns {first + 1} and {second + 1}."
+                f"Received: {quoted(twice)} in the columns {first + 1} and {second + 1}."
             )
         return {name: places[name][0] for name in chosen}
 
-    def _explain(self, faults: list[_Fault], kind: Kind, advice: str) -> str:
-        """All bad columns, each with its first bad line, and what to do."""
-        shown = faults[:_MOST_SHOWN]
-        if faults[-1].is_target:
-            shown[-1] = faults[-1]
-        records = self.lines(fault.row for fault in shown)
-        said, remedies = [], []
-        for fault in shown:
-            line, fields = records[fault.row]
-            what, remedy = _reason(fields[self._columns.index(fault.name)].strip())
-            if fault.is_target and remedy == _TEXT:
-                remedy = _TEXT_TARGET if kind == "auto" else "Write targets as numbers."
-            remedies.append(f"{remedy[:-1]}, or {advice}." if remedy == _TEXT else remedy)
-            more = f" ({fault.count - 1} more)" if fault.count > 1 else ""
-            which = "the target" if fault.is_target else "column"
-            said.append(f"{which} {_quoted(fault.name)}, line {line}: {what}{more}")
-        if len(faults) > len(shown):
-            said.append(f"and {len(faults) - len(shown)} more columns")
-        return "\n  ".join(
-            [
-                f"{self.path}: expected a value in each row, and features that are finite numbers. "
-                f"Received:",
-                *said,
-                *dict.fromkeys(remedies),
-            ]
-        )
 
-
-# ---------------------------------------------------------------------- values
-
-_TEXT = "Encode text as numbers."
-_TEXT_TARGET = "Write all targets as numbers, or set task=classification to take them as labels."
-_FILL = "Fill in or drop missing values first."
-_PLAIN = "Write numbers with a point and nothing else, as in 1234.5."
-
-
-def _reason(value: str) -> tuple[str, str]:
-    """Why a value is no finite number, and what to do about it."""
-    if not value:
-        return "empty", _FILL
-    shown = _quoted(value)
-    if value.lower() in _MISSING:
-        return f"{shown}, a missing value", _FILL
-    if _is_number(value):
-        if "inf" in value.lower():
-            return f"{shown}, which is not finite", _FILL
-        if not np.isfinite(float(value)):
-            return f"{shown}, beyond float64", "Divide such numbers by a constant first."
-        return (
-            f"{shown}, which float64 rounds: it has whole numbers up to 2^53 only",
-            "Subtract a constant from such numbers first, or leave them out if they name things.",
-        )
-    if _is_decorated(value):
-        return f"{shown}, with a decimal comma, a separator or a unit", _PLAIN
-    return f"{shown}, which is text", _TEXT
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return "_" not in text  # Python's own
-
-
-def _is_decorated(text: str) -> bool:
-    """Whether it is a number with a decimal comma, separators of thousands, or a unit's sign."""
-    bare = re.sub("[\\s\u00a0\u202f'’$€£¥%]", "", text).replace(",", ".").replace("−", "-")
-    return re.fullmatch(r"[+-]?\d+(\.\d+)*(e[+-]?\d+)?", bare, re.IGNORECASE) is not None
-
-
-def _numeric(names: list[str]) -> bool:
-    """Whether columns' names look like the values of an example.
-
-    They do if half of them are numbers; but not if text stands beside 0, 1, 2, … or 1990, 1991, ….
-    """
-    numbers = [float(name) for name in names if _is_number(name)]
-    if len(numbers) < len(names) and len(numbers) > 1 and set(np.diff(numbers)) == {1.0}:
-        return False
-    return 2 * len(numbers) >= len(names)
-
-
-def _numbers(column: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """A column of pandas as float64, and which of its values are no finite number."""
-    import pandas as pd
-
-    if column.dtype.kind in "biuf":
-        values = column.to_numpy(dtype=np.float64)
-    else:
-        text = column.astype(str).str.strip().str.lower()
-        switches = text.map({"true": 1.0, "false": 0.0})
-        if switches.notna().any() and (switches.notna() | text.isin(_MISSING)).all():
-            values = switches.to_numpy(dtype=np.float64)
-        else:
-            values = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
-    bad = ~np.isfinite(values)
-    if column.dtype.kind != "f" and (np.abs(values[~bad]) >= _EXACT).any():
-        for row in np.flatnonzero(~bad & (np.abs(values) >= _EXACT)):
-            written = str(column.iloc[row]).strip()
-            whole = re.fullmatch(r"[+-]?\d+", written)
-            bad[row] = whole is not None and int(written) != int(values[row])
-    return values, bad
-
-
-def _targets(column: Any, kind: Kind) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """A column of pandas as numbers or labels, and which of its values are none."""
-    if column.dtype.kind in "biuf":
-        values = column.to_numpy()
-        return values, ~np.isfinite(values)
-    text = column.astype(str).str.strip()
-    labels = text.to_numpy(dtype=object)
-    empty = labels == ""
-    if kind == "text":
-        return labels, empty
-    numbers, bad = _numbers(column)
-    bad = ~np.isfinite(numbers)
-    if kind == "numbers":
-        return numbers, bad
-    missing = text.str.lower().isin(_MISSING).to_numpy()
-    if not missing.all() and not (bad & ~missing).any():
-        return numbers, bad
-    if kind == "auto" and not missing.all():
-        words = text[~missing & bad]
-        alike = all(_is_decorated(word) for word in words.unique())
-        if alike or (2 * len(words) < len(text) and text.nunique() > 20):
-            return labels, bad
-    return labels, empty
-
-
-def _quoted(value: str | bytes, most: int = 60) -> str:
-    """As Python writes it, and not longer than a line."""
-    return repr(value if len(value) <= most else value[:most]) + "…" * (len(value) > most)
-
-
-def _listed(names: list[str], most: int = 20) -> str:
-    shown = ", ".join(_quoted(name) for name in names[:most])
-    return shown + f" and {len(names) - most} more" * (len(names) > most)
-
-
-# ---------------------------------------------------------------------- training
-
-
-class CSVDataModule(DataModule):
-    r"""A CSV file with a header; numeric features and one target column.
-
-    What is read as a table is written at `gdtrain.data.tables.Table`. Booleans are taken as 0 and
-    1. A first column without a name, as R and pandas write for the rows, is left out.
+def read_csv(
+    path: str | Path,
+    target: str | None = None,
+    *,
+    columns: list[str] | None = None,
+    header: Header = "auto",
+    task: Task = "auto",
+) -> Raw:
+    r"""The examples of a table: numeric features and one target column.
 
     Args:
-        path: The file: `.csv`, or `.tsv` with tabs; plain, `.gz`, `.bz2`, `.xz` or `.zip`.
+        path: As for `CSVDataModule`, and so the following.
         target: Name of the target column; None: the last.
         columns: Names of the feature columns; None: all others.
-        header: Whether the first line holds names; if not, the columns are called 0, 1, …. "auto":
-            a ValueError where it looks like an example.
-        task: As for `ArrayDataModule`.
-        **options: As for `DataModule`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: No such column, rows of several lengths, text in a feature, or missing values.
+        header: Whether the first line holds names.
+        task: "classification", "regression" or "auto".
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "table.csv"
-        ...     _ = path.write_text("a,b,kind\n" + "1,2,yes\n3,4,no\n" * 10)
-        ...     data = CSVDataModule(path, target="kind", batch_size=4)
-        ...     data.setup()
-        >>> data.preprocessing.classes
-        ['no', 'yes']
+        ...     _ = path.write_text("a,b,kind\n1,2,yes\n3,4,no\n")
+        ...     raw = read_csv(path, "kind")
+        >>> raw.feature_names, raw.targets.tolist()
+        (['a', 'b'], ['yes', 'no'])
     """
+    path, task = existing(path), check_task(task)
+    target = None if target is None else str(target).strip()
 
-    def __init__(
-        self,
-        path: str | Path,
-        target: str | None = None,
-        *,
-        columns: list[str] | None = None,
-        header: Header = "auto",
-        task: Task = "auto",
-        **options: Any,
-    ) -> None:
-        super().__init__(**options)
-        self.path, self.target, self.task = _existing(path), target, check_task(task)
-        if isinstance(columns, str) or (columns is not None and not columns):
-            raise ValueError(
-                f"columns must be a list of names, such as [age,height], or null for all. "
-                f"Received: {columns!r}."
-            )
-        self.columns = None if columns is None else [str(name).strip() for name in columns]
-        self.header = header
-
-    def load(self) -> Raw:
-        """Read it."""
-        target = None if self.target is None else str(self.target).strip()
-        said = [*(self.columns or []), *([] if target is None else [target])]
-        words = [name for name in said if not _is_number(name)]  # a number may be of an example
-        table = Table(self.path, self.header, expected=words)
-        everything = table.all_names() if target is None or self.columns is None else []
-        if target is None:
-            target = everything[-1]
-        names = self.columns or [name for name in everything if name != target]
-        if not names:
-            raise ValueError(
-                f"{self.path} has no feature column beside the target {_quoted(target)}. Fields "
-                f"are separated by commas, tabs, semicolons or bars."
-            )
-        if target in names or (self.columns and len(set(names)) < len(names)):
-            raise ValueError(
-                f"columns must name each feature once, and not the target {_quoted(target)}. "
-                f"Received: {_listed(names)}."
-            )
-        kinds: dict[str, Kind] = {"regression": "numbers", "classification": "labels"}
-        features, targets = table.read(names, target, kinds.get(self.task, "auto"))
-        assert targets is not None
-        return Raw(features, targets, self.task, names)
+    said = [*(columns or []), *([] if target is None else [target])]
+    words = [name for name in said if not is_number(name)]  # a number may be of an example
+    table = Table(path, header, expected=words)
+    everything = table.all_names() if target is None or columns is None else []
+    if target is None:
+        target = everything[-1]
+    names = columns or [name for name in everything if name != target]
+    if not names:
+        raise ValueError(
+            f"{path} has no feature column beside the target {quoted(target)}. Fields "
+            f"are separated by commas, tabs, semicolons or bars."
+        )
+    if target in names or (columns and len(set(names)) < len(names)):
+        raise ValueError(
+            f"columns must name each feature once, and not the target {quoted(target)}. "
+            f"Received: {listed(names)}."
+        )
+    kinds: dict[str, Kind] = {"regression": "numbers", "classification": "labels"}
+    features, targets = table.read(names, target, kinds.get(task, "auto"))
+    assert targets is not None
+    return Raw(features, targets, task, names)

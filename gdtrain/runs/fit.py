@@ -43,7 +43,7 @@ from gdtrain.callbacks import (
 )
 from gdtrain.callbacks.interrupt import OwnSignals, as_keyboard_interrupt
 from gdtrain.data import ArrayDataModule, DataModule, features
-from gdtrain.data.reading import load_checkpoint
+from gdtrain.data.checkpoint_reading import load_checkpoint
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.engines import EngineName
 from gdtrain.lightning.module import SupervisedModule

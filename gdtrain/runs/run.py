@@ -37,7 +37,8 @@ from gdtrain.data import (
     read_features,
     read_labelled,
 )
-from gdtrain.data.reading import load_checkpoint, printable, unpacked_bytes
+from gdtrain.data.checkpoint_reading import load_checkpoint
+from gdtrain.data.reading import printable, unpacked_bytes
 from gdtrain.data.tables import Header
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes, is_first_process

@@ -182,22 +182,25 @@ def test_labelled_arrays_and_sparse_files(tmp_path):
         np.testing.assert_array_equal(labels, y)
 
 
-def test_labelled_arrays_that_do_not_fit(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "target", "message"),
+    [
+        ("x.npz", "y.npy", r"30 examples and 7 targets"),
+        ("x.npz", None, r"must come with a \.npy file of targets"),
+        ("xy.npy", "9", r"must come with a \.npy file.* in column 9"),
+        ("xy.npy", "xy.npy", r"one label for each example.*shape \(\d+, \d+\)"),
+        ("xy.npy", None, r"example 1 \(counted from 0\): Labels must be among"),
+    ],
+)
+def test_labelled_arrays_that_do_not_fit(name, target, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     x, y = numbers()
     learnt = Preprocessing.learn(x, y, classify=True, standardize=False)
-    np.save(tmp_path / "y.npy", y[:7])
-    np.save(tmp_path / "xy.npy", np.column_stack([x, y + 1]))
-    sparse.save_npz(tmp_path / "x.npz", sparse.csr_array(x))
-    with pytest.raises(ValueError, match=r"30 examples and 7 targets"):
-        read_labelled(tmp_path / "x.npz", learnt, str(tmp_path / "y.npy"))
-    with pytest.raises(ValueError, match=r"must come with a \.npy file of targets"):
-        read_labelled(tmp_path / "x.npz", learnt)
-    with pytest.raises(ValueError, match=r"must come with a \.npy file.* in column 9"):
-        read_labelled(tmp_path / "xy.npy", learnt, "9")
-    with pytest.raises(ValueError, match=r"one label for each example.*shape \(\d+, \d+\)"):
-        read_labelled(tmp_path / "xy.npy", learnt, str(tmp_path / "xy.npy"))
-    with pytest.raises(ValueError, match=r"example 1 \(counted from 0\): Labels must be among"):
-        read_labelled(tmp_path / "xy.npy", learnt)
+    np.save("y.npy", y[:7])
+    np.save("xy.npy", np.column_stack([x, y + 1]))
+    sparse.save_npz("x.npz", sparse.csr_array(x))
+    with pytest.raises(ValueError, match=message):
+        read_labelled(name, learnt, target)
     with pytest.raises(FileNotFoundError, match=r"away\. Set target to one that exists"):
         read_labelled(tmp_path / "xy.npy", learnt, "away")
 

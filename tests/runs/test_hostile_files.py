@@ -32,7 +32,7 @@ import gdtrain
 from gdtrain.analysis.landscape import Snapshots
 from gdtrain.callbacks import BestAndLast
 from gdtrain.data import LIBSVMDataModule, NPYDataModule, read_features
-from gdtrain.data.reading import load_checkpoint
+from gdtrain.data.checkpoint_reading import load_checkpoint
 from gdtrain.reporting import comparison, finished
 from gdtrain.runs import run as experiment
 from gdtrain.runs.configuration import conf_directory
