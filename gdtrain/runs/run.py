@@ -37,6 +37,8 @@ from gdtrain.data import (
     read_features,
     read_labelled,
 )
+from gdtrain.data.loader import IndexLoader
+from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.reading import load_checkpoint, printable, unpacked_bytes
 from gdtrain.data.tables import Header
 from gdtrain.errors import ConfigurationError
@@ -68,7 +70,7 @@ from gdtrain.runs.fit import (
 
 if TYPE_CHECKING:
     from gdtrain.analysis.landscape import Grid, Line
-    from gdtrain.analysis.rate_finder import RateCurve
+    from gdtrain.analysis.rate_curve import RateCurve
 
 __all__ = [
     "Trained",
@@ -86,6 +88,7 @@ _log = logging.getLogger("gdtrain")
 
 _LARGEST = 2**27  # numbers in an example which a checkpoint may ask for
 _MOST_DRAWN = 2**23  # and in data that are drawn
+_FETCHED = 4096  # examples of a Dataset that is not resident, for an analysis
 
 
 def train(config: DictConfig, directory: str | Path) -> Result:
@@ -445,7 +448,7 @@ def find_lr(config: DictConfig, directory: str | Path, name: str = "", **options
         config: Composed from `conf/train.yaml`; lr and schedule are not used.
         directory: The test's folder; it must not be there, or be empty.
         name: Of the test, in its picture.
-        **options: As for `gdtrain.analysis.rate_finder.find_lr`.
+        **options: As for `gdtrain.analysis.rate_finder.find_lr`: `min_lr`, `max_lr`, …
 
     Returns:
         The curve, with the suggestion.
@@ -499,7 +502,7 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
 
 def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
     """On the device, and in the precision, that the configuration trains with."""
-    from gdtrain.analysis import rate_finder
+    from gdtrain.analysis.rate_finder import find_lr
 
     data, module = _build(config)
     if config.ckpt_path is not None:
@@ -515,8 +518,20 @@ def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
             )
         module = trainer.precision_plugin.convert_module(module)
         module.to(trainer.strategy.root_device)
+        if module.step_size == "auto":
+            module.step_size = None  # what is looked for
+        objective = _objective(module, data, data.examples_per_update)
+        size = min(data.examples_per_update, len(objective.targets))
+        plan = IndexLoader(len(objective.targets), size, sampling=data.sampling, seed=data.seed)
         with trainer.precision_plugin.forward_context():
-            return rate_finder.find_lr(module, data, **options)
+            return find_lr(
+                objective,
+                module.configure_optimizers(),
+                plan,
+                engine=module.engine,
+                total=data.num_train,
+                **options,
+            )
 
 
 # ---------------------------------------------------------------------- one update in full
@@ -1246,17 +1261,48 @@ def _training_objective(
     trained: Trained, path: Path, overrides: Mapping[str, Any] | None
 ) -> tuple[Objective, int]:
     """J of a checkpoint on its training examples, and their number N."""
-    from gdtrain.analysis.rate_finder import objective_examples
-
     data = _same_data(trained, path, overrides)
-    module = trained.module
-    dtype = next(module.model.parameters()).dtype
+    objective = _objective(trained.module, data)
+    if trained.module.from_file:
+        check_outputs(objective.model, objective.inputs[:1])
+    return objective, data.num_train
+
+
+def _objective(
+    module: SupervisedModule, data: DataModule, batch_size: int | None = None
+) -> Objective:
+    """J on the training examples, or on some of those that are fetched one by one.
+
+    With a batch size it is to be differentiated: then memory bounds a pass, as in training.
+    """
+    parameter = next(module.model.parameters())
     inputs, targets = (
-        t.to("cpu", dtype if t.is_floating_point() else None) for t in objective_examples(data)
+        t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
+        for t in _examples(data)
     )
-    if module.from_file:
-        check_outputs(module.model, inputs[:1])
-    return Objective(module.model, module.loss, inputs, targets), data.num_train
+    micro: Any = None if batch_size is None else data.micro_batch_size
+    if batch_size is not None and micro is None:
+        if isinstance(inputs, MappedInputs):
+            micro = "auto"
+        elif isinstance(inputs, SparseInputs) and batch_size > inputs.rows_at_once:
+            micro = inputs.rows_at_once
+    return Objective(module.model, module.loss, inputs, targets, micro)
+
+
+def _examples(data: DataModule) -> tuple[Any, Tensor]:
+    """The training examples; of a Dataset, whole batches up to a few thousand examples."""
+    loader = data.train_dataloader()
+    if isinstance(loader, IndexLoader):
+        return data.examples("train")
+    pairs: list[tuple[Tensor, Tensor]] = []
+    try:
+        for pair in loader:
+            pairs.append(pair)
+            if sum(len(y) for _, y in pairs) >= min(_FETCHED, data.num_train):
+                break
+    finally:
+        loader.close()
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 def _weight_decay(trained: Trained) -> list[float]:
