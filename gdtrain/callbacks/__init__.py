@@ -7,6 +7,7 @@ from gdtrain.callbacks.curvature import Curvature
 from gdtrain.callbacks.curves import History, LossCurves
 from gdtrain.callbacks.distance import Distance
 from gdtrain.callbacks.divergence import Divergence
+from gdtrain.callbacks.explain import ExplainUpdate
 from gdtrain.callbacks.gathering import GatherMicroBatches
 from gdtrain.callbacks.gradient_cosine import GradientCosine
 from gdtrain.callbacks.gradient_noise import GradientNoise
@@ -26,6 +27,7 @@ __all__ = [
     "Distance",
     "Divergence",
     "ExactBatchNorm",
+    "ExplainUpdate",
     "GatherMicroBatches",
     "GradientCosine",
     "GradientNoise",

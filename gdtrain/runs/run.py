@@ -543,7 +543,7 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
     Args:
         config: Composed from `conf/train.yaml`.
         update: Which, range [0, T).
-        **options: As for `gdtrain.analysis.explanation.Explanation.text`.
+        **options: As for `gdtrain.analysis.explanation_text.Explanation.text`.
 
     Returns:
         The text.
@@ -560,7 +560,8 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
         >>> "The model, before the update" in explain(config)
         True
     """
-    from gdtrain.analysis.explanation import check_text, explain_run
+    from gdtrain.analysis.explanation_text import check_text
+    from gdtrain.callbacks.explain import ExplainUpdate
 
     try:
         if config.ckpt_path is not None:
@@ -569,11 +570,19 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
                 f"{config.ckpt_path}. Leave it out, and set update=… to a later one."
             )
         check_text(options.get("digits", 4), options.get("examples", 2))
+        explained = ExplainUpdate(update)
         data, module = _build(config)
-        with _quiet():
-            trainer = instantiate(config.trainer, _convert_="all")
-            found = explain_run(module, data, trainer, update)
-        return found.text(**options)
+        with _quiet(), alone_in(None, instantiate(config.trainer, _convert_="all")) as make_trainer:
+            trainer = make_trainer(callbacks=[explained], logger=False, enable_checkpointing=False)
+            if trainer.world_size > 1 or "mixed" in str(trainer.precision):
+                raise ValueError(
+                    f"One update is written out on one device, in one precision. Received: "
+                    f"{trainer.world_size} processes, precision={trainer.precision}. Set "
+                    f"trainer=default trainer.precision=32."
+                )
+            trainer.fit(module, datamodule=data)
+        assert explained.found is not None
+        return explained.found.text(**options)
     except _USER_ERRORS as error:
         raise ConfigurationError(_message(error, _plain(config))) from error
 
