@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import nn
 
-from gdtrain.analysis.landscape import Snapshots
+from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.work import Work
 from gdtrain.lightning.module import SupervisedModule
@@ -40,7 +40,7 @@ class Trajectory(Callback):
     out. Which updates are kept depends on their numbers alone: a resumed run leaves the path of one
     that went on.
 
-    The file (`gdtrain.analysis.landscape.Snapshots`) is written at the end of the run, also of one
+    The file (`gdtrain.analysis.trajectory.Snapshots`) is written at the end of the run, also of one
     that was stopped, and beside a checkpoint if it is 30 s old; a resumed run goes on with the file
     of the run before. `gdtrain.analysis.landscape` draws it. A step-size rule that averages shows
     the points at which it descends, not their average.

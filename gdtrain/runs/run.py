@@ -69,7 +69,7 @@ from gdtrain.runs.fit import (
 )
 
 if TYPE_CHECKING:
-    from gdtrain.analysis.landscape import Grid, Line
+    from gdtrain.analysis.landscape_figure import Grid, Line
     from gdtrain.analysis.rate_curve import RateCurve
 
 __all__ = [
@@ -1131,7 +1131,7 @@ def landscape(
     megabytes: float = 2048.0,
     overrides: Mapping[str, Any] | None = None,
     trust: tuple[str, ...] = (),
-) -> tuple[Path, dict[str, Line | Grid]]:
+) -> tuple[Path, Mapping[str, Line | Grid]]:
     """Draw the objective around a checkpoint, and the path of its run, into a folder.
 
     `landscape-1d.png` and `landscape-2d.png` (random directions, filter-normalised), and
@@ -1166,7 +1166,10 @@ def landscape(
         ...
         FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
-    from gdtrain.analysis.landscape import Landscape, Snapshots, save
+    from gdtrain.analysis.landscape import Landscape
+    from gdtrain.analysis.landscape_figure import save
+    from gdtrain.analysis.surface import Surface
+    from gdtrain.analysis.trajectory import Snapshots
 
     path = Path(path)
     if isinstance(megabytes, bool) or not 0 < megabytes < math.inf:
@@ -1189,19 +1192,15 @@ def landscape(
         snapshots.check(model, recorded)
         snapshots = snapshots.until(update, parameters_to_vector(params))
     parameters = sum(p.numel() for p in params)
-    if parameters <= 2:
-        if span is not None:
-            raise ValueError(
-                f"span is of random directions, and a model with {parameters} parameters is drawn "
-                f"on its exact surface. Received: span={span:g}. Leave it out."
-            )
+    kind = Surface if parameters <= 2 else Landscape
+    if kind is Surface:
         model.double()  # so that the minimum is one to many digits
     elif params[0].dtype in (torch.bfloat16, torch.float16):
         model.float()
     needed = Landscape.bytes_needed(parameters, params[0].element_size())
     _check_memory(read + needed, megabytes, f"Pictures of {parameters:,} parameters")
     objective, total = _training_objective(trained, path, overrides)
-    made = Landscape(
+    made = kind(
         objective,
         weight_decay=_weight_decay(trained),
         examples=examples,

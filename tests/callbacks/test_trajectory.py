@@ -12,7 +12,7 @@ from torch import nn
 
 import gdtrain.callbacks.trajectory as trajectory_module
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
-from gdtrain.analysis.landscape import Snapshots
+from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.callbacks import BestAndLast, Divergence
 from gdtrain.callbacks.trajectory import Trajectory
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule

@@ -28,7 +28,7 @@ from hydra import compose, initialize_config_dir
 from scipy import sparse
 
 import gdtrain
-from gdtrain.analysis.landscape import Snapshots
+from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.callbacks import BestAndLast
 from gdtrain.data import LIBSVMDataModule, NPYDataModule, read_features
 from gdtrain.data.reading import load_checkpoint
