@@ -20,8 +20,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.objective import Objective, untouched
+from gdtrain.ranges import Interval, Whole
 
-__all__ = ["NotFiniteError", "Sharpness", "batch_sharpness", "sharpness", "stability_limit"]
+__all__ = [
+    "NotFiniteError",
+    "Sharpness",
+    "batch_sharpness",
+    "sharpness",
+    "stability_limit",
+    "weight_decays",
+]
 
 _VECTORS = 20  # that are kept at once
 _KEPT = 5  # of them, when there is no room for more
@@ -120,10 +128,8 @@ def sharpness(
         Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability,
         arXiv 2103.00065.
     """
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must lie in (0, 1). Received: tolerance={tolerance}.")
-    if isinstance(max_iterations, bool) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1. Received: {max_iterations}.")
+    Interval(0, 1).check("tolerance", tolerance)
+    Whole(1).check("max_iterations", max_iterations)
     generator = torch.Generator().manual_seed(seed)
     params = objective.params
     dtype = torch.promote_types(params[0].dtype, torch.float32)
@@ -256,10 +262,8 @@ def stability_limit(
         Polyak, Some methods of speeding up the convergence of iteration methods, 1964.
         Cohen et al., arXiv 2103.00065, appendix B.
     """
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must lie in [0, 1]. Received: momentum={momentum}.")
-    if not 0 <= dampening < 1:
-        raise ValueError(f"dampening must lie in [0, 1). Received: dampening={dampening}.")
+    Interval(0, 1, closed="both").check("momentum", momentum)
+    Interval(0, 1, closed="left").check("dampening", dampening)
     if nesterov and dampening:
         raise ValueError(
             f"Nesterov momentum has no dampening. Received: nesterov=True, dampening={dampening}."
@@ -350,7 +354,26 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def weight_decays(objective: Objective, optimizer: Optimizer | None) -> list[float]:
-    """The weight decay of each parameter of the objective."""
+    """λ of each of the objective's parameters, as far as it is added to their gradient.
+
+    Args:
+        objective: J.
+        optimizer: Whose groups have "weight_decay"; None: there is none.
+
+    Returns:
+        One for each parameter; 0 where decay is decoupled from the gradient.
+
+    Raises:
+        ValueError: The optimizer maximises.
+
+    Example:
+        >>> from gdtrain.losses import SquaredError
+        >>> model = torch.nn.Linear(1, 1)
+        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.ones(1))
+        >>> optimizer = torch.optim.SGD([{"params": [model.weight], "weight_decay": 0.1}], lr=1.0)
+        >>> weight_decays(objective, optimizer)
+        [0.1, 0.0]
+    """
     if optimizer is None:
         return [0.0] * len(objective.params)
     if any(group.get("maximize") for group in optimizer.param_groups):
@@ -376,10 +399,6 @@ def _indices(
     device = objective.targets.device
     if examples is None:
         return torch.arange(count, device=device)
-    if isinstance(examples, bool) or not 1 <= examples <= count:
-        raise ValueError(
-            f"examples must lie in [1, {count}], the number of examples. Received: "
-            f"examples={examples}."
-        )
+    Whole(1, count).check("examples", examples)
     # Sorted: rows of a file are then read from front to back.
     return torch.randperm(count, generator=generator)[:examples].sort().values.to(device)

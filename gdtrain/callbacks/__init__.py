@@ -13,7 +13,7 @@ from gdtrain.callbacks.gradient_cosine import GradientCosine
 from gdtrain.callbacks.gradient_noise import GradientNoise
 from gdtrain.callbacks.gradient_norms import GradientNorms
 from gdtrain.callbacks.histograms import Histograms
-from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.callbacks.instrument import Instrument
 from gdtrain.callbacks.interrupt import Interrupt
 from gdtrain.callbacks.progress import ProgressLine
 from gdtrain.callbacks.step_test import StepTest
@@ -36,7 +36,6 @@ __all__ = [
     "History",
     "Instrument",
     "Interrupt",
-    "Look",
     "LossCurves",
     "ProgressLine",
     "StepTest",

@@ -17,6 +17,7 @@ from gdtrain.analysis.curvature import (
     sharpness,
     stability_limit,
 )
+from gdtrain.analysis.trial_update import is_full_batch
 from gdtrain.callbacks.curves import described
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
@@ -24,6 +25,7 @@ from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
 from gdtrain.optim.base import Descent
+from gdtrain.ranges import Whole
 
 __all__ = ["Curvature"]
 
@@ -93,13 +95,8 @@ class Curvature(Callback):
 
     def __init__(self, every: int | None = None, examples: int | None = None) -> None:
         for name, value in (("every", every), ("examples", examples)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ValueError(
-                    f"{name} must be a whole number of at least 1, or null. Received: "
-                    f"{name}={value!r}."
-                )
+            if value is not None:
+                Whole(1).check(name, value)
         self.every, self.examples = every, examples
         self.looks: list[tuple[int, Sharpness]] = []
         self._known: set[str] = set()  # tags that have their description
@@ -148,7 +145,7 @@ class Curvature(Callback):
                 self._places = Places(None, None, self.every)
             else:
                 self._places = Places(total, _LOOKS, max(1, module.updates_per_epoch // 10))
-                loader = cast(IndexLoader, self._trainer.train_dataloader)
+                loader = _plan(self._trainer)
                 self._work = Work.of(_objective(module), loader.batch_size)
         return self._places
 
@@ -188,7 +185,11 @@ class Curvature(Callback):
             return True
         work = self._work
         assert work is not None
-        products = (_EXPECTED if _is_full(trainer) else _BATCHES) if not self._last else self._last
+        products = (
+            (_EXPECTED if is_full_batch(_plan(trainer)) else _BATCHES)
+            if not self._last
+            else self._last
+        )
         if update == 0:  # in advance, where the run will pay for it
             paid = max(_SHARE * total * work.update, FREE) if total is not None else math.inf
         else:
@@ -198,8 +199,12 @@ class Curvature(Callback):
     def _cost(self, trainer: Trainer, products: int) -> float:
         """Operations of so many products with the Hessian."""
         assert self._work is not None
-        loader = cast(IndexLoader, trainer.train_dataloader)
-        size = (self.examples or loader.num_examples) if _is_full(trainer) else loader.batch_size
+        loader = _plan(trainer)
+        size = (
+            (self.examples or loader.num_examples)
+            if is_full_batch(_plan(trainer))
+            else loader.batch_size
+        )
         return products * self._work.passes([size] * _PASSES)
 
     def _look(self, trainer: Trainer, module: SupervisedModule, lr: float | None) -> None:
@@ -219,7 +224,7 @@ class Curvature(Callback):
         self, trainer: Trainer, module: SupervisedModule
     ) -> tuple[Sharpness, dict[str, float]]:
         objective, optimizer = _objective(module), trainer.optimizers[0]
-        if not _is_full(trainer):
+        if not is_full_batch(_plan(trainer)):
             batches = _batches(trainer, module.updates, objective.targets.device)
             found = batch_sharpness(objective, batches, optimizer=optimizer, draw=module.updates)
             return found, {"curvature/batch_sharpness": found.value}
@@ -252,14 +257,13 @@ class Curvature(Callback):
         self._products, self._last = state_dict["products"], state_dict["last"]
 
 
+def _plan(trainer: Trainer) -> IndexLoader:
+    return cast(IndexLoader, trainer.train_dataloader)
+
+
 def _objective(module: SupervisedModule) -> Objective:
     assert module.objective is not None, "on_train_start has seen an IndexLoader"
     return module.objective
-
-
-def _is_full(trainer: Trainer) -> bool:
-    loader = cast(IndexLoader, trainer.train_dataloader)
-    return loader.batch_size == loader.num_examples and loader.sampling != "replacement"
 
 
 def _peak(optimizer: torch.optim.Optimizer) -> float:
@@ -269,7 +273,7 @@ def _peak(optimizer: torch.optim.Optimizer) -> float:
 
 def _batches(trainer: Trainer, update: int, device: torch.device) -> Tensor:
     """(16, B) indices, in an order of their own; no example twice, where there are enough."""
-    loader = cast(IndexLoader, trainer.train_dataloader)
+    loader = _plan(trainer)
     count, size = loader.num_examples, loader.batch_size
     at_once = min(count // size, _BATCHES)
     drawn = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.work import Work
 from gdtrain.lightning.module import SupervisedModule
+from gdtrain.ranges import Interval, Whole
 
 __all__ = ["Trajectory"]
 
@@ -64,18 +66,9 @@ class Trajectory(Callback):
     needs_every_epoch = False
 
     def __init__(self, directory: str | Path, points: int = 50, megabytes: float = 8.0) -> None:
-        if isinstance(points, bool) or not isinstance(points, int) or points < _LEAST:
-            raise ValueError(
-                f"points must be a whole number of at least {_LEAST}. Received: points={points!r}."
-            )
-        if (
-            isinstance(megabytes, bool)
-            or not isinstance(megabytes, int | float)
-            or not megabytes > 0
-        ):
-            raise ValueError(f"megabytes must be above 0. Received: megabytes={megabytes!r}.")
         self.path = Path(directory).parent / "trajectory.npz"
-        self.points, self.megabytes = points, megabytes
+        self.points = Whole(_LEAST).check("points", points)
+        self.megabytes = Interval(0, math.inf).check("megabytes", megabytes)
         self._kept: dict[int, NDArray[np.float32]] = {}
         self._trainer: Trainer | None = None
         self._every: int | None = None  # updates from one copy to the next; None: not planned yet
