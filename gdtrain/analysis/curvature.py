@@ -19,13 +19,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gdtrain.data.order import Order
 from gdtrain.objective import Objective, untouched
+from gdtrain.optim.base import Descent
 from gdtrain.ranges import Interval, Whole
 
 __all__ = [
     "NotFiniteError",
     "Sharpness",
     "batch_sharpness",
+    "draw_batches",
+    "limit_of",
     "sharpness",
     "stability_limit",
     "weight_decays",
@@ -277,6 +281,60 @@ def stability_limit(
         return (2 + 2 * momentum) / ((1 + 2 * momentum) * value)
     # The first step with momentum is undampened; what follows repeats (1 − d) of it.
     return 2 * (1 + momentum) / ((1 - dampening if momentum else 1.0) * value)
+
+
+def limit_of(sharpness: Sharpness, optimizer: Optimizer) -> float | None:
+    """The smallest `stability_limit` of an optimizer's groups.
+
+    Args:
+        sharpness: λ.
+        optimizer: With the momentum of each group.
+
+    Returns:
+        In units of η; None where λ ≤ 0, or the optimizer is no gradient descent.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.zeros(1))
+        >>> limit_of(Sharpness(4.0, 0.0, 1, 1), torch.optim.SGD([p], lr=0.1, momentum=0.5))
+        0.75
+    """
+    if not isinstance(optimizer, Descent | torch.optim.SGD) or not sharpness.value > 0:
+        return None
+    return min(
+        stability_limit(
+            sharpness,
+            float(group["momentum"]),
+            bool(group["nesterov"]),
+            float(group["dampening"]),
+        )
+        for group in optimizer.param_groups
+    )
+
+
+def draw_batches(
+    num_examples: int, batch_size: int, count: int, seed: Sequence[int] = (0,)
+) -> Tensor:
+    """Batches in an order of their own; no example twice, where there are enough.
+
+    Args:
+        num_examples: N.
+        batch_size: B, range [1, N].
+        count: How many, range [1, ∞).
+        seed: Of the order.
+
+    Returns:
+        (count, B), int64.
+
+    Example:
+        >>> sorted(draw_batches(6, 2, count=3).flatten().tolist())
+        [0, 1, 2, 3, 4, 5]
+    """
+    at_once = min(num_examples // batch_size, count)
+    drawn = [
+        torch.from_numpy(Order(num_examples, (*seed, k))(0, at_once * batch_size))
+        for k in range(-(-count // at_once))
+    ]
+    return torch.cat(drawn).view(-1, batch_size)[:count]
 
 
 # ------------------------------------------------------------------ the eigenvalue

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from gdtrain.data.reading import read_arrays
 
-__all__ = ["Plane", "Snapshots", "as_snapshot", "plane_of"]
+__all__ = ["Plane", "Snapshots", "Spacing", "as_snapshot", "plane_of"]
 
 _CHUNK = 2**20  # parameters that are in double precision at once
 
@@ -152,6 +153,62 @@ def as_snapshot(like: NDArray[Any], theta: Tensor) -> NDArray[Any]:
         dtype('float32')
     """
     return theta.to("cpu", torch.float64).numpy().astype(like.dtype)
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """After which updates a path has a snapshot: the first ones, then evenly, ever further apart.
+
+    Beside the start and the end, a path has at most `count` − 2 snapshots. Those after the first
+    ones stand at multiples of `every`, which doubles whenever there would be too many.
+
+    Args:
+        count: Snapshots at most, range [3, ∞).
+        every: Updates from one to the next at first, range [1, ∞).
+        first: How many of the first updates have one each, range [0, count − 3].
+
+    Example:
+        >>> spacing = Spacing(count=6, every=10, first=1)
+        >>> [update for update in range(1, 90) if update in spacing]
+        [1, 10, 20, 30, 40, 60, 80]
+        >>> spacing.kept([0, 1, 10, 20, 30, 35], now=40)
+        [0, 1, 20]
+    """
+
+    count: int
+    every: int
+    first: int = 0
+
+    def at(self, update: int) -> int:
+        """Updates from one snapshot to the next, when so many are made.
+
+        Args:
+            update: How many.
+        """
+        room = self.count - 2 - self.first
+        return self.every << (max(-(-update // (self.every * room)), 1) - 1).bit_length()
+
+    def next(self, update: int) -> int:
+        """The smallest update number above one that has a snapshot.
+
+        Args:
+            update: Updates made, range [0, ∞).
+        """
+        every = self.at(update)
+        return update + 1 if update < self.first else (update // every + 1) * every
+
+    def __contains__(self, update: int) -> bool:
+        return update <= self.first or update % self.at(update) == 0
+
+    def kept(self, updates: Iterable[int], now: int) -> list[int]:
+        """Those of a path that still stand where they should: no closer, and no end that was none.
+
+        Args:
+            updates: Of the snapshots; the lowest is the start.
+            now: Updates made; its snapshot is the end for now.
+        """
+        updates, every = sorted(updates), self.at(now)
+        return [u for u in updates if u in (updates[0], now) or u <= self.first or u % every == 0]
 
 
 @dataclass

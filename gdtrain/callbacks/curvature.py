@@ -7,24 +7,21 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
 from gdtrain.analysis.curvature import (
     NotFiniteError,
     Sharpness,
     batch_sharpness,
+    draw_batches,
+    limit_of,
     sharpness,
-    stability_limit,
 )
 from gdtrain.analysis.trial_update import is_full_batch
-from gdtrain.callbacks.curves import described
+from gdtrain.callbacks.instrument import log_described
 from gdtrain.data.loader import IndexLoader
-from gdtrain.data.order import Order
 from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
-from gdtrain.optim.base import Descent
 from gdtrain.ranges import Whole
 
 __all__ = ["Curvature"]
@@ -183,70 +180,46 @@ class Curvature(Callback):
             return False
         if self.every is not None:
             return True
-        work = self._work
-        assert work is not None
-        products = (
-            (_EXPECTED if is_full_batch(_plan(trainer)) else _BATCHES)
-            if not self._last
-            else self._last
-        )
+        assert self._work is not None
+        plan, work = _plan(trainer), self._work
+        if is_full_batch(plan):
+            size, expected = self.examples or plan.num_examples, _EXPECTED
+        else:
+            size, expected = plan.batch_size, _BATCHES
+        products = self._products + (self._last or expected)
         if update == 0:  # in advance, where the run will pay for it
             paid = max(_SHARE * total * work.update, FREE) if total is not None else math.inf
         else:
             paid = max(_SHARE * update * work.update, FREE * update / total if total else 0.0)
-        return self._cost(trainer, self._products + products) <= paid
-
-    def _cost(self, trainer: Trainer, products: int) -> float:
-        """Operations of so many products with the Hessian."""
-        assert self._work is not None
-        loader = _plan(trainer)
-        size = (
-            (self.examples or loader.num_examples)
-            if is_full_batch(_plan(trainer))
-            else loader.batch_size
-        )
-        return products * self._work.passes([size] * _PASSES)
+        return products * work.passes([size] * _PASSES) <= paid
 
     def _look(self, trainer: Trainer, module: SupervisedModule, lr: float | None) -> None:
         try:
             found, values = self._measured(trainer, module)
         except NotFiniteError:
-            pass  # diverged: other callbacks say so
-        else:
-            if lr is not None and lr > 0:
-                values |= {"curvature/lr": lr, "curvature/two_over_lr": 2 / lr}
-            self.looks.append((module.updates, found))
-            self._last = found.iterations
-            self._products += self._last
-            _log(trainer, module, values, self._known)
+            return  # diverged: other callbacks say so
+        if lr is not None and lr > 0:
+            values |= {"curvature/lr": lr, "curvature/two_over_lr": 2 / lr}
+        self.looks.append((module.updates, found))
+        self._last = found.iterations
+        self._products += self._last
+        log_described(trainer, module.updates, values, self._known, _MEANING.__getitem__)
 
     def _measured(
         self, trainer: Trainer, module: SupervisedModule
     ) -> tuple[Sharpness, dict[str, float]]:
-        objective, optimizer = _objective(module), trainer.optimizers[0]
-        if not is_full_batch(_plan(trainer)):
-            batches = _batches(trainer, module.updates, objective.targets.device)
-            found = batch_sharpness(objective, batches, optimizer=optimizer, draw=module.updates)
+        objective, optimizer, plan = _objective(module), trainer.optimizers[0], _plan(trainer)
+        update = module.updates
+        if not is_full_batch(plan):
+            seed = (_SEED + plan.seed, update)
+            batches = draw_batches(plan.num_examples, plan.batch_size, _BATCHES, seed)
+            batches = batches.to(objective.targets.device)
+            found = batch_sharpness(objective, batches, optimizer=optimizer, draw=update)
             return found, {"curvature/batch_sharpness": found.value}
-        found = sharpness(
-            objective,
-            self.examples,
-            optimizer=optimizer,
-            tolerance=_TOLERANCE,
-            draw=module.updates,
-        )
-        values = {"curvature/sharpness": found.value}
-        if isinstance(optimizer, Descent | torch.optim.SGD) and found.value > 0:
-            values["curvature/limit"] = min(
-                stability_limit(
-                    found,
-                    float(group["momentum"]),
-                    bool(group["nesterov"]),
-                    float(group["dampening"]),
-                )
-                for group in optimizer.param_groups
-            )
-        return found, values
+        options: dict[str, Any] = {"tolerance": _TOLERANCE, "draw": update}
+        found = sharpness(objective, self.examples, optimizer=optimizer, **options)
+        values, limit = {"curvature/sharpness": found.value}, limit_of(found, optimizer)
+        return found, values if limit is None else {**values, "curvature/limit": limit}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
@@ -269,27 +242,3 @@ def _objective(module: SupervisedModule) -> Objective:
 def _peak(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return float(group.get("initial_lr", group["lr"]))
-
-
-def _batches(trainer: Trainer, update: int, device: torch.device) -> Tensor:
-    """(16, B) indices, in an order of their own; no example twice, where there are enough."""
-    loader = _plan(trainer)
-    count, size = loader.num_examples, loader.batch_size
-    at_once = min(count // size, _BATCHES)
-    drawn = [
-        torch.from_numpy(Order(count, (_SEED + loader.seed, update, k))(0, at_once * size))
-        for k in range(-(-_BATCHES // at_once))
-    ]
-    return torch.cat(drawn).view(-1, size)[:_BATCHES].to(device)
-
-
-def _log(
-    trainer: Trainer, module: SupervisedModule, values: dict[str, float], known: set[str]
-) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            if trainer.is_global_zero:
-                summary = described(values, known, _MEANING.__getitem__)
-                logger.experiment.file_writer.add_summary(summary, module.updates)
-        else:
-            logger.log_metrics(values, step=module.updates)

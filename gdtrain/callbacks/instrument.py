@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -22,7 +22,7 @@ from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.ranges import Interval, Whole
 
-__all__ = ["Instrument"]
+__all__ = ["Instrument", "log_described"]
 
 _log = logging.getLogger("gdtrain")
 
@@ -156,23 +156,44 @@ class Instrument(Callback):
             found = self.measure(update) if update.is_finite else {}
         values = {tag: value for tag, value in found.items() if math.isfinite(value)}
         if values:
-            self._log(trainer, update.number, values)
+            log_described(trainer, update.number, values, self._described, self._meaning)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the run."""
         self._run = None
 
-    def _log(self, trainer: Trainer, update: int, values: dict[str, float]) -> None:
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                summary = described(values, self._described, self._meaning)
-                logger.experiment.file_writer.add_summary(summary, update)
-            else:
-                logger.log_metrics(values, step=update)
-
     def _meaning(self, tag: str) -> str:
         known = (m for words, m in self.meaning.items() if f"{tag}/".startswith(f"{words}/"))
         return next(known, "")
+
+
+def log_described(
+    trainer: Trainer,
+    update: int,
+    values: Mapping[str, float],
+    known: set[str],
+    meaning: Callable[[str], str],
+) -> None:
+    """Give numbers to all loggers; TensorBoard gets their description with the first of each tag.
+
+    Args:
+        trainer: Of the run.
+        update: The step that the numbers stand at.
+        values: By tag.
+        known: Tags that have their description; those of these values are added.
+        meaning: From a tag to its description.
+
+    Example:
+        >>> trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
+        >>> log_described(trainer, 0, {"step/norm": 1.0}, set(), lambda tag: "‖s‖")
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            if trainer.is_global_zero:
+                summary = described(values, known, meaning)
+                logger.experiment.file_writer.add_summary(summary, update)
+        else:
+            logger.log_metrics(dict(values), step=update)
 
 
 class _InstrumentsOfRun:

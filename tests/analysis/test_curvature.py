@@ -267,7 +267,10 @@ def test_what_has_diverged_has_no_sharpness(weight):
     ("arguments", "message"),
     [
         ({"tolerance": 0.0}, r"tolerance must be a number in \(0, 1\)\. Received: tolerance=0"),
-        ({"max_iterations": 0}, "max_iterations must be a whole number of at least 1. Received: max_iterations=0"),
+        (
+            {"max_iterations": 0},
+            "max_iterations must be a whole number of at least 1. Received: max_iterations=0",
+        ),
         ({"examples": 0}, "examples must be a whole number from 1 to 2. Received: examples=0"),
         ({"examples": 3}, "examples must be a whole number from 1 to 2. Received: examples=3"),
         ({"examples": torch.zeros(0).long()}, "at least one example"),

@@ -619,7 +619,10 @@ def test_the_summary_tells_the_noise_scale_and_the_verdict(tmp_path):
     [
         (lambda: GradientNorms(every=0), "every must be a whole number of at least 1"),
         (lambda: GradientNorms(looks=0), "looks must be a whole number of at least 1. Received"),
-        (lambda: GradientNorms(share=1.0), r"share must be a number in \(0, 1\). Received: share=1.0"),
+        (
+            lambda: GradientNorms(share=1.0),
+            r"share must be a number in \(0, 1\). Received: share=1.0",
+        ),
         (lambda: GradientNoise(groups=3), "groups must be a whole number of at least 4"),
         (lambda: GradientNoise(size=0), "size must be a whole number of at least 1"),
         (lambda: StepTest(probe=8), "probe must be a whole number of at least 16"),
