@@ -222,13 +222,15 @@ def _chain(model: nn.Module) -> list[_Link]:
     parts = [layer for layer in model.layers if not isinstance(layer, nn.Flatten)]
     places = [i for i, layer in enumerate(parts) if isinstance(layer, nn.Linear)]
     chain = []
-    for number, (place, end) in enumerate(zip(places, [*places[1:], len(parts)], strict=True), 1):
+    first = 1 if len(places) > 1 else 0  # the only layer has no number
+    ends = [*places[1:], len(parts)]
+    for number, (place, end) in enumerate(zip(places, ends, strict=True), first):
         behind = parts[place + 1 : end]
         act = next((m for m in behind if not isinstance(m, Dropout)), nn.Identity())
         dropout = next((m for m in behind if isinstance(m, Dropout)), None)
         name = names[type(act)] if behind else ""
         chain.append(_Link(number, parts[place], name, act, dropout))  # type: ignore[arg-type]
-    return chain if len(chain) > 1 else [chain[0]._replace(number=0)]
+    return chain
 
 
 def _double(tensor: Tensor | None) -> Any:

@@ -11,7 +11,7 @@ from gdtrain.analysis.formulas import LOSSES, SLOPES
 from gdtrain.losses import Loss
 from gdtrain.ranges import Whole
 
-__all__ = ["Explanation", "Layer", "Step", "check_text", "subscript"]
+__all__ = ["Explanation", "Layer", "Step", "subscript"]
 
 _WIDTH = 100  # characters of a line
 _ROWS = 8  # of a matrix that is shown
@@ -180,7 +180,8 @@ class Explanation:
         Raises:
             ValueError: digits or examples is out of range.
         """
-        check_text(digits, examples)
+        Whole(1, 12).check("digits", digits)
+        Whole(0).check("examples", examples)
         shown = min(examples, len(self.indices))
         lines = [title, ""] if title else []
         lines += self._model(digits)
@@ -335,23 +336,6 @@ class Explanation:
                 f"  The optimizer made the same weights: the largest difference is {self.gap:.0e}."
             )
         return lines
-
-
-def check_text(digits: int, examples: int) -> None:
-    """Refuse what `Explanation.text` would refuse, before anything is trained.
-
-    Args:
-        digits: As there.
-        examples: As there.
-
-    Raises:
-        ValueError: One is out of range.
-
-    Example:
-        >>> check_text(digits=4, examples=2)
-    """
-    Whole(1, 12).check("digits", digits)
-    Whole(0).check("examples", examples)
 
 
 def _number(value: Tensor | float, digits: int) -> str:

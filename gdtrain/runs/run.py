@@ -560,7 +560,6 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
         >>> "The model, before the update" in explain(config)
         True
     """
-    from gdtrain.analysis.explanation_text import check_text
     from gdtrain.callbacks.explain import ExplainUpdate
 
     try:
@@ -569,7 +568,6 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
                 f"The updates are made from the first one on. Received: ckpt_path="
                 f"{config.ckpt_path}. Leave it out, and set update=… to a later one."
             )
-        check_text(options.get("digits", 4), options.get("examples", 2))
         explained = ExplainUpdate(update)
         data, module = _build(config)
         with _quiet(), alone_in(None, instantiate(config.trainer, _convert_="all")) as make_trainer:

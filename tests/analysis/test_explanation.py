@@ -12,10 +12,12 @@ from lightning import Trainer
 from torch import nn
 
 from gdtrain import GD, SGD, MiniBatchSGD
-from gdtrain.analysis.explanation import explain
+from gdtrain.analysis.explanation import explain, explain_made
 from gdtrain.analysis.formulas import SLOPES
 from gdtrain.callbacks import ExplainUpdate
 from gdtrain.data import EmbeddedDataModule
+from gdtrain.engines import Eager
+from gdtrain.engines.native.engine import Native
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.losses import (
     CrossEntropy,
@@ -142,6 +144,30 @@ def test_nothing_is_changed():
     assert torch.equal(random, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
     assert not any(optimizer.state.values())
+
+
+@pytest.mark.parametrize("engine", [Eager, Native])
+def test_what_an_engine_makes_is_compared_and_taken_back(engine):
+    x, y, outputs = problem(CrossEntropy())
+    model = MLP((4,), outputs, hidden=[3])
+    groups = [{"params": [*model.parameters()], "initial_lr": 0.1}]
+    optimizer = SGD(groups, lr=0.1, momentum=0.9)
+    objective = Objective(model, CrossEntropy(), x.float(), y)
+    made_by = engine(objective, optimizer)
+
+    def make(*rows):
+        made_by(torch.tensor(rows)[:, None], torch.full((len(rows),), 0.5, dtype=torch.float64))
+        return float(made_by.rates[-1])
+
+    make(2, 4)  # there is momentum
+    before = [p.detach().clone() for p in model.parameters()]
+    found = explain_made(objective, optimizer, torch.tensor([2]), partial(make, 2))
+    assert found.rate == 0.05
+    assert found.gap < 1e-6
+    assert all(step.old_buffer.any() for step in found.steps)
+    with pytest.raises(ValueError, match="in another way"):  # two updates are not one
+        explain_made(objective, optimizer, torch.tensor([2]), partial(make, 2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 # ---------------------------------------------------------------------- what it prints
