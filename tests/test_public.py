@@ -3,6 +3,8 @@
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,17 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
                 continue  # a type alias
             assert item.__doc__, f"{name}.{entry}"
             assert ">>>" in item.__doc__, f"{name}.{entry} has no example"
+
+
+def test_analyses_import_no_lightning():
+    code = (
+        "import sys; [__import__(name) for name in sys.argv[1:]]; print('lightning' in sys.modules)"
+    )
+    names = [name for name in MODULES if name.startswith("gdtrain.analysis.")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 LAYERS = [
