@@ -25,7 +25,9 @@ from sklearn.datasets import load_diabetes
 from sklearn.preprocessing import StandardScaler
 
 import gdtrain
-from gdtrain.analysis.landscape import Grid, Landscape, Line, Snapshots
+from gdtrain.analysis.landscape_figure import Grid, Line
+from gdtrain.analysis.surface import Surface
+from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.losses import SquaredError
 from gdtrain.models import Linear
 from gdtrain.objective import Objective
@@ -68,7 +70,7 @@ def descend(case: Case) -> list[Descent]:
     x = torch.from_numpy(StandardScaler().fit_transform(data.data[case.columns]))
     y = torch.from_numpy(StandardScaler().fit_transform(data.target.to_numpy()[:, None]))
     model = Linear((len(case.columns),), 1, bias=False).double()
-    landscape = Landscape(Objective(model, SquaredError(), x, y))
+    surface = Surface(Objective(model, SquaredError(), x, y))
 
     def objective(w: torch.Tensor) -> torch.Tensor:
         return 0.5 * (x @ w - y[:, 0]).square().mean()
@@ -81,11 +83,11 @@ def descend(case: Case) -> list[Descent]:
         found = gdtrain.minimize(objective, case.start, lr=lr, updates=UPDATES)
         path = Snapshots(found.path_updates, found.path)
         names = [f"w of {column}" for column in case.columns]
-        picture = landscape.surface(path, box=case.box, names=names)
+        picture = surface.picture(path, box=case.box, names=names)
         picture.title = f"{name}: η = {lr:.3g} = {lr * high:.3g}/λ"
         values: NDArray[np.float64] = found.values
         assert picture.minimum is not None
-        least = landscape.value(torch.from_numpy(picture.minimum))
+        least = surface.value(torch.from_numpy(picture.minimum))
         near = np.flatnonzero(values - least <= 0.01 * (values[0] - least))
         first = int(near[0]) if len(near) else None
         runs.append(Descent(case.columns, name, lr, high, values.tolist(), least, first, picture))

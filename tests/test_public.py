@@ -3,6 +3,8 @@
 import ast
 import importlib
 import pkgutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,17 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
             assert ">>>" in item.__doc__, f"{name}.{entry} has no example"
 
 
+def test_analyses_import_no_lightning():
+    code = (
+        "import sys; [__import__(name) for name in sys.argv[1:]]; print('lightning' in sys.modules)"
+    )
+    names = [name for name in MODULES if name.startswith("gdtrain.analysis.")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
 LAYERS = [
     ["errors", "ranges", "_compat"],
     ["rules", "schedules", "losses"],
@@ -38,8 +51,8 @@ LAYERS = [
     ["descent"],
     ["convex"],
     ["reporting"],
-    ["lightning"],
     ["analysis"],
+    ["lightning"],
     ["callbacks"],
     ["runs"],
     ["cli"],
@@ -67,5 +80,7 @@ def test_imports_point_up_the_map_only(path):
             assert other == own or LEVEL[other] < LEVEL[own], f"{path.name} imports {name}"
         if own in ("rules", "schedules", "losses", "objective", "optim", "models", "engines"):
             assert top not in ("lightning", "hydra", "omegaconf", "sklearn", "tensorboard")
+        if own in ("analysis", "convex", "descent"):
+            assert top != "lightning"
         if own not in ("runs", "cli"):
             assert top not in ("hydra", "omegaconf")

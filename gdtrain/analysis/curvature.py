@@ -19,9 +19,21 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gdtrain.data.order import Order
 from gdtrain.objective import Objective, untouched
+from gdtrain.optim.base import Descent
+from gdtrain.ranges import Interval, Whole
 
-__all__ = ["NotFiniteError", "Sharpness", "batch_sharpness", "sharpness", "stability_limit"]
+__all__ = [
+    "NotFiniteError",
+    "Sharpness",
+    "batch_sharpness",
+    "draw_batches",
+    "limit_of",
+    "sharpness",
+    "stability_limit",
+    "weight_decays",
+]
 
 _VECTORS = 20  # that are kept at once
 _KEPT = 5  # of them, when there is no room for more
@@ -120,10 +132,8 @@ def sharpness(
         Cohen et al., Gradient descent on neural networks typically occurs at the edge of stability,
         arXiv 2103.00065.
     """
-    if not 0 < tolerance < 1:
-        raise ValueError(f"tolerance must lie in (0, 1). Received: tolerance={tolerance}.")
-    if isinstance(max_iterations, bool) or max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1. Received: {max_iterations}.")
+    Interval(0, 1).check("tolerance", tolerance)
+    Whole(1).check("max_iterations", max_iterations)
     generator = torch.Generator().manual_seed(seed)
     params = objective.params
     dtype = torch.promote_types(params[0].dtype, torch.float32)
@@ -256,10 +266,8 @@ def stability_limit(
         Polyak, Some methods of speeding up the convergence of iteration methods, 1964.
         Cohen et al., arXiv 2103.00065, appendix B.
     """
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must lie in [0, 1]. Received: momentum={momentum}.")
-    if not 0 <= dampening < 1:
-        raise ValueError(f"dampening must lie in [0, 1). Received: dampening={dampening}.")
+    Interval(0, 1, closed="both").check("momentum", momentum)
+    Interval(0, 1, closed="left").check("dampening", dampening)
     if nesterov and dampening:
         raise ValueError(
             f"Nesterov momentum has no dampening. Received: nesterov=True, dampening={dampening}."
@@ -273,6 +281,60 @@ def stability_limit(
         return (2 + 2 * momentum) / ((1 + 2 * momentum) * value)
     # The first step with momentum is undampened; what follows repeats (1 − d) of it.
     return 2 * (1 + momentum) / ((1 - dampening if momentum else 1.0) * value)
+
+
+def limit_of(sharpness: Sharpness, optimizer: Optimizer) -> float | None:
+    """The smallest `stability_limit` of an optimizer's groups.
+
+    Args:
+        sharpness: λ.
+        optimizer: With the momentum of each group.
+
+    Returns:
+        In units of η; None where λ ≤ 0, or the optimizer is no gradient descent.
+
+    Example:
+        >>> p = torch.nn.Parameter(torch.zeros(1))
+        >>> limit_of(Sharpness(4.0, 0.0, 1, 1), torch.optim.SGD([p], lr=0.1, momentum=0.5))
+        0.75
+    """
+    if not isinstance(optimizer, Descent | torch.optim.SGD) or not sharpness.value > 0:
+        return None
+    return min(
+        stability_limit(
+            sharpness,
+            float(group["momentum"]),
+            bool(group["nesterov"]),
+            float(group["dampening"]),
+        )
+        for group in optimizer.param_groups
+    )
+
+
+def draw_batches(
+    num_examples: int, batch_size: int, count: int, seed: Sequence[int] = (0,)
+) -> Tensor:
+    """Batches in an order of their own; no example twice, where there are enough.
+
+    Args:
+        num_examples: N.
+        batch_size: B, range [1, N].
+        count: How many, range [1, ∞).
+        seed: Of the order.
+
+    Returns:
+        (count, B), int64.
+
+    Example:
+        >>> sorted(draw_batches(6, 2, count=3).flatten().tolist())
+        [0, 1, 2, 3, 4, 5]
+    """
+    at_once = min(num_examples // batch_size, count)
+    drawn = [
+        torch.from_numpy(Order(num_examples, (*seed, k))(0, at_once * batch_size))
+        for k in range(-(-count // at_once))
+    ]
+    return torch.cat(drawn).view(-1, batch_size)[:count]
 
 
 # ------------------------------------------------------------------ the eigenvalue
@@ -350,7 +412,26 @@ def _dot(a: Tensor, b: Tensor) -> float:
 
 
 def weight_decays(objective: Objective, optimizer: Optimizer | None) -> list[float]:
-    """The weight decay of each parameter of the objective."""
+    """λ of each of the objective's parameters, as far as it is added to their gradient.
+
+    Args:
+        objective: J.
+        optimizer: Whose groups have "weight_decay"; None: there is none.
+
+    Returns:
+        One for each parameter; 0 where decay is decoupled from the gradient.
+
+    Raises:
+        ValueError: The optimizer maximises.
+
+    Example:
+        >>> from gdtrain.losses import SquaredError
+        >>> model = torch.nn.Linear(1, 1)
+        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.ones(1))
+        >>> optimizer = torch.optim.SGD([{"params": [model.weight], "weight_decay": 0.1}], lr=1.0)
+        >>> weight_decays(objective, optimizer)
+        [0.1, 0.0]
+    """
     if optimizer is None:
         return [0.0] * len(objective.params)
     if any(group.get("maximize") for group in optimizer.param_groups):
@@ -376,10 +457,6 @@ def _indices(
     device = objective.targets.device
     if examples is None:
         return torch.arange(count, device=device)
-    if isinstance(examples, bool) or not 1 <= examples <= count:
-        raise ValueError(
-            f"examples must lie in [1, {count}], the number of examples. Received: "
-            f"examples={examples}."
-        )
+    Whole(1, count).check("examples", examples)
     # Sorted: rows of a file are then read from front to back.
     return torch.randperm(count, generator=generator)[:examples].sort().values.to(device)

@@ -7,12 +7,13 @@ from gdtrain.callbacks.curvature import Curvature
 from gdtrain.callbacks.curves import History, LossCurves
 from gdtrain.callbacks.distance import Distance
 from gdtrain.callbacks.divergence import Divergence
+from gdtrain.callbacks.explain import ExplainUpdate
 from gdtrain.callbacks.gathering import GatherMicroBatches
 from gdtrain.callbacks.gradient_cosine import GradientCosine
 from gdtrain.callbacks.gradient_noise import GradientNoise
 from gdtrain.callbacks.gradient_norms import GradientNorms
 from gdtrain.callbacks.histograms import Histograms
-from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.callbacks.instrument import Instrument
 from gdtrain.callbacks.interrupt import Interrupt
 from gdtrain.callbacks.progress import ProgressLine
 from gdtrain.callbacks.step_test import StepTest
@@ -26,6 +27,7 @@ __all__ = [
     "Distance",
     "Divergence",
     "ExactBatchNorm",
+    "ExplainUpdate",
     "GatherMicroBatches",
     "GradientCosine",
     "GradientNoise",
@@ -34,7 +36,6 @@ __all__ = [
     "History",
     "Instrument",
     "Interrupt",
-    "Look",
     "LossCurves",
     "ProgressLine",
     "StepTest",

@@ -7,23 +7,22 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
 from gdtrain.analysis.curvature import (
     NotFiniteError,
     Sharpness,
     batch_sharpness,
+    draw_batches,
+    limit_of,
     sharpness,
-    stability_limit,
 )
+from gdtrain.analysis.trial_update import is_full_batch
+from gdtrain.callbacks.instrument import log_described
 from gdtrain.data.loader import IndexLoader
-from gdtrain.data.order import Order
 from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
-from gdtrain.optim.base import Descent
-from gdtrain.reporting.tensorboard import described
+from gdtrain.ranges import Whole
 
 __all__ = ["Curvature"]
 
@@ -93,13 +92,8 @@ class Curvature(Callback):
 
     def __init__(self, every: int | None = None, examples: int | None = None) -> None:
         for name, value in (("every", every), ("examples", examples)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ValueError(
-                    f"{name} must be a whole number of at least 1, or null. Received: "
-                    f"{name}={value!r}."
-                )
+            if value is not None:
+                Whole(1).check(name, value)
         self.every, self.examples = every, examples
         self.looks: list[tuple[int, Sharpness]] = []
         self._known: set[str] = set()  # tags that have their description
@@ -148,7 +142,7 @@ class Curvature(Callback):
                 self._places = Places(None, None, self.every)
             else:
                 self._places = Places(total, _LOOKS, max(1, module.updates_per_epoch // 10))
-                loader = cast(IndexLoader, self._trainer.train_dataloader)
+                loader = _plan(self._trainer)
                 self._work = Work.of(_objective(module), loader.batch_size)
         return self._places
 
@@ -186,62 +180,46 @@ class Curvature(Callback):
             return False
         if self.every is not None:
             return True
-        work = self._work
-        assert work is not None
-        products = (_EXPECTED if _is_full(trainer) else _BATCHES) if not self._last else self._last
+        assert self._work is not None
+        plan, work = _plan(trainer), self._work
+        if is_full_batch(plan):
+            size, expected = self.examples or plan.num_examples, _EXPECTED
+        else:
+            size, expected = plan.batch_size, _BATCHES
+        products = self._products + (self._last or expected)
         if update == 0:  # in advance, where the run will pay for it
             paid = max(_SHARE * total * work.update, FREE) if total is not None else math.inf
         else:
             paid = max(_SHARE * update * work.update, FREE * update / total if total else 0.0)
-        return self._cost(trainer, self._products + products) <= paid
-
-    def _cost(self, trainer: Trainer, products: int) -> float:
-        """Operations of so many products with the Hessian."""
-        assert self._work is not None
-        loader = cast(IndexLoader, trainer.train_dataloader)
-        size = (self.examples or loader.num_examples) if _is_full(trainer) else loader.batch_size
-        return products * self._work.passes([size] * _PASSES)
+        return products * work.passes([size] * _PASSES) <= paid
 
     def _look(self, trainer: Trainer, module: SupervisedModule, lr: float | None) -> None:
         try:
             found, values = self._measured(trainer, module)
         except NotFiniteError:
-            pass  # diverged: other callbacks say so
-        else:
-            if lr is not None and lr > 0:
-                values |= {"curvature/lr": lr, "curvature/two_over_lr": 2 / lr}
-            self.looks.append((module.updates, found))
-            self._last = found.iterations
-            self._products += self._last
-            _log(trainer, module, values, self._known)
+            return  # diverged: other callbacks say so
+        if lr is not None and lr > 0:
+            values |= {"curvature/lr": lr, "curvature/two_over_lr": 2 / lr}
+        self.looks.append((module.updates, found))
+        self._last = found.iterations
+        self._products += self._last
+        log_described(trainer, module.updates, values, self._known, _MEANING.__getitem__)
 
     def _measured(
         self, trainer: Trainer, module: SupervisedModule
     ) -> tuple[Sharpness, dict[str, float]]:
-        objective, optimizer = _objective(module), trainer.optimizers[0]
-        if not _is_full(trainer):
-            batches = _batches(trainer, module.updates, objective.targets.device)
-            found = batch_sharpness(objective, batches, optimizer=optimizer, draw=module.updates)
+        objective, optimizer, plan = _objective(module), trainer.optimizers[0], _plan(trainer)
+        update = module.updates
+        if not is_full_batch(plan):
+            seed = (_SEED + plan.seed, update)
+            batches = draw_batches(plan.num_examples, plan.batch_size, _BATCHES, seed)
+            batches = batches.to(objective.targets.device)
+            found = batch_sharpness(objective, batches, optimizer=optimizer, draw=update)
             return found, {"curvature/batch_sharpness": found.value}
-        found = sharpness(
-            objective,
-            self.examples,
-            optimizer=optimizer,
-            tolerance=_TOLERANCE,
-            draw=module.updates,
-        )
-        values = {"curvature/sharpness": found.value}
-        if isinstance(optimizer, Descent | torch.optim.SGD) and found.value > 0:
-            values["curvature/limit"] = min(
-                stability_limit(
-                    found,
-                    float(group["momentum"]),
-                    bool(group["nesterov"]),
-                    float(group["dampening"]),
-                )
-                for group in optimizer.param_groups
-            )
-        return found, values
+        options: dict[str, Any] = {"tolerance": _TOLERANCE, "draw": update}
+        found = sharpness(objective, self.examples, optimizer=optimizer, **options)
+        values, limit = {"curvature/sharpness": found.value}, limit_of(found, optimizer)
+        return found, values if limit is None else {**values, "curvature/limit": limit}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
@@ -252,40 +230,15 @@ class Curvature(Callback):
         self._products, self._last = state_dict["products"], state_dict["last"]
 
 
+def _plan(trainer: Trainer) -> IndexLoader:
+    return cast(IndexLoader, trainer.train_dataloader)
+
+
 def _objective(module: SupervisedModule) -> Objective:
     assert module.objective is not None, "on_train_start has seen an IndexLoader"
     return module.objective
 
 
-def _is_full(trainer: Trainer) -> bool:
-    loader = cast(IndexLoader, trainer.train_dataloader)
-    return loader.batch_size == loader.num_examples and loader.sampling != "replacement"
-
-
 def _peak(optimizer: torch.optim.Optimizer) -> float:
     group = optimizer.param_groups[0]
     return float(group.get("initial_lr", group["lr"]))
-
-
-def _batches(trainer: Trainer, update: int, device: torch.device) -> Tensor:
-    """(16, B) indices, in an order of their own; no example twice, where there are enough."""
-    loader = cast(IndexLoader, trainer.train_dataloader)
-    count, size = loader.num_examples, loader.batch_size
-    at_once = min(count // size, _BATCHES)
-    drawn = [
-        torch.from_numpy(Order(count, (_SEED + loader.seed, update, k))(0, at_once * size))
-        for k in range(-(-_BATCHES // at_once))
-    ]
-    return torch.cat(drawn).view(-1, size)[:_BATCHES].to(device)
-
-
-def _log(
-    trainer: Trainer, module: SupervisedModule, values: dict[str, float], known: set[str]
-) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            if trainer.is_global_zero:
-                summary = described(values, known, _MEANING.__getitem__)
-                logger.experiment.file_writer.add_summary(summary, module.updates)
-        else:
-            logger.log_metrics(values, step=module.updates)

@@ -10,7 +10,8 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from gdtrain.analysis.gradients import dot
-from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.analysis.trial_update import TrialUpdate
+from gdtrain.callbacks.instrument import Instrument
 from gdtrain.lightning.module import SupervisedModule
 
 __all__ = ["Distance"]
@@ -55,12 +56,12 @@ class Distance(Instrument):
             self._start = [p.detach().clone() for p in model.parameters() if p.requires_grad]
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
-    def see(self, look: Look) -> dict[str, float]:
+    def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The distance."""
         start = self._start
         if start is None:
             return {}
-        way = [p - old.to(p) for p, old in zip(look.params, start, strict=True)]
+        way = [p - old.to(p) for p, old in zip(update.params, start, strict=True)]
         distance, length = math.sqrt(dot(way, way)), math.sqrt(dot(start, start))
         relative = {"distance/relative": distance / length} if length > 0 else {}
         return {"distance/from_start": distance, **relative}

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from gdtrain.analysis.gradients import cosine
-from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.analysis.trial_update import TrialUpdate
+from gdtrain.callbacks.instrument import Instrument
 
 __all__ = ["GradientCosine"]
 
@@ -36,8 +37,8 @@ class GradientCosine(Instrument):
         "straight way; −1, from wall to wall of a valley; near 0, noise.",
     }
 
-    def see(self, look: Look) -> dict[str, float]:
+    def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The cosine."""
-        following = look.next_gradient
-        found = None if following is None else cosine(look.gradient, following)
+        following = update.next_gradient
+        found = None if following is None else cosine(update.gradient, following)
         return {} if found is None else {"gradient/cosine": found}

@@ -9,10 +9,13 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
+from gdtrain._compat.torch_layers import BatchNorm
 from gdtrain.analysis.gradients import NoiseEstimate, NoiseScale, gram, noise, noise_scale
-from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.analysis.trial_update import TrialUpdate
+from gdtrain.callbacks.instrument import Instrument
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
+from gdtrain.ranges import Whole
 
 __all__ = ["GradientNoise"]
 
@@ -80,17 +83,12 @@ class GradientNoise(Instrument):
         looks: int = 100,
         share: float = 0.004,
     ) -> None:
-        for name, value, least in (("groups", groups, _FEWEST), ("size", size, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{name} must be a whole number of at least {least}. Received: "
-                    f"{name}={value!r}."
-                )
-        self.groups, self.size = groups, size
+        self.groups = Whole(_FEWEST).check("groups", groups)
+        self.size = Whole(1).check("size", size)
         super().__init__(every, looks, share)
 
     def forget(self) -> None:
-        """Be as before the first look."""
+        """Be as before the first update."""
         super().forget()
         self._estimates: list[NoiseEstimate] = []
 
@@ -109,36 +107,36 @@ class GradientNoise(Instrument):
         """The groups."""
         return [self.size] * self.groups
 
-    def see(self, look: Look) -> dict[str, float]:
+    def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The estimates, and what they come to."""
-        many = look.loader.num_examples
-        rows = self._rows(look)
-        gradients = list(self._gradients(look, rows))
+        many = update.plan.num_examples
+        rows = self._rows(update)
+        gradients = list(self._gradients(update, rows))
         found = noise(gram(gradients), rows.shape[1], many)
         self._estimates = [*self._estimates, found][-_AVERAGED:]
         scale = noise_scale(self._estimates)
         values = {"noise/variance": found.variance, "noise/gradient_square": found.square}
-        if not look.is_full and scale.variance > 0:
-            ratio = scale.square * look.loader.batch_size / scale.variance
+        if not update.is_full_batch and scale.variance > 0:
+            ratio = scale.square * update.plan.batch_size / scale.variance
             values["noise/signal_to_noise"] = max(ratio, 0.0)
         for tag, number in (("", scale.value), ("_low", scale.low), ("_high", scale.high)):
             if number is not None:
                 values[f"noise/scale{tag}"] = number
         return values
 
-    def _rows(self, look: Look) -> Tensor:
+    def _rows(self, update: TrialUpdate) -> Tensor:
         """(K, b), no example twice."""
-        many = look.loader.num_examples
-        parameters = sum(p.numel() for p in look.params)
+        many = update.plan.num_examples
+        parameters = sum(p.numel() for p in update.params)
         groups = max(_FEWEST, min(self.groups, _NUMBERS // parameters))
-        size = max(min(self.size, many // groups), _least(look.module))
+        size = max(min(self.size, many // groups), _least(update.objective.model))
         groups = min(groups, many // size)
-        drawn = Order(many, (_SEED + look.loader.seed, look.update))(0, groups * size)
+        drawn = Order(many, (_SEED + update.plan.seed, update.number))(0, groups * size)
         return torch.from_numpy(drawn).view(groups, size)
 
-    def _gradients(self, look: Look, rows: Tensor) -> Iterator[list[Tensor | None]]:
+    def _gradients(self, update: TrialUpdate, rows: Tensor) -> Iterator[list[Tensor | None]]:
         for k, group in enumerate(rows):
-            yield look.gradient_on(group, look.update * len(rows) + k)
+            yield update.gradient_on(group, update.number * len(rows) + k)
 
     def summary(self) -> dict[str, Any]:
         """The last noise scale."""
@@ -169,5 +167,4 @@ class GradientNoise(Instrument):
 
 def _least(module: nn.Module) -> int:
     """Examples in a group: BatchNorm takes no single one."""
-    norms = nn.modules.batchnorm._BatchNorm
-    return 2 if any(isinstance(m, norms) for m in module.modules()) else 1
+    return 2 if any(isinstance(m, BatchNorm) for m in module.modules()) else 1

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from gdtrain.analysis.gradients import norms
-from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.analysis.trial_update import TrialUpdate
+from gdtrain.callbacks.instrument import Instrument
 
 __all__ = ["GradientNorms"]
 
@@ -33,8 +34,8 @@ class GradientNorms(Instrument):
         "the layer that is named.",
     }
 
-    def see(self, look: Look) -> dict[str, float]:
+    def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The norms."""
-        whole, by_layer = norms(look.gradient, look.layers)
+        whole, by_layer = norms(update.gradient, update.layers)
         parts = {f"gradient/norm/{name}": norm for name, norm in by_layer.items()}
         return {"gradient/norm": whole, **parts}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.analysis.trial_update import TrialUpdate
+from gdtrain.callbacks.instrument import Instrument
 
 __all__ = ["Histograms"]
 
@@ -30,13 +31,13 @@ class Histograms(Instrument):
     def __init__(self, every: int | None = None, looks: int = 20, share: float = 0.01) -> None:
         super().__init__(every, looks, share)
 
-    def see(self, look: Look) -> dict[str, float]:
+    def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The histograms."""
-        for name, places in look.layers.items():
-            weights = [look.params[i] for i in places]
-            gradients = [g for i in places if (g := look.gradient[i]) is not None]
+        for name, places in update.layers.items():
+            weights = [update.params[i] for i in places]
+            gradients = [g for i in places if (g := update.gradient[i]) is not None]
             for tag, parts in (("weights", weights), ("gradients", gradients)):
                 if parts:
                     numbers = torch.cat([p.flatten() for p in parts]).float().cpu()
-                    self.draw(look, f"{tag}/{name}", numbers)
+                    self.draw(update, f"{tag}/{name}", numbers)
         return {}

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from gdtrain.analysis.curvature import weight_decays
 from gdtrain.analysis.gradients import StepTrial, StepVerdict, dot, judge
-from gdtrain.callbacks.instrument import Instrument, Look, is_full
+from gdtrain.analysis.trial_update import TrialUpdate, is_full_batch
+from gdtrain.callbacks.instrument import Instrument
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
 from gdtrain.optim.base import Descent
+from gdtrain.ranges import Whole
 
 __all__ = ["StepTest"]
 
@@ -86,15 +88,11 @@ class StepTest(Instrument):
         looks: int = 100,
         share: float = 0.004,
     ) -> None:
-        if isinstance(probe, bool) or not isinstance(probe, int) or probe < _FEWEST:
-            raise ValueError(
-                f"probe must be a whole number of at least {_FEWEST}. Received: probe={probe!r}."
-            )
-        self.probe = probe
+        self.probe = Whole(_FEWEST).check("probe", probe)
         super().__init__(every, looks, share)
 
     def forget(self) -> None:
-        """Be as before the first look."""
+        """Be as before the first update."""
         super().forget()
         self._trials: list[StepTrial] = []
         self._probed = self.probe  # examples, in fact
@@ -112,7 +110,7 @@ class StepTest(Instrument):
         if loader.batch_size < loader.num_examples and left < _FEWEST:
             return f"there must be {_FEWEST} examples beside a batch (received: {left})."
         expected = min(self.probe, loader.num_examples) * left / loader.num_examples
-        if not is_full(loader) and expected < _FEWEST:
+        if not is_full_batch(loader) and expected < _FEWEST:
             return (
                 f"of {self.probe} probe examples about {expected:.0f} are not in a batch, and "
                 f"there must be {_FEWEST}: a larger probe helps."
@@ -121,14 +119,14 @@ class StepTest(Instrument):
 
     def passes(self, loader: IndexLoader) -> list[int]:
         """The probe, at both ends."""
-        return [loader.num_examples if is_full(loader) else self.probe] * 2
+        return [loader.num_examples if is_full_batch(loader) else self.probe] * 2
 
-    def see(self, look: Look) -> dict[str, float]:
+    def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The parabola of this step, and the distribution of the last ones."""
-        rows = self._rows(look)
+        rows = self._rows(update)
         if len(rows) < _FEWEST:
             return {}
-        trial = StepTrial(self._slope(look, rows), self._end(look, rows))
+        trial = StepTrial(self._slope(update, rows), self._end(update, rows))
         if not (np.isfinite(trial.start) and np.isfinite(trial.end)):
             return {}
         self._trials = [*self._trials, trial][-_JUDGED:]
@@ -141,35 +139,35 @@ class StepTest(Instrument):
             values["step/alpha_median"] = verdict.median
             values["step/alpha_low"], values["step/alpha_high"] = verdict.quartiles
             alphas = [t.alpha for t in self._trials if t.alpha is not None]
-            self.draw(look, "step/alphas", np.array(alphas))
+            self.draw(update, "step/alphas", np.array(alphas))
         return values
 
-    def _rows(self, look: Look) -> Tensor:
-        if look.is_full:
-            return look.rows
-        many = look.loader.num_examples
-        drawn = Order(many, (_SEED + look.loader.seed,))(0, min(self.probe, many))
-        rows = torch.from_numpy(drawn).sort().values.to(look.rows.device)
-        return rows[~torch.isin(rows, look.rows)]
+    def _rows(self, update: TrialUpdate) -> Tensor:
+        if update.is_full_batch:
+            return update.indices
+        many = update.plan.num_examples
+        drawn = Order(many, (_SEED + update.plan.seed,))(0, min(self.probe, many))
+        rows = torch.from_numpy(drawn).sort().values.to(update.indices.device)
+        return rows[~torch.isin(rows, update.indices)]
 
-    def _end(self, look: Look, rows: Tensor) -> float:
-        with look.after():
-            return self._slope(look, rows)
+    def _end(self, update: TrialUpdate, rows: Tensor) -> float:
+        with update.after():
+            return self._slope(update, rows)
 
-    def _slope(self, look: Look, rows: Tensor) -> float:
+    def _slope(self, update: TrialUpdate, rows: Tensor) -> float:
         """⟨∇J + λθ, s⟩ at what the parameters are."""
-        gradient = look.gradient_on(rows, look.update)
-        return dot(gradient, look.step) + sum(
+        gradient = update.gradient_on(rows, update.number)
+        return dot(gradient, update.step) + sum(
             decay * dot([p], [s])
-            for decay, p, s in zip(self._decays(look), look.params, look.step, strict=True)
+            for decay, p, s in zip(self._decays(update), update.params, update.step, strict=True)
             if decay
         )
 
     @staticmethod
-    def _decays(look: Look) -> Sequence[float]:
+    def _decays(update: TrialUpdate) -> Sequence[float]:
         # Others may decay the parameters beside the gradient, which is no part of J.
-        coupled = isinstance(look.optimizer, (Descent, *_COUPLED))
-        return weight_decays(look.objective, look.optimizer if coupled else None)
+        coupled = isinstance(update.optimizer, (Descent, *_COUPLED))
+        return weight_decays(update.objective, update.optimizer if coupled else None)
 
     def summary(self) -> dict[str, Any]:
         """The verdict."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any, cast
@@ -12,10 +13,11 @@ from lightning import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import nn
 
-from gdtrain.analysis.landscape import Snapshots
+from gdtrain.analysis.trajectory import Snapshots, Spacing
 from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.work import Work
 from gdtrain.lightning.module import SupervisedModule
+from gdtrain.ranges import Interval, Whole
 
 __all__ = ["Trajectory"]
 
@@ -40,7 +42,7 @@ class Trajectory(Callback):
     out. Which updates are kept depends on their numbers alone: a resumed run leaves the path of one
     that went on.
 
-    The file (`gdtrain.analysis.landscape.Snapshots`) is written at the end of the run, also of one
+    The file (`gdtrain.analysis.trajectory.Snapshots`) is written at the end of the run, also of one
     that was stopped, and beside a checkpoint if it is 30 s old; a resumed run goes on with the file
     of the run before. `gdtrain.analysis.landscape` draws it. A step-size rule that averages shows
     the points at which it descends, not their average.
@@ -64,22 +66,13 @@ class Trajectory(Callback):
     needs_every_epoch = False
 
     def __init__(self, directory: str | Path, points: int = 50, megabytes: float = 8.0) -> None:
-        if isinstance(points, bool) or not isinstance(points, int) or points < _LEAST:
-            raise ValueError(
-                f"points must be a whole number of at least {_LEAST}. Received: points={points!r}."
-            )
-        if (
-            isinstance(megabytes, bool)
-            or not isinstance(megabytes, int | float)
-            or not megabytes > 0
-        ):
-            raise ValueError(f"megabytes must be above 0. Received: megabytes={megabytes!r}.")
         self.path = Path(directory).parent / "trajectory.npz"
-        self.points, self.megabytes = points, megabytes
+        self.points = Whole(_LEAST).check("points", points)
+        self.megabytes = Interval(0, math.inf).check("megabytes", megabytes)
         self._kept: dict[int, NDArray[np.float32]] = {}
         self._trainer: Trainer | None = None
-        self._every: int | None = None  # updates from one copy to the next; None: not planned yet
-        self._most, self._first = 0, 0
+        self._is_planned = False
+        self._spacing: Spacing | None = None  # None: no copies are kept
         self._written = time.monotonic()
 
     @property
@@ -94,13 +87,11 @@ class Trajectory(Callback):
             update: Number of updates made.
         """
         self._plan()
-        if not self._most:
-            return None
-        return update + 1 if update < self._first else _after(update, self._spacing(update))
+        return None if self._spacing is None else self._spacing.next(update)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a run before."""
-        self._kept, self._every, self._most, self._first = {}, None, 0, 0
+        self._kept, self._is_planned, self._spacing = {}, False, None
         self._trainer = trainer
         self._written = time.monotonic()
 
@@ -112,18 +103,18 @@ class Trajectory(Callback):
             return
         self._plan()
         module = cast(SupervisedModule, pl_module)
-        if self._most:
+        if self._spacing is not None:
             self._take_over(trainer, module)
             if not self._kept:
                 self._keep(module)
 
     def _plan(self) -> None:
         """How many copies, and how far apart: known when the module has begun, after callbacks."""
-        if self._every is not None:
+        if self._is_planned:
             return
+        self._is_planned = True
         assert self._trainer is not None
         module = cast(SupervisedModule, self._trainer.lightning_module)
-        self._every = 1
         count = sum(p.numel() for p in _trainable(module).values())
         if not count:
             return
@@ -140,26 +131,21 @@ class Trajectory(Callback):
             return
         few = count <= _FEW
         # Two more than are wanted: the start, and an end between two multiples.
-        self._most = min(fitting, (2 if few else 1) * self.points + 2)
-        self._first = (self._most - 2) // 2 if few else 0
+        most = min(fitting, (2 if few else 1) * self.points + 2)
+        first = (most - 2) // 2 if few else 0
         total = module.total_updates
         if total is None:
-            self._every = max(1, module.updates_per_epoch // 10)
+            self._spacing = Spacing(most, max(1, module.updates_per_epoch // 10), first)
             return
         # Of few parameters, what the first updates leave.
-        room = min(self.points, self._most - 2 - self._first)
-        self._every = max(1, -(-total // room))
+        room = min(self.points, most - 2 - first)
+        every = max(1, -(-total // room))
         loader = self._trainer.train_dataloader
         if isinstance(loader, IndexLoader) and module.objective is not None and not few:
             update = Work.of(module.objective, loader.batch_size).update
             paying = min(int(_PAYS / update), -(-total // min(_POINTS, room)))
-            self._every = max(self._every, paying)
-
-    def _spacing(self, update: int) -> int:
-        """Updates from one copy to the next, when so many are made: it doubles where they must."""
-        assert self._every is not None
-        room = self._most - 2 - self._first
-        return self._every << (max(-(-update // (self._every * room)), 1) - 1).bit_length()
+            every = max(every, paying)
+        self._spacing = Spacing(most, every, first)
 
     def on_train_batch_end(
         self,
@@ -173,7 +159,7 @@ class Trajectory(Callback):
         if self._kept:
             module = cast(SupervisedModule, pl_module)
             now = module.updates
-            if now <= self._first or now % self._spacing(now) == 0:
+            if self._spacing is not None and now in self._spacing:
                 self._keep(module)
 
     def on_save_checkpoint(
@@ -208,12 +194,8 @@ class Trajectory(Callback):
 
     def _thin(self, now: int) -> None:
         """Drop what lies closer than the spacing of today, and an end that was none."""
-        spacing, start = self._spacing(now), min(self._kept, default=0)
-        self._kept = {
-            u: theta
-            for u, theta in self._kept.items()
-            if u in (start, now) or u <= self._first or u % spacing == 0
-        }
+        if self._kept and self._spacing is not None:
+            self._kept = {u: self._kept[u] for u in self._spacing.kept(self._kept, now)}
 
     # ------------------------------------------------------------------ the file
 
@@ -246,10 +228,6 @@ class Trajectory(Callback):
             [p.numel() for p in params.values()],
         ).save(self.path)
         self._written = time.monotonic()
-
-
-def _after(update: int, every: int) -> int:
-    return (update // every + 1) * every
 
 
 def _trainable(module: SupervisedModule) -> dict[str, nn.Parameter]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from gdtrain.analysis.gradients import norms
-from gdtrain.callbacks.instrument import Instrument, Look
+from gdtrain.analysis.trial_update import TrialUpdate
+from gdtrain.callbacks.instrument import Instrument
 
 __all__ = ["UpdateRatio"]
 
@@ -34,10 +35,10 @@ class UpdateRatio(Instrument):
         "of all, or of the layer that is named.",
     }
 
-    def see(self, look: Look) -> dict[str, float]:
+    def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The ratios."""
-        step, steps = norms(look.step, look.layers)
-        length, lengths = norms(look.params, look.layers)
+        step, steps = norms(update.step, update.layers)
+        length, lengths = norms(update.params, update.layers)
         found = {"step/norm": step}
         if length > 0:
             found["step/ratio"] = step / length

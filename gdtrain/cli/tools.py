@@ -16,7 +16,7 @@ from gdtrain.lightning.launch import check_processes
 from gdtrain.runs.configuration import check
 
 if TYPE_CHECKING:
-    from gdtrain.analysis.rate_finder import RateCurve
+    from gdtrain.analysis.rate_curve import RateCurve
 
 __all__ = ["evaluate", "explain", "find_lr", "landscape", "predict"]
 

@@ -38,6 +38,8 @@ from gdtrain.data import (
     read_labelled,
 )
 from gdtrain.data.checkpoint_reading import load_checkpoint
+from gdtrain.data.loader import IndexLoader
+from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.reading import printable, unpacked_bytes
 from gdtrain.data.tables import Header
 from gdtrain.errors import ConfigurationError
@@ -68,8 +70,8 @@ from gdtrain.runs.fit import (
 )
 
 if TYPE_CHECKING:
-    from gdtrain.analysis.landscape import Grid, Line
-    from gdtrain.analysis.rate_finder import RateCurve
+    from gdtrain.analysis.landscape_figure import Grid, Line
+    from gdtrain.analysis.rate_curve import RateCurve
 
 __all__ = [
     "Trained",
@@ -87,6 +89,7 @@ _log = logging.getLogger("gdtrain")
 
 _LARGEST = 2**27  # numbers in an example which a checkpoint may ask for
 _MOST_DRAWN = 2**23  # and in data that are drawn
+_FETCHED = 4096  # examples of a Dataset that is not resident, for an analysis
 
 
 def train(config: DictConfig, directory: str | Path) -> Result:
@@ -446,7 +449,7 @@ def find_lr(config: DictConfig, directory: str | Path, name: str = "", **options
         config: Composed from `conf/train.yaml`; lr and schedule are not used.
         directory: The test's folder; it must not be there, or be empty.
         name: Of the test, in its picture.
-        **options: As for `gdtrain.analysis.rate_finder.find_lr`.
+        **options: As for `gdtrain.analysis.rate_finder.find_lr`: `min_lr`, `max_lr`, …
 
     Returns:
         The curve, with the suggestion.
@@ -500,7 +503,7 @@ def _all_or_nothing(folder: Path) -> Iterator[Path]:
 
 def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
     """On the device, and in the precision, that the configuration trains with."""
-    from gdtrain.analysis import rate_finder
+    from gdtrain.analysis.rate_finder import find_lr
 
     data, module = _build(config)
     if config.ckpt_path is not None:
@@ -516,8 +519,20 @@ def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
             )
         module = trainer.precision_plugin.convert_module(module)
         module.to(trainer.strategy.root_device)
+        if module.step_size == "auto":
+            module.step_size = None  # what is looked for
+        objective = _objective(module, data, data.examples_per_update)
+        size = min(data.examples_per_update, len(objective.targets))
+        plan = IndexLoader(len(objective.targets), size, sampling=data.sampling, seed=data.seed)
         with trainer.precision_plugin.forward_context():
-            return rate_finder.find_lr(module, data, **options)
+            return find_lr(
+                objective,
+                module.configure_optimizers(),
+                plan,
+                engine=module.engine,
+                total=data.num_train,
+                **options,
+            )
 
 
 # ---------------------------------------------------------------------- one update in full
@@ -529,7 +544,7 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
     Args:
         config: Composed from `conf/train.yaml`.
         update: Which, range [0, T).
-        **options: As for `gdtrain.analysis.explanation.Explanation.text`.
+        **options: As for `gdtrain.analysis.explanation_text.Explanation.text`.
 
     Returns:
         The text.
@@ -546,7 +561,7 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
         >>> "The model, before the update" in explain(config)
         True
     """
-    from gdtrain.analysis.explanation import check_text, explain_run
+    from gdtrain.callbacks.explain import ExplainUpdate
 
     try:
         if config.ckpt_path is not None:
@@ -554,12 +569,19 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
                 f"The updates are made from the first one on. Received: ckpt_path="
                 f"{config.ckpt_path}. Leave it out, and set update=… to a later one."
             )
-        check_text(options.get("digits", 4), options.get("examples", 2))
+        explained = ExplainUpdate(update)
         data, module = _build(config)
-        with _quiet():
-            trainer = instantiate(config.trainer, _convert_="all")
-            found = explain_run(module, data, trainer, update)
-        return found.text(**options)
+        with _quiet(), alone_in(None, instantiate(config.trainer, _convert_="all")) as make_trainer:
+            trainer = make_trainer(callbacks=[explained], logger=False, enable_checkpointing=False)
+            if trainer.world_size > 1 or "mixed" in str(trainer.precision):
+                raise ValueError(
+                    f"One update is written out on one device, in one precision. Received: "
+                    f"{trainer.world_size} processes, precision={trainer.precision}. Set "
+                    f"trainer=default trainer.precision=32."
+                )
+            trainer.fit(module, datamodule=data)
+        assert explained.found is not None
+        return explained.found.text(**options)
     except _USER_ERRORS as error:
         raise ConfigurationError(_message(error, _plain(config))) from error
 
@@ -1108,7 +1130,7 @@ def landscape(
     megabytes: float = 2048.0,
     overrides: Mapping[str, Any] | None = None,
     trust: tuple[str, ...] = (),
-) -> tuple[Path, dict[str, Line | Grid]]:
+) -> tuple[Path, Mapping[str, Line | Grid]]:
     """Draw the objective around a checkpoint, and the path of its run, into a folder.
 
     `landscape-1d.png` and `landscape-2d.png` (random directions, filter-normalised), and
@@ -1143,7 +1165,10 @@ def landscape(
         ...
         FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
-    from gdtrain.analysis.landscape import Landscape, Snapshots, save
+    from gdtrain.analysis.landscape import Landscape
+    from gdtrain.analysis.landscape_figure import save
+    from gdtrain.analysis.surface import Surface
+    from gdtrain.analysis.trajectory import Snapshots
 
     path = Path(path)
     if isinstance(megabytes, bool) or not 0 < megabytes < math.inf:
@@ -1166,19 +1191,15 @@ def landscape(
         snapshots.check(model, recorded)
         snapshots = snapshots.until(update, parameters_to_vector(params))
     parameters = sum(p.numel() for p in params)
-    if parameters <= 2:
-        if span is not None:
-            raise ValueError(
-                f"span is of random directions, and a model with {parameters} parameters is drawn "
-                f"on its exact surface. Received: span={span:g}. Leave it out."
-            )
+    kind = Surface if parameters <= 2 else Landscape
+    if kind is Surface:
         model.double()  # so that the minimum is one to many digits
     elif params[0].dtype in (torch.bfloat16, torch.float16):
         model.float()
     needed = Landscape.bytes_needed(parameters, params[0].element_size())
     _check_memory(read + needed, megabytes, f"Pictures of {parameters:,} parameters")
     objective, total = _training_objective(trained, path, overrides)
-    made = Landscape(
+    made = kind(
         objective,
         weight_decay=_weight_decay(trained),
         examples=examples,
@@ -1247,17 +1268,48 @@ def _training_objective(
     trained: Trained, path: Path, overrides: Mapping[str, Any] | None
 ) -> tuple[Objective, int]:
     """J of a checkpoint on its training examples, and their number N."""
-    from gdtrain.analysis.rate_finder import objective_examples
-
     data = _same_data(trained, path, overrides)
-    module = trained.module
-    dtype = next(module.model.parameters()).dtype
+    objective = _objective(trained.module, data)
+    if trained.module.from_file:
+        check_outputs(objective.model, objective.inputs[:1])
+    return objective, data.num_train
+
+
+def _objective(
+    module: SupervisedModule, data: DataModule, batch_size: int | None = None
+) -> Objective:
+    """J on the training examples, or on some of those that are fetched one by one.
+
+    With a batch size it is to be differentiated: then memory bounds a pass, as in training.
+    """
+    parameter = next(module.model.parameters())
     inputs, targets = (
-        t.to("cpu", dtype if t.is_floating_point() else None) for t in objective_examples(data)
+        t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
+        for t in _examples(data)
     )
-    if module.from_file:
-        check_outputs(module.model, inputs[:1])
-    return Objective(module.model, module.loss, inputs, targets), data.num_train
+    micro: Any = None if batch_size is None else data.micro_batch_size
+    if batch_size is not None and micro is None:
+        if isinstance(inputs, MappedInputs):
+            micro = "auto"
+        elif isinstance(inputs, SparseInputs) and batch_size > inputs.rows_at_once:
+            micro = inputs.rows_at_once
+    return Objective(module.model, module.loss, inputs, targets, micro)
+
+
+def _examples(data: DataModule) -> tuple[Any, Tensor]:
+    """The training examples; of a Dataset, whole batches up to a few thousand examples."""
+    loader = data.train_dataloader()
+    if isinstance(loader, IndexLoader):
+        return data.examples("train")
+    pairs: list[tuple[Tensor, Tensor]] = []
+    try:
+        for pair in loader:
+            pairs.append(pair)
+            if sum(len(y) for _, y in pairs) >= min(_FETCHED, data.num_train):
+                break
+    finally:
+        loader.close()
+    return torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])
 
 
 def _weight_decay(trained: Trained) -> list[float]:

@@ -12,8 +12,12 @@ from lightning import Trainer
 from torch import nn
 
 from gdtrain import GD, SGD, MiniBatchSGD
-from gdtrain.analysis.explanation import _SLOPES, explain, explain_run
+from gdtrain.analysis.explanation import explain, explain_made
+from gdtrain.analysis.formulas import SLOPES
+from gdtrain.callbacks import ExplainUpdate
 from gdtrain.data import EmbeddedDataModule
+from gdtrain.engines import Eager
+from gdtrain.engines.native.engine import Native
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.losses import (
     CrossEntropy,
@@ -103,7 +107,7 @@ def test_each_activation(activation):
 
 
 def test_the_activations_are_those_of_the_models():
-    assert list(_SLOPES) == list(ACTIVATIONS)
+    assert list(SLOPES) == list(ACTIVATIONS)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -140,6 +144,30 @@ def test_nothing_is_changed():
     assert torch.equal(random, torch.get_rng_state())
     assert all(p.grad is None for p in model.parameters())
     assert not any(optimizer.state.values())
+
+
+@pytest.mark.parametrize("engine", [Eager, Native])
+def test_what_an_engine_makes_is_compared_and_taken_back(engine):
+    x, y, outputs = problem(CrossEntropy())
+    model = MLP((4,), outputs, hidden=[3])
+    groups = [{"params": [*model.parameters()], "initial_lr": 0.1}]
+    optimizer = SGD(groups, lr=0.1, momentum=0.9)
+    objective = Objective(model, CrossEntropy(), x.float(), y)
+    made_by = engine(objective, optimizer)
+
+    def make(*rows):
+        made_by(torch.tensor(rows)[:, None], torch.full((len(rows),), 0.5, dtype=torch.float64))
+        return float(made_by.rates[-1])
+
+    make(2, 4)  # there is momentum
+    before = [p.detach().clone() for p in model.parameters()]
+    found = explain_made(objective, optimizer, torch.tensor([2]), partial(make, 2))
+    assert found.rate == 0.05
+    assert found.gap < 1e-6
+    assert all(step.old_buffer.any() for step in found.steps)
+    with pytest.raises(ValueError, match="in another way"):  # two updates are not one
+        explain_made(objective, optimizer, torch.tensor([2]), partial(make, 2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
 # ---------------------------------------------------------------------- what it prints
@@ -239,7 +267,7 @@ def test_it_fits_in_a_hundred_columns_and_tells_what_was_cut(digits):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"digits": 0}, r"digits must be a whole number in \[1, 12\]. Received: digits=0"),
+        ({"digits": 0}, "digits must be a whole number from 1 to 12. Received: digits=0"),
         ({"digits": 13}, "digits=13"),
         ({"digits": 2.5}, "digits=2.5"),
         ({"examples": -1}, "examples must be a whole number of at least 0. Received: examples=-1"),
@@ -254,14 +282,23 @@ def test_options_out_of_range(options, message):
 # ---------------------------------------------------------------------- in a run
 
 
-def planned(epochs=2):
-    return partial(
-        Trainer,
-        max_epochs=epochs,
-        accelerator="cpu",
+def fit(module, data, *callbacks, **options):
+    trainer = Trainer(
+        **{"max_epochs": 2, "accelerator": "cpu", **options},
+        logger=False,
+        callbacks=[*callbacks],
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    trainer.fit(module, datamodule=data)
+
+
+def explained(module, data, update, **options):
+    callback = ExplainUpdate(update)
+    fit(module, data, callback, **options)
+    assert module.updates == update + 1  # the run ends after it
+    return callback.found
 
 
 def make(optimizer, batch_size, model=None, schedule=None, **options):
@@ -277,13 +314,13 @@ def test_an_update_of_a_run_is_that_of_the_run(engine, update):
     """The run that goes on by itself has, after it, the weights that were worked out."""
     rule = partial(SGD, lr=0.05, momentum=0.8, weight_decay=0.01)
     module, data = make(rule, 1, schedule=Cosine(), engine=engine)
-    found = explain_run(module, data, planned(), update)
+    found = explained(module, data, update)
     assert found.gap < 1e-6
     again, data = make(rule, 1, schedule=Cosine(), engine=engine)
-    again.schedule = module.schedule
-    trainer = planned()(max_steps=update + 1, logger=False, enable_checkpointing=False)
     again.rate_factors = module.rate_factors  # of the whole run, not of the shortened one
-    trainer.fit(again, datamodule=data)
+    fit(again, data, max_steps=update + 1)
+    for p, made in zip(module.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(p, made)  # the run makes it as it would have without
     for step, p in zip(found.steps, again.model.parameters(), strict=True):
         torch.testing.assert_close(step.after.float(), p.detach(), rtol=1e-5, atol=1e-6)
 
@@ -298,7 +335,7 @@ def test_an_update_of_a_run_is_that_of_the_run(engine, update):
 )
 def test_the_variants(optimizer, batch_size):
     module, data = make(optimizer, batch_size, model=partial(MLP, (4,), 3, hidden=[4]))
-    found = explain_run(module, data, planned(), 1)
+    found = explained(module, data, 1)
     assert found.gap < 1e-6
     assert len(found.indices) == (data.num_train if batch_size == "full" else 16)
 
@@ -306,7 +343,7 @@ def test_the_variants(optimizer, batch_size):
 def test_dropout_is_that_of_the_update():
     model = partial(MLP, (4,), 3, hidden=[8, 6], dropout=0.5)
     module, data = make(partial(MiniBatchSGD, lr=0.1), 16, model=model)
-    found = explain_run(module, data, planned(), 2)
+    found = explained(module, data, 2)
     assert found.gap < 1e-6
     assert all(set(layer.mask.unique().tolist()) == {0.0, 2.0} for layer in found.layers[:2])
     assert "h₁ = m₁ ∘ relu(z₁)" in found.text()
@@ -314,9 +351,9 @@ def test_dropout_is_that_of_the_update():
 
 def test_a_rate_that_a_rule_computes_is_the_one_shown():
     module, data = make(partial(GD), "full", step_size="auto")
-    found = explain_run(module, data, planned(50), 5)
+    found = explained(module, data, 5, max_epochs=50)
     assert found.gap < 1e-6
-    assert found.rate == pytest.approx(float(module.rates[0]))
+    assert found.rate == float(module.rates[0])
     assert found.rate != 1.0
 
 
@@ -334,7 +371,7 @@ def test_what_cannot_be_explained_is_said(changes, update, message):
     options = {"optimizer": partial(SGD, lr=0.1), "batch_size": 1, **changes}
     module, data = make(**options)
     with pytest.raises(ValueError, match=message):
-        explain_run(module, data, planned(), update)
+        explained(module, data, update)
 
 
 def test_a_loss_of_ones_own_is_refused():

@@ -5,21 +5,27 @@ import math
 import random
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import Dataset
 
 from gdtrain import GD, SGD, MiniBatchSGD
-from gdtrain.analysis.rate_finder import _smooth, find_lr, suggest
-from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
+from gdtrain.analysis.rate_curve import _smooth, suggest
+from gdtrain.analysis.rate_finder import find_lr
+from gdtrain.data import ArrayDataModule, EmbeddedDataModule
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.models import MLP, Linear
 from gdtrain.models.dropout import Dropout
+from gdtrain.objective import Objective
+from gdtrain.runs import run
+from gdtrain.runs.configuration import conf_directory
 from gdtrain.step_sizes import Armijo
 
 
@@ -33,6 +39,14 @@ def regression(scales=(1.0, 0.5, 0.2), n=120, batch_size="full", noise=0.1, seed
         X, y, batch_size=batch_size, dtype="float64", val_fraction=val, **options
     )
     return data, float(np.linalg.eigvalsh(X.T @ X / n)[-1])
+
+
+def find(model, loss, make, data, **options):
+    """A range test on the training part of some data."""
+    data.setup()
+    objective = Objective(model, loss, *data.examples("train"))
+    optimizer = make if isinstance(make, torch.optim.Optimizer) else make(model.parameters())
+    return find_lr(objective, optimizer, data.train_dataloader(), **options)
 
 
 def zero_model(features=3):
@@ -161,7 +175,7 @@ def test_too_few_points_are_refused():
 def test_a_quadratic_turns_at_its_limit(momentum, nesterov, scale):
     data, largest = regression(scales=(scale, 0.5 * scale, 0.2 * scale))
     make = partial(GD, lr=1.0, momentum=momentum, nesterov=nesterov)
-    curve = find_lr(SupervisedModule(zero_model(), SquaredError(), make), data)
+    curve = find(zero_model(), SquaredError(), make, data)
     expected = 2 / largest * (1 + momentum) / ((1 + 2 * momentum) if nesterov else 1)
     assert curve.sharpness == pytest.approx(largest, rel=0.01)
     assert curve.limit == pytest.approx(expected, rel=0.01)
@@ -175,7 +189,7 @@ def test_a_quadratic_turns_at_its_limit(momentum, nesterov, scale):
 def test_weight_decay_belongs_to_the_limit():
     data, largest = regression()
     make = partial(GD, lr=1.0, weight_decay=2.0)
-    curve = find_lr(SupervisedModule(zero_model(), SquaredError(), make, decay_biases=True), data)
+    curve = find(zero_model(), SquaredError(), make, data)
     assert curve.limit == pytest.approx(2 / (largest + 2), rel=0.01)
 
 
@@ -187,7 +201,7 @@ def test_no_limit_is_shown_where_there_is_none(make):
     size = {SGD: 1, MiniBatchSGD: 8}.get(kind, "full")
     data, _ = regression(batch_size=size)
     model = zero_model()
-    curve = find_lr(SupervisedModule(model, SquaredError(), make), data, updates=200)
+    curve = find(model, SquaredError(), make, data, updates=200)
     assert curve.limit is None
     assert curve.sharpness is None
     assert curve.suggestion > 0
@@ -202,15 +216,14 @@ def test_orders_and_weights_move_the_suggestion_by_less_than_a_factor_of_three(s
         data.setup()
         torch.manual_seed(seed)
         model = MLP(data.input_shape, 10, hidden=[32])
-        module = SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=1.0))
-        found.append(find_lr(module, data).suggestion)
+        found.append(find(model, CrossEntropy(), partial(MiniBatchSGD, lr=1.0), data).suggestion)
     assert max(found) < 3 * min(found)
 
 
 def test_the_lr_of_the_optimizer_is_only_a_unit():
     data, _ = regression()
     curves = [
-        find_lr(SupervisedModule(zero_model(), SquaredError(), partial(GD, lr=lr)), data)
+        find(zero_model(), SquaredError(), partial(GD, lr=lr), data)
         for lr in (1.0, 0.25)  # powers of two: the same rates to the last bit
     ]
     assert curves[0].losses.tolist() == curves[1].losses.tolist()
@@ -218,15 +231,26 @@ def test_the_lr_of_the_optimizer_is_only_a_unit():
 
 def test_equal_calls_are_equal():
     data, _ = regression(batch_size=4)
-    module = SupervisedModule(zero_model(), SquaredError(), partial(MiniBatchSGD, lr=1.0))
-    first, second = (find_lr(module, data, updates=100) for _ in range(2))
+    first, second = (
+        find(zero_model(), SquaredError(), partial(MiniBatchSGD, lr=1.0), data, updates=100)
+        for _ in range(2)
+    )
     assert first.to_dict() == second.to_dict()
 
 
 def test_an_overflow_ends_the_test_and_not_the_suggestion():
     data, _ = regression()
-    module = SupervisedModule(zero_model().float(), SquaredError(), partial(GD, lr=1.0))
-    curve = find_lr(module, data, min_lr=1e-3, max_lr=1e30, updates=300, curvature=False)
+    data.dtype = torch.float32
+    curve = find(
+        zero_model().float(),
+        SquaredError(),
+        partial(GD, lr=1.0),
+        data,
+        min_lr=1e-3,
+        max_lr=1e30,
+        updates=300,
+        curvature=False,
+    )
     assert len(curve.rates) < 50
     assert math.isinf(curve.losses[-1]) or curve.losses[-1] > curve.start
     assert curve.suggestion is not None
@@ -238,25 +262,8 @@ def test_a_start_that_is_no_number_is_refused():
     model = zero_model()
     with torch.no_grad():
         model.weight[0, 0] = math.nan
-    module = SupervisedModule(model, SquaredError(), partial(GD, lr=1.0))
     with pytest.raises(ValueError, match=r"finite before any update\. Received: nan"):
-        find_lr(module, data)
-
-
-def test_examples_of_a_dataset_are_fetched():
-    class Lines(Dataset):
-        def __len__(self):
-            return 90
-
-        def __getitem__(self, i):
-            return torch.tensor([math.sin(i), math.cos(3 * i)]), torch.tensor([math.sin(i)])
-
-    for size, factory in (("full", GD), (1, SGD)):
-        data = DatasetDataModule(Lines(), batch_size=size, val_fraction=0, test_fraction=0)
-        module = SupervisedModule(nn.Linear(2, 1), SquaredError(), partial(factory, lr=1.0))
-        curve = find_lr(module, data, updates=200)
-        assert curve.details["examples"] == 90
-        assert 0.01 < curve.suggestion < 10
+        find(model, SquaredError(), partial(GD, lr=1.0), data)
 
 
 # ---------------------------------------------------------------------- no trace
@@ -286,7 +293,6 @@ def test_everything_is_as_it_was(size, training):
     data.setup()
     model = Busy().train(training)
     optimizer = MiniBatchSGD(model.parameters(), lr=0.1, momentum=0.9)
-    module = SupervisedModule(model, SquaredError(), optimizer)
     model(torch.randn(5, 3)).sum().backward()
     optimizer.step()
 
@@ -304,17 +310,13 @@ def test_everything_is_as_it_was(size, training):
             "python": random.getstate(),
             "order": [b.clone() for b in data.train_dataloader()],
             "examples": [t.clone() for t in data.examples("train")],
-            "updates": module.updates,
         }
 
     before = state()
-    names = set(vars(module)), set(vars(data))
-    curve = find_lr(module, data, updates=100)
+    curve = find(model, SquaredError(), optimizer, data, updates=100)
     after = state()
     assert curve.losses[-1] != curve.start  # something was done
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-    assert (set(vars(module)), set(vars(data))) == names
-    assert module.engine_reason == ""
 
 
 def test_an_error_leaves_the_random_states_alone():
@@ -329,13 +331,13 @@ def test_an_error_leaves_the_random_states_alone():
             return super().forward(x)
 
     data, _ = regression()
-    module = SupervisedModule(Fails(3, 1).double(), SquaredError(), partial(GD, lr=1.0))
+    model = Fails(3, 1).double()
     before = torch.get_rng_state()
-    weight = module.model.weight.clone()
+    weight = model.weight.clone()
     with pytest.raises(KeyboardInterrupt):
-        find_lr(module, data)
+        find(model, SquaredError(), partial(GD, lr=1.0), data)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(module.model.weight, weight)
+    assert torch.equal(model.weight, weight)
 
 
 def test_training_after_a_test_is_the_same_run():
@@ -344,9 +346,10 @@ def test_training_after_a_test_is_the_same_run():
     def trained(tested):
         torch.manual_seed(0)
         data, _ = regression(batch_size=4, val=20)
-        module = SupervisedModule(zero_model(), SquaredError(), partial(MiniBatchSGD, lr=0.1))
+        model = zero_model()
         if tested:
-            find_lr(module, data, updates=50)
+            find(model, SquaredError(), partial(MiniBatchSGD, lr=0.1), data, updates=50)
+        module = SupervisedModule(model, SquaredError(), partial(MiniBatchSGD, lr=0.1))
         trainer = Trainer(
             max_epochs=3,
             accelerator="cpu",
@@ -368,10 +371,10 @@ def test_training_after_a_test_is_the_same_run():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_lr": 0}, r"min_lr must be finite and > 0\. Received: min_lr=0\."),
-        ({"max_lr": math.inf}, r"max_lr must be finite and > 0\. Received: max_lr=inf\."),
-        ({"max_lr": True}, "max_lr must be finite"),
-        ({"min_lr": math.nan}, "min_lr must be finite"),
+        ({"min_lr": 0}, r"min_lr must be a number in \(0, ∞\)\. Received: min_lr=0\."),
+        ({"max_lr": math.inf}, r"max_lr must be a number in .*\. Received: max_lr=inf\."),
+        ({"max_lr": True}, "max_lr must be a number"),
+        ({"min_lr": math.nan}, "min_lr must be a number"),
         ({"min_lr": 1.0, "max_lr": 0.1}, "min_lr must be below max_lr. Received: min_lr=1, max"),
         ({"updates": 19}, "updates must be a whole number of at least 20. Received: updates=19"),
         ({"updates": 1e3}, "updates must be a whole number"),
@@ -380,42 +383,38 @@ def test_training_after_a_test_is_the_same_run():
 )
 def test_bad_options(options, message):
     data, _ = regression()
-    module = SupervisedModule(zero_model(), SquaredError(), partial(GD, lr=1.0))
     with pytest.raises(ValueError, match=message):
-        find_lr(module, data, **options)
+        find(zero_model(), SquaredError(), partial(GD, lr=1.0), data, **options)
 
 
 def test_a_rule_leaves_nothing_to_find():
     data, _ = regression()
-    module = SupervisedModule(zero_model(), SquaredError(), GD, step_size=Armijo())
-    with pytest.raises(ValueError, match=r"no rate to find where a rule computes .*Armijo"):
-        find_lr(module, data)
     model = zero_model()
     own = GD(model.parameters(), step_size=Armijo())
-    with pytest.raises(ValueError, match="no rate to find where a rule computes"):
-        find_lr(SupervisedModule(model, SquaredError(), own), data)
+    with pytest.raises(ValueError, match=r"no rate to find where a rule computes .*Armijo"):
+        find(model, SquaredError(), own, data)
 
 
-def test_the_automatic_rate_can_be_compared_with_a_found_one():
-    data, _ = regression()
-    module = SupervisedModule(zero_model(), SquaredError(), GD, step_size="auto")
-    assert find_lr(module, data).suggestion > 0
+def test_the_automatic_rate_can_be_compared_with_a_found_one(tmp_path):
+    curves = [
+        find_configured(tmp_path / str(i), f"data=diabetes model=linear optimizer=gd {lr}")
+        for i, lr in enumerate(("", "optimizer.lr=1.0"))
+    ]
+    assert curves[0].suggestion == curves[1].suggestion > 0
 
 
 def test_a_model_of_another_shape_is_told():
     data, _ = regression()
-    module = SupervisedModule(zero_model(4), SquaredError(), partial(GD, lr=1.0))
     with pytest.raises(ValueError, match=r"does not take examples of shape \(3,\)"):
-        find_lr(module, data)
+        find(zero_model(4), SquaredError(), partial(GD, lr=1.0), data)
 
 
 def test_a_model_without_parameters_is_told():
     data, _ = regression()
     model = zero_model()
     model.weight.requires_grad_(False)
-    module = SupervisedModule(model, SquaredError(), partial(GD, lr=1.0))
     with pytest.raises(ValueError, match="no parameter to train"):
-        find_lr(module, data)
+        find(model, SquaredError(), partial(GD, lr=1.0), data)
 
 
 def test_a_layer_without_second_derivative_costs_the_limit_only():
@@ -438,7 +437,7 @@ def test_a_layer_without_second_derivative_costs_the_limit_only():
             return Once.apply(self.linear(x)) ** 1
 
     data, _ = regression()
-    curve = find_lr(SupervisedModule(Model(), SquaredError(), partial(GD, lr=1.0)), data)
+    curve = find(Model(), SquaredError(), partial(GD, lr=1.0), data)
     assert curve.limit is None
     assert "No stability limit" in curve.basis
     assert curve.suggestion > 0
@@ -457,6 +456,29 @@ def command(monkeypatch, folder, words):
     except SystemExit as end:
         return end.code or 0
     return 0
+
+
+def find_configured(folder, words, **options):
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        return run.find_lr(compose("train", words.split()), folder, **options)
+
+
+class Lines(Dataset):
+    def __len__(self):
+        return 90
+
+    def __getitem__(self, i):
+        return torch.tensor([math.sin(i), math.cos(3 * i)]), torch.tensor([math.sin(i)])
+
+
+@pytest.mark.parametrize("variant", ["gd", "sgd"])
+def test_examples_of_a_dataset_are_fetched(monkeypatch, tmp_path, variant):
+    monkeypatch.setitem(sys.modules, "lines", SimpleNamespace(Lines=Lines))
+    words = f"data=dataset data.train._target_=lines.Lines model=linear optimizer={variant}"
+    words += " data.val_fraction=0 data.test_fraction=0"
+    curve = find_configured(tmp_path / "found", words, updates=200)
+    assert curve.details["examples"] == 90
+    assert 0.01 < curve.suggestion < 10
 
 
 @pytest.mark.parametrize("variant", ["gd", "sgd"])
@@ -532,7 +554,7 @@ def test_a_rule_in_the_configuration_is_refused(monkeypatch, capsys, tmp_path):
 
 def test_the_curve_is_drawn_with_names_and_units():
     data, _ = regression()
-    curve = find_lr(SupervisedModule(zero_model(), SquaredError(), partial(GD, lr=1.0)), data)
+    curve = find(zero_model(), SquaredError(), partial(GD, lr=1.0), data)
     above, below = curve.plot().axes
     assert above.get_ylabel() == "mean training loss"
     assert "step size η" in below.get_xlabel()
@@ -547,6 +569,5 @@ def test_the_curve_is_drawn_with_names_and_units():
 
 def test_a_linear_model_of_classes_by_name():
     data = EmbeddedDataModule("wine", batch_size="full")
-    module = SupervisedModule(Linear((13,), 3), CrossEntropy(), partial(GD, lr=1.0))
-    curve = find_lr(module, data)
+    curve = find(Linear((13,), 3), CrossEntropy(), partial(GD, lr=1.0), data)
     assert 0.5 < curve.suggestion < 20

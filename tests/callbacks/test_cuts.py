@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
-from gdtrain.analysis.landscape import Snapshots
+from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.callbacks import (
     Curvature,
     Distance,

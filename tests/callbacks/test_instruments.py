@@ -269,8 +269,8 @@ def test_with_batch_norm_the_noise_is_that_of_groups():
     kept = []
 
     class Kept(GradientNoise):
-        def _rows(self, look):
-            kept.append(super()._rows(look))
+        def _rows(self, update):
+            kept.append(super()._rows(update))
             return kept[-1]
 
     path, noise, logger = Path(), Kept(groups=10, size=6, every=30), Numbers()
@@ -312,8 +312,8 @@ def test_alpha_of_full_batch_descent_on_a_quadratic(share, alpha):
 class OnTheBatch(StepTest):
     """What the step test would say on the batch that made the step."""
 
-    def _rows(self, look):
-        return look.rows
+    def _rows(self, update):
+        return update.indices
 
 
 @pytest.mark.parametrize(("lr", "state"), [(0.01, "stable"), (0.1, "unstable")])
@@ -450,16 +450,16 @@ def test_a_model_too_large_for_the_checkpoint_has_no_distance_after_it(tmp_path,
 
 
 def test_they_share_one_look_and_make_one_step(monkeypatch):
-    from gdtrain.callbacks import instrument
+    from gdtrain.analysis import trial_update
 
     made = []
 
-    class Counting(instrument.Eager):
+    class Counting(trial_update.Eager):
         def __call__(self, indices, factors, draw=0):
             made.append(draw)
             return super().__call__(indices, factors, draw)
 
-    monkeypatch.setattr(instrument, "Eager", Counting)
+    monkeypatch.setattr(trial_update, "Eager", Counting)
     fit(*everything(every=10), updates=30, sweep=5, engine="native")
     assert len(made) == len(set(made)) == 3
 
@@ -617,9 +617,12 @@ def test_the_summary_tells_the_noise_scale_and_the_verdict(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: GradientNorms(every=0), "every must be a whole number of at least 1, or null"),
+        (lambda: GradientNorms(every=0), "every must be a whole number of at least 1"),
         (lambda: GradientNorms(looks=0), "looks must be a whole number of at least 1. Received"),
-        (lambda: GradientNorms(share=1.0), r"share must lie in \(0, 1\). Received: share=1.0"),
+        (
+            lambda: GradientNorms(share=1.0),
+            r"share must be a number in \(0, 1\). Received: share=1.0",
+        ),
         (lambda: GradientNoise(groups=3), "groups must be a whole number of at least 4"),
         (lambda: GradientNoise(size=0), "size must be a whole number of at least 1"),
         (lambda: StepTest(probe=8), "probe must be a whole number of at least 16"),
@@ -632,8 +635,8 @@ def test_options_out_of_range_are_told(make, message):
 
 def test_an_instrument_of_ones_own():
     class Longest(Instrument):
-        def see(self, look):
-            return {"longest": max(float(s.abs().max()) for s in look.step), "nan": math.nan}
+        def measure(self, update):
+            return {"longest": max(float(s.abs().max()) for s in update.step), "nan": math.nan}
 
     logger = Numbers()
     fit(Longest(every=10), updates=20, sweep=10, logger=logger)
@@ -722,9 +725,9 @@ def test_alpha_has_the_decay_that_is_in_the_gradient(optimizer):
     alphas, steps = [], []
 
     class Keeps(Instrument):
-        def see(self, look):
-            x, y = look.objective.inputs, look.objective.targets
-            steps.append(([p.clone() for p in look.params], look.step, x, y))
+        def measure(self, update):
+            x, y = update.objective.inputs, update.objective.targets
+            steps.append(([p.clone() for p in update.params], update.step, x, y))
             return {}
 
     logger = Numbers()

@@ -29,7 +29,7 @@ from hydra import compose, initialize_config_dir
 from scipy import sparse
 
 import gdtrain
-from gdtrain.analysis.landscape import Snapshots
+from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.callbacks import BestAndLast
 from gdtrain.data import LIBSVMDataModule, NPYDataModule, read_features
 from gdtrain.data.checkpoint_reading import load_checkpoint
