@@ -808,7 +808,7 @@ def _averaged(optimizer: Optimizer) -> Iterator[None]:
     """With the parameters that a step-size rule's average stands for, where there is one."""
     rule = getattr(optimizer, "step_size", None)
     numbers = optimizer.param_groups[0].get("step_size", {}) if rule is not None else {}
-    if rule is None or not rule.averages or numbers.get("mode") == "eval":  # it is in already
+    if rule is None or rule.average is None or numbers.get("mode") == "eval":  # it is in already
         yield
         return
     rule.eval(optimizer)

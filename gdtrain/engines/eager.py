@@ -69,7 +69,7 @@ class Eager:
         for k, factor in enumerate(factors.tolist()):
             for group in groups:
                 group["lr"] = group["initial_lr"] * factor
-            looks = rule is not None and (rule.evaluates or rule.differentiates)
+            looks = rule is not None and rule.needs.elsewhere
             before = _random_states(objective) if looks else None
             found = self._ahead.begin(objective.params, indices[k]) if looks else None
             if found is None:

@@ -263,7 +263,7 @@ class SupervisedModule(LightningModule):
         if self.schedule_is_automatic:
             rule = getattr(made, "step_size", None)
             # Rules for full batches find the length of each step; rules that ask for T decay.
-            decays = rule is not None and (rule.needs_full_batch or rule.needs_total_updates)
+            decays = rule is not None and (rule.needs.full_batch or rule.needs.total_updates)
             self.schedule = Constant() if decays else WarmupStableDecay(warmup=0.1, decay=0.5)
         for group in made.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -408,7 +408,7 @@ class SupervisedModule(LightningModule):
         made at the end of training instead.
         """
         rule = getattr(self.trainer.optimizers[0], "step_size", None)
-        if rule is not None and rule.owns_rate:
+        if rule is not None and not rule.needs.lr:
             raise ValueError(
                 f"StochasticWeightAveraging sets η (swa_lrs), and {type(rule).__name__} computes "
                 f"it: set optimizer.lr to a number, without a step-size rule."
@@ -1168,7 +1168,7 @@ class SupervisedModule(LightningModule):
         trainer = self._trainer
         optimizers = [] if trainer is None else trainer.optimizers
         rule = getattr(optimizers[0], "step_size", None) if len(optimizers) == 1 else None
-        if rule is None or not rule.averages or not self.updates or self._ended_at_average:
+        if rule is None or rule.average is None or not self.updates or self._ended_at_average:
             return None, None
         return optimizers[0], rule
 

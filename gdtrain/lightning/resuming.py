@@ -363,7 +363,7 @@ def _other_plan(own: Mapping[str, Any], module: Any, trainer: Any, data: Any) ->
     module.planned_updates = after
     rule = getattr(module.configure_optimizers(), "step_size", None)
     module.planned_updates = None
-    if rule is not None and rule.needs_total_updates:
+    if rule is not None and rule.needs.total_updates:
         return f"{type(rule).__name__} is stretched over them"
     t = np.unique(np.linspace(0, done - 1, min(done, _POINTS)).astype(np.int64))
     updates = torch.from_numpy(t).to(torch.float64)

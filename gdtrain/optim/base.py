@@ -28,7 +28,7 @@ from torch.optim.optimizer import (
 
 from gdtrain.optim.plan import Plan
 from gdtrain.rules import descend_, fused_descend_
-from gdtrain.step_sizes import Sight, StepSize, automatic
+from gdtrain.step_sizes import Context, Evaluations, Memory, StepSize, automatic
 
 __all__ = ["Descent"]
 
@@ -121,9 +121,6 @@ class _Given:
         gradient: Callable[[], object] | None,
     ) -> None:
         self.value, self.evaluate, self.gradient = value, evaluate, gradient
-
-    def __call__(self) -> Tensor | float:
-        return self.value
 
 
 class Descent(Optimizer):
@@ -688,8 +685,8 @@ class Descent(Optimizer):
                 without the penalty of weight decay.
             evaluate: Gives that loss at what the parameters are when it is called, on the same
                 examples with the same random numbers, and leaves no trace.
-            gradient: The same with gradients, which it puts into p.grad; needed by rules with
-                `differentiates`.
+            gradient: The same with gradients, which it puts into p.grad; needed by rules that
+                need gradients elsewhere.
 
         Raises:
             ValueError: The optimizer has no rule, or examples of the update are missing.
@@ -706,7 +703,7 @@ class Descent(Optimizer):
         """
         if self.step_size is None:
             raise ValueError("step_by_rule() needs a rule: construct the optimizer with step_size=")
-        self.step(_Given(value, evaluate, gradient))  # type: ignore[arg-type]
+        self.step(_Given(value, evaluate, gradient))  # type: ignore[call-overload]
 
     def _step_by(self, rule: StepSize, closure: Any, num_samples: int | None) -> Any:
         gathers = self._examples is not None
@@ -721,26 +718,26 @@ class Descent(Optimizer):
                 self.__dict__.pop(name, None)
             raise
         if isinstance(closure, _Given):
-            loss, evaluate, gradient = closure(), closure.evaluate, closure.gradient
+            loss = closure.value
+            evaluations = Evaluations(closure.evaluate, closure.gradient)
         else:
-            again = rule.evaluates or rule.differentiates
-            closure = _Closure(closure, list(self._parameters()), again)
-            loss, evaluate, gradient = closure(), closure.again, closure.again
+            closure = _Closure(closure, list(self._parameters()), rule.needs.elsewhere)
+            loss = closure()
+            evaluations = Evaluations(closure.again, closure.again)
         if gathers and not self._is_due(None):
             return loss
         first = self.param_groups[0]
-        sight = Sight(
+        context = Context.of(
             self.param_groups,
-            self.state,
             loss,
-            evaluate,
-            gradient,
+            evaluations if rule.needs.elsewhere else None,
             total_updates=self.total_updates,
             batch_fraction=self.batch_fraction,
         )
+        memory = Memory.of(self, context.params)
         rate = nan
-        if sight.params and isfinite(sight.value) and isfinite(sight.squared_norm):
-            rate = factor * rule.rate(sight)
+        if context.params and isfinite(context.value) and isfinite(context.squared_norm):
+            rate = factor * rule.rate(context, memory)
         if isfinite(rate):
             before = [group["lr"] for group in self.param_groups]
             try:
@@ -750,9 +747,9 @@ class Descent(Optimizer):
             finally:
                 for group, lr in zip(self.param_groups, before, strict=True):
                     group["lr"] = lr
-            rule.follow(sight, rate)
-        numbers = {"rule": type(rule).__name__, "updates": sight.t + 1, "rate": rate}
-        first[_RULE] = {**sight.numbers, **numbers}
+            rule.follow(context, memory, rate)
+        numbers = {"rule": type(rule).__name__, "updates": context.t + 1, "rate": rate}
+        first[_RULE] = {**memory.numbers, **numbers}
         if gathers:
             self.discard()
         return loss
@@ -799,7 +796,7 @@ class Descent(Optimizer):
         ((lr, initial),) = pairs
         if not isfinite(lr):
             raise ValueError(f"Invalid learning rate: {lr}. Expected lr finite.")
-        if rule.owns_rate and initial != 1:
+        if not rule.needs.lr and initial != 1:
             raise ValueError(_two_owners(rule, initial))
         return float(lr / initial) if initial != 0 else 1.0
 
@@ -820,7 +817,7 @@ class Descent(Optimizer):
             )
         if isinstance(lr, Tensor):
             raise ValueError("With a step-size rule lr must be a number. Received: a tensor.")
-        if not rule.owns_rate:
+        if rule.needs.lr:
             return lr, rule
         if lr not in (_DEFAULT_LR, 1.0):
             raise ValueError(_two_owners(rule, lr))
@@ -864,7 +861,7 @@ class Descent(Optimizer):
             self.param_groups[0][_RULE] = _rule_numbers(saved[0])
         else:
             self.param_groups[0][_RULE] = {}
-            if self.step_size.owns_rate:  # lr was η; what a schedule had made of it remains
+            if not self.step_size.needs.lr:  # lr was η; what a schedule had made of it remains
                 for group in self.param_groups:
                     lr, initial = float(group["lr"]), float(group.get("initial_lr", group["lr"]))
                     group["lr"] = lr / initial if initial != 0 else 1.0

@@ -238,7 +238,7 @@ class Watch(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Plan the looks: an update of a rule that searches may take many passes."""
         rule = getattr(trainer.optimizers[0], "step_size", None)
-        searches = rule is not None and (rule.evaluates or rule.differentiates)
+        searches = rule is not None and rule.needs.elsewhere
         data = trainer.datamodule
         updates = self.passes * data.num_train / data.examples_per_update
         self._every = max(1, int(updates / POINTS / (20 if searches else 1)))
@@ -286,7 +286,7 @@ class Watch(Callback):
         """f, with the penalty, at an average of θ where the rule keeps one."""
         optimizer = trainer.optimizers[0]
         rule = getattr(optimizer, "step_size", None)
-        shows = rule is not None and rule.averages
+        shows = rule is not None and rule.average is not None
         if shows and module.updates:
             rule.eval(optimizer)
         rows = torch.arange(self._examples)
