@@ -139,10 +139,10 @@ class GatherMicroBatches(Callback):
         # the losses.
         methods["_should_accumulate"] = lambda: not self._makes_update(trainer)
         # A resumed run asks, before its first batch, whether its last one made an update.
-        self._closes, self._size = optimizer._gathered == 0, 0
+        self._closes, self._size = optimizer.gathered == 0, 0
         self._warned = False
         self._hook = optimizer.register_step_pre_hook(_close_before_step)
-        optimizer._has_no_scaler = True  # see setup
+        optimizer.has_no_scaler = True  # see setup
         self._frequencies = [
             (config, config.frequency)
             for config in trainer.lr_scheduler_configs
@@ -164,7 +164,7 @@ class GatherMicroBatches(Callback):
             return
         self._hook.remove()
         self._hook = None
-        _optimizer(trainer)._has_no_scaler = False
+        _optimizer(trainer).has_no_scaler = False
         del trainer.fit_loop.epoch_loop.__dict__["_should_accumulate"]
         for config, frequency in self._frequencies:
             config.frequency = frequency
@@ -187,9 +187,9 @@ class GatherMicroBatches(Callback):
             return
         _check_accumulation(trainer)
         optimizer = _optimizer(trainer)
-        size = optimizer._check_gatherable((self.batch_size or _size_of)(batch))
-        assert optimizer._examples is not None
-        missing = optimizer._examples - optimizer._gathered - size
+        size = optimizer.check_gatherable((self.batch_size or _size_of)(batch))
+        assert optimizer.examples is not None
+        missing = optimizer.examples - optimizer.gathered - size
         flushes = self.epoch_end == "flush" and loop.epoch_loop._num_ready_batches_reached()
         self._size = size
         self._closes = missing == 0 or flushes
@@ -200,8 +200,8 @@ class GatherMicroBatches(Callback):
         if flushes and missing and isinstance(optimizer, GD) and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"The epoch ends {missing} examples short of GD(num_samples={optimizer._examples}):"
-                f" the update is the mean over the {optimizer._examples - missing} that are in. "
+                f"The epoch ends {missing} examples short of GD(num_samples={optimizer.examples}):"
+                f" the update is the mean over the {optimizer.examples - missing} that are in. "
                 f"Does the loader leave examples out (drop_last, limit_train_batches)? To go on "
                 f'with the update in the next epoch, use GatherMicroBatches(epoch_end="carry").'
             )
@@ -258,7 +258,7 @@ def _close_before_step(
 
 def _optimizer(trainer: Trainer) -> Descent:
     optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    if not isinstance(optimizer, Descent) or optimizer._examples is None:
+    if not isinstance(optimizer, Descent) or optimizer.examples is None:
         raise ValueError(
             f"GatherMicroBatches needs an optimizer that gathers: let configure_optimizers return "
             f"GD(..., num_samples=N) or MiniBatchSGD(..., batch_size=B). "
