@@ -42,7 +42,7 @@ from gdtrain.models import MLP, Linear
 from gdtrain.models.dropout import Dropout, drawing
 from gdtrain.models.mlp import ACTIVATIONS
 from gdtrain.objective import Objective
-from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.optim.protocol import update_rules
 
 __all__ = ["Explanation", "Layer", "Step", "check_text", "explain", "explain_run"]
 
@@ -550,7 +550,7 @@ def _known_loss(loss: object) -> Loss:
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:
-    if not isinstance(optimizer, GD | SGD | MiniBatchSGD | torch.optim.SGD):
+    if update_rules(optimizer) is None:
         raise ValueError(
             f"One update can be written out for gradient descent: GD, SGD and MiniBatchSGD "
             f"(optimizer=gd, sgd or minibatch), momentum included. Received: "

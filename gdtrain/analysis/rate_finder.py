@@ -32,7 +32,7 @@ from gdtrain.data.sparse import SparseInputs
 from gdtrain.engines import choose
 from gdtrain.lightning.module import SupervisedModule, parameter_groups
 from gdtrain.objective import Objective, prediction_of, untouched
-from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.optim.protocol import step_size_of, update_rules
 
 __all__ = ["RateCurve", "find_lr", "suggest"]
 
@@ -48,7 +48,6 @@ _FALL = 0.001  # of the start's loss: the least that counts as a fall
 # The turn is divided by it. Full batch: the loss reacts late, since what grows beyond the limit
 # starts from nearly nothing. B < N: noise turns the curve before any limit does.
 _MARGIN_FULL, _MARGIN_BATCH = 4.0, 2.0
-_DESCENTS = (GD, SGD, MiniBatchSGD, torch.optim.SGD)
 
 
 @dataclass
@@ -435,7 +434,7 @@ class _Test:
             if isinstance(made, Optimizer)
             else made(parameter_groups(model, self.module.decay_biases))
         )
-        rule = getattr(optimizer, "step_size", None)
+        rule: Any = step_size_of(optimizer)
         if self.module.step_size not in (None, "auto"):
             rule = self.module.step_size
         if rule is not None:
@@ -532,7 +531,7 @@ class _Test:
         group = optimizer.param_groups[0]
         same = ("initial_lr", "momentum", "dampening", "nesterov")
         if (
-            not isinstance(optimizer, _DESCENTS)
+            update_rules(optimizer) is None
             or any(g["maximize"] for g in optimizer.param_groups)
             or any(g[name] != group[name] for g in optimizer.param_groups for name in same)
         ):

@@ -23,7 +23,7 @@ from gdtrain.data.order import Order
 from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
-from gdtrain.optim.base import Descent
+from gdtrain.optim.protocol import step_size_of, update_rules
 
 __all__ = ["Curvature"]
 
@@ -160,7 +160,7 @@ class Curvature(Callback):
         if module.updates == 0 and self._is_time(trainer, module):
             factor = float(module.rate_factors(0, 1))
             optimizer = trainer.optimizers[0]
-            known = getattr(optimizer, "step_size", None) is None
+            known = step_size_of(optimizer) is None
             self._look(trainer, module, factor * _peak(optimizer) if known else None)
 
     def on_train_batch_end(
@@ -231,7 +231,7 @@ class Curvature(Callback):
             draw=module.updates,
         )
         values = {"curvature/sharpness": found.value}
-        if isinstance(optimizer, Descent | torch.optim.SGD) and found.value > 0:
+        if update_rules(optimizer) is not None and found.value > 0:
             values["curvature/limit"] = min(
                 stability_limit(
                     found,

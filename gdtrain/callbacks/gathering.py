@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gdtrain.optim import GD
-from gdtrain.optim.base import Descent
+from gdtrain.optim.gathering import Gathering
+from gdtrain.optim.protocol import gathers, is_full_batch
 
 __all__ = ["GatherMicroBatches"]
 
@@ -197,7 +197,7 @@ class GatherMicroBatches(Callback):
             for config, frequency in self._frequencies:  # which Lightning holds against batch_idx
                 due = (trainer.global_step + 1) % frequency == 0
                 config.frequency = 1 if due else batch_idx + 2
-        if flushes and missing and isinstance(optimizer, GD) and not self._warned:
+        if flushes and missing and is_full_batch(optimizer) and not self._warned:
             self._warned = True
             rank_zero_warn(
                 f"The epoch ends {missing} examples short of GD(num_samples={optimizer.examples}):"
@@ -256,9 +256,9 @@ def _close_before_step(
     return args, kwargs
 
 
-def _optimizer(trainer: Trainer) -> Descent:
-    optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    if not isinstance(optimizer, Descent) or optimizer.examples is None:
+def _optimizer(trainer: Trainer) -> Gathering:
+    optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
+    if not gathers(optimizer):
         raise ValueError(
             f"GatherMicroBatches needs an optimizer that gathers: let configure_optimizers return "
             f"GD(..., num_samples=N) or MiniBatchSGD(..., batch_size=B). "

@@ -15,7 +15,7 @@ from gdtrain.analysis.gradients import StepTrial, StepVerdict, dot, judge
 from gdtrain.callbacks.instrument import Instrument, Look, is_full
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
-from gdtrain.optim.base import Descent
+from gdtrain.optim.protocol import update_rules
 
 __all__ = ["StepTest"]
 
@@ -168,7 +168,7 @@ class StepTest(Instrument):
     @staticmethod
     def _decays(look: Look) -> Sequence[float]:
         # Others may decay the parameters beside the gradient, which is no part of J.
-        coupled = isinstance(look.optimizer, (Descent, *_COUPLED))
+        coupled = isinstance(look.optimizer, _COUPLED) or update_rules(look.optimizer) is not None
         return weight_decays(look.objective, look.optimizer if coupled else None)
 
     def summary(self) -> dict[str, Any]:
