@@ -21,16 +21,46 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["VECTOR", "descend_", "fused_descend_", "fused_is_exact", "scale_"]
+__all__ = ["VECTOR", "UpdateRule", "descend_", "fused_descend_", "fused_is_exact", "scale_"]
 
 # Entries of the longest vector register: 64 bytes of float32.
 VECTOR = 16
+
+
+class UpdateRule(NamedTuple):
+    """The rule of a parameter group as data: the arguments of `descend_`.
+
+    Args:
+        lr: η, at the time.
+        momentum: μ.
+        dampening: τ.
+        weight_decay: λ.
+        nesterov: Look ahead along the new buffer.
+        maximize: Climb instead of descend.
+
+    Example:
+        >>> group = torch.optim.SGD([torch.ones(1)], lr=0.1, momentum=0.9).param_groups[0]
+        >>> UpdateRule.of(group).momentum
+        0.9
+    """
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float | Tensor
+    nesterov: bool
+    maximize: bool
+
+    @classmethod
+    def of(cls, group: Mapping[str, Any]) -> UpdateRule:
+        """Of a group of an optimizer's."""
+        return cls(*(group[name] for name in cls._fields))
 
 
 def descend_(

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from gdtrain.data.order import Order
 from gdtrain.objective import Objective, untouched
-from gdtrain.optim.base import Descent
+from gdtrain.optim.protocol import update_rules
 from gdtrain.ranges import Interval, Whole
 
 __all__ = [
@@ -298,7 +298,7 @@ def limit_of(sharpness: Sharpness, optimizer: Optimizer) -> float | None:
         >>> limit_of(Sharpness(4.0, 0.0, 1, 1), torch.optim.SGD([p], lr=0.1, momentum=0.5))
         0.75
     """
-    if not isinstance(optimizer, Descent | torch.optim.SGD) or not sharpness.value > 0:
+    if update_rules(optimizer) is None or not sharpness.value > 0:
         return None
     return min(
         stability_limit(

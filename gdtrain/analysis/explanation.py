@@ -29,7 +29,7 @@ from gdtrain.models import MLP, Linear
 from gdtrain.models.dropout import Dropout, drawing
 from gdtrain.models.mlp import ACTIVATIONS
 from gdtrain.objective import Objective
-from gdtrain.optim.base import Descent
+from gdtrain.optim.protocol import update_rules
 
 __all__ = ["check_explainable", "explain", "explain_made"]
 
@@ -192,7 +192,7 @@ def check_explainable(model: nn.Module, loss: object, optimizer: Optimizer) -> N
             f"One update can be written out for gdtrain's own losses: "
             f"{', '.join(kind.__name__ for kind in LOSSES)}. Received: {type(loss).__name__}."
         )
-    if not isinstance(optimizer, Descent | torch.optim.SGD):
+    if update_rules(optimizer) is None:
         raise ValueError(
             f"One update can be written out for gradient descent: GD, SGD and MiniBatchSGD "
             f"(optimizer=gd, sgd or minibatch), momentum included. Received: "

@@ -27,7 +27,7 @@ from gdtrain.data.sparse import SparseInputs
 from gdtrain.descent.trial import Snapshot, random_states, set_random_states
 from gdtrain.engines import EngineName, choose
 from gdtrain.objective import Objective, evaluating, prediction_of
-from gdtrain.optim.base import Descent
+from gdtrain.optim.protocol import step_size_of, update_rules
 from gdtrain.ranges import Interval, Whole
 
 __all__ = ["find_lr"]
@@ -137,7 +137,7 @@ def find_lr(
 def _refuse_what_has_no_rate(objective: Objective, optimizer: Optimizer) -> None:
     if not objective.params:
         raise ValueError("The model has no parameter to train.")
-    rule = getattr(optimizer, "step_size", None)
+    rule = step_size_of(optimizer)
     if rule is not None:
         raise ValueError(
             f"There is no rate to find where a rule computes the step size. Received: "
@@ -260,7 +260,7 @@ class _RangeTest:
         group = groups[0]
         same = ("initial_lr", "momentum", "dampening", "nesterov")
         if (
-            not isinstance(self.optimizer, Descent | torch.optim.SGD)
+            update_rules(self.optimizer) is None
             or any(g["maximize"] for g in groups)
             or any(g[name] != group[name] for g in groups for name in same)
         ):

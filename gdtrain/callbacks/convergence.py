@@ -27,6 +27,7 @@ from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective, untouched
+from gdtrain.optim.protocol import step_size_of
 from gdtrain.schedules import ReduceOnPlateau
 
 __all__ = ["Convergence", "mean_bounds"]
@@ -806,9 +807,9 @@ def _untouched(objective: Objective) -> Iterator[None]:
 @contextmanager
 def _averaged(optimizer: Optimizer) -> Iterator[None]:
     """With the parameters that a step-size rule's average stands for, where there is one."""
-    rule = getattr(optimizer, "step_size", None)
+    rule = step_size_of(optimizer)
     numbers = optimizer.param_groups[0].get("step_size", {}) if rule is not None else {}
-    if rule is None or not rule.averages or numbers.get("mode") == "eval":  # it is in already
+    if rule is None or rule.average is None or numbers.get("mode") == "eval":  # it is in already
         yield
         return
     rule.eval(optimizer)

@@ -22,6 +22,7 @@ from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
+from gdtrain.optim.protocol import step_size_of
 from gdtrain.ranges import Whole
 
 __all__ = ["Curvature"]
@@ -154,7 +155,7 @@ class Curvature(Callback):
         if module.updates == 0 and self._is_time(trainer, module):
             factor = float(module.rate_factors(0, 1))
             optimizer = trainer.optimizers[0]
-            known = getattr(optimizer, "step_size", None) is None
+            known = step_size_of(optimizer) is None
             self._look(trainer, module, factor * _peak(optimizer) if known else None)
 
     def on_train_batch_end(

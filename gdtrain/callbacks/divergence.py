@@ -35,6 +35,7 @@ from gdtrain.data.pairs import PairLoader
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule, set_random_state
 from gdtrain.objective import Objective
+from gdtrain.optim.protocol import step_size_of
 from gdtrain.schedules import ReduceOnPlateau
 
 __all__ = ["Divergence"]
@@ -278,7 +279,7 @@ class Divergence(Callback):
             objective is not None
             and _is_full(module)
             # Rules go beyond the floor on purpose, and come back.
-            and getattr(module.optimizers(use_pl_optimizer=False), "step_size", None) is None
+            and step_size_of(module.optimizers(use_pl_optimizer=False)) is None
             and len(self._last_losses) > _TAIL
             and (module.stop is None or not _is_lost(module.stop))
         ):

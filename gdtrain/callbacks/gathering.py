@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gdtrain.optim import GD
-from gdtrain.optim.base import Descent
+from gdtrain.optim.gathering import Gathering
+from gdtrain.optim.protocol import gathers, is_full_batch
 
 __all__ = ["GatherMicroBatches"]
 
@@ -139,10 +139,10 @@ class GatherMicroBatches(Callback):
         # the losses.
         methods["_should_accumulate"] = lambda: not self._makes_update(trainer)
         # A resumed run asks, before its first batch, whether its last one made an update.
-        self._closes, self._size = optimizer._gathered == 0, 0
+        self._closes, self._size = optimizer.gathered == 0, 0
         self._warned = False
         self._hook = optimizer.register_step_pre_hook(_close_before_step)
-        optimizer._has_no_scaler = True  # see setup
+        optimizer.has_no_scaler = True  # see setup
         self._frequencies = [
             (config, config.frequency)
             for config in trainer.lr_scheduler_configs
@@ -164,7 +164,7 @@ class GatherMicroBatches(Callback):
             return
         self._hook.remove()
         self._hook = None
-        _optimizer(trainer)._has_no_scaler = False
+        _optimizer(trainer).has_no_scaler = False
         del trainer.fit_loop.epoch_loop.__dict__["_should_accumulate"]
         for config, frequency in self._frequencies:
             config.frequency = frequency
@@ -187,9 +187,9 @@ class GatherMicroBatches(Callback):
             return
         _check_accumulation(trainer)
         optimizer = _optimizer(trainer)
-        size = optimizer._check_gatherable((self.batch_size or _size_of)(batch))
-        assert optimizer._examples is not None
-        missing = optimizer._examples - optimizer._gathered - size
+        size = optimizer.check_gatherable((self.batch_size or _size_of)(batch))
+        assert optimizer.examples is not None
+        missing = optimizer.examples - optimizer.gathered - size
         flushes = self.epoch_end == "flush" and loop.epoch_loop._num_ready_batches_reached()
         self._size = size
         self._closes = missing == 0 or flushes
@@ -197,11 +197,11 @@ class GatherMicroBatches(Callback):
             for config, frequency in self._frequencies:  # which Lightning holds against batch_idx
                 due = (trainer.global_step + 1) % frequency == 0
                 config.frequency = 1 if due else batch_idx + 2
-        if flushes and missing and isinstance(optimizer, GD) and not self._warned:
+        if flushes and missing and is_full_batch(optimizer) and not self._warned:
             self._warned = True
             rank_zero_warn(
-                f"The epoch ends {missing} examples short of GD(num_samples={optimizer._examples}):"
-                f" the update is the mean over the {optimizer._examples - missing} that are in. "
+                f"The epoch ends {missing} examples short of GD(num_samples={optimizer.examples}):"
+                f" the update is the mean over the {optimizer.examples - missing} that are in. "
                 f"Does the loader leave examples out (drop_last, limit_train_batches)? To go on "
                 f'with the update in the next epoch, use GatherMicroBatches(epoch_end="carry").'
             )
@@ -256,9 +256,9 @@ def _close_before_step(
     return args, kwargs
 
 
-def _optimizer(trainer: Trainer) -> Descent:
-    optimizer = trainer.optimizers[0] if trainer.optimizers else None
-    if not isinstance(optimizer, Descent) or optimizer._examples is None:
+def _optimizer(trainer: Trainer) -> Gathering:
+    optimizer: Any = trainer.optimizers[0] if trainer.optimizers else None
+    if not gathers(optimizer):
         raise ValueError(
             f"GatherMicroBatches needs an optimizer that gathers: let configure_optimizers return "
             f"GD(..., num_samples=N) or MiniBatchSGD(..., batch_size=B). "

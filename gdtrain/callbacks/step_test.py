@@ -16,7 +16,7 @@ from gdtrain.analysis.trial_update import TrialUpdate, is_full_batch
 from gdtrain.callbacks.instrument import Instrument
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
-from gdtrain.optim.base import Descent
+from gdtrain.optim.protocol import update_rules
 from gdtrain.ranges import Whole
 
 __all__ = ["StepTest"]
@@ -166,7 +166,9 @@ class StepTest(Instrument):
     @staticmethod
     def _decays(update: TrialUpdate) -> Sequence[float]:
         # Others may decay the parameters beside the gradient, which is no part of J.
-        coupled = isinstance(update.optimizer, (Descent, *_COUPLED))
+        coupled = (
+            isinstance(update.optimizer, _COUPLED) or update_rules(update.optimizer) is not None
+        )
         return weight_decays(update.objective, update.optimizer if coupled else None)
 
     def summary(self) -> dict[str, Any]:

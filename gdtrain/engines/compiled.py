@@ -34,14 +34,13 @@ from gdtrain.engines.engine import (
 )
 from gdtrain.models.dropout import Dropout, drawing, example_seeds
 from gdtrain.objective import Objective, prediction_of
-from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.optim.protocol import gathers, step_size_of, update_rules
 from gdtrain.step_sizes import StochasticPolyak
 
 __all__ = ["Compiled"]
 
 _CHUNK = 8 * 2**20  # bytes of examples that are gathered at once
 _LONGEST = 512  # S at most
-_OPTIMIZERS = (GD, SGD, MiniBatchSGD, torch.optim.SGD)
 
 
 class _Rule(NamedTuple):
@@ -119,7 +118,7 @@ class Compiled:
         self.objective, self.optimizer = objective, optimizer
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
-        rule = getattr(optimizer, "step_size", None)
+        rule = step_size_of(optimizer)
         if rule is not None and not isinstance(rule, StochasticPolyak):
             raise NotApplicableError(
                 f"{type(rule).__name__} looks at more than the loss and the gradient's norm"
@@ -234,12 +233,12 @@ class Compiled:
 
 
 def _check_optimizer(objective: Objective, optimizer: Optimizer) -> None:
-    if type(optimizer) not in _OPTIMIZERS:
+    if update_rules(optimizer) is None:
         raise NotApplicableError(
             f"the rule of {type(optimizer).__name__} is not compiled, only that of SGD, GD, "
             f"MiniBatchSGD and torch.optim.SGD"
         )
-    if getattr(optimizer, "_examples", None) is not None:
+    if gathers(optimizer):
         raise NotApplicableError("the optimizer gathers micro-batches")
     owned = {p for group in optimizer.param_groups for p in group["params"]}
     if {p for p in owned if p.requires_grad} != set(objective.params):

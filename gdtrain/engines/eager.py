@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from gdtrain.engines.engine import Ahead, rates_by_schedule
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective, buffers_of
+from gdtrain.optim.protocol import step_size_of
 
 __all__ = ["Eager"]
 
@@ -65,11 +66,11 @@ class Eager:
         losses, rates = [], []
         objective, groups = self.objective, self.optimizer.param_groups
         self.rates = rates_by_schedule(self.optimizer, factors)
-        rule = getattr(self.optimizer, "step_size", None)
+        rule = step_size_of(self.optimizer)
         for k, factor in enumerate(factors.tolist()):
             for group in groups:
                 group["lr"] = group["initial_lr"] * factor
-            looks = rule is not None and (rule.evaluates or rule.differentiates)
+            looks = rule is not None and rule.needs.elsewhere
             before = _random_states(objective) if looks else None
             found = self._ahead.begin(objective.params, indices[k]) if looks else None
             if found is None:

@@ -45,7 +45,7 @@ from gdtrain.lightning.resuming import check_resumes, settings
 from gdtrain.losses import Loss
 from gdtrain.models import exact_batch_norm_
 from gdtrain.objective import Objective, Rows, evaluating, own_part, prediction_of, untouched
-from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.optim.protocol import is_full_batch, step_size_of, takes_step_size
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule, WarmupStableDecay
 from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
 
@@ -261,9 +261,9 @@ class SupervisedModule(LightningModule):
             groups = parameter_groups(self.model, self.decay_biases)
             made = made(groups) if self.step_size is None else self._with_rule(made, groups)
         if self.schedule_is_automatic:
-            rule = getattr(made, "step_size", None)
+            rule = step_size_of(made)
             # Rules for full batches find the length of each step; rules that ask for T decay.
-            decays = rule is not None and (rule.needs_full_batch or rule.needs_total_updates)
+            decays = rule is not None and (rule.needs.full_batch or rule.needs.total_updates)
             self.schedule = Constant() if decays else WarmupStableDecay(warmup=0.1, decay=0.5)
         for group in made.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -276,7 +276,7 @@ class SupervisedModule(LightningModule):
     def _with_rule(self, make: Callable[..., Optimizer], groups: list[dict[str, Any]]) -> Optimizer:
         """An optimizer that computes η itself; lr = 1 is then only the unit of the schedule."""
         plain = make(groups, lr=1.0)
-        if not isinstance(plain, GD | SGD | MiniBatchSGD):
+        if not takes_step_size(plain):
             raise ValueError(
                 f"Rules for the step size, and lr=auto, work with GD, SGD and MiniBatchSGD of "
                 f"gdtrain. Received: {type(plain).__name__}. Set optimizer.lr to a number."
@@ -297,7 +297,7 @@ class SupervisedModule(LightningModule):
                 "lr=auto has no rule for Nesterov momentum. Set optimizer.nesterov=false, or "
                 "optimizer.lr to a number."
             )
-        if isinstance(optimizer, GD) and self.loss.smooth and group["momentum"] == 0:
+        if is_full_batch(optimizer) and self.loss.smooth and group["momentum"] == 0:
             return BarzilaiBorwein(memory=30, f_star=0.0)  # no loss is below 0
         data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DatasetDataModule) and not data.is_resident:
@@ -390,7 +390,7 @@ class SupervisedModule(LightningModule):
     def _see(self) -> None:
         """Ask who must see which updates of the run; refuse who cannot."""
         trainer: Any = self.trainer
-        by_rule = any(getattr(o, "step_size", None) is not None for o in trainer.optimizers)
+        by_rule = any(step_size_of(o) is not None for o in trainer.optimizers)
         found = sight(trainer.callbacks, self, trainer.log_every_n_steps, by_rule)
         if type(self).training_step is not SupervisedModule.training_step and not found.single:
             found = found._replace(single=f"{type(self).__name__} has its own training_step")
@@ -407,8 +407,8 @@ class SupervisedModule(LightningModule):
         Its way needs sized loaders, and would be planned as an epoch of updates; the statistics are
         made at the end of training instead.
         """
-        rule = getattr(self.trainer.optimizers[0], "step_size", None)
-        if rule is not None and rule.owns_rate:
+        rule = step_size_of(self.trainer.optimizers[0])
+        if rule is not None and not rule.needs.lr:
             raise ValueError(
                 f"StochasticWeightAveraging sets η (swa_lrs), and {type(rule).__name__} computes "
                 f"it: set optimizer.lr to a number, without a step-size rule."
@@ -476,7 +476,7 @@ class SupervisedModule(LightningModule):
             self._lay_out(loader.batch_size)
             loader.epochs_per_iteration = self._epochs_at_once(data.count("val") > 0)
             optimizer: Any = self.optimizers(use_pl_optimizer=False)
-            if getattr(optimizer, "step_size", None) is not None:
+            if step_size_of(optimizer) is not None:
                 optimizer.batch_fraction = loader.batch_size / loader.num_examples
         else:
             self._single = _single_example(loader)
@@ -589,7 +589,7 @@ class SupervisedModule(LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         loader = self.trainer.train_dataloader
         assert isinstance(optimizer, Optimizer)
-        if not isinstance(getattr(optimizer, "step_size", None), StochasticPolyak):
+        if not isinstance(step_size_of(optimizer), StochasticPolyak):
             return
         if not isinstance(loader, IndexLoader) or self._objective is None:
             raise ValueError(
@@ -1167,8 +1167,8 @@ class SupervisedModule(LightningModule):
     def _averaging(self) -> tuple[Any, StepSize | None]:
         trainer = self._trainer
         optimizers = [] if trainer is None else trainer.optimizers
-        rule = getattr(optimizers[0], "step_size", None) if len(optimizers) == 1 else None
-        if rule is None or not rule.averages or not self.updates or self._ended_at_average:
+        rule = step_size_of(optimizers[0]) if len(optimizers) == 1 else None
+        if rule is None or rule.average is None or not self.updates or self._ended_at_average:
             return None, None
         return optimizers[0], rule
 

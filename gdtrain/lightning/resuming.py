@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from gdtrain.data.reading import printable
 from gdtrain.lightning.description import options, structure, text
+from gdtrain.optim.protocol import step_size_of
 
 __all__ = ["check_model", "check_resumes", "model_settings", "planned_updates", "settings"]
 
@@ -87,7 +88,7 @@ def settings(module: Any, trainer: Any, data: Any = None) -> dict[str, str]:
     optimizer = module.configure_optimizers()
     module.planned_updates = None
     found |= _optimizer(optimizer, automatic=module.step_size == "auto")
-    rule = getattr(optimizer, "step_size", None)
+    rule = step_size_of(optimizer)
     found |= _of("step_size", "auto" if module.step_size == "auto" else rule)
     for callback in trainer.callbacks:
         found |= _callback(callback)
@@ -361,9 +362,9 @@ def _other_plan(own: Mapping[str, Any], module: Any, trainer: Any, data: Any) ->
     if before == after or not done:
         return ""
     module.planned_updates = after
-    rule = getattr(module.configure_optimizers(), "step_size", None)
+    rule = step_size_of(module.configure_optimizers())
     module.planned_updates = None
-    if rule is not None and rule.needs_total_updates:
+    if rule is not None and rule.needs.total_updates:
         return f"{type(rule).__name__} is stretched over them"
     t = np.unique(np.linspace(0, done - 1, min(done, _POINTS)).astype(np.int64))
     updates = torch.from_numpy(t).to(torch.float64)

@@ -76,8 +76,8 @@ class GD(Descent):
         Nesterov, Introductory Lectures on Convex Optimization, 2004.
     """
 
-    _examples_argument = "num_samples"
-    _full_batch = True
+    examples_argument = "num_samples"
+    is_full_batch = True
 
     def __init__(
         self,

@@ -76,7 +76,7 @@ class MiniBatchSGD(Descent):
         arXiv 1012.1367.
     """
 
-    _examples_argument = "batch_size"
+    examples_argument = "batch_size"
 
     def __init__(
         self,

@@ -321,7 +321,7 @@ def fit(
         isinstance(lr, bool) or not isinstance(lr, int | float) or not 0 < lr < math.inf
     ):
         raise ValueError(f"lr must be finite and > 0, or 'auto'. Received: lr={lr!r}.")
-    if lr != "auto" and step_size is not None and step_size.owns_rate:
+    if lr != "auto" and step_size is not None and not step_size.needs.lr:
         raise ValueError(
             f"step_size={step_size!r} computes the step size, and lr sets it: give one of them. "
             f"Received: lr={lr!r}."

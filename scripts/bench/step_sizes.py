@@ -48,6 +48,7 @@ from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.data import ArrayDataModule
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, Loss, SquaredError
 from gdtrain.models import CNN, MLP, Linear
+from gdtrain.optim.protocol import step_size_of
 from gdtrain.schedules import Constant
 from gdtrain.step_sizes import (
     Armijo,
@@ -237,8 +238,8 @@ class Watch(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Plan the looks: an update of a rule that searches may take many passes."""
-        rule = getattr(trainer.optimizers[0], "step_size", None)
-        searches = rule is not None and (rule.evaluates or rule.differentiates)
+        rule = step_size_of(trainer.optimizers[0])
+        searches = rule is not None and rule.needs.elsewhere
         data = trainer.datamodule
         updates = self.passes * data.num_train / data.examples_per_update
         self._every = max(1, int(updates / POINTS / (20 if searches else 1)))
@@ -285,8 +286,8 @@ class Watch(Callback):
     def look(self, trainer: Any, module: Any, spent: float) -> None:
         """f, with the penalty, at an average of θ where the rule keeps one."""
         optimizer = trainer.optimizers[0]
-        rule = getattr(optimizer, "step_size", None)
-        shows = rule is not None and rule.averages
+        rule = step_size_of(optimizer)
+        shows = rule is not None and rule.average is not None
         if shows and module.updates:
             rule.eval(optimizer)
         rows = torch.arange(self._examples)

@@ -237,7 +237,7 @@ def test_carry_goes_on_in_the_next_epoch():
     )
     assert_same(module, expected, gradients)
     assert trainer.global_step == 12
-    assert trainer.optimizers[0]._gathered == 4
+    assert trainer.optimizers[0].gathered == 4
 
 
 def test_gd_that_meets_fewer_examples_than_it_names_says_so_once():

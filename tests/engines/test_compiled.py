@@ -309,7 +309,7 @@ def linear(optimizer=None, model=None, micro=None, loss=None, **rule):
     ("make", "reason"),
     [
         (lambda: linear(torch.optim.Adam), "the rule of Adam"),
-        (lambda: linear(type("Mine", (SGD,), {})), "the rule of Mine"),
+        (lambda: linear(type("Mine", (SGD,), {"step": lambda self: None})), "the rule of Mine"),
         (lambda: linear(GD, num_samples=10), "gathers micro-batches"),
         (lambda: linear(differentiable=True), "differentiable"),
         (lambda: linear(weight_decay=torch.tensor(0.1)), "weight_decay is a tensor"),

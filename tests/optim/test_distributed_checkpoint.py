@@ -46,8 +46,8 @@ OPTIMIZERS = {
 class OfTheUser(StepSize):
     """It keeps a tensor that it has not declared."""
 
-    def rate(self, sight):
-        sight.keep("mine", sight.direction)
+    def rate(self, context, memory):
+        memory.keep("mine", context.direction)
         return 0.1
 
 
@@ -77,7 +77,7 @@ def network():
 def by_rule(name):
     model = network()
     optimizer, rule = RULES[name]()
-    lr = 1.0 if rule.owns_rate else 0.05
+    lr = 1.0 if not rule.needs.lr else 0.05
     return model, optimizer(model.parameters(), lr=lr, step_size=rule, total_updates=30)
 
 

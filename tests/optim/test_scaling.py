@@ -118,7 +118,7 @@ def test_an_overflow_anywhere_cancels_the_whole_update(optimizer, count, mode, o
             twin.grad = torch.tensor([whole])
             sgd.step()
         assert_close(p, twin)
-        assert opt._gathered == 0
+        assert opt.gathered == 0
         assert "gathered_sum" not in opt.state.get(p, {})
 
 
@@ -186,7 +186,7 @@ def test_the_smaller_batch_of_an_epoch_is_closed_under_a_scaler(optimizer, count
             scaler.step(opt)
         scaler.update()
     assert p.item() == expected
-    assert opt._gathered == 0
+    assert opt.gathered == 0
 
 
 @EITHER

@@ -17,6 +17,7 @@ from gdtrain.step_sizes import (
     DoG,
     DoWG,
     InverseSmoothness,
+    Needs,
     Polyak,
     ScheduleFree,
     StepSize,
@@ -52,10 +53,10 @@ class Fixed(StepSize):
         self.others = others
         self.seen = []
 
-    evaluates = True
+    needs = Needs(values=True)
 
-    def rate(self, sight):
-        self.seen = [sight.evaluate(rate) for rate in self.others]
+    def rate(self, context, memory):
+        self.seen = [context.evaluate(rate) for rate in self.others]
         return 0.5
 
 
@@ -433,7 +434,7 @@ class Training:
             {"params": [p for p in self.model.parameters() if p.ndim > 1], "weight_decay": 0.01},
             {"params": [p for p in self.model.parameters() if p.ndim == 1]},
         ]
-        lr = 1.0 if rule is None or rule.owns_rate else 0.05
+        lr = 1.0 if rule is None or not rule.needs.lr else 0.05
         self.optimizer = GD(groups, lr=lr, step_size=rule, total_updates=24)
 
     def closure(self):

@@ -57,7 +57,7 @@ def test_no_attribute_of_the_class_hides_one_of_the_optimizer(optimizer, wrap):
     for name in vars(made):
         if not name.startswith("_optimizer_") and name not in ("_optimizer", "__class__"):
             assert getattr(wrapped, name) is getattr(made, name), name
-    own = inspect.get_annotations(gdtrain.optim.base.Descent)
+    own = inspect.get_annotations(gdtrain.optim.stepping.Stepping)
     for name in ("step_size", "total_updates", "batch_fraction"):
         assert name in own
         assert not any(name in vars(c) for c in optimizer.__mro__)

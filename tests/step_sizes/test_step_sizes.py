@@ -16,12 +16,14 @@ from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.step_sizes import (
     Armijo,
     BarzilaiBorwein,
+    Context,
     DoG,
     DoWG,
+    Evaluations,
     InverseSmoothness,
+    Needs,
     Polyak,
     ScheduleFree,
-    Sight,
     StepSize,
     StochasticLineSearch,
     StochasticPolyak,
@@ -535,26 +537,26 @@ def test_stochastic_rules_fit_what_can_be_fitted():
 
 
 def test_the_table_of_what_holds_where():
-    full_batch = {r.__name__ for r in RULES if r().needs_full_batch}
+    full_batch = {r.__name__ for r in RULES if r().needs.full_batch}
     assert full_batch == {"Armijo", "BarzilaiBorwein", "Polyak", "InverseSmoothness"}
-    smooth = {r.__name__ for r in RULES if r().needs_smooth}
+    smooth = {r.__name__ for r in RULES if r().needs.smooth}
     assert smooth == {"Armijo", "BarzilaiBorwein", "StochasticLineSearch", "InverseSmoothness"}
-    assert {r.__name__ for r in RULES if r().evaluates} == {
+    assert {r.__name__ for r in RULES if r().needs.values} == {
         "Armijo",
         "BarzilaiBorwein",
         "StochasticLineSearch",
     }
-    assert {r.__name__ for r in RULES if r().differentiates} == {"InverseSmoothness"}
-    momentum = {r.__name__ for r in RULES if not r().no_momentum}
+    assert {r.__name__ for r in RULES if r().needs.gradients} == {"InverseSmoothness"}
+    momentum = {r.__name__ for r in RULES if not r().needs.no_momentum}
     assert momentum == {"StochasticPolyak", "InverseSmoothness"}
-    assert {r.__name__ for r in RULES if not (r().no_momentum or r().no_nesterov)} == {
+    assert {r.__name__ for r in RULES if not (r().needs.no_momentum or r().needs.no_nesterov)} == {
         "InverseSmoothness"
     }
-    assert {r.__name__ for r in RULES if not r().owns_rate} == {"StochasticPolyak", "ScheduleFree"}
-    assert {r.__name__ for r in RULES if r().averages} == {"ScheduleFree"}
-    assert InverseSmoothness(2.0).needs_full_batch is None
-    assert StochasticPolyak(1.0).owns_rate
-    assert DoG(averaging=True).averages
+    assert {r.__name__ for r in RULES if r().needs.lr} == {"StochasticPolyak", "ScheduleFree"}
+    assert {r.__name__ for r in RULES if r().average} == {"ScheduleFree"}
+    assert InverseSmoothness(2.0).needs.full_batch is None
+    assert not StochasticPolyak(1.0).needs.lr
+    assert DoG(averaging=True).average
 
 
 def test_every_rule_of_the_module_is_in_these_tests():
@@ -566,17 +568,17 @@ def test_every_rule_of_the_module_is_in_these_tests():
 def test_schedule_free_asks_and_allows_what_its_rule_does():
     inner = BarzilaiBorwein()
     outer = ScheduleFree(inner)
-    for name in ("evaluates", "differentiates", "needs_smooth", "needs_full_batch", "owns_rate"):
-        assert getattr(outer, name) == getattr(inner, name)
-    assert ScheduleFree(DoWG(decay="linear")).needs_total_updates
-    assert ScheduleFree(InverseSmoothness()).differentiates
+    for name in ("values", "gradients", "smooth", "full_batch", "lr"):
+        assert getattr(outer.needs, name) == getattr(inner.needs, name)
+    assert ScheduleFree(DoWG(decay="linear")).needs.total_updates
+    assert ScheduleFree(InverseSmoothness()).needs.gradients
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("loss", [Hinge(), SquaredHinge(), Logistic(), CrossEntropy()], ids=repr)
 def test_losses_with_kinks_are_refused_where_the_rule_needs_none(rule, loss):
     made = rule()
-    if made.needs_smooth and isinstance(loss, Hinge):
+    if made.needs.smooth and isinstance(loss, Hinge):
         with pytest.raises(ValueError, match=f"{rule.__name__} needs a smooth loss.*SquaredHinge"):
             made.check_loss(loss)
     else:
@@ -665,7 +667,7 @@ def test_the_part_of_the_data_in_an_update_is_asked_for_by_name():
         run.step(2)
 
 
-# ---------------------------------------------------------------------- what a sight leaves behind
+# ------------------------------------------------------------- what a look elsewhere leaves behind
 
 
 def test_a_look_elsewhere_leaves_parameters_and_gradients_as_they_were():
@@ -679,13 +681,12 @@ def test_a_look_elsewhere_leaves_parameters_and_gradients_as_they_were():
         assert theta.grad is None
         theta.grad = 2 * theta.detach()
 
-    sight = Sight(
-        optimizer.param_groups, optimizer.state, 1.0, lambda: theta.detach().sum(), gradient
-    )
-    value = sight.evaluate(0.1)
+    evaluations = Evaluations(lambda: theta.detach().sum(), gradient)
+    context = Context.of(optimizer.param_groups, 1.0, evaluations)
+    value = context.evaluate(0.1)
     moved = before - 0.1 * (grad + 0.3 * before)
     assert value == pytest.approx(moved.sum().item() + 0.15 * moved.square().sum().item())
-    (there,) = sight.direction_at([torch.tensor([1.0, 0.0])])
+    (there,) = context.direction_at([torch.tensor([1.0, 0.0])])
     torch.testing.assert_close(there, 2.3 * (before + torch.tensor([1.0, 0.0])))
     assert torch.equal(theta, before)
     assert theta.grad is grad
@@ -695,9 +696,9 @@ def test_a_look_elsewhere_leaves_parameters_and_gradients_as_they_were():
     def broken():
         raise RuntimeError("out of memory")
 
-    sight = Sight(optimizer.param_groups, optimizer.state, 1.0, broken)
+    context = Context.of(optimizer.param_groups, 1.0, Evaluations(broken))
     with pytest.raises(RuntimeError, match="out of memory"):
-        sight.evaluate(0.1)
+        context.evaluate(0.1)
     assert torch.equal(theta, before)
     assert theta.grad is grad
 
@@ -708,10 +709,10 @@ def test_the_trial_point_is_where_the_update_leads():
     seen = []
 
     class Looks(StepSize):
-        evaluates = True
+        needs = Needs(values=True)
 
-        def rate(self, sight):
-            sight.evaluate(0.0317)
+        def rate(self, context, memory):
+            context.evaluate(0.0317)
             return 0.0317
 
     optimizer = GD([theta], step_size=Looks(), weight_decay=0.1)

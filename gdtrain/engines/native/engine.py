@@ -31,12 +31,11 @@ from gdtrain.engines.engine import (
 from gdtrain.models import MLP, Linear
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective
-from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.optim.protocol import gathers, step_size_of, update_rules
 from gdtrain.step_sizes import StochasticPolyak
 
 __all__ = ["Layer", "Native", "dense_layers", "logistic_losses"]
 
-_OPTIMIZERS = (GD, SGD, MiniBatchSGD, torch.optim.SGD)
 _LOSSES = (
     losses.CrossEntropy,
     losses.Hinge,
@@ -197,9 +196,9 @@ class Native:
         loss = objective.loss
         if type(loss) not in _LOSSES:
             raise NotApplicableError(f"{type(loss).__name__} is no loss of gdtrain's")
-        if type(optimizer) not in _OPTIMIZERS:
+        if update_rules(optimizer) is None:
             raise NotApplicableError(f"{type(optimizer).__name__} is no gradient descent")
-        if getattr(optimizer, "_examples", None) is not None:
+        if gathers(optimizer):
             raise NotApplicableError("the optimizer gathers micro-batches by itself")
         if torch.is_autocast_enabled("cpu"):
             raise NotApplicableError("it computes in one precision only (trainer.precision=32)")
@@ -216,7 +215,7 @@ class Native:
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
         self._ahead = Ahead()
-        rule = getattr(optimizer, "step_size", None)
+        rule = step_size_of(optimizer)
         self._bound = rule if isinstance(rule, StochasticPolyak) else None
         self._rule_sees_more = rule is not None and self._bound is None
         if self._rule_sees_more and isinstance(objective.inputs, SparseInputs):

@@ -1,0 +1,87 @@
+"""Norms and products of lists of tensors, the parameters taken as one vector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["at_least_single", "in_dtypes_of", "inner", "squared_norm"]
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 where it has fewer bits.
+
+    Args:
+        dtype: Any.
+
+    Example:
+        >>> at_least_single(torch.bfloat16), at_least_single(torch.float64)
+        (torch.float32, torch.float64)
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def in_dtypes_of(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors, each in the dtype of another.
+
+    Args:
+        others: As many as `tensors`.
+        tensors: To be converted.
+
+    Example:
+        >>> in_dtypes_of([torch.ones(1)], [torch.tensor([2.0], dtype=torch.float64)])
+        [tensor([2.])]
+    """
+    return [t.to(other.dtype) for t, other in zip(tensors, others, strict=True)]
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> float:
+    """Σ ‖t‖², added up in double precision.
+
+    Args:
+        tensors: Of any shapes and devices; DTensors with all of their parts.
+
+    Example:
+        >>> squared_norm([torch.tensor([3.0, 4.0]), torch.tensor(2.0)])
+        29.0
+    """
+    if not tensors:
+        return 0.0
+    own = torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors])
+    norms = [_over_ranks(n) for n in own]
+    if all(n.is_cpu for n in norms):
+        return sum(n.item() ** 2 for n in norms)
+    return float(torch.stack([n.to(norms[0].device).double() for n in norms]).square().sum())
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Σ ⟨a, b⟩, the real part where they are complex.
+
+    Args:
+        a: Tensors.
+        b: As many, of the same shapes.
+
+    Example:
+        >>> inner([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+        11.0
+    """
+    products = [
+        _over_ranks((x.conj() * y).sum()).real
+        if hasattr(x, "full_tensor")
+        else torch.vdot(_flat(x), _flat(y)).real
+        for x, y in zip(a, b, strict=True)
+    ]
+    if all(p.is_cpu for p in products):
+        return sum(p.item() for p in products)
+    return float(torch.stack([p.to(products[0].device).double() for p in products]).sum())
+
+
+def _over_ranks(number: Tensor) -> Tensor:
+    """All of it, where the parameters are divided between ranks (DTensor)."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(-1).to(at_least_single(t.dtype))
