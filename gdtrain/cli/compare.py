@@ -26,7 +26,8 @@ from gdtrain.cli.arguments import Command, Key, composed, typed
 from gdtrain.cli.messages import listen, one_message, shown
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes
-from gdtrain.runs.configuration import check, conf_directory, new_folder
+from gdtrain.runs.configuration import check, conf_directory
+from gdtrain.runs.folder import discard_empty, new_folder
 
 if TYPE_CHECKING:
     from gdtrain.reporting.comparison import Comparison
@@ -285,7 +286,7 @@ def _launch(
 
 def _contend(config: DictConfig) -> str:
     """One run of a comparison; returns nothing, or why there is none."""
-    from gdtrain.runs.run import discard_empty, train
+    from gdtrain.runs.train import train
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     where = f"{directory.parent.name}, {directory.name.replace('-', ' ')}"

@@ -111,7 +111,7 @@ def evaluate() -> None:
         words = _ready(_EVALUATE)
         trust, overrides = _trusted(words.options), _data(words.below)
         header = _header(words.options)
-        from gdtrain.runs.run import evaluate as run
+        from gdtrain.runs.tools import evaluate as run
 
         listen()
         metrics = run(
@@ -167,7 +167,7 @@ def predict() -> None:
         words = _ready(_PREDICT)
         trust, output = _trusted(words.options), words.options["output"]
         header = _header(words.options)
-        from gdtrain.runs.run import predict_file
+        from gdtrain.runs.tools import predict_file
 
         listen()
         count = predict_file(
@@ -240,7 +240,7 @@ def find_lr() -> None:
         time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
         name = "-".join(names.values())
         folder = Path(output) if output else Path("outputs") / "find_lr" / name / time
-        from gdtrain.runs.run import find_lr as run
+        from gdtrain.runs.tools import find_lr as run
 
         listen()
         curve = run(config, folder, name, **words.options)
@@ -302,7 +302,7 @@ def explain() -> None:
         check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
         update = words.options.pop("update", 0)
         names = f"{config.variant} on {choices['data']}, {choices['model']}"
-        from gdtrain.runs.run import explain as run
+        from gdtrain.runs.tools import explain as run
 
         listen(log=False)
         print(run(config, update, title=f"Update {update} of {names}", **words.options))
@@ -363,8 +363,8 @@ def landscape() -> None:
                 f"{' and '.join(given) or 'none'}. --help shows all keys."
             )
         trust, overrides = _trusted(options), _data(words.below)
-        from gdtrain.runs.run import find_checkpoint
-        from gdtrain.runs.run import landscape as run
+        from gdtrain.runs.checkpoints import find_checkpoint
+        from gdtrain.runs.tools import landscape as run
 
         listen()
         place = options.pop(given[0])

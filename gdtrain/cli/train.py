@@ -22,9 +22,10 @@ from gdtrain.cli.overview import overview
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes, is_first_process
 from gdtrain.runs.configuration import check, conf_directory
+from gdtrain.runs.folder import discard_empty
 
 if TYPE_CHECKING:
-    from gdtrain.runs.fit import Result
+    from gdtrain.runs.result import Result
 
 __all__ = ["train"]
 
@@ -69,7 +70,7 @@ def train() -> None:
             if wrong and len(wrong) == len(runs):  # else the others run
                 raise wrong[0]
         if not only_shows and not arguments.shell_completion:
-            import gdtrain.runs.run  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
+            import gdtrain.runs.train  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
     with tempfile.TemporaryDirectory() as scratch:
         sys.exit(_end(str(Path(scratch) / "codes"), several))
 
@@ -120,8 +121,7 @@ def _read(codes: str) -> list[int]:
 def _run(config: DictConfig, several: bool) -> tuple[int, float]:
     """One run: its exit code, and what a sweeper optimizes. A wrong one does not end the others."""
     directory = Path(HydraConfig.get().runtime.output_dir)
-    from gdtrain.runs.run import discard_empty
-    from gdtrain.runs.run import train as run
+    from gdtrain.runs.train import train as run
 
     listen(signals=False)
     try:
@@ -182,20 +182,16 @@ def _show(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from gdtrain.runs.fit import loss_name
+    from gdtrain.runs.summary import loss_name, rows
 
-    summary, metrics = result.summary, result.metrics
+    summary = result.summary
     table = Table(title=summary["variant"], title_justify="left")
-    parts = [part for part in ("train", "val", "test") if f"loss/{part}" in metrics]
+    (_, *parts), *values = rows(result.metrics, loss_name(result.data), digits=4)
     table.add_column("")
     for part in parts:
         table.add_column(part, justify="right")
-    names = ["loss", *sorted({t.split("/")[1] for t in metrics if t.startswith("metric/")})]
-    for name in names:
-        tags = [f"loss/{p}" if name == "loss" else f"metric/{name}/{p}" for p in parts]
-        values = [metrics.get(tag) for tag in tags]
-        row = loss_name(result.data) if name == "loss" else name
-        table.add_row(row, *("–" if v is None else f"{v:.4g}" for v in values))
+    for row in values:
+        table.add_row(*row)
     console = Console()
     console.print(table)
     updates, seconds = summary["updates"], max(summary["fit_seconds"], 1e-9)

@@ -17,7 +17,7 @@ __all__ = [
     "check",
     "closest",
     "conf_directory",
-    "new_folder",
+    "flatten",
     "read_defaults",
 ]
 
@@ -35,28 +35,6 @@ def conf_directory() -> Path:
     package = Path(__file__).resolve().parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
-
-
-def new_folder(path: str | Path) -> Path:
-    """A folder to leave results in.
-
-    Args:
-        path: It must not be there, or be empty.
-
-    Returns:
-        The path.
-
-    Raises:
-        ConfigurationError: It is a file, or there is something in it.
-
-    Example:
-        >>> new_folder("not there yet").name
-        'not there yet'
-    """
-    folder = Path(path)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} exists already; choose another output=…")
-    return folder
 
 
 def read_defaults(choice: str) -> dict[str, Any]:
@@ -171,7 +149,7 @@ def check(config: Mapping[str, Any]) -> None:
                 f"{key} must be one of its choices, and cannot be taken away: set {key}=…, without "
                 f"~{key}. --help shows the choices."
             )
-    flat = dict(_flatten(config))
+    flat = dict(flatten(config))
     if flat.get("trainer.max_epochs") is None and flat.get("trainer.max_steps", -1) == -1:
         raise ConfigurationError(
             "trainer.max_epochs or trainer.max_steps must bound the run. Received: neither."
@@ -352,10 +330,20 @@ def closest(word: str, words: list[str]) -> str:
     return f" Did you mean {found[0]}?" if found else ""
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values.
+
+    Args:
+        config: Mappings in mappings.
+        prefix: Of each key.
+
+    Example:
+        >>> dict(flatten({"seed": 0, "model": {"hidden": [8]}}))
+        {'seed': 0, 'model.hidden': [8]}
+    """
     for name, value in config.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{key}.")
+            yield from flatten(value, f"{key}.")
         else:
             yield key, value

@@ -22,8 +22,10 @@ from gdtrain.cli import tools
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, SquaredError
 from gdtrain.models import MLP, Linear
 from gdtrain.objective import Objective
+from gdtrain.runs.checkpoints import find_checkpoint
 from gdtrain.runs.configuration import conf_directory
-from gdtrain.runs.run import find_checkpoint, landscape, train
+from gdtrain.runs.tools import landscape
+from gdtrain.runs.train import train
 
 ROOT = Path(__file__).parent.parent.parent
 PNG = b"\x89PNG"

@@ -169,14 +169,14 @@ def complain(monkeypatch, capsys, folder, words):
 
 @pytest.mark.parametrize(("words", "message"), BAD)
 def test_bad_input_ends_with_one_message_and_code_2(monkeypatch, capsys, tmp_path, words, message):
-    monkeypatch.delitem(sys.modules, "gdtrain.runs.run", raising=False)
+    monkeypatch.delitem(sys.modules, "gdtrain.runs.train", raising=False)
     code, said = complain(monkeypatch, capsys, tmp_path, words)
     assert code == 2
     assert message in said
     assert said.startswith("error")
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-    assert "gdtrain.runs.run" not in sys.modules  # which imports torch
+    assert "gdtrain.runs.train" not in sys.modules  # which imports torch
 
 
 BAD_AT_BUILD = [
