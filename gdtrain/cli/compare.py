@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from concurrent.futures import BrokenExecutor
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +24,13 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gdtrain.cli.arguments import Command, Key, composed, typed
+from gdtrain.cli.composition import composed
 from gdtrain.cli.messages import listen, one_message, shown
+from gdtrain.cli.options import Command, given, option
+from gdtrain.cli.overrides import typed
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes
+from gdtrain.ranges import Interval, Whole
 from gdtrain.runs.configuration import check, conf_directory
 from gdtrain.runs.folder import discard_empty, new_folder
 
@@ -37,30 +42,51 @@ __all__ = ["compare"]
 _THE_THREE = "optimizer=gd;optimizer=minibatch;optimizer=sgd"
 _TOLD = 5  # runs that are left out, in a message
 _WARM_UP = 2  # updates that a process makes before a run, and throws away
-_COMMAND = Command(
+
+
+@dataclass
+class _Options:
+    contenders: str | None = option(
+        "at least two contenders, separated by a semicolon, each with its overrides",
+        default=_THE_THREE,
+        example="'optimizer=gd;optimizer=sgd'",
+    )
+    seeds: int | None = option(
+        "runs of each contender, with seeds 0, 1, …",
+        default="3",
+        example="5",
+        within=Whole(1, 10_000),
+    )
+    epochs: int | None = option(
+        "passes over the data of each run", default="20", example="50", within=Whole(1, 2**31 - 1)
+    )
+    jobs: int | None = option(
+        "runs side by side, in processes",
+        default="min(2, cores)",
+        example="4",
+        within=Whole(1, 1024),
+    )
+    target: float | None = option(
+        "training loss that is to be reached",
+        default="the runs' own",
+        example="0.1",
+        within=Interval(-math.inf, math.inf),
+    )
+    output: str | None = option(
+        "a folder for the report and the runs, new or empty",
+        default="outputs/compare/…",
+        example="FOLDER",
+    )
+    runs: str | None = option(
+        "a folder of finished runs, to compare instead of training", example="outputs"
+    )
+
+
+COMMAND = Command(
     "gdtrain-compare",
-    "compare",
     "Trains contenders with the same seeds, or reads finished runs, and leaves a report: curves by "
     "updates,\nexamples and seconds, and who was first at a target.",
-    (
-        Key(
-            "contenders",
-            "at least two contenders, separated by a semicolon, each with its overrides",
-            _THE_THREE,
-            "'optimizer=gd;optimizer=sgd'",
-        ),
-        Key("seeds", "runs of each contender, with seeds 0, 1, …", "3", "5", int, 1, 10_000),
-        Key("epochs", "passes over the data of each run", "20", "50", int, 1, 2**31 - 1),
-        Key("jobs", "runs side by side, in processes", "min(2, cores)", "4", int, 1, 1024),
-        Key("target", "training loss that is to be reached", "the runs' own", "0.1", float),
-        Key(
-            "output",
-            "a folder for the report and the runs, new or empty",
-            "outputs/compare/…",
-            "FOLDER",
-        ),
-        Key("runs", "a folder of finished runs, to compare instead of training", "", "outputs"),
-    ),
+    _Options,
     (
         "data=iris model=linear",
         "data=digits contenders='optimizer=sgd;optimizer=minibatch data.batch_size=8' seeds=5",
@@ -82,12 +108,13 @@ def compare() -> None:
     """
     with one_message():
         check_processes({})
-        words = _COMMAND.read(sys.argv[1:])
+        words = COMMAND.read(sys.argv[1:])
+        options = given(words.options)
         listen()
-        if "runs" in words.options:
-            folder, comparison = _compare_finished(words.options, words.overrides)
+        if "runs" in options:
+            folder, comparison = _compare_finished(options, words.overrides)
         else:
-            folder, comparison = _compare_trained(words.options, words.overrides, words.config_dir)
+            folder, comparison = _compare_trained(options, words.overrides, words.config_dir)
         from gdtrain.reporting.page import save
 
         try:

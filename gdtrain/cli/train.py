@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gdtrain import __version__
-from gdtrain.cli.arguments import check_package, compose, flags, jobs
+from gdtrain.cli.composition import check_package, compose
 from gdtrain.cli.messages import EXIT_CODES, complain, heard, listen, one_message, shown
+from gdtrain.cli.overrides import flags, jobs
 from gdtrain.cli.overview import overview
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes, is_first_process
@@ -34,7 +35,7 @@ def train() -> None:
     """Train what the words name; ends the process with its exit code.
 
     Example:
-        >>> sys.argv = ["gdtrain", "optimizer=sdg"]
+        >>> sys.argv = ["gdtrain", "optimizer.lrr=0.1"]
         >>> train()
         Traceback (most recent call last):
         ...
@@ -47,35 +48,40 @@ def train() -> None:
     if "--version" in words:
         print(f"gdtrain {__version__}")
         sys.exit(0)
-    with one_message():
-        arguments, sys.argv[1:] = flags(words)
-        several = bool(arguments.multirun)
-        only_shows = arguments.cfg or arguments.info or arguments.hydra_help
-        if not arguments.shell_completion and not arguments.hydra_help:
-            # Everything that can be told without torch is told before it is imported.
-            runs = jobs(arguments)
-            wrong: list[Exception] = []
-            for overrides in runs:
-                config = compose(overrides, arguments.config_dir)
-                if arguments.cfg and arguments.package:
-                    whole = compose(overrides, arguments.config_dir, whole=True)
-                    check_package(arguments.package, whole)
-                try:
-                    plain: Any = OmegaConf.to_container(config, resolve=True)
-                    if not only_shows:
-                        check(plain)
-                        check_processes({} if several else plain["trainer"])
-                except (ConfigurationError, OmegaConfBaseException) as error:
-                    wrong.append(error)
-            if wrong and len(wrong) == len(runs):  # else the others run
-                raise wrong[0]
-        if not only_shows and not arguments.shell_completion:
-            import gdtrain.runs.train  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
+    several = _prepare(words)
     with tempfile.TemporaryDirectory() as scratch:
-        sys.exit(_end(str(Path(scratch) / "codes"), several))
+        sys.exit(_run_all(str(Path(scratch) / "codes"), several))
 
 
-def _end(codes: str, several: bool) -> int:
+@one_message()
+def _prepare(words: list[str]) -> bool:
+    """Tell all that can be told without torch before it is imported; whether it is a sweep."""
+    arguments, sys.argv[1:] = flags(words)
+    several = bool(arguments.multirun)
+    only_shows = arguments.cfg or arguments.info or arguments.hydra_help
+    if not arguments.shell_completion and not arguments.hydra_help:
+        runs = jobs(arguments)
+        wrong: list[Exception] = []
+        for overrides in runs:
+            config = compose(overrides, arguments.config_dir)
+            if arguments.cfg and arguments.package:
+                whole = compose(overrides, arguments.config_dir, whole=True)
+                check_package(arguments.package, whole)
+            try:
+                plain: Any = OmegaConf.to_container(config, resolve=True)
+                if not only_shows:
+                    check(plain)
+                    check_processes({} if several else plain["trainer"])
+            except (ConfigurationError, OmegaConfBaseException) as error:
+                wrong.append(error)
+        if wrong and len(wrong) == len(runs):  # else the others run
+            raise wrong[0]
+    if not only_shows and not arguments.shell_completion:
+        import gdtrain.runs.train  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
+    return several
+
+
+def _run_all(codes: str, several: bool) -> int:
     """Run the jobs; the highest of their exit codes, which each leaves in a file."""
 
     # Launchers may run it in other processes: it carries all that it needs.

@@ -123,7 +123,7 @@ BAD = [
     ("optimizr=sgd", "Unknown key optimizr. Did you mean optimizer?"),
     ("optimizer.lrr=1", "Did you mean optimizer.lr?"),
     ("trainer.max_epoch=3", "Did you mean trainer.max_epochs?"),
-    ("optimizer.lr=0", "optimizer.lr must be a finite number above 0"),
+    ("optimizer.lr=0", "optimizer.lr must be a number in (0, ∞)"),
     ("optimizer.lr=nan", "Received: optimizer.lr=nan"),
     ("optimizer.lr=inf", "Received: optimizer.lr=inf"),
     ("optimizer.lr=-0.1", "Received: optimizer.lr=-0.1"),

@@ -20,7 +20,7 @@ from torch import nn
 import gdtrain
 from gdtrain import SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.callbacks import BestAndLast, Convergence, Divergence, GradientNorms, LossCurves
-from gdtrain.cli.arguments import compose
+from gdtrain.cli.composition import compose
 from gdtrain.data import EmbeddedDataModule
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.resuming import model_settings
