@@ -25,6 +25,7 @@ __all__ = [
     "composed",
     "groups",
     "known_keys",
+    "own_part",
 ]
 
 # What people call a key, and where it stands.
@@ -83,6 +84,19 @@ def compose(overrides: list[str], config_dir: str | None, whole: bool = False) -
         raise ConfigurationError(_unknown(unknown.group(1), overrides)) from None
 
 
+def own_part(whole: DictConfig) -> DictConfig:
+    """The configuration without Hydra's part.
+
+    Args:
+        whole: As `compose` gives it.
+
+    Example:
+        >>> "hydra" in own_part(compose([], None, whole=True))
+        False
+    """
+    return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+
+
 def composed(words: list[str], config_dir: str | None) -> tuple[DictConfig, dict[str, str]]:
     """The configuration of a run, and the choice of each group.
 
@@ -98,8 +112,7 @@ def composed(words: list[str], config_dir: str | None) -> tuple[DictConfig, dict
         'iris'
     """
     whole = compose(words, config_dir, whole=True)
-    own = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-    return own, dict(whole.hydra.runtime.choices)
+    return own_part(whole), dict(whole.hydra.runtime.choices)
 
 
 def check_package(package: str, config: DictConfig) -> None:

@@ -10,15 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
 from gdtrain.cli.composition import composed
 from gdtrain.cli.messages import listen, one_message, shown
 from gdtrain.cli.options import Command, Options, Words, given, option
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes
 from gdtrain.ranges import Interval, Whole
-from gdtrain.runs.configuration import check
+from gdtrain.runs.configuration import checked
 
 if TYPE_CHECKING:
     from gdtrain.analysis.rate_finder import RateCurve
@@ -235,7 +233,7 @@ def find_lr() -> None:
             f"There is no rate to find where a rule computes the step size. Received: "
             f"step_size={choices['step_size']}. Set step_size=none."
         )
-    check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    checked(config)
     options = given(words.options)
     output = options.pop("output", None)
     time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
@@ -308,7 +306,7 @@ def explain() -> None:
     """
     words = _read(EXPLAIN)
     config, choices = composed(_with_readable_model(words.overrides), words.config_dir)
-    check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    checked(config)
     options = given(words.options)
     update = options.pop("update", 0)
     names = f"{config.variant} on {choices['data']}, {choices['model']}"

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from gdtrain.errors import ConfigurationError
 from gdtrain.ranges import Interval, Whole
 
 __all__ = [
     "check",
+    "checked",
     "closest",
     "conf_directory",
     "flatten",
@@ -325,6 +327,26 @@ def _check_batch_size(flat: Mapping[str, Any]) -> None:
             f"data.micro_batch_size must be at most data.batch_size={size}. Received: "
             f"data.micro_batch_size={micro}"
         )
+
+
+def checked(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain containers, with all that it refers to filled in, and checked.
+
+    Args:
+        config: Composed from `conf/train.yaml`.
+
+    Raises:
+        ConfigurationError: As `check`.
+
+    Example:
+        >>> checked(OmegaConf.create({"seed": 1, "variant": "${seed}"}))
+        Traceback (most recent call last):
+        ...
+        gdtrain.errors.ConfigurationError: ckpt_path is missing: it cannot be taken away.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    check(plain)
+    return plain
 
 
 def closest(word: str, words: list[str]) -> str:

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes, is_first_process
 from gdtrain.lightning.module import SupervisedModule
-from gdtrain.runs.build import USER_ERRORS, build, entries, message, plain_containers, too_large
+from gdtrain.runs.build import USER_ERRORS, build, entries, message, too_large
 from gdtrain.runs.checkpoints import unfinished
-from gdtrain.runs.configuration import check
+from gdtrain.runs.configuration import checked
 from gdtrain.runs.folder import discard_empty, reserved
 from gdtrain.runs.result import Result
 from gdtrain.runs.run import run
@@ -22,13 +22,16 @@ from gdtrain.runs.run import run
 __all__ = ["train"]
 
 
-def train(config: DictConfig, directory: str | Path) -> Result:
+def train(
+    config: DictConfig, directory: str | Path, plain: Mapping[str, Any] | None = None
+) -> Result:
     """Build what the configuration names, train it, test it, and leave the run in a folder.
 
     Args:
         config: Composed from `conf/train.yaml`.
         directory: The run's folder; it must not hold a run yet. A run that `ckpt_path` names and
             of which only the evaluation is left is finished in its own folder.
+        plain: What `checked` has made of the configuration; None: it is checked here.
 
     Returns:
         The finished run.
@@ -48,8 +51,7 @@ def train(config: DictConfig, directory: str | Path) -> Result:
         >>> result.stop.reason.value
         'BUDGET'
     """
-    plain = plain_containers(config)
-    check(plain)
+    plain = checked(config) if plain is None else plain
     check_processes(plain["trainer"])
     folder = Path(directory)
     unfinished = _unfinished(plain)
