@@ -48,37 +48,24 @@ _WARM_UP = 2  # updates that a process makes before a run, and throws away
 class _Options:
     contenders: str | None = option(
         "at least two contenders, separated by a semicolon, each with its overrides",
-        default=_THE_THREE,
-        example="'optimizer=gd;optimizer=sgd'",
+        "'optimizer=gd;optimizer=sgd'",
+        _THE_THREE,
     )
     seeds: int | None = option(
-        "runs of each contender, with seeds 0, 1, …",
-        default="3",
-        example="5",
-        within=Whole(1, 10_000),
+        "runs of each contender, with seeds 0, 1, …", "5", "3", Whole(1, 10000)
     )
-    epochs: int | None = option(
-        "passes over the data of each run", default="20", example="50", within=Whole(1, 2**31 - 1)
-    )
+    epochs: int | None = option("passes over the data of each run", "50", "20", Whole(1, 2**31 - 1))
     jobs: int | None = option(
-        "runs side by side, in processes",
-        default="min(2, cores)",
-        example="4",
-        within=Whole(1, 1024),
+        "runs side by side, in processes", "4", "min(2, cores)", Whole(1, 1024)
     )
     target: float | None = option(
-        "training loss that is to be reached",
-        default="the runs' own",
-        example="0.1",
-        within=Interval(-math.inf, math.inf),
+        "training loss that is to be reached", "0.1", "the runs' own", Interval(-math.inf, math.inf)
     )
     output: str | None = option(
-        "a folder for the report and the runs, new or empty",
-        default="outputs/compare/…",
-        example="FOLDER",
+        "a folder for the report and the runs, new or empty", "FOLDER", "outputs/compare/…"
     )
     runs: str | None = option(
-        "a folder of finished runs, to compare instead of training", example="outputs"
+        "a folder of finished runs, to compare instead of training", "outputs"
     )
 
 

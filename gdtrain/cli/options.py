@@ -23,10 +23,10 @@ Options = TypeVar("Options")
 
 def option(
     meaning: str,
-    *,
     example: str = "…",
     default: str = "none",
     within: Interval | Whole | None = None,
+    *,
     required: bool = False,
 ) -> Any:
     """One option, as a field of a dataclass: what reads it and `--help` know it from here alone.

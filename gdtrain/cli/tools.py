@@ -6,7 +6,6 @@ import math
 import sys
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from gdtrain.runs.configuration import checked
 if TYPE_CHECKING:
     from gdtrain.analysis.rate_finder import RateCurve
 
-__all__ = ["evaluate", "explain", "find_lr", "landscape", "predict"]
+__all__ = ["EVALUATE", "EXPLAIN", "FIND_LR", "LANDSCAPE", "PREDICT"]
 
 _CHECKPOINT = "outputs/…/checkpoints/best.ckpt"
 _POSITIVE = Interval(0, math.inf)
@@ -31,20 +30,21 @@ _POSITIVE = Interval(0, math.inf)
 class _OfCheckpoint:
     """What the commands that read a checkpoint have in common."""
 
-    ckpt_path: str = option("a checkpoint", example=_CHECKPOINT, required=True)
+    ckpt_path: str = option("a checkpoint", _CHECKPOINT, required=True)
     trust: str | None = option(
         "packages, separated by commas, whose classes the checkpoint may name",
-        default="gdtrain, torch.nn, torchvision.models",
-        example="mypackage",
+        "mypackage",
+        "gdtrain, torch.nn, torchvision.models",
     )
 
 
-_HEADER = partial(
-    option,
-    "whether the table's first line has names, true or false",
-    default="found",
-    example="false",
-)
+@dataclass
+class _OfTable(_OfCheckpoint):
+    """And of those that read a new table."""
+
+    header: str | None = option(
+        "whether the table's first line has names, true or false", "false", "found"
+    )
 
 
 @dataclass
@@ -53,8 +53,8 @@ class _OfItsData(_OfCheckpoint):
 
     data: dict[str, Any] | None = option(  # noqa: RUF009 (it is a field)
         "a change to the data's configuration, such as where its files are now",
-        default="as in training",
-        example="VALUE",
+        "VALUE",
+        "as in training",
     )
 
 
@@ -86,14 +86,11 @@ def _has_header(word: str | None) -> Any:
 
 
 @dataclass
-class _Evaluate(_OfItsData):
+class _Evaluate(_OfItsData, _OfTable):
     input: str | None = option(
-        "a labelled file: a table, .npy, .npz or LIBSVM", default="the test part", example="new.csv"
+        "a labelled file: a table, .npy, .npz or LIBSVM", "new.csv", "the test part"
     )
-    target: str | None = option(
-        "of input: its column, or a .npy file", default="as in training", example="price"
-    )
-    header: str | None = _HEADER()
+    target: str | None = option("of input: its column, or a .npy file", "price", "as in training")
 
 
 EVALUATE = Command(
@@ -106,15 +103,7 @@ EVALUATE = Command(
 
 @one_message()
 def evaluate() -> None:
-    """Print a checkpoint's test metrics, or those on a new file.
-
-    Example:
-        >>> sys.argv = ["gdtrain-evaluate", "ckpt_path=missing.ckpt"]
-        >>> evaluate()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
+    """Print a checkpoint's test metrics, or those on a new file."""
     options = _read(EVALUATE).options
     trust, header = _packages(options.trust), _has_header(options.header)
     from gdtrain.runs.tools import evaluate as run
@@ -133,18 +122,17 @@ def evaluate() -> None:
 
 
 @dataclass
-class _Predict(_OfCheckpoint):
+class _Predict(_OfTable):
     input: str = option(
         "a file of examples: a table (columns by name), .npy, .npz or LIBSVM",
-        example="new.csv",
+        "new.csv",
         required=True,
     )
     output: str = option(
         "a new CSV file; column prediction, or prediction_0, … for several targets",
-        example="predictions.csv",
+        "predictions.csv",
         required=True,
     )
-    header: str | None = _HEADER()
 
 
 PREDICT = Command(
@@ -157,15 +145,7 @@ PREDICT = Command(
 
 @one_message()
 def predict() -> None:
-    """Write predictions for a file of examples.
-
-    Example:
-        >>> sys.argv = ["gdtrain-predict", "ckpt_path=a.ckpt", "input=b.csv"]
-        >>> predict()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
+    """Write predictions for a file of examples."""
     options = _read(PREDICT).options
     trust, header = _packages(options.trust), _has_header(options.header)
     from gdtrain.runs.tools import predict_file
@@ -180,26 +160,19 @@ def predict() -> None:
 
 @dataclass
 class _FindLR:
-    min_lr: float | None = option(
-        "η at the start", default="1e-6", example="1e-5", within=_POSITIVE
-    )
-    max_lr: float | None = option(
-        "η at the end, above min_lr", default="100", example="10", within=_POSITIVE
-    )
+    min_lr: float | None = option("η at the start", "1e-5", "1e-6", _POSITIVE)
+    max_lr: float | None = option("η at the end, above min_lr", "10", "100", _POSITIVE)
     updates: int | None = option(
-        "of one test",
-        default="200 for full batches; else 5000/B, at least 1000",
-        example="500",
-        within=Whole(20, 10**9),
+        "of one test", "500", "200 for full batches; else 5000/B, at least 1000", Whole(20, 10**9)
     )
     repetitions: int | None = option(
         "tests in different orders of the examples",
-        default="1 for full batches; else 3",
-        example="5",
-        within=Whole(1, 10_000),
+        "5",
+        "1 for full batches; else 3",
+        Whole(1, 10000),
     )
     output: str | None = option(
-        "a folder for the curve, new or empty", default="outputs/find_lr/…", example="FOLDER"
+        "a folder for the curve, new or empty", "FOLDER", "outputs/find_lr/…"
     )
 
 
@@ -214,15 +187,7 @@ FIND_LR = Command(
 
 @one_message()
 def find_lr() -> None:
-    """Look for a learning rate.
-
-    Example:
-        >>> sys.argv = ["find_lr.py", "min_lr=fast"]
-        >>> find_lr()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
+    """Look for a learning rate."""
     words = _read(FIND_LR)
     config, choices = composed(words.overrides, words.config_dir)
     names = {name: str(choices[name]) for name in ("data", "model", "optimizer")}
@@ -272,15 +237,9 @@ def _show_curve(curve: RateCurve, folder: Path) -> None:
 
 @dataclass
 class _Explain:
-    update: int | None = option(
-        "which one, counted from 0", default="0", example="3", within=Whole(0)
-    )
-    digits: int | None = option(
-        "of the numbers shown", default="4", example="6", within=Whole(1, 12)
-    )
-    examples: int | None = option(
-        "of the batch that are shown in full", default="2", example="1", within=Whole(0)
-    )
+    update: int | None = option("which one, counted from 0", "3", "0", Whole(0))
+    digits: int | None = option("of the numbers shown", "6", "4", Whole(1, 12))
+    examples: int | None = option("of the batch that are shown in full", "1", "2", Whole(0))
 
 
 EXPLAIN = Command(
@@ -295,15 +254,7 @@ EXPLAIN = Command(
 
 @one_message()
 def explain() -> None:
-    """Print one update in full.
-
-    Example:
-        >>> sys.argv = ["explain.py", "update=first"]
-        >>> explain()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
+    """Print one update in full."""
     words = _read(EXPLAIN)
     config, choices = composed(_with_readable_model(words.overrides), words.config_dir)
     checked(config)
@@ -330,33 +281,25 @@ def _with_readable_model(words: list[str]) -> list[str]:
 
 @dataclass
 class _Landscape(_OfItsData):
-    ckpt_path: str | None = option("a checkpoint", example=_CHECKPOINT)  # type: ignore[assignment]
-    run: str | None = option("or the folder of a run, for its last checkpoint", example="outputs/…")
-    ckpt_dir: str | None = option("or its folder of checkpoints", example="outputs/…/checkpoints")
+    ckpt_path: str | None = option("a checkpoint", _CHECKPOINT)  # type: ignore[assignment]
+    run: str | None = option(
+        "instead of ckpt_path: the folder of a run, for its last checkpoint", "outputs/…"
+    )
+    ckpt_dir: str | None = option(
+        "instead of ckpt_path: a run's folder of checkpoints", "outputs/…/checkpoints"
+    )
     output: str | None = option(
-        "a folder for the pictures, new or empty", default="landscape, in the run", example="FOLDER"
+        "a folder for the pictures, new or empty", "FOLDER", "landscape, in the run"
     )
     span: float | None = option(
-        "of the directions, in lengths of the weights",
-        default="1",
-        example="0.5",
-        within=Interval(0, 1e6, "right"),
+        "of the directions, in lengths of the weights", "0.5", "1", Interval(0, 1000000.0, "right")
     )
-    points: int | None = option(
-        "of each axis", default="31; 61 for a surface", example="51", within=Whole(3, 1000)
-    )
+    points: int | None = option("of each axis", "51", "31; 61 for a surface", Whole(3, 1000))
     examples: int | None = option(
-        "of the training part, on which J is computed",
-        default="2048",
-        example="500",
-        within=Whole(1),
+        "of the training part, on which J is computed", "500", "2048", Whole(1)
     )
-    seed: int | None = option(
-        "of the examples and the directions", default="0", example="1", within=Whole(0, 2**32 - 1)
-    )
-    megabytes: float | None = option(
-        "of memory that may be taken", default="2048", example="512", within=_POSITIVE
-    )
+    seed: int | None = option("of the examples and the directions", "1", "0", Whole(0, 2**32 - 1))
+    megabytes: float | None = option("of memory that may be taken", "512", "2048", _POSITIVE)
 
 
 LANDSCAPE = Command(
@@ -369,15 +312,7 @@ LANDSCAPE = Command(
 
 @one_message()
 def landscape() -> None:
-    """Draw the objective around a checkpoint.
-
-    Example:
-        >>> sys.argv = ["landscape.py", "run=outputs", "points=few"]
-        >>> landscape()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
+    """Draw the objective around a checkpoint."""
     options = given(_read(LANDSCAPE).options)
     places = [key for key in ("ckpt_path", "run", "ckpt_dir") if key in options]
     if len(places) != 1:
