@@ -129,7 +129,4 @@ def _hyperparameters(plain: Mapping[str, Any]) -> dict[str, Any]:
                 continue
             key = group if name == "_target_" else f"{group}.{name}"
             chosen[key] = value.rsplit(".", 1)[-1] if name == "_target_" else value
-    return {
-        key: value if isinstance(value, bool | int | float | str) else str(value)
-        for key, value in chosen.items()
-    }
+    return chosen
