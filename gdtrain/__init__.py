@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from gdtrain.descent.minimization import Minimum, minimize
     from gdtrain.lightning.module import SupervisedModule
     from gdtrain.optim import GD, SGD, MiniBatchSGD
-    from gdtrain.runs.fit import Result, fit
-    from gdtrain.runs.keeping import load
+    from gdtrain.runs.checkpoints import load
+    from gdtrain.runs.fit import fit
+    from gdtrain.runs.result import Result
 
 __version__ = "0.1.0"
 
@@ -29,10 +30,10 @@ _HOME = {
     "SGD": "gdtrain.optim",
     "MiniBatchSGD": "gdtrain.optim",
     "Minimum": "gdtrain.descent.minimization",
-    "Result": "gdtrain.runs.fit",
+    "Result": "gdtrain.runs.result",
     "SupervisedModule": "gdtrain.lightning.module",
     "fit": "gdtrain.runs.fit",
-    "load": "gdtrain.runs.keeping",
+    "load": "gdtrain.runs.checkpoints",
     "minimize": "gdtrain.descent.minimization",
 }
 

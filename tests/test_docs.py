@@ -63,7 +63,8 @@ def test_the_two_commands_of_a_fresh_machine_are_there():
 def test_each_command_composes(line, tmp_path, monkeypatch):
     from omegaconf import OmegaConf
 
-    from gdtrain.cli.arguments import compose, flags, jobs
+    from gdtrain.cli.composition import compose
+    from gdtrain.cli.overrides import flags, jobs
     from gdtrain.runs.configuration import check
 
     monkeypatch.chdir(tmp_path)

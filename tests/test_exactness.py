@@ -23,7 +23,7 @@ from gdtrain.losses import CrossEntropy
 from gdtrain.models import CNN, MLP, exact_batch_norm_
 from gdtrain.models.dropout import Dropout, drawing
 from gdtrain.objective import Objective, own_part
-from gdtrain.runs.fit import run
+from gdtrain.runs.run import run
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}

@@ -131,7 +131,7 @@ def _start(module: str, command: str) -> None:
     try:
         if main_thread:
             for number in before:
-                signal.signal(number, _leave)
+                signal.signal(number, _end)
         getattr(import_module(f"gdtrain.cli.{module}"), command)()
     finally:
         if main_thread:
@@ -139,5 +139,5 @@ def _start(module: str, command: str) -> None:
                 signal.signal(number, handler)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     os._exit(130)  # nothing is made yet; an exception may be swallowed by what is being imported

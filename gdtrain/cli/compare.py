@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -18,11 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from gdtrain.cli.arguments import Command, Key, compose, composed, typed
+from gdtrain.cli.composition import compose, composed
 from gdtrain.cli.messages import listen, one_message, shown
+from gdtrain.cli.options import Command, given, option
+from gdtrain.cli.overrides import typed
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes
-from gdtrain.runs.configuration import check, new_folder
+from gdtrain.ranges import Interval, Whole
+from gdtrain.runs.configuration import check
+from gdtrain.runs.folder import discard_empty, new_folder
 
 if TYPE_CHECKING:
     from gdtrain.reporting.comparison import Comparison
@@ -32,30 +37,38 @@ __all__ = ["compare"]
 _THE_THREE = "optimizer=gd;optimizer=minibatch;optimizer=sgd"
 _TOLD = 5  # runs that are left out, in a message
 _WARM_UP = 2  # updates that a process makes before a run, and throws away
-_COMMAND = Command(
+
+
+@dataclass
+class _Options:
+    contenders: str | None = option(
+        "at least two contenders, separated by a semicolon, each with its overrides",
+        "'optimizer=gd;optimizer=sgd'",
+        _THE_THREE,
+    )
+    seeds: int | None = option(
+        "runs of each contender, with seeds 0, 1, …", "5", "3", Whole(1, 10000)
+    )
+    epochs: int | None = option("passes over the data of each run", "50", "20", Whole(1, 2**31 - 1))
+    jobs: int | None = option(
+        "runs side by side, in processes", "4", "min(2, cores)", Whole(1, 1024)
+    )
+    target: float | None = option(
+        "training loss that is to be reached", "0.1", "the runs' own", Interval(-math.inf, math.inf)
+    )
+    output: str | None = option(
+        "a folder for the report and the runs, new or empty", "FOLDER", "outputs/compare/…"
+    )
+    runs: str | None = option(
+        "a folder of finished runs, to compare instead of training", "outputs"
+    )
+
+
+COMMAND = Command(
     "gdtrain-compare",
-    "compare",
     "Trains contenders with the same seeds, or reads finished runs, and leaves a report: curves by "
     "updates,\nexamples and seconds, and who was first at a target.",
-    (
-        Key(
-            "contenders",
-            "at least two contenders, separated by a semicolon, each with its overrides",
-            _THE_THREE,
-            "'optimizer=gd;optimizer=sgd'",
-        ),
-        Key("seeds", "runs of each contender, with seeds 0, 1, …", "3", "5", int, 1, 10_000),
-        Key("epochs", "passes over the data of each run", "20", "50", int, 1, 2**31 - 1),
-        Key("jobs", "runs side by side, in processes", "min(2, cores)", "4", int, 1, 1024),
-        Key("target", "training loss that is to be reached", "the runs' own", "0.1", float),
-        Key(
-            "output",
-            "a folder for the report and the runs, new or empty",
-            "outputs/compare/…",
-            "FOLDER",
-        ),
-        Key("runs", "a folder of finished runs, to compare instead of training", "", "outputs"),
-    ),
+    _Options,
     (
         "data=iris model=linear",
         "data=digits contenders='optimizer=sgd;optimizer=minibatch data.batch_size=8' seeds=5",
@@ -77,12 +90,13 @@ def compare() -> None:
     """
     with one_message():
         check_processes({})
-        words = _COMMAND.read(sys.argv[1:])
+        words = COMMAND.read(sys.argv[1:])
+        options = given(words.options)
         listen()
-        if "runs" in words.options:
-            folder, comparison = _compare_finished(words.options, words.overrides)
+        if "runs" in options:
+            folder, comparison = _compare_finished(options, words.overrides)
         else:
-            folder, comparison = _compare_trained(words.options, words.overrides, words.config_dir)
+            folder, comparison = _compare_trained(options, words.overrides, words.config_dir)
         from gdtrain.reporting.page import save
         from gdtrain.reporting.text import Report
 
@@ -288,7 +302,7 @@ def _train_all(jobs: Sequence[_Job], processes: int, config_dir: str | None) -> 
 
 def _train(job: _Job, config_dir: str | None) -> str:
     """One run of a comparison; returns nothing, or why there is none."""
-    from gdtrain.runs.run import discard_empty, train
+    from gdtrain.runs.train import train
 
     listen(signals=False)
     log = logging.getLogger("gdtrain")

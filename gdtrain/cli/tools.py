@@ -2,47 +2,68 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
-from gdtrain.cli.arguments import TEXTS, Command, Key, composed
+from gdtrain.cli.composition import composed
 from gdtrain.cli.messages import listen, one_message, shown
+from gdtrain.cli.options import Command, Options, Words, given, option
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes
-from gdtrain.runs.configuration import check
+from gdtrain.ranges import Interval, Whole
+from gdtrain.runs.configuration import checked
 
 if TYPE_CHECKING:
     from gdtrain.analysis.rate_curve import RateCurve
 
-__all__ = ["evaluate", "explain", "find_lr", "landscape", "predict"]
+__all__ = ["EVALUATE", "EXPLAIN", "FIND_LR", "LANDSCAPE", "PREDICT"]
 
 _CHECKPOINT = "outputs/…/checkpoints/best.ckpt"
-_DATA = Key(
-    "data.",
-    "a change to the data's configuration, such as where its files are now",
-    "as in training",
-    "VALUE",
-)
-_HEADER = Key("header", "whether the table's first line has names, true or false", "found", "false")
-_TRUST = Key(
-    "trust",
-    "packages, separated by commas, whose classes the checkpoint may name",
-    "gdtrain, torch.nn, torchvision.models",
-    "mypackage",
-)
+_POSITIVE = Interval(0, math.inf)
 
 
-def _ready(command: Command) -> Any:
+@dataclass
+class _OfCheckpoint:
+    """What the commands that read a checkpoint have in common."""
+
+    ckpt_path: str = option("a checkpoint", _CHECKPOINT, required=True)
+    trust: str | None = option(
+        "packages, separated by commas, whose classes the checkpoint may name",
+        "mypackage",
+        "gdtrain, torch.nn, torchvision.models",
+    )
+
+
+@dataclass
+class _OfTable(_OfCheckpoint):
+    """And of those that read a new table."""
+
+    header: str | None = option(
+        "whether the table's first line has names, true or false", "false", "found"
+    )
+
+
+@dataclass
+class _OfItsData(_OfCheckpoint):
+    """And of those that read the data that it was trained on."""
+
+    data: dict[str, Any] | None = option(  # noqa: RUF009 (it is a field)
+        "a change to the data's configuration, such as where its files are now",
+        "VALUE",
+        "as in training",
+    )
+
+
+def _read(command: Command[Options]) -> Words[Options]:
     check_processes({})
     return command.read(sys.argv[1:])
 
 
-def _trusted(options: dict[str, Any]) -> tuple[str, ...]:
-    word = options.pop("trust", None)
+def _packages(word: str | None) -> tuple[str, ...]:
     names = () if word is None else tuple(name.strip() for name in word.split(","))
     if not all(part.isidentifier() for name in names for part in name.split(".")):
         raise ConfigurationError(
@@ -52,9 +73,8 @@ def _trusted(options: dict[str, Any]) -> tuple[str, ...]:
     return names
 
 
-def _header(options: dict[str, Any]) -> Any:
+def _has_header(word: str | None) -> Any:
     """Whether a table has a header, where that was said."""
-    word = options.get("header")
     known = {None: None, "true": True, "false": False, "auto": "auto"}
     found = word if word is None else word.lower()
     if found not in known:
@@ -62,189 +82,132 @@ def _header(options: dict[str, Any]) -> Any:
     return known[found]
 
 
-def _data(below: dict[str, dict[str, str]]) -> dict[str, Any]:
-    """Changes to the data's configuration: paths and names as they stand, the rest as YAML."""
-    made = OmegaConf.create({})
-    for key, value in below.get("data.", {}).items():
-        if f"data.{key}" in TEXTS:
-            OmegaConf.update(made, key, value)
-            continue
-        try:
-            made.merge_with_dotlist([f"{key}={value}"])
-        except Exception:
-            raise ConfigurationError(
-                f"data.{key} cannot be read. Received: data.{key}={value}. A text with colons or "
-                f"brackets has quotes of its own inside: 'data.{key}=\"…\"'"
-            ) from None
-    return OmegaConf.to_container(made)  # type: ignore[return-value]
-
-
 # ---------------------------------------------------------------------- evaluate and predict
 
-_EVALUATE = Command(
+
+@dataclass
+class _Evaluate(_OfItsData, _OfTable):
+    input: str | None = option(
+        "a labelled file: a table, .npy, .npz or LIBSVM", "new.csv", "the test part"
+    )
+    target: str | None = option("of input: its column, or a .npy file", "price", "as in training")
+
+
+EVALUATE = Command(
     "gdtrain-evaluate",
-    "evaluate",
     "Prints the metrics of a checkpoint on the test part of its data, or on a new labelled file.",
-    (
-        Key("ckpt_path", "a checkpoint", "", _CHECKPOINT, required=True),
-        Key("input", "a labelled file: a table, .npy, .npz or LIBSVM", "the test part", "new.csv"),
-        Key("target", "of input: its column, or a .npy file", "as in training", "price"),
-        _HEADER,
-        _DATA,
-        _TRUST,
-    ),
+    _Evaluate,
     (f"ckpt_path={_CHECKPOINT}", f"ckpt_path={_CHECKPOINT} input=new.csv"),
 )
 
 
+@one_message()
 def evaluate() -> None:
-    """Print a checkpoint's test metrics, or those on a new file.
+    """Print a checkpoint's test metrics, or those on a new file."""
+    options = _read(EVALUATE).options
+    trust, header = _packages(options.trust), _has_header(options.header)
+    from gdtrain.runs.tools import evaluate as run
 
-    Example:
-        >>> sys.argv = ["gdtrain-evaluate", "ckpt_path=missing.ckpt"]
-        >>> evaluate()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
-    with one_message():
-        words = _ready(_EVALUATE)
-        trust, overrides = _trusted(words.options), _data(words.below)
-        header = _header(words.options)
-        from gdtrain.runs.run import evaluate as run
-
-        listen()
-        metrics = run(
-            words.options["ckpt_path"],
-            overrides,
-            trust,
-            input_path=words.options.get("input"),
-            target=words.options.get("target"),
-            header=header,
-        )
+    listen()
+    metrics = run(
+        options.ckpt_path,
+        options.data,
+        trust,
+        input_path=options.input,
+        target=options.target,
+        header=header,
+    )
     for tag, value in metrics.items():
         print(f"{tag} {value:.6g}")
 
 
-_PREDICT = Command(
+@dataclass
+class _Predict(_OfTable):
+    input: str = option(
+        "a file of examples: a table (columns by name), .npy, .npz or LIBSVM",
+        "new.csv",
+        required=True,
+    )
+    output: str = option(
+        "a new CSV file; column prediction, or prediction_0, … for several targets",
+        "predictions.csv",
+        required=True,
+    )
+
+
+PREDICT = Command(
     "gdtrain-predict",
-    "predict",
     "Writes the predictions of a checkpoint for a file of examples.",
-    (
-        Key("ckpt_path", "a checkpoint", "", _CHECKPOINT, required=True),
-        Key(
-            "input",
-            "a file of examples: a table (columns by name), .npy, .npz or LIBSVM",
-            "",
-            "new.csv",
-            required=True,
-        ),
-        Key(
-            "output",
-            "a new CSV file; column prediction, or prediction_0, … for several targets",
-            "",
-            "predictions.csv",
-            required=True,
-        ),
-        _HEADER,
-        _TRUST,
-    ),
+    _Predict,
     (f"ckpt_path={_CHECKPOINT} input=new.csv output=predictions.csv",),
 )
 
 
+@one_message()
 def predict() -> None:
-    """Write predictions for a file of examples.
+    """Write predictions for a file of examples."""
+    options = _read(PREDICT).options
+    trust, header = _packages(options.trust), _has_header(options.header)
+    from gdtrain.runs.tools import predict_file
 
-    Example:
-        >>> sys.argv = ["gdtrain-predict", "ckpt_path=missing.ckpt"]
-        >>> predict()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
-    with one_message():
-        words = _ready(_PREDICT)
-        trust, output = _trusted(words.options), words.options["output"]
-        header = _header(words.options)
-        from gdtrain.runs.run import predict_file
-
-        listen()
-        count = predict_file(
-            words.options["ckpt_path"],
-            words.options["input"],
-            output,
-            trust,
-            header=header,
-        )
-    print(f"{count} predictions in {output}")
+    listen()
+    count = predict_file(options.ckpt_path, options.input, options.output, trust, header=header)
+    print(f"{count} predictions in {options.output}")
 
 
 # ---------------------------------------------------------------------- the rate finder
 
-_FIND_LR = Command(
+
+@dataclass
+class _FindLR:
+    min_lr: float | None = option("η at the start", "1e-5", "1e-6", _POSITIVE)
+    max_lr: float | None = option("η at the end, above min_lr", "10", "100", _POSITIVE)
+    updates: int | None = option(
+        "of one test", "500", "200 for full batches; else 5000/B, at least 1000", Whole(20, 10**9)
+    )
+    repetitions: int | None = option(
+        "tests in different orders of the examples",
+        "5",
+        "1 for full batches; else 3",
+        Whole(1, 10000),
+    )
+    output: str | None = option(
+        "a folder for the curve, new or empty", "FOLDER", "outputs/find_lr/…"
+    )
+
+
+FIND_LR = Command(
     "gdtrain-find-lr",
-    "find_lr",
     "Looks for a learning rate by a range test: short runs in which η grows from min_lr to max_lr.",
-    (
-        Key("min_lr", "η at the start", "1e-6", "1e-5", float, 0, open=True),
-        Key("max_lr", "η at the end, above min_lr", "100", "10", float, 0, open=True),
-        Key(
-            "updates",
-            "of one test",
-            "200 for full batches; else 5000/B, at least 1000",
-            "500",
-            int,
-            20,
-            10**9,
-        ),
-        Key(
-            "repetitions",
-            "tests in different orders of the examples",
-            "1 for full batches; else 3",
-            "5",
-            int,
-            1,
-            10_000,
-        ),
-        Key("output", "a folder for the curve, new or empty", "outputs/find_lr/…", "FOLDER"),
-    ),
+    _FindLR,
     ("data=digits model=mlp optimizer=sgd", "optimizer=minibatch data.batch_size=64 max_lr=10"),
     configures="test",
 )
 
 
+@one_message()
 def find_lr() -> None:
-    """Look for a learning rate.
+    """Look for a learning rate."""
+    words = _read(FIND_LR)
+    config, choices = composed(words.overrides, words.config_dir)
+    names = {name: str(choices[name]) for name in ("data", "model", "optimizer")}
+    if "lr" in config.optimizer:
+        config.optimizer.lr = 1.0  # what is looked for: not used, whatever it was
+    if config.get("step_size"):
+        raise ConfigurationError(
+            f"There is no rate to find where a rule computes the step size. Received: "
+            f"step_size={choices['step_size']}. Set step_size=none."
+        )
+    checked(config)
+    options = given(words.options)
+    output = options.pop("output", None)
+    time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    name = "-".join(names.values())
+    folder = Path(output) if output else Path("outputs") / "find_lr" / name / time
+    from gdtrain.runs.tools import find_lr as run
 
-    Example:
-        >>> sys.argv = ["find_lr.py", "min_lr=fast"]
-        >>> find_lr()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
-    with one_message():
-        words = _ready(_FIND_LR)
-        config, choices = composed(words.overrides, words.config_dir)
-        names = {name: str(choices[name]) for name in ("data", "model", "optimizer")}
-        if "lr" in config.optimizer:
-            config.optimizer.lr = 1.0  # what is looked for: not used, whatever it was
-        if config.get("step_size"):
-            raise ConfigurationError(
-                f"There is no rate to find where a rule computes the step size. Received: "
-                f"step_size={choices['step_size']}. Set step_size=none."
-            )
-        check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-        output = words.options.pop("output", None)
-        time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-        name = "-".join(names.values())
-        folder = Path(output) if output else Path("outputs") / "find_lr" / name / time
-        from gdtrain.runs.run import find_lr as run
-
-        listen()
-        curve = run(config, folder, name, **words.options)
-    _show_curve(curve, folder)
+    listen()
+    _show_curve(run(config, folder, name, **options), folder)
 
 
 def _show_curve(curve: RateCurve, folder: Path) -> None:
@@ -271,41 +234,37 @@ def _show_curve(curve: RateCurve, folder: Path) -> None:
 
 # ---------------------------------------------------------------------- one update in full
 
-_EXPLAIN = Command(
+
+@dataclass
+class _Explain:
+    update: int | None = option("which one, counted from 0", "3", "0", Whole(0))
+    digits: int | None = option("of the numbers shown", "6", "4", Whole(1, 12))
+    examples: int | None = option("of the batch that are shown in full", "1", "2", Whole(0))
+
+
+EXPLAIN = Command(
     "gdtrain-explain",
-    "explain",
     "Writes one update out in full: examples, losses, gradients layer by layer, and the step.",
-    (
-        Key("update", "which one, counted from 0", "0", "3", int, 0),
-        Key("digits", "of the numbers shown", "4", "6", int, 1, 12),
-        Key("examples", "of the batch that are shown in full", "2", "1", int, 0),
-    ),
+    _Explain,
     ("", "experiment=demo_iris_sgd update=3", "data=iris model=linear optimizer=gd digits=6"),
     configures="update",
     notes="Without data=, model= and experiment=, it explains experiment=demo_iris_sgd.",
 )
 
 
+@one_message()
 def explain() -> None:
-    """Print one update in full.
+    """Print one update in full."""
+    words = _read(EXPLAIN)
+    config, choices = composed(_with_readable_model(words.overrides), words.config_dir)
+    checked(config)
+    options = given(words.options)
+    update = options.pop("update", 0)
+    names = f"{config.variant} on {choices['data']}, {choices['model']}"
+    from gdtrain.runs.tools import explain as run
 
-    Example:
-        >>> sys.argv = ["explain.py", "update=first"]
-        >>> explain()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
-    with one_message():
-        words = _ready(_EXPLAIN)
-        config, choices = composed(_with_readable_model(words.overrides), words.config_dir)
-        check(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-        update = words.options.pop("update", 0)
-        names = f"{config.variant} on {choices['data']}, {choices['model']}"
-        from gdtrain.runs.run import explain as run
-
-        listen(log=False)
-        print(run(config, update, title=f"Update {update} of {names}", **words.options))
+    listen(log=False)
+    print(run(config, update, title=f"Update {update} of {names}", **options))
 
 
 def _with_readable_model(words: list[str]) -> list[str]:
@@ -319,59 +278,58 @@ def _with_readable_model(words: list[str]) -> list[str]:
 
 # ---------------------------------------------------------------------- the landscape
 
-_PLACES = ("ckpt_path", "run", "ckpt_dir")
-_LANDSCAPE = Command(
+
+@dataclass
+class _Landscape(_OfItsData):
+    ckpt_path: str | None = option("a checkpoint", _CHECKPOINT)  # type: ignore[assignment]
+    run: str | None = option(
+        "instead of ckpt_path: the folder of a run, for its last checkpoint", "outputs/…"
+    )
+    ckpt_dir: str | None = option(
+        "instead of ckpt_path: a run's folder of checkpoints", "outputs/…/checkpoints"
+    )
+    output: str | None = option(
+        "a folder for the pictures, new or empty", "FOLDER", "landscape, in the run"
+    )
+    span: float | None = option(
+        "of the directions, in lengths of the weights", "0.5", "1", Interval(0, 1000000.0, "right")
+    )
+    points: int | None = option("of each axis", "51", "31; 61 for a surface", Whole(3, 1000))
+    examples: int | None = option(
+        "of the training part, on which J is computed", "500", "2048", Whole(1)
+    )
+    seed: int | None = option("of the examples and the directions", "1", "0", Whole(0, 2**32 - 1))
+    megabytes: float | None = option("of memory that may be taken", "512", "2048", _POSITIVE)
+
+
+LANDSCAPE = Command(
     "gdtrain-landscape",
-    "landscape",
     "Draws the objective around a checkpoint, and the path of its run.",
-    (
-        Key("ckpt_path", "a checkpoint", "", _CHECKPOINT),
-        Key("run", "or the folder of a run, for its last checkpoint", "", "outputs/…"),
-        Key("ckpt_dir", "or its folder of checkpoints", "", "outputs/…/checkpoints"),
-        Key("output", "a folder for the pictures, new or empty", "landscape, in the run", "FOLDER"),
-        Key(
-            "span", "of the directions, in lengths of the weights", "1", "0.5", float, 0, 1e6, True
-        ),
-        Key("points", "of each axis", "31; 61 for a surface", "51", int, 3, 1000),
-        Key("examples", "of the training part, on which J is computed", "2048", "500", int, 1),
-        Key("seed", "of the examples and the directions", "0", "1", int, 0, 2**32 - 1),
-        Key("megabytes", "of memory that may be taken", "2048", "512", float, 0, open=True),
-        _DATA,
-        _TRUST,
-    ),
+    _Landscape,
     ("run=outputs/digits-mlp-sgd/…", f"ckpt_path={_CHECKPOINT} span=0.5 points=51"),
 )
 
 
+@one_message()
 def landscape() -> None:
-    """Draw the objective around a checkpoint.
-
-    Example:
-        >>> sys.argv = ["landscape.py", "run=outputs", "points=few"]
-        >>> landscape()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
-    with one_message():
-        words = _ready(_LANDSCAPE)
-        options = words.options
-        given = [key for key in _PLACES if key in options]
-        if len(given) != 1:
-            raise ConfigurationError(
-                f"One of ckpt_path=…, run=… and ckpt_dir=… says what to draw. Received: "
-                f"{' and '.join(given) or 'none'}. --help shows all keys."
-            )
-        trust, overrides = _trusted(options), _data(words.below)
-        from gdtrain.runs.run import find_checkpoint
-        from gdtrain.runs.run import landscape as run
-
-        listen()
-        place = options.pop(given[0])
-        path = place if given == ["ckpt_path"] else find_checkpoint(place)
-        folder, pictures = run(
-            path, options.pop("output", None), overrides=overrides, trust=trust, **options
+    """Draw the objective around a checkpoint."""
+    options = given(_read(LANDSCAPE).options)
+    places = [key for key in ("ckpt_path", "run", "ckpt_dir") if key in options]
+    if len(places) != 1:
+        raise ConfigurationError(
+            f"One of ckpt_path=…, run=… and ckpt_dir=… says what to draw. Received: "
+            f"{' and '.join(places) or 'none'}. --help shows all keys."
         )
+    trust, overrides = _packages(options.pop("trust", None)), options.pop("data", None)
+    from gdtrain.runs.checkpoints import find_checkpoint
+    from gdtrain.runs.tools import landscape as run
+
+    listen()
+    place = options.pop(places[0])
+    path = place if places == ["ckpt_path"] else find_checkpoint(place)
+    folder, pictures = run(
+        path, options.pop("output", None), overrides=overrides, trust=trust, **options
+    )
     for name, picture in pictures.items():
         print(f"{shown(folder)}/{name}.png: {picture.title.splitlines()[0]}")
     if "trajectory" not in pictures and "surface" not in pictures:

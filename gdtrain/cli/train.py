@@ -16,15 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gdtrain import __version__
-from gdtrain.cli.arguments import check_package, compose, flags, jobs
+from gdtrain._compat.hydra_jobs import run_composed
+from gdtrain.cli.composition import check_package, compose, own_part
 from gdtrain.cli.messages import EXIT_CODES, complain, heard, listen, one_message, shown
+from gdtrain.cli.overrides import flags, jobs
 from gdtrain.cli.overview import overview
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes, is_first_process
-from gdtrain.runs.configuration import check, conf_directory
+from gdtrain.runs.configuration import checked, conf_directory
+from gdtrain.runs.folder import discard_empty
 
 if TYPE_CHECKING:
-    from gdtrain.runs.fit import Result
+    from gdtrain.runs.result import Result
 
 __all__ = ["train"]
 
@@ -33,7 +36,7 @@ def train() -> None:
     """Train what the words name; ends the process with its exit code.
 
     Example:
-        >>> sys.argv = ["gdtrain", "optimizer=sdg"]
+        >>> sys.argv = ["gdtrain", "optimizer.lrr=0.1"]
         >>> train()
         Traceback (most recent call last):
         ...
@@ -46,49 +49,67 @@ def train() -> None:
     if "--version" in words:
         print(f"gdtrain {__version__}")
         sys.exit(0)
-    with one_message():
-        arguments, sys.argv[1:] = flags(words)
-        several = bool(arguments.multirun)
-        only_shows = arguments.cfg or arguments.info or arguments.hydra_help
-        if not arguments.shell_completion and not arguments.hydra_help:
-            # Everything that can be told without torch is told before it is imported.
-            runs = jobs(arguments)
-            wrong: list[Exception] = []
-            for overrides in runs:
-                config = compose(overrides, arguments.config_dir)
-                if arguments.cfg and arguments.package:
-                    whole = compose(overrides, arguments.config_dir, whole=True)
-                    check_package(arguments.package, whole)
-                try:
-                    plain: Any = OmegaConf.to_container(config, resolve=True)
-                    if not only_shows:
-                        check(plain)
-                        check_processes({} if several else plain["trainer"])
-                except (ConfigurationError, OmegaConfBaseException) as error:
-                    wrong.append(error)
-            if wrong and len(wrong) == len(runs):  # else the others run
-                raise wrong[0]
-        if not only_shows and not arguments.shell_completion:
-            import gdtrain.runs.run  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
+    prepared = _prepare(words)
     with tempfile.TemporaryDirectory() as scratch:
-        sys.exit(_end(str(Path(scratch) / "codes"), several))
+        sys.exit(_train(prepared, str(Path(scratch) / "codes")))
 
 
-def _end(codes: str, several: bool) -> int:
-    """Run the jobs; the highest of their exit codes, which each leaves in a file."""
+@one_message()
+def _prepare(words: list[str]) -> tuple[DictConfig, dict[str, Any]] | None:
+    """Tell all that can be told without torch before it is imported.
+
+    Returns:
+        The configuration of a single run, with Hydra's part and checked as plain containers; None:
+        Hydra makes what there is to do of the words.
+    """
+    arguments, sys.argv[1:] = flags(words)
+    if arguments.shell_completion or arguments.hydra_help:
+        return None
+    several, only_shows = arguments.multirun, arguments.cfg or arguments.info
+    prepared: tuple[DictConfig, dict[str, Any]] | None = None
+    runs = jobs(arguments)
+    wrong: list[Exception] = []
+    for overrides in runs:
+        whole = compose(overrides, arguments.config_dir, whole=True)
+        if arguments.cfg and arguments.package:
+            check_package(arguments.package, whole)
+        try:
+            if only_shows:
+                OmegaConf.to_container(own_part(whole), resolve=True)
+                continue
+            plain = checked(own_part(whole))
+            check_processes({} if several else plain["trainer"])
+        except (ConfigurationError, OmegaConfBaseException) as error:
+            wrong.append(error)
+            continue
+        several = several or str(whole.hydra.mode).endswith("MULTIRUN")
+        prepared = None if several else (whole, plain)
+    if wrong and len(wrong) == len(runs):  # else the others run
+        raise wrong[0]
+    if not only_shows:
+        import gdtrain.runs.train  # noqa: F401 (before a folder is made: Ctrl-C leaves none)
+    return prepared
+
+
+def _train(prepared: tuple[DictConfig, dict[str, Any]] | None, codes: str) -> int:
+    """Make the runs; the highest of their exit codes, which each leaves in a file."""
+    plain = None if prepared is None else prepared[1]
 
     # Launchers may run it in other processes: it carries all that it needs.
-    @hydra.main(version_base="1.3", config_path=str(conf_directory()), config_name="train")
     def job(config: DictConfig) -> float:
         _add(codes, 0)
-        code, value = _run(config, several)
+        code, value = _run(config, plain)
         _add(codes, code)
         return value
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions out: what is not said below is a fault
     listen()
+    conf = str(conf_directory())
     try:
-        job()
+        if prepared is None:
+            hydra.main(version_base="1.3", config_path=conf, config_name="train")(job)()
+        else:
+            run_composed(job, prepared[0], conf)
     except OSError as error:
         if _read(codes):
             raise
@@ -117,22 +138,23 @@ def _read(codes: str) -> list[int]:
     return [int(line) for line in path.read_text("utf-8").split()] if path.is_file() else []
 
 
-def _run(config: DictConfig, several: bool) -> tuple[int, float]:
-    """One run: its exit code, and what a sweeper optimizes. A wrong one does not end the others."""
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    from gdtrain.runs.run import discard_empty
-    from gdtrain.runs.run import train as run
+def _run(config: DictConfig, plain: dict[str, Any] | None) -> tuple[int, float]:
+    """One run: its exit code, and what a sweeper optimizes. A wrong one does not end the others.
 
+    Of a sweep's run, `plain` is None: it is checked here.
+    """
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    from gdtrain.runs.train import train as run
+
+    several = plain is None
     listen(signals=False)
     try:
-        plain: Any = OmegaConf.to_container(config, resolve=True)
-        check(plain)
-        if several and plain["trainer"].get("strategy") is not None:
+        if several and config.trainer.get("strategy") is not None:
             raise ConfigurationError(
                 "A sweep (-m) runs its jobs in one process, and trainer=ddp needs several for "
                 "each. Start such runs one by one."
             )
-        result = run(config, directory)
+        result = run(config, directory, plain)
     except (ConfigurationError, OmegaConfBaseException) as error:
         discard_empty(directory)
         overrides = HydraConfig.get().overrides.task
@@ -140,7 +162,7 @@ def _run(config: DictConfig, several: bool) -> tuple[int, float]:
         if several and not _goes_on():
             raise ConfigurationError(str(error)) from None
         return code, math.nan
-    except KeyboardInterrupt:
+    except BaseException:
         discard_empty(directory)
         raise
     if is_first_process():
@@ -151,7 +173,7 @@ def _run(config: DictConfig, several: bool) -> tuple[int, float]:
     if several and reason == "INTERRUPTED":
         raise KeyboardInterrupt  # the whole sweep is meant
     try:
-        value = _optimized(plain["optimized_metric"], result.metrics)
+        value = _optimized(config.optimized_metric, result.metrics)
     except ConfigurationError as error:
         return complain(str(error)), math.nan
     return EXIT_CODES.get(reason, 0), value
@@ -182,20 +204,16 @@ def _show(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from gdtrain.runs.fit import loss_name
+    from gdtrain.runs.summary import loss_name, rows
 
-    summary, metrics = result.summary, result.metrics
+    summary = result.summary
     table = Table(title=summary["variant"], title_justify="left")
-    parts = [part for part in ("train", "val", "test") if f"loss/{part}" in metrics]
+    (_, *parts), *values = rows(result.metrics, loss_name(result.data), digits=4)
     table.add_column("")
     for part in parts:
         table.add_column(part, justify="right")
-    names = ["loss", *sorted({t.split("/")[1] for t in metrics if t.startswith("metric/")})]
-    for name in names:
-        tags = [f"loss/{p}" if name == "loss" else f"metric/{name}/{p}" for p in parts]
-        values = [metrics.get(tag) for tag in tags]
-        row = loss_name(result.data) if name == "loss" else name
-        table.add_row(row, *("–" if v is None else f"{v:.4g}" for v in values))
+    for row in values:
+        table.add_row(*row)
     console = Console()
     console.print(table)
     updates, seconds = summary["updates"], max(summary["fit_seconds"], 1e-9)

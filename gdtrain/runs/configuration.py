@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from gdtrain.errors import ConfigurationError
+from gdtrain.ranges import Interval, Whole
 
 __all__ = [
     "check",
+    "checked",
     "closest",
     "conf_directory",
-    "new_folder",
+    "flatten",
+    "out_of_range",
     "read_defaults",
 ]
 
@@ -37,28 +41,6 @@ def conf_directory() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def new_folder(path: str | Path) -> Path:
-    """A folder to leave results in.
-
-    Args:
-        path: It must not be there, or be empty.
-
-    Returns:
-        The path.
-
-    Raises:
-        ConfigurationError: It is a file, or there is something in it.
-
-    Example:
-        >>> new_folder("not there yet").name
-        'not there yet'
-    """
-    folder = Path(path)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigurationError(f"{folder} exists already; choose another output=…")
-    return folder
-
-
 def read_defaults(choice: str) -> dict[str, Any]:
     """One YAML file of a group, as it stands.
 
@@ -76,28 +58,31 @@ def read_defaults(choice: str) -> dict[str, Any]:
     return yaml.safe_load(text)
 
 
-# Key: (type, lowest, highest, whether the lowest itself is allowed). Absent keys are not asked for.
-_COUNT = 2**31  # more than that is a mistake
-_NUMBERS: dict[str, tuple[type, float, float, bool]] = {
-    "optimizer.lr": (float, 0, math.inf, False),
-    "optimizer.momentum": (float, 0, math.inf, True),
-    "optimizer.weight_decay": (float, 0, math.inf, True),
-    "data.micro_batch_size": (int, 1, _COUNT, True),
-    "data.num_examples": (int, 1, _COUNT, True),
-    "data.num_features": (int, 1, _COUNT, True),
-    "data.val_fraction": (float, 0, math.inf, True),
-    "data.test_fraction": (float, 0, math.inf, True),
-    "data.updates_per_sweep": (int, 1, _COUNT, True),
-    "data.split_seed": (int, 0, 2**32, True),
-    "trainer.max_epochs": (int, 1, _COUNT, True),
-    "trainer.check_val_every_n_epoch": (int, 1, _COUNT, True),
-    "schedule.warmup": (float, 0, math.inf, True),
-    "seed": (int, 0, 2**32, True),
-    "data.data_seed": (int, 0, 2**32, True),
-    "data.seed": (int, 0, 2**32, True),
-    "step_size.seed": (int, 0, 2**32, True),
-    "callbacks.early_stopping.patience": (int, 0, _COUNT, True),
-    "callbacks.early_stopping.min_delta": (float, 0, math.inf, True),
+_COUNT = Whole(1, 2**31 - 1)  # more than that is a mistake
+_SEED = Whole(0, 2**32 - 1)
+_POSITIVE = Interval(0, math.inf)
+_NOT_NEGATIVE = Interval(0, math.inf, "left")
+# Keys that are absent are not asked for.
+_NUMBERS: dict[str, Interval | Whole] = {
+    "optimizer.lr": _POSITIVE,
+    "optimizer.momentum": _NOT_NEGATIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "data.micro_batch_size": _COUNT,
+    "data.num_examples": _COUNT,
+    "data.num_features": _COUNT,
+    "data.val_fraction": _NOT_NEGATIVE,
+    "data.test_fraction": _NOT_NEGATIVE,
+    "data.updates_per_sweep": _COUNT,
+    "data.split_seed": _SEED,
+    "trainer.max_epochs": _COUNT,
+    "trainer.check_val_every_n_epoch": _COUNT,
+    "schedule.warmup": _NOT_NEGATIVE,
+    "seed": _SEED,
+    "data.data_seed": _SEED,
+    "data.seed": _SEED,
+    "step_size.seed": _SEED,
+    "callbacks.early_stopping.patience": Whole(0, 2**31 - 1),
+    "callbacks.early_stopping.min_delta": _NOT_NEGATIVE,
 }
 _KEYS = (
     "variant",
@@ -171,17 +156,21 @@ def check(config: Mapping[str, Any]) -> None:
                 f"{key} must be one of its choices, and cannot be taken away: set {key}=…, without "
                 f"~{key}. --help shows the choices."
             )
-    flat = dict(_flatten(config))
+    flat = dict(flatten(config))
     if flat.get("trainer.max_epochs") is None and flat.get("trainer.max_steps", -1) == -1:
         raise ConfigurationError(
             "trainer.max_epochs or trainer.max_steps must bound the run. Received: neither."
         )
-    for key, (kind, low, high, closed) in _NUMBERS.items():
+    for key, within in _NUMBERS.items():
         if key not in flat or (flat[key] is None and key in _OPTIONAL):
             continue
         if key in _AUTOMATIC and flat[key] == "auto":
             continue
-        _check_number(key, flat[key], kind, low, high, closed, ", or auto" * (key in _AUTOMATIC))
+        try:
+            within.check(key, flat[key])
+        except ValueError:
+            other = ", or auto" * (key in _AUTOMATIC)
+            raise out_of_range(key, within, flat[key], other) from None
     for key in _SWITCHES:
         if key in flat and not isinstance(flat[key], bool):
             raise ConfigurationError(f"{key} must be true or false. Received: {flat[key]!r}.")
@@ -195,8 +184,7 @@ def check(config: Mapping[str, Any]) -> None:
     _check_batch_size(flat)
     _check_step_size(config, flat)
     steps = flat.get("trainer.max_steps", -1)
-    whole = isinstance(steps, int) and not isinstance(steps, bool)
-    if not whole or not (steps == -1 or 1 <= steps < 2**63):
+    if steps != -1 and not _is_whole(steps, Whole(1, 2**63 - 1)):
         raise ConfigurationError(
             f"trainer.max_steps must be a whole number of updates at least 1 and below 2^63, or -1 "
             f"for as many as the epochs have. Received: trainer.max_steps={_short(steps)}"
@@ -207,8 +195,7 @@ def check(config: Mapping[str, Any]) -> None:
             f"metric/accuracy/test. Received: optimized_metric={flat['optimized_metric']}"
         )
     devices = flat.get("trainer.devices", 1)
-    number = isinstance(devices, int) and not isinstance(devices, bool)
-    if (number and devices < 1 and devices != -1) or (
+    if (_is_whole(devices, Whole(-(2**63), 0)) and devices != -1) or (
         isinstance(devices, str) and devices != "auto" and not re.fullmatch(r"[\d, ]+", devices)
     ):
         raise ConfigurationError(
@@ -228,22 +215,32 @@ def check(config: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"{key} must name a file that exists. Received: {path}")
 
 
-def _check_number(
-    key: str, value: Any, kind: type, low: float, high: float, closed: bool, other: str = ""
-) -> None:
-    number = isinstance(value, kind if kind is int else int | float) and not isinstance(value, bool)
+def out_of_range(
+    key: str, within: Interval | Whole, value: Any, other: str = ""
+) -> ConfigurationError:
+    """What to say of a number that is none, or not in its range.
+
+    Args:
+        key: As it was typed.
+        within: Its range.
+        value: What came.
+        other: What else it may be.
+
+    Example:
+        >>> raise out_of_range("optimizer.lr", Interval(0, math.inf), -1, ", or auto")
+        Traceback (most recent call last):
+        ...
+        gdtrain.errors.ConfigurationError: optimizer.lr must be a number in (0, ∞), or auto. ...
+    """
+    what = f"{within}" if isinstance(within, Whole) else f"a number in {within}"
+    return ConfigurationError(f"{key} must be {what}{other}. Received: {key}={_short(value)}")
+
+
+def _is_whole(value: Any, within: Whole) -> bool:
     try:
-        inside = number and (value > low or (closed and value == low)) and float(value) < high
-    except OverflowError:  # a whole number that no float holds
-        inside = False
-    if not inside:
-        what = "a whole number" if kind is int else "a finite number"
-        bound = f"at least {low:g}" if closed else f"above {low:g}"
-        if high != math.inf:
-            bound += f" and below {high}"
-        raise ConfigurationError(
-            f"{key} must be {what} {bound}{other}. Received: {key}={_short(value)}"
-        )
+        return within.check("", value) == value
+    except ValueError:
+        return False
 
 
 def _short(value: Any) -> str:
@@ -307,7 +304,7 @@ def _check_batch_size(flat: Mapping[str, Any]) -> None:
     size, variant = flat.get("data.batch_size"), flat.get("variant")
     if "data.batch_size" not in flat:
         return
-    if size != "full" and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+    if size != "full" and not _is_whole(size, Whole(1)):
         raise ConfigurationError(
             f"data.batch_size must be a whole number of at least 1, or full (all N training "
             f"examples). Received: data.batch_size={size}"
@@ -332,6 +329,26 @@ def _check_batch_size(flat: Mapping[str, Any]) -> None:
         )
 
 
+def checked(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain containers, with all that it refers to filled in, and checked.
+
+    Args:
+        config: Composed from `conf/train.yaml`.
+
+    Raises:
+        ConfigurationError: As `check`.
+
+    Example:
+        >>> checked(OmegaConf.create({"seed": 1, "variant": "${seed}"}))
+        Traceback (most recent call last):
+        ...
+        gdtrain.errors.ConfigurationError: ckpt_path is missing: it cannot be taken away.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    check(plain)
+    return plain
+
+
 def closest(word: str, words: list[str]) -> str:
     """A hint for a misspelt word.
 
@@ -352,10 +369,20 @@ def closest(word: str, words: list[str]) -> str:
     return f" Did you mean {found[0]}?" if found else ""
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Keys with dots, and their values.
+
+    Args:
+        config: Mappings in mappings.
+        prefix: Of each key.
+
+    Example:
+        >>> dict(flatten({"seed": 0, "model": {"hidden": [8]}}))
+        {'seed': 0, 'model.hidden': [8]}
+    """
     for name, value in config.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{key}.")
+            yield from flatten(value, f"{key}.")
         else:
             yield key, value

@@ -27,8 +27,8 @@ from hydra import compose, initialize_config_dir
 from throughput import mnist
 
 from gdtrain.runs.configuration import conf_directory
-from gdtrain.runs.fit import Result
-from gdtrain.runs.run import train
+from gdtrain.runs.result import Result
+from gdtrain.runs.train import train
 
 # What each row has, beside a run at a constant rate without instruments; and the ratio that is
 # asked for, by variant.

@@ -437,10 +437,10 @@ def test_words_are_those_of_training(monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("update=first", "update must be a whole number. Received: update=first"),
+        ("update=first", "update must be a whole number of at least 0. Received: update=first"),
         ("update=-1", "update must be a whole number of at least 0"),
         ("update=2100", "range [0, 2099]"),
-        ("digits=0", "digits must be a whole number of at least 1"),
+        ("digits=0", "digits must be a whole number from 1 to 12"),
         ("model=cnn data=digits", "model=linear, model=mlp). Received: CNN."),
         ("optimizer=adam", "(optimizer=gd, sgd or minibatch)"),
         ("optimizer=sdg", "Did you mean sgd?"),

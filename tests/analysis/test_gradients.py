@@ -24,7 +24,7 @@ from gdtrain.analysis.gradients import (
     norms,
 )
 from gdtrain.runs.configuration import conf_directory
-from gdtrain.runs.run import train
+from gdtrain.runs.train import train
 
 
 class Odd(nn.Module):

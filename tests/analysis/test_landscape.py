@@ -25,8 +25,10 @@ from gdtrain.cli import tools
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, SquaredError
 from gdtrain.models import MLP, Linear
 from gdtrain.objective import Objective
+from gdtrain.runs.checkpoints import find_checkpoint
 from gdtrain.runs.configuration import conf_directory
-from gdtrain.runs.run import find_checkpoint, landscape, train
+from gdtrain.runs.tools import landscape
+from gdtrain.runs.train import train
 
 ROOT = Path(__file__).parent.parent.parent
 PNG = b"\x89PNG"
@@ -569,17 +571,20 @@ def test_wrong_words_are_told_in_one_message_and_leave_nothing(run, capsys, monk
         ([f"ckpt_path={tmp_path / 'text.ckpt'}"], "cannot be read as a checkpoint"),
         ([f"ckpt_path={tmp_path / 'model.ckpt'}"], "does not match the model"),
         ([f"run={tmp_path / 'other'}"], "trajectory.npz is the path of another model"),
-        ([place, "points=2"], "points must be a whole number of at least 3. Received: points=2"),
+        ([place, "points=2"], "points must be a whole number from 3 to 1000. Received: points=2"),
         (
             [place, "points=100000"],
-            "points must be a whole number at most 1000. Received: points=100000",
+            "points must be a whole number from 3 to 1000. Received: points=100000",
         ),
-        ([place, "span=1e300"], "span must be a number at most 1000000. Received: span=1e300"),
-        ([place, "points=few"], "points must be a whole number. Received: points=few"),
-        ([place, "span=0"], "span must be a number above 0. Received: span=0"),
+        ([place, "span=1e300"], "span must be a number in (0, 1e+06]. Received: span=1e300"),
+        (
+            [place, "points=few"],
+            "from 3 to 1000. Received: points=few",
+        ),
+        ([place, "span=0"], "span must be a number in (0, 1e+06]. Received: span=0"),
         ([place, "examples=0"], "examples must be a whole number of at least 1"),
-        ([place, "seed=-1"], "seed must be a whole number of at least 0"),
-        ([place, "megabytes=0"], "megabytes must be a number above 0"),
+        ([place, "seed=-1"], "seed must be a whole number from 0 to 4294967295"),
+        ([place, "megabytes=0"], "megabytes must be a number in (0, ∞)"),
         ([place, "megabytes=1"], "Pictures of 43 parameters take about 64 MB of memory, more than"),
         ([place, "megabytes=0.001"], "more than megabytes=0.001."),
         ([place, "pionts=5"], "Unknown argument pionts=5. Did you mean points?"),

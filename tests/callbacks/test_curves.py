@@ -18,7 +18,7 @@ from gdtrain.callbacks import LossCurves
 from gdtrain.data import ArrayDataModule
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import Linear
-from gdtrain.runs.fit import run
+from gdtrain.runs.run import run
 
 
 class Losses(Callback):

@@ -21,7 +21,7 @@ from gdtrain.data import ArrayDataModule, DatasetDataModule, EmbeddedDataModule
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.losses import CrossEntropy, Hinge, SquaredError
 from gdtrain.models import MLP, Linear
-from gdtrain.runs.fit import run
+from gdtrain.runs.run import run
 from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
 
 ROOT = Path(__file__).resolve().parent.parent.parent

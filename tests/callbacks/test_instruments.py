@@ -591,7 +591,7 @@ def test_the_summary_tells_the_noise_scale_and_the_verdict(tmp_path):
     from hydra import compose, initialize_config_dir
 
     from gdtrain.runs.configuration import conf_directory
-    from gdtrain.runs.run import train
+    from gdtrain.runs.train import train
 
     found = {}
     for preset in ("off", "light", "full"):

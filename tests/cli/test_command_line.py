@@ -123,7 +123,7 @@ BAD = [
     ("optimizr=sgd", "Unknown key optimizr. Did you mean optimizer?"),
     ("optimizer.lrr=1", "Did you mean optimizer.lr?"),
     ("trainer.max_epoch=3", "Did you mean trainer.max_epochs?"),
-    ("optimizer.lr=0", "optimizer.lr must be a finite number above 0"),
+    ("optimizer.lr=0", "optimizer.lr must be a number in (0, ∞)"),
     ("optimizer.lr=nan", "Received: optimizer.lr=nan"),
     ("optimizer.lr=inf", "Received: optimizer.lr=inf"),
     ("optimizer.lr=-0.1", "Received: optimizer.lr=-0.1"),
@@ -169,14 +169,14 @@ def complain(monkeypatch, capsys, folder, words):
 
 @pytest.mark.parametrize(("words", "message"), BAD)
 def test_bad_input_ends_with_one_message_and_code_2(monkeypatch, capsys, tmp_path, words, message):
-    monkeypatch.delitem(sys.modules, "gdtrain.runs.run", raising=False)
+    monkeypatch.delitem(sys.modules, "gdtrain.runs.train", raising=False)
     code, said = complain(monkeypatch, capsys, tmp_path, words)
     assert code == 2
     assert message in said
     assert said.startswith("error")
     assert said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
-    assert "gdtrain.runs.run" not in sys.modules  # which imports torch
+    assert "gdtrain.runs.train" not in sys.modules  # which imports torch
 
 
 BAD_AT_BUILD = [

@@ -36,9 +36,9 @@ def command(words, monkeypatch):
     [
         ("data=iris modle=linear", "Unknown key modle. Did you mean model?"),
         ("sedes=2", "Unknown argument sedes. Did you mean seeds?"),
-        ("seeds=0", "seeds must be a whole number of at least 1. Received: seeds=0"),
-        ("jobs=two", "jobs must be a whole number. Received: jobs=two"),
-        ("target=nan", "target must be a finite number. Received: target=nan"),
+        ("seeds=0", "seeds must be a whole number from 1 to 10000. Received: seeds=0"),
+        ("jobs=two", "jobs must be a whole number from 1 to 1024. Received: jobs=two"),
+        ("target=nan", "target must be a number in (−∞, ∞). Received: target=nan"),
         ("optimizer=sgd", "set contenders='optimizer=…;…'. Received: optimizer=sgd"),
         ("seed=1", "set seeds=COUNT. Received: seed=1"),
         ("contenders=optimizer=gd;optimizer=sgd,seed=5", "set seeds=COUNT. Received: sgd seed=5"),

@@ -6,14 +6,15 @@ import sys
 import pytest
 
 from gdtrain import cli
-from gdtrain.cli import arguments, overview, train
-from gdtrain.cli.compare import _COMMAND
-from gdtrain.cli.tools import _EVALUATE, _EXPLAIN, _FIND_LR, _LANDSCAPE, _PREDICT
+from gdtrain._compat.hydra_overrides import parse_override
+from gdtrain.cli import overrides, overview, train
+from gdtrain.cli.compare import COMMAND
+from gdtrain.cli.tools import EVALUATE, EXPLAIN, FIND_LR, LANDSCAPE, PREDICT
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import Launch, check_processes, launch
 from gdtrain.runs.configuration import conf_directory
 
-COMMANDS = (_COMMAND, _EVALUATE, _EXPLAIN, _FIND_LR, _LANDSCAPE, _PREDICT)
+COMMANDS = (COMMAND, EVALUATE, EXPLAIN, FIND_LR, LANDSCAPE, PREDICT)
 # Words of Python, Hydra's lexer, OmegaConf, gloo.
 FOREIGN = (
     r"mismatched|extraneous|no viable|Lexer|Traceback|is not callable|positional|unexpected keyword"
@@ -23,8 +24,8 @@ TRAIN, COMPARE, EVALUATE = "train", "compare", "evaluate"
 IRIS = "data=iris"
 # Command, its words, the word that was wrong as it is quoted, the remedy.
 WRONG = [
-    (TRAIN, ["optimizer.lr==0.1"], "=0.1", "finite number above 0"),
-    (TRAIN, ["optimizer.lr=0.1;"], "0.1;", "finite number above 0"),
+    (TRAIN, ["optimizer.lr==0.1"], "=0.1", "number in (0, ∞)"),
+    (TRAIN, ["optimizer.lr=0.1;"], "0.1;", "number in (0, ∞)"),
     (TRAIN, ["optimizer.lr", "=0.1"], "optimizer.lr", "Write optimizer.lr=0.1"),
     (TRAIN, ["optimizer.lr=", "0.1"], "0.1", "Write optimizer.lr=0.1"),
     (TRAIN, ["optimizer.lr: 0.1"], "optimizer.lr: 0.1", "Write optimizer.lr=0.1"),
@@ -46,9 +47,9 @@ WRONG = [
     (TRAIN, ["-m", "--config-dir=/nope", "hydra/sweeper=x"], "/nope", "must name a folder"),
     ("find_lr", ["--config-dir=/nope"], "--config-dir=/nope", "must name a folder"),
     (TRAIN, ["callbacks=early_stopping", "callbacks.early_stopping.patience=-1"],
-     "patience=-1", "at least 0"),
+     "patience=-1", "from 0 to"),
     (TRAIN, ["callbacks=early_stopping", "callbacks.early_stopping.min_delta=-1"],
-     "min_delta=-1", "at least 0"),
+     "min_delta=-1", "[0, ∞)"),
     (TRAIN, ["model.hidden=[64,32"], "model.hidden=[64,32", "'model.hidden=[64,32]'"),
     (TRAIN, ["model.hidden=64,32"], "model.hidden=64,32", "model.hidden=[64,32]"),
     (TRAIN, ["optimizer=gd,sgd"], "optimizer=gd,sgd", "gdtrain -m optimizer=gd,sgd"),
@@ -58,7 +59,7 @@ WRONG = [
     (TRAIN, ["-m", "seed=range(0,-3)"], "range(0,-3)", "would be no run"),
     (TRAIN, ["-m", "seed=0,,1"], "seed=0,,1", "seed=1,2,3"),
     (TRAIN, ["-m", "seed=interval(0,1)"], "interval(0,1)", "seed=1,2,3"),
-    (TRAIN, ["-m", "seed=-1,-2"], "-1", "at least 0"),
+    (TRAIN, ["-m", "seed=-1,-2"], "-1", "from 0 to"),
     (TRAIN, ["epochs=5"], "epochs", "Did you mean trainer.max_epochs?"),
     (TRAIN, ["schedule.gamma=0.5"], "schedule.gamma", "schedule=reduce_on_plateau|step"),
     (TRAIN, ["data.root=x"], "data.root", "data=cifar10|fashion_mnist|mnist"),
@@ -70,11 +71,11 @@ WRONG = [
     (TRAIN, ["trainer=[1]"], "trainer=[1]", "ddp, default"),
     (TRAIN, ["seed=${nothing}"], "nothing", "there is no key nothing"),
     (TRAIN, ["hydra.run.dir="], "hydra.run.dir=", "file or folder"),
-    (TRAIN, ["seed=1" + 400 * "0"], "seed=1000", "below 4294967296"),
-    (TRAIN, ["optimizer.lr=1" + 400 * "0"], "optimizer.lr=1000", "finite number"),
-    (TRAIN, ["optimizer.lr=1e999"], "optimizer.lr=inf", "finite number"),
+    (TRAIN, ["seed=1" + 400 * "0"], "seed=1000", "to 4294967295"),
+    (TRAIN, ["optimizer.lr=1" + 400 * "0"], "optimizer.lr=1000", "number in"),
+    (TRAIN, ["optimizer.lr=1e999"], "optimizer.lr=inf", "number in"),
     (TRAIN, ["trainer.max_steps=9223372036854775808"], "9223372036854775808", "below 2^63"),
-    (TRAIN, ["data.split_seed=4294967296"], "4294967296", "below 4294967296"),
+    (TRAIN, ["data.split_seed=4294967296"], "4294967296", "to 4294967295"),
     (TRAIN, ["model.hidden=[9223372036854775808]"], "model.hidden=[9223", "below 2^63"),
     (TRAIN, ["callbacks.trajectory.megabytes=1e400"], "megabytes=inf", "finite"),
     (TRAIN, ["trainer.devices=two"], "trainer.devices=two", "at least 1"),
@@ -106,8 +107,8 @@ WRONG = [
     (COMPARE, ["nope=3"], "nope=3", "and every key of gdtrain"),
     ("find_lr", ["epochs=3"], "epochs", "Did you mean trainer.max_epochs?"),
     (COMPARE, ["--seeds=3"], "--seeds=3", "Write seeds=3"),
-    (COMPARE, ["seeds=100000000000"], "seeds=100000000000", "at most 10000"),
-    (COMPARE, ["target=1e999"], "target=1e999", "finite"),
+    (COMPARE, ["seeds=100000000000"], "seeds=100000000000", "from 1 to 10000"),
+    (COMPARE, ["target=1e999"], "target=1e999", "(−∞, ∞)"),
     (COMPARE, ["seeds=2", "seeds=3"], "seeds", "Give it once"),
     (EVALUATE, ["ckpt_path"], "ckpt_path", "Write ckpt_path=VALUE"),
     (EVALUATE, ["checkpoint=x"], "checkpoint=x", "knows: ckpt_path"),
@@ -119,10 +120,10 @@ WRONG = [
      "header=perhaps", "true, false or auto"),
     (EVALUATE, ["ckpt_path=a", "input=b.npy", "header=perhaps"], "header=perhaps", "or auto"),
     ("predict", ["ckpt_path=a", "input=b"], "output", "output=predictions.csv"),
-    ("explain", ["digits=99"], "digits=99", "at most 12"),
+    ("explain", ["digits=99"], "digits=99", "from 1 to 12"),
     ("explain", ["updat=3"], "updat", "Did you mean update?"),
-    ("find_lr", ["min_lr=nan"], "min_lr=nan", "finite"),
-    ("landscape", ["run=a", "points=1001"], "points=1001", "at most 1000"),
+    ("find_lr", ["min_lr=nan"], "min_lr=nan", "(0, ∞)"),
+    ("landscape", ["run=a", "points=1001"], "points=1001", "to 1000"),
     ("landscape", [], "none", "ckpt_path=…, run=… and ckpt_dir=…"),
 ]  # fmt: skip
 
@@ -163,15 +164,15 @@ def test_a_wrong_word_is_quoted_with_its_remedy_and_nothing_foreign(
     ],
 )
 def test_texts_are_taken_as_they_were_typed(word, value):
-    (quoted,) = arguments.typed([word])
-    (again,) = arguments.typed([quoted])  # further ranks get the words once more
+    (quoted,) = overrides.typed([word])
+    (again,) = overrides.typed([quoted])  # further ranks get the words once more
     assert quoted == again
-    assert arguments._parsed(quoted).value() == value
+    assert parse_override(quoted).value() == value
 
 
 def test_flags_may_stand_anywhere():
-    read, words = arguments.flags(["optimizer=gd", "-m", "seed=0,1"])
-    assert arguments.jobs(read) == [["optimizer=gd", "seed=0"], ["optimizer=gd", "seed=1"]]
+    read, words = overrides.flags(["optimizer=gd", "-m", "seed=0,1"])
+    assert overrides.jobs(read) == [["optimizer=gd", "seed=0"], ["optimizer=gd", "seed=1"]]
     assert words == ["-m", "optimizer=gd", "seed=0,1"]
 
 
@@ -181,11 +182,11 @@ def test_help_tells_every_key_that_the_parser_knows(command, capsys):
         command.read(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
-    for key in command.keys:
-        assert f"{key.name}{'KEY' * key.name.endswith('.')}={key.example}" in text
-        assert key.meaning in text
-        if key.kind is not str:
-            assert key.range in text
+    for name, key in command.keys.items():
+        assert f"{name}{'KEY' * name.endswith('.')}={key.metadata['example']}" in text
+        assert key.metadata["meaning"] in text
+        if key.type in ("int | None", "float | None"):
+            assert f"{key.metadata['within']}; " in text
     assert all(words in text for words in command.examples)
 
 

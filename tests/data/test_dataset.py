@@ -22,8 +22,9 @@ from gdtrain.data import dataset as under_test
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.runs.configuration import conf_directory
-from gdtrain.runs.fit import predict, run
-from gdtrain.runs.run import train as train_config
+from gdtrain.runs.result import predict
+from gdtrain.runs.run import run
+from gdtrain.runs.train import train as train_config
 from gdtrain.schedules import Cosine
 
 N, D, C = 50, 4, 3

@@ -18,7 +18,7 @@ from gdtrain.engines import Compiled, Eager, Native, NotApplicableError, choose
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import CNN, MLP, Linear
 from gdtrain.objective import Objective
-from gdtrain.runs.fit import run
+from gdtrain.runs.run import run
 from gdtrain.schedules import Cosine
 
 QUIET = {

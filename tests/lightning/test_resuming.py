@@ -20,14 +20,14 @@ from torch import nn
 import gdtrain
 from gdtrain import SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.callbacks import BestAndLast, Convergence, Divergence, GradientNorms, LossCurves
-from gdtrain.cli.arguments import compose
+from gdtrain.cli.composition import compose
 from gdtrain.data import EmbeddedDataModule
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.resuming import model_settings
 from gdtrain.losses import CrossEntropy, Loss, OneHotSquaredError
 from gdtrain.models import MLP
-from gdtrain.runs import run as experiment
-from gdtrain.runs.fit import run
+from gdtrain.runs.run import run
+from gdtrain.runs.train import train
 from gdtrain.schedules import (
     Constant,
     Cosine,
@@ -498,7 +498,7 @@ def unfinished(folder):
     """A run of the command that was killed before its summary; and what was in its folder."""
     words = ["data=iris", "model=linear", "optimizer=gd", "optimizer.lr=0.1",
         "trainer.max_epochs=3", "instruments=off", "logger=csv"]  # fmt: skip
-    experiment.train(compose(words, None), folder / "run")
+    train(compose(words, None), folder / "run")
     before = {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     (folder / "run" / "summary.json").unlink()
     return [*words, f"ckpt_path={folder}/run/checkpoints/last.ckpt"], before
@@ -508,7 +508,7 @@ def unfinished(folder):
 def test_the_command_finishes_a_run_in_its_own_folder(tmp_path, named):
     words, before = unfinished(tmp_path)
     (tmp_path / named).mkdir(exist_ok=True)  # as Hydra makes it
-    result = experiment.train(compose(words, None), tmp_path / named)
+    result = train(compose(words, None), tmp_path / named)
     assert result.directory == tmp_path / "run"
     after = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     assert after.keys() == before.keys()
@@ -522,9 +522,9 @@ def test_a_run_with_updates_left_goes_on_in_a_folder_of_its_own(tmp_path):
     words, _ = unfinished(tmp_path)
     longer = compose([*words, "trainer.max_epochs=5", "schedule=constant"], None)
     with pytest.raises(ConfigurationError, match=r"already holds a run.* a folder of its own"):
-        experiment.train(longer, tmp_path / "run")
+        train(longer, tmp_path / "run")
     with pytest.raises(ConfigurationError, match="These differ"):
-        experiment.train(compose([*words, "seed=1"], None), tmp_path / "new")
+        train(compose([*words, "seed=1"], None), tmp_path / "new")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 

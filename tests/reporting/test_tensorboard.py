@@ -19,7 +19,8 @@ import pandas as pd
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gdtrain.runs.run import find_checkpoint, landscape
+from gdtrain.runs.checkpoints import find_checkpoint
+from gdtrain.runs.tools import landscape
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -14,7 +14,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from gdtrain.runs.configuration import check, conf_directory
-from gdtrain.runs.run import train
+from gdtrain.runs.train import train
 
 CONF = conf_directory()
 MNIST = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "data" / "mnist"

@@ -29,7 +29,9 @@ from gdtrain.data import (
     NPYDataModule,
 )
 from gdtrain.objective import Objective
-from gdtrain.runs.fit import default_loss, predict, run
+from gdtrain.runs.descriptions import default_loss
+from gdtrain.runs.result import predict
+from gdtrain.runs.run import run
 
 N, D, UPDATES, RATE = 36, 3, 4, 0.2
 IN_MEMORY = ("array", "frame", "list", "tensor", "sparse")

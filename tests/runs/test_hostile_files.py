@@ -34,8 +34,10 @@ from gdtrain.callbacks import BestAndLast
 from gdtrain.data import LIBSVMDataModule, NPYDataModule, read_features
 from gdtrain.data.checkpoint_reading import load_checkpoint
 from gdtrain.reporting import comparison, finished
-from gdtrain.runs import run as experiment
+from gdtrain.runs import tools
+from gdtrain.runs.checkpoints import load_trained
 from gdtrain.runs.configuration import conf_directory
+from gdtrain.runs.train import train
 
 MEMORY = 300 * 2**10  # KiB
 
@@ -48,7 +50,7 @@ def run(tmp_path_factory):
     words += ["trainer.max_epochs=3", "logger=csv", "instruments=off"]
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
         config = compose("train", words)
-    experiment.train(config, folder)
+    train(config, folder)
     return folder
 
 
@@ -86,20 +88,20 @@ def nothing_happens(run, state, tmp_path, monkeypatch):
 
 
 def evaluate(path):
-    return experiment.evaluate(path)
+    return tools.evaluate(path)
 
 
 def predict(path):
     np.save("new.npy", np.zeros((2, 4)))
-    return experiment.predict_file(path, "new.npy", "answers.csv")
+    return tools.predict_file(path, "new.npy", "answers.csv")
 
 
 def landscape(path):
-    return experiment.landscape(path, examples=10, points=3)
+    return tools.landscape(path, examples=10, points=3)
 
 
 def load(path):
-    return experiment.load_trained(path)
+    return load_trained(path)
 
 
 ENTRANCES = [evaluate, predict, landscape, load]
@@ -141,7 +143,7 @@ DESCRIPTIONS = {
     "import of a module": ("model", {"_target_": "canary.Model"}),
     "our own folders": (
         "model",
-        {"_target_": "gdtrain.runs.fit.claim", "folder": "canary", "config": {}},
+        {"_target_": "gdtrain.runs.folder.reserve", "folder": "canary", "config": {}},
     ),
     "our own data's folders": (
         "data",
@@ -290,7 +292,7 @@ def test_what_a_checkpoint_may_be_is_still_built(run, state):
 def test_pretrained_weights_are_not_fetched():
     from torchvision.models import resnet18
 
-    from gdtrain.runs.builder import build_model
+    from gdtrain.runs.descriptions import build_model
 
     weights = resnet18().state_dict()
     for words in ({"weights": "DEFAULT"}, {"pretrained": True}):
@@ -316,9 +318,7 @@ def test_a_package_that_is_named_follows_the_same_rules(state, tmp_path, monkeyp
         path = _save(_put(state, "model", words))
         with pytest.raises(ValueError, match="trust=mine_is_trusted"):
             load(path)
-        assert type(experiment.load_trained(path, ("mine_is_trusted",)).module.model).__name__ == (
-            "Net"
-        )
+        assert type(load_trained(path, ("mine_is_trusted",)).module.model).__name__ == ("Net")
     for words in (
         {"_target_": "mine_is_trusted.other", "path": "canary"},
         {"_target_": "mine_is_trusted.os.mkdir", "path": "canary"},
@@ -326,7 +326,7 @@ def test_a_package_that_is_named_follows_the_same_rules(state, tmp_path, monkeyp
     ):
         path = _save(_put(state, "model", words))
         with pytest.raises(ValueError, match="asks to call"):
-            experiment.load_trained(path, ("mine_is_trusted",))
+            load_trained(path, ("mine_is_trusted",))
 
 
 # ---------------------------------------------------------------------- what else it holds
@@ -1102,4 +1102,4 @@ def test_the_unpacked_size_counts_for_the_landscape(run, tmp_path):
     shutil.copytree(run, folder)
     np.savez(folder / "trajectory.npz", parameters=np.zeros((2, 2**20)))
     with pytest.raises(ValueError, match="more than megabytes=8"):
-        experiment.landscape(folder / "checkpoints" / "last.ckpt", megabytes=8)
+        tools.landscape(folder / "checkpoints" / "last.ckpt", megabytes=8)

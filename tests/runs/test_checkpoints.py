@@ -28,8 +28,9 @@ from gdtrain.data import (
 from gdtrain.lightning.description import describe, rebuild, structure
 from gdtrain.losses import CrossEntropy, Huber, Loss, OneHotSquaredError
 from gdtrain.models import CNN, MLP, Linear, resnet18
-from gdtrain.runs.fit import run
-from gdtrain.runs.run import evaluate, landscape, load_trained, predict_file
+from gdtrain.runs.checkpoints import load_trained
+from gdtrain.runs.run import run
+from gdtrain.runs.tools import evaluate, landscape, predict_file
 from gdtrain.schedules import Constant
 from gdtrain.step_sizes import BarzilaiBorwein, ScheduleFree
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
+from gdtrain._compat.torch_dispatch import TorchDispatchMode
 from gdtrain.data.module import DataModule
-from gdtrain.losses import Loss
+from gdtrain.losses import CrossEntropy, Loss, SquaredError
 
 __all__ = [
     "build_data",
@@ -31,6 +31,8 @@ __all__ = [
     "check_description",
     "check_outputs",
     "check_plain",
+    "default_loss",
+    "first_difference",
 ]
 
 _DEPTH = 16  # of containers in containers
@@ -172,7 +174,12 @@ def build_model(
     except Exception:  # it reads values while it is built, or would fail with memory too
         pass
     else:
-        _check_shapes(without_memory, weights)
+        different = first_difference(without_memory, weights)
+        if different is not None:
+            raise ValueError(
+                f"The checkpoint does not match the model that it describes: expected "
+                f"{different[0]} of shape {different[1]}. Received: {different[2]}."
+            )
     try:
         with nullcontext() if own else _Bounded(weights):
             return make(sizes)
@@ -200,6 +207,22 @@ def build_loss(description: Any, trust: Sequence[str] = ()) -> Loss:
         Huber(delta=2.0)
     """
     return _built(description, Loss, trust, "loss")
+
+
+def default_loss(num_classes: int | None) -> Loss:
+    """Cross-entropy for classes, squared error for numbers.
+
+    Args:
+        num_classes: Of the data; None for numbers.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> default_loss(num_classes=3), default_loss(num_classes=None)
+        (CrossEntropy(), SquaredError())
+    """
+    return SquaredError() if num_classes is None else CrossEntropy()
 
 
 def build_data(description: Any, trust: Sequence[str] = ()) -> DataModule:
@@ -538,12 +561,27 @@ def _numbers(weights: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in weights.values())
 
 
-def _check_shapes(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def first_difference(model: nn.Module, weights: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first tensor, by name, that a model and its saved weights do not have alike.
+
+    Args:
+        model: To be filled.
+        weights: Saved, as a `state_dict`.
+
+    Returns:
+        Its name, and its shape in the model and as saved, or what stands there; None: all are
+        alike.
+
+    Example:
+        >>> first_difference(nn.Linear(2, 1, bias=False), {"weight": torch.ones(2, 2)})
+        ('weight', (1, 2), (2, 2))
+    """
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    saved = {k: tuple(v.shape) for k, v in weights.items()}
+    saved = {
+        k: tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"
+        for k, v in weights.items()
+    }
     for name in sorted(own.keys() | saved.keys()):
         if own.get(name) != saved.get(name):
-            raise ValueError(
-                f"The checkpoint does not match the model that it describes: expected {name} of "
-                f"shape {own.get(name, '(none)')}. Received: {saved.get(name, '(none)')}."
-            )
+            return name, own.get(name, "(none)"), saved.get(name, "(none)")
+    return None

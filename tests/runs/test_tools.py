@@ -10,9 +10,11 @@ from sklearn.datasets import load_iris
 
 import gdtrain
 from gdtrain import cli
-from gdtrain.runs import run as experiment
+from gdtrain.runs.build import in_keys
+from gdtrain.runs.checkpoints import load_trained
 from gdtrain.runs.configuration import conf_directory
-from gdtrain.runs.run import evaluate, load_trained, predict_file, train
+from gdtrain.runs.tools import evaluate, landscape, predict_file
+from gdtrain.runs.train import train
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_predictions_of_a_table_in_another_order(checkpoint, table, tmp_path, mo
 
 def test_an_output_that_cannot_be_is_told_before_any_work(checkpoint, table, tmp_path, monkeypatch):
     table.to_csv(tmp_path / "new.csv", index=False)
-    monkeypatch.setattr("gdtrain.runs.run.load_trained", None)  # nothing is called
+    monkeypatch.setattr("gdtrain.runs.tools.load_trained", None)  # nothing is called
     for output, error, message in (
         (tmp_path, ValueError, "output must name a new file. Received: .*, a folder"),
         (tmp_path / "new.csv", FileExistsError, "exists already"),
@@ -188,12 +190,12 @@ def test_a_change_that_the_data_does_not_take_is_told_with_what_it_takes(
 
 def test_a_small_amount_of_memory_is_told_as_it_is(checkpoint):
     with pytest.raises(ValueError, match=r"take about 0\.0\d+ MB of memory, more than megabytes="):
-        experiment.landscape(checkpoint, megabytes=0.001)
+        landscape(checkpoint, megabytes=0.001)
 
 
 def test_a_message_is_said_with_the_keys_that_were_typed():
     plain = {"seed": 1, "callbacks": {"a": {"share": 0.1}, "b": {"share": 7}}, "data": {"seed": 1}}
-    said = experiment.in_keys("share must lie in (0, 1]. Received: 7.", plain)
+    said = in_keys("share must lie in (0, 1]. Received: 7.", plain)
     assert said == "callbacks.b.share must lie in (0, 1]. Received: callbacks.b.share=7."
     for text in (
         "share must lie in (0, 1]. Received: 3.",  # which of two, nobody knows
@@ -201,4 +203,4 @@ def test_a_message_is_said_with_the_keys_that_were_typed():
         "data.seed must be a whole number. Received: data.seed=1.",
         "other must be > 0. Received: other=1.",
     ):
-        assert experiment.in_keys(text, plain) == text
+        assert in_keys(text, plain) == text

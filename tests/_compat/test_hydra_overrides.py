@@ -1,0 +1,59 @@
+"""Hydra's grammar, flags and sweeps do what the command line relies on."""
+
+import pytest
+
+from gdtrain._compat.hydra_overrides import (
+    Override,
+    flag_parser,
+    function_names,
+    in_quotes,
+    is_text,
+    parse_override,
+    sweep,
+)
+
+
+@pytest.mark.parametrize("word", ["seed=1", "optimizer=gd,sgd", "~model", "+a.b=[1,2]", "a@b=c"])
+def test_a_word_is_parsed(word):
+    parsed = parse_override(word)
+    assert isinstance(parsed, Override)
+    assert parsed.input_line == word
+    assert parsed.is_sweep_override() == ("," in word and "[" not in word)
+
+
+@pytest.mark.parametrize(
+    "word", ["model.hidden=[64", "optimizer='sgd", "x=f(1", "seed=1" + 9**4 * "0"]
+)
+def test_a_word_that_cannot_be_parsed_is_none(word):
+    assert parse_override(word) is None
+
+
+@pytest.mark.parametrize("text", ["price ($)", "l'été", "a\\", "a,b", "[", "{x}", "${x}"])
+def test_what_is_quoted_is_taken_as_it_is(text):
+    value = parse_override(f"x={in_quotes(text)}").value()
+    assert is_text(value)
+    assert value == text
+
+
+def test_functions_of_values_are_known():
+    assert {"choice", "range", "glob", "interval"} <= set(function_names())
+
+
+def test_flags_are_hydras():
+    read = flag_parser().parse_args(
+        ["-m", "--config-dir=x", "--cfg=job", "--resolve", "a=1", "b=2"]
+    )
+    assert (read.multirun, read.config_dir, read.cfg, read.resolve) == (True, "x", "job", True)
+    assert read.overrides == ["a=1", "b=2"]
+    for name in ("config_name", "config_path", "experimental_rerun", "info", "shell_completion"):
+        assert not getattr(read, name)
+
+
+def test_a_sweep_is_the_product_of_its_values():
+    jobs = sweep([parse_override("a=1,2"), parse_override("b=range(0,2)"), parse_override("c=3")])
+    assert jobs == [
+        ["a=1", "b=0", "c=3"],
+        ["a=1", "b=1", "c=3"],
+        ["a=2", "b=0", "c=3"],
+        ["a=2", "b=1", "c=3"],
+    ]
