@@ -27,6 +27,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gdtrain._compat import torch_foreach as foreach
+from gdtrain._compat import torch_kernels
+
 __all__ = ["VECTOR", "UpdateRule", "descend_", "fused_descend_", "fused_is_exact", "scale_"]
 
 # Entries of the longest vector register: 64 bytes of float32.
@@ -105,13 +108,13 @@ def descend_(
     """
     if not params:
         return
-    d: tuple[Tensor, ...] | list[Tensor] = torch._foreach_neg(grads) if maximize else grads
+    d: tuple[Tensor, ...] | list[Tensor] = foreach.neg(grads) if maximize else grads
     ours = maximize  # whether d is a temporary, which may change in place, or `grads`
     # Autograd, where it looks on, keeps operands that are about to change: it gets copies.
     theta = [p.clone() for p in params] if torch.is_grad_enabled() else params
     weight_decay = _read(weight_decay)
     if isinstance(weight_decay, Tensor):
-        penalty = torch._foreach_mul(theta, weight_decay.reshape(()))
+        penalty = foreach.mul(theta, weight_decay.reshape(()))
         d, ours = _plus(d, penalty, 1, ours), True
     elif weight_decay != 0:
         d, ours = _plus(d, theta, weight_decay, ours), True
@@ -123,9 +126,9 @@ def descend_(
     if isinstance(lr, Tensor):
         lr = lr.reshape(())
     if isinstance(lr, Tensor) and _is_factor(lr):
-        torch._foreach_sub_(params, torch._foreach_mul(d, lr))
+        foreach.sub_(params, foreach.mul(d, lr))
     else:
-        torch._foreach_add_(params, d, alpha=-lr)  # type: ignore[arg-type]
+        foreach.add_(params, d, alpha=-lr)  # type: ignore[arg-type]
 
 
 def _is_factor(number: Tensor) -> bool:
@@ -148,8 +151,8 @@ def _plus(
 ) -> tuple[Tensor, ...] | list[Tensor]:
     """d + factor · other, in place if d is a temporary: one temporary at a time."""
     if not in_place:
-        return torch._foreach_add(d, other, alpha=factor)
-    torch._foreach_add_(d, other, alpha=factor)
+        return foreach.add(d, other, alpha=factor)
+    foreach.add_(d, other, alpha=factor)
     return d
 
 
@@ -161,7 +164,7 @@ def _accumulate_(
     b = [buffers[i] for i in old]
     if old:
         scale_(b, momentum)  # type: ignore[arg-type]
-        torch._foreach_add_(b, [d[i] for i in old], alpha=1 - dampening)  # type: ignore[arg-type]
+        foreach.add_(b, [d[i] for i in old], alpha=1 - dampening)  # type: ignore[arg-type]
     for i, buffer in enumerate(buffers):
         if buffer is None:
             buffers[i] = d[i].clone()
@@ -184,12 +187,12 @@ def scale_(tensors: list[Tensor], factor: float) -> None:
     kinds = {(t.dtype, t.is_cpu) for t in tensors}
     dtype, is_cpu = next(iter(kinds), (torch.float32, True))
     if len(kinds) == 1 and is_cpu and dtype in _CPU_FAST and not torch.compiler.is_compiling():
-        torch._foreach_mul_(tensors, _scalar(factor, dtype))
+        foreach.mul_(tensors, _scalar(factor, dtype))
     elif any(dtype.itemsize < 4 and is_cpu for dtype, is_cpu in kinds):
         for t in tensors:  # torch._foreach_mul_ rounds the factor to half precision there
             t.mul_(factor)
     else:
-        torch._foreach_mul_(tensors, factor)
+        foreach.mul_(tensors, factor)
 
 
 _CPU_FAST = (torch.float32, torch.float64)
@@ -254,7 +257,7 @@ def fused_descend_(
         return  # else a buffer would be made for a gradient that overflowed
     new, old, plain = [], [], []
     for i, p in enumerate(params):
-        if not torch._prims_common.is_non_overlapping_and_dense_or_false(p):
+        if not torch_kernels.is_dense(p):
             plain.append(i)
         elif momentum != 0 and buffers[i] is None:
             new.append(i)
@@ -269,7 +272,7 @@ def fused_descend_(
             bs = [torch.zeros_like(p) for p in ps]
         else:
             bs = [_laid_out_as(params[i], buffers[i]) for i in part] if momentum != 0 else []
-        torch._fused_sgd_(
+        torch_kernels.fused_sgd_(
             ps, gs, bs, is_first_step=first, grad_scale=grad_scale, found_inf=found_inf, **rule
         )
         if not torch.compiler.is_compiling():

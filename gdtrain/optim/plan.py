@@ -14,16 +14,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled
-from torch._C import _AutoDispatchBelowAutograd as _BelowAutograd
-from torch._C import _increment_version
 
+from gdtrain._compat import torch_kernels
 from gdtrain.rules import VECTOR, descend_, fused_is_exact, scale_
 
 __all__ = ["Plan"]
-
-# Compares type, dtype, device, shape and strides of many tensors with what they were, at 50 ns a
-# tensor. Private to torch: where it is missing, nothing is planned.
-_TensorGuards: Any = getattr(getattr(torch._C._dynamo, "guards", None), "TensorGuards", None)
 
 # With several threads the kernel opens a parallel region for each tensor of more than a cache line:
 # 1 µs, and a wait for the other processors if they are busy. torch's other loops do so from a size
@@ -126,7 +121,7 @@ class Plan:
             if len(params) < _MANY:
                 _fused_(params, grads, buffers, momentum, group)
             else:  # without asking each tensor whether autograd has something to do
-                with _BelowAutograd():
+                with torch_kernels.BelowAutograd():
                     _fused_(params, grads, buffers, momentum, group)
             return True
         return self._descend_by_parts_((params, grads, buffers), group)
@@ -156,7 +151,7 @@ def _fused_(
     momentum: float,
     group: Mapping[str, Any],
 ) -> None:
-    torch._fused_sgd_(
+    torch_kernels.fused_sgd_(
         params,
         grads,
         buffers,
@@ -168,7 +163,9 @@ def _fused_(
         maximize=group["maximize"],
         is_first_step=False,
     )
-    _increment_version(params)  # for autograd, which is to refuse what was saved of the old ones
+    torch_kernels.increment_version(
+        params
+    )  # for autograd, which is to refuse what was saved of the old ones
 
 
 def _kind(params: list[Tensor], group: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -187,9 +184,11 @@ def _kind(params: list[Tensor], group: Mapping[str, Any]) -> tuple[Any, ...]:
 
 def _guards(tensors: list[Tensor]) -> Any:
     """A comparison with these tensors; None if there are none, or one is in two places."""
-    if not tensors or _TensorGuards is None:
-        return None
-    guards = _TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+    if not tensors or torch_kernels.TensorGuards is None:
+        return None  # without the comparison, nothing is planned
+    guards = torch_kernels.TensorGuards(
+        *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+    )
     return guards if guards.check(*tensors) else None
 
 
@@ -226,7 +225,7 @@ def _is_safe(p: Tensor, *others: Tensor) -> bool:
         _is_plain(p)
         and p.is_floating_point()
         and p.device.type in ("cpu", "cuda")
-        and torch._prims_common.is_non_overlapping_and_dense_or_false(p)
+        and torch_kernels.is_dense(p)
         and all(
             _is_plain(t)
             and (t.dtype, t.device, t.shape, t.stride()) == (p.dtype, p.device, p.shape, p.stride())

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
+from gdtrain._compat import torch_foreach as foreach
 from gdtrain.step_sizes.base import Needs, StepSize
 from gdtrain.step_sizes.context import Context
 from gdtrain.step_sizes.memory import Memory
@@ -38,6 +37,7 @@ class ScheduleFree(StepSize):
         ValueError: beta is out of range, or the rule averages by itself.
 
     Example:
+        >>> import torch
         >>> from gdtrain import SGD
         >>> from gdtrain.step_sizes import StochasticPolyak
         >>> theta = torch.nn.Parameter(torch.tensor([1.0]))
@@ -90,10 +90,10 @@ class ScheduleFree(StepSize):
         z, x = memory.tensors("z"), memory.tensors("x")
         assert z is not None, "rate() comes first"
         assert x is not None
-        torch._foreach_add_(z, in_dtypes_of(z, context.direction), alpha=-rate)
+        foreach.add_(z, in_dtypes_of(z, context.direction), alpha=-rate)
         numbers["largest"] = max(numbers.get("largest", 0.0), rate)
         weight = numbers["largest"] ** 2
         numbers["weights"] = numbers.get("weights", 0.0) + weight
         if weight > 0:
-            torch._foreach_lerp_(x, z, weight / numbers["weights"])
-        torch._foreach_copy_(context.params, torch._foreach_lerp(z, x, self.beta))
+            foreach.lerp_(x, z, weight / numbers["weights"])
+        foreach.copy_(context.params, foreach.lerp(z, x, self.beta))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import inf, isfinite, sqrt
 
-import torch
-
+from gdtrain._compat import torch_foreach as foreach
 from gdtrain.ranges import Whole
 from gdtrain.step_sizes.base import StepSize
 from gdtrain.step_sizes.context import Context
@@ -50,6 +49,7 @@ class BarzilaiBorwein(StepSize):
         ValueError: An option is out of range.
 
     Example:
+        >>> import torch
         >>> from gdtrain import GD
         >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> scale = torch.tensor([1.0, 10.0])
@@ -138,8 +138,8 @@ class BarzilaiBorwein(StepSize):
             or memory.numbers["parameters"] != len(context.params)
         ):
             return last
-        s = torch._foreach_sub(context.params, theta)
-        y = torch._foreach_sub(context.direction, direction)
+        s = foreach.sub(context.params, theta)
+        y = foreach.sub(context.direction, direction)
         ss, sy, yy = squared_norm(s), inner(s, y), squared_norm(y)
         if ss == 0 or not isfinite(sy):
             return last

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdtrain._compat import torch_foreach as foreach
 from gdtrain.step_sizes.memory import NUMBERS
 from gdtrain.step_sizes.vectors import squared_norm
 
@@ -112,7 +113,7 @@ class Context:
                 )
             decay = float(group["weight_decay"])
             if decay != 0 and theta:
-                grads = list(torch._foreach_add(grads, theta, alpha=decay))
+                grads = list(foreach.add(grads, theta, alpha=decay))
             params += theta
             direction += grads
             decays += [decay] * len(theta)
@@ -183,7 +184,7 @@ class Context:
             raise ValueError("This rule evaluates f elsewhere: let it have Needs(values=True).")
         value = self.evaluations.value
         return self._elsewhere(
-            lambda: torch._foreach_add_(self.params, self.direction, alpha=-rate),
+            lambda: foreach.add_(self.params, self.direction, alpha=-rate),
             lambda: _number(value()) + _penalty(self.params, self.decays),
         )
 
@@ -214,7 +215,7 @@ class Context:
                 for p, decay in zip(self.params, self.decays, strict=True)
             ]
 
-        return self._elsewhere(lambda: torch._foreach_add_(self.params, displacement), there)
+        return self._elsewhere(lambda: foreach.add_(self.params, displacement), there)
 
     @cached_property
     def _theta(self) -> list[Tensor]:
@@ -229,7 +230,7 @@ class Context:
             move()
             return see()
         finally:
-            torch._foreach_copy_(self.params, theta)
+            foreach.copy_(self.params, theta)
             for p, g in zip(self.owned, grads, strict=True):
                 p.grad = g
 

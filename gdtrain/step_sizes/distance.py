@@ -6,8 +6,7 @@ from dataclasses import replace
 from math import inf, isfinite, sqrt
 from typing import Literal
 
-import torch
-
+from gdtrain._compat import torch_foreach as foreach
 from gdtrain.step_sizes.base import Needs, StepSize
 from gdtrain.step_sizes.context import Context
 from gdtrain.step_sizes.memory import Memory
@@ -37,6 +36,7 @@ class DoG(StepSize):
         ValueError: An option is out of range.
 
     Example:
+        >>> import torch
         >>> from gdtrain import SGD
         >>> theta = torch.nn.Parameter(torch.tensor([3.0]))
         >>> optimizer = SGD([theta], step_size=DoG(start=0.25))
@@ -89,7 +89,7 @@ class DoG(StepSize):
             memory.keep("average", context.params)
         else:
             weight = 9.0 / (context.t + 9.0)
-            torch._foreach_lerp_(average, in_dtypes_of(average, context.params), weight)
+            foreach.lerp_(average, in_dtypes_of(average, context.params), weight)
 
 
 class DoWG(StepSize):
@@ -112,6 +112,7 @@ class DoWG(StepSize):
         ValueError: An option is out of range; at an update: t ≥ T.
 
     Example:
+        >>> import torch
         >>> from gdtrain import SGD
         >>> theta = torch.nn.Parameter(torch.tensor([3.0]))
         >>> rule = DoWG(start=0.25, decay="linear")
@@ -175,7 +176,7 @@ def _farthest(context: Context, memory: Memory, start: float) -> float:
     if first is None:  # the first update, or parameters that had no gradient before
         memory.keep_missing("start", context.params)
         first = memory.tensors("start") or []
-    distance = sqrt(squared_norm(torch._foreach_sub(context.params, first))) if first else 0.0
+    distance = sqrt(squared_norm(foreach.sub(context.params, first))) if first else 0.0
     if "distance" not in numbers:
         numbers["distance"] = start * (1 + sqrt(squared_norm(first)))
     if isfinite(distance):

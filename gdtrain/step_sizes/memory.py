@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdtrain._compat import torch_foreach as foreach
 from gdtrain.step_sizes.vectors import at_least_single
 
 __all__ = ["NUMBERS", "PREFIX", "Memory"]
@@ -77,7 +78,7 @@ class Memory:
         """
         old = self.tensors(name)
         if old is not None:
-            torch._foreach_copy_(old, list(tensors))
+            foreach.copy_(old, list(tensors))
             return
         for p, t in zip(self._params, tensors, strict=True):
             self._state[p][PREFIX + name] = _copy(t)

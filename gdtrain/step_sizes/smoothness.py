@@ -6,6 +6,7 @@ from math import isfinite, sqrt
 
 import torch
 
+from gdtrain._compat import torch_foreach as foreach
 from gdtrain.ranges import Whole
 from gdtrain.step_sizes.base import Needs, StepSize
 from gdtrain.step_sizes.context import Context
@@ -108,7 +109,7 @@ class InverseSmoothness(StepSize):
                 t.to(p.device, at_least_single(p.dtype))
                 for t, p in zip(v, context.params, strict=True)
             ]
-            torch._foreach_div_(v, sqrt(squared_norm(v)))
+            foreach.div_(v, sqrt(squared_norm(v)))
         epsilon = sqrt(context.precision) * (1 + sqrt(squared_norm(context.params)))
         largest = 0.0
         for _ in range(self.iterations):

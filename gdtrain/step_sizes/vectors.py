@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gdtrain._compat import torch_foreach as foreach
+
 __all__ = ["at_least_single", "in_dtypes_of", "inner", "squared_norm"]
 
 
@@ -49,7 +51,7 @@ def squared_norm(tensors: Sequence[Tensor]) -> float:
     """
     if not tensors:
         return 0.0
-    own = torch._foreach_norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors])
+    own = foreach.norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors])
     norms = [_over_ranks(n) for n in own]
     if all(n.is_cpu for n in norms):
         return sum(n.item() ** 2 for n in norms)

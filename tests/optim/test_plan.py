@@ -15,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.testing import assert_close
 
 from gdtrain import rules
-from gdtrain.optim import GD, SGD, MiniBatchSGD, plan
+from gdtrain._compat import torch_kernels
+from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.optim.plan import Plan
 
 EVERY = pytest.mark.parametrize("optimizer", [SGD, GD, MiniBatchSGD])
@@ -59,7 +60,7 @@ def kernels(monkeypatch):
 
     rules.fused_is_exact(torch.float32)  # calls it too
     rules.fused_is_exact(torch.float64)
-    monkeypatch.setattr(torch, "_fused_sgd_", counted)
+    monkeypatch.setattr(torch_kernels, "fused_sgd_", counted)
     return seen
 
 
@@ -196,12 +197,12 @@ def test_the_kernel_is_tried_before_it_is_trusted(dtype, monkeypatch):
         for p in params:
             p.view(-1)[7] *= 1 + torch.finfo(p.dtype).eps
 
-    monkeypatch.setattr(torch, "_fused_sgd_", off_by_a_bit)
+    monkeypatch.setattr(torch_kernels, "fused_sgd_", off_by_a_bit)
     assert not rules.fused_is_exact.__wrapped__(dtype)
 
 
 def test_without_the_kernel_and_without_guards_the_numbers_are_the_same(monkeypatch):
-    monkeypatch.setattr(plan, "_TensorGuards", None)
+    monkeypatch.setattr(torch_kernels, "TensorGuards", None)
     pair = Pair([parameter(*s) for s in SHAPES], lr=0.1, momentum=0.9)
     for _ in range(3):
         pair.step()
