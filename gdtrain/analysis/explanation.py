@@ -23,24 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.lightning.strategy import alone_in
-from gdtrain.losses import (
-    CrossEntropy,
-    Hinge,
-    Huber,
-    Logistic,
-    Loss,
-    OneHotSquaredError,
-    SquaredError,
-    SquaredHinge,
-)
+from gdtrain.losses import Loss
 from gdtrain.models import MLP, Linear
+from gdtrain.models.activations import Activation, activation_of
 from gdtrain.models.dropout import Dropout, drawing
-from gdtrain.models.mlp import ACTIVATIONS
 from gdtrain.objective import Objective
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 
@@ -51,82 +41,9 @@ _ROWS = 8  # of a matrix that is shown
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
-class _Error(NamedTuple):
-    """A loss and its derivative in the prediction."""
-
-    value: str
-    derivative: str
-    signal: Callable[[Any, Tensor, Tensor], Tensor]
-
-
 def _subscript(number: int) -> str:
     """₂ for layer 2; nothing for the only layer of a linear model."""
     return str(number).translate(_SUBSCRIPTS) if number else ""
-
-
-def _one_hot(p: Tensor, y: Tensor) -> Tensor:
-    return F.one_hot(y, p.shape[1]).to(p.dtype)
-
-
-def _sign(p: Tensor, y: Tensor) -> Tensor:
-    return (2 * y.to(p.dtype) - 1).reshape(p.shape)
-
-
-_ERRORS: dict[type[Loss], _Error] = {
-    SquaredError: _Error("½ Σ (p − y)²", "p − y", lambda _, p, y: p - y.reshape(p.shape)),
-    Huber: _Error(
-        "Σ huber(p − y)",
-        "p − y, cut to [−δ, δ]",
-        lambda loss, p, y: (p - y.reshape(p.shape)).clamp(-loss.delta, loss.delta),
-    ),
-    CrossEntropy: _Error(
-        "log Σ exp(p) − p_y",
-        "softmax(p) − onehot(y)",
-        lambda _, p, y: p.softmax(1) - _one_hot(p, y),
-    ),
-    OneHotSquaredError: _Error(
-        "½ Σ (p − onehot(y))²", "p − onehot(y)", lambda _, p, y: p - _one_hot(p, y)
-    ),
-    Logistic: _Error(
-        "log(1 + exp(−s p)), s = ±1",
-        "−s / (1 + exp(s p))",
-        lambda _, p, y: -_sign(p, y) * torch.sigmoid(-_sign(p, y) * p),
-    ),
-    Hinge: _Error(
-        "max(0, 1 − s p), s = ±1",
-        "−s where s p < 1, else 0",
-        lambda _, p, y: torch.where(_sign(p, y) * p < 1, -_sign(p, y), 0.0),
-    ),
-    SquaredHinge: _Error(
-        "max(0, 1 − s p)², s = ±1",
-        "−2 s max(0, 1 − s p)",
-        lambda _, p, y: -2 * _sign(p, y) * (1 - _sign(p, y) * p).clamp(min=0),
-    ),
-}
-
-
-def _gelu(z: Tensor) -> Tensor:
-    density = torch.exp(-0.5 * z.square()) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + torch.erf(z / math.sqrt(2))) + z * density
-
-
-def _silu(z: Tensor) -> Tensor:
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
-
-
-# a′(z), as it is written and as it is computed.
-_SLOPES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-    "relu": ("1 where z > 0, else 0", lambda z: (z > 0).to(z.dtype)),
-    "tanh": ("1 − tanh²(z)", lambda z: 1 - torch.tanh(z).square()),
-    "sigmoid": ("σ(z) (1 − σ(z))", lambda z: torch.sigmoid(z) * (1 - torch.sigmoid(z))),
-    "gelu": ("Φ(z) + z φ(z)", _gelu),
-    "silu": ("σ(z) (1 + z (1 − σ(z)))", _silu),
-    "leaky_relu": ("1 where z > 0, else 0.01", lambda z: 0.01 + 0.99 * (z > 0).to(z.dtype)),
-    "elu": ("1 where z > 0, else exp(z)", lambda z: torch.where(z > 0, 1.0, z.exp()).to(z)),
-    "softplus": ("σ(z)", torch.sigmoid),
-    "identity": ("1", torch.ones_like),
-}
 
 
 @dataclass
@@ -135,7 +52,7 @@ class Layer:
 
     Args:
         number: l, from 1; 0 in a linear model, which has one layer.
-        activation: a, or "" at the output.
+        activation: a, or None at the output.
         weight: W, (O, D).
         bias: b, (O,), or None.
         inputs: h_{l−1}, (B, D).
@@ -148,6 +65,7 @@ class Layer:
         bias_gradient: Mean of δ, (O,), or None.
 
     Example:
+        >>> from gdtrain.losses import SquaredError
         >>> model, x = Linear((1,), 1, init="zeros"), torch.tensor([[2.0]])
         >>> objective = Objective(model, SquaredError(), x, torch.tensor([3.0]))
         >>> (layer,) = explain(objective, GD(model.parameters(), lr=0.1), torch.tensor([0])).layers
@@ -156,7 +74,7 @@ class Layer:
     """
 
     number: int
-    activation: str
+    activation: Activation | None
     weight: Tensor
     bias: Tensor | None
     inputs: Tensor
@@ -198,6 +116,7 @@ class Step:
         after: The new θ.
 
     Example:
+        >>> from gdtrain.losses import SquaredError
         >>> model, x = Linear((1,), 1, init="zeros"), torch.tensor([[2.0]])
         >>> objective = Objective(model, SquaredError(), x, torch.tensor([3.0]))
         >>> found = explain(objective, GD(model.parameters(), lr=0.1), torch.tensor([0]))
@@ -236,6 +155,7 @@ class Explanation:
         gap: Largest difference to the weights that the optimizer itself made; None: it made none.
 
     Example:
+        >>> from gdtrain.losses import SquaredError
         >>> model, x = Linear((1,), 1, init="zeros"), torch.tensor([[2.0]])
         >>> objective = Objective(model, SquaredError(), x, torch.tensor([3.0]))
         >>> found = explain(objective, GD(model.parameters(), lr=0.1), torch.tensor([0]))
@@ -294,7 +214,7 @@ class Explanation:
             formula = f"{z} = {layer.named('W')} {layer.source}{bias}"
             if layer.activation:
                 mask = "" if layer.mask is None else f"{layer.named('m')} ∘ "
-                formula += f",   {layer.named('h')} = {mask}{layer.activation}({z})"
+                formula += f",   {layer.named('h')} = {mask}{layer.activation.name}({z})"
             lines.append(f"  {formula}")
             lines += _shown(layer.named("W"), layer.weight, digits)
             if layer.bias is not None:
@@ -302,7 +222,7 @@ class Explanation:
         return lines
 
     def _example(self, k: int, digits: int) -> list[str]:
-        error, target = _ERRORS[type(self.loss)], self.targets[k]
+        target = self.targets[k]
         y = _number(target, digits) if target.numel() == 1 else ""
         lines = [f"Example {int(self.indices[k])} ({k + 1} of {len(self.indices)})"]
         lines[0] += f", y = {y}" if y else ""
@@ -319,20 +239,21 @@ class Explanation:
             lines += _shown(layer.named("h"), layer.h[k], digits)
         if not y:
             lines += _shown("y", target, digits)
-        lines.append(f"    ℓ = {error.value} = {_number(self.losses[k], digits)}")
+        lines.append(f"    ℓ = {self.loss.formula} = {_number(self.losses[k], digits)}")
         lines.append("  backward")
         for layer, above in zip(
             reversed(self.layers), [None, *reversed(self.layers[1:])], strict=True
         ):
             if above is None:
-                lines.append(f"    {layer.named('δ')} = ∂ℓ/∂p = {error.derivative}")
+                lines.append(f"    {layer.named('δ')} = ∂ℓ/∂p = {self.loss.slope_formula}")
             else:
                 mask = "" if layer.mask is None else f"{layer.named('m')} ∘ "
+                assert layer.activation is not None
+                assert layer.slope is not None
                 lines.append(
                     f"    {layer.named('δ')} = ({above.named('W')}ᵀ {above.named('δ')}) ∘ {mask}"
-                    f"a′({layer.named('z')}),   a′(z) = {_SLOPES[layer.activation][0]}"
+                    f"a′({layer.named('z')}),   a′(z) = {layer.activation.slope_formula}"
                 )
-                assert layer.slope is not None
                 lines += _shown(f"a′({layer.named('z')})", layer.slope[k], digits)
             lines += _shown(layer.named("δ"), layer.signal[k], digits)
         return lines
@@ -462,6 +383,7 @@ def explain(
         ValueError: The model, the loss or the optimizer is none that this explains.
 
     Example:
+        >>> from gdtrain.losses import SquaredError
         >>> model, x = Linear((1,), 1, init="zeros"), torch.tensor([[2.0]])
         >>> objective = Objective(model, SquaredError(), x, torch.tensor([3.0]))
         >>> found = explain(objective, GD(model.parameters(), lr=0.1), torch.tensor([0]))
@@ -481,7 +403,7 @@ def explain(
     biases = [_double(link.linear.bias) for link in chain]
     layers = _forward(chain, weights, biases, masks, x)
     losses = loss(layers[-1].z, y)
-    _backward(layers, _ERRORS[type(loss)].signal(loss, layers[-1].z, y))
+    _backward(layers, loss.slope(layers[-1].z, y))
     group = optimizer.param_groups[0]
     rate = float(group["lr"]) if lr is None else lr
     steps = _steps(chain, layers, optimizer, rate)
@@ -514,20 +436,19 @@ class _Link(NamedTuple):
 
     number: int
     linear: nn.Linear
-    activation: str
+    activation: Activation | None
     act: nn.Module
     dropout: Dropout | None
 
 
 def _chain(model: nn.Module) -> list[_Link]:
     if type(model) is Linear:
-        return [_Link(0, model.linear, "", nn.Identity(), None)]
+        return [_Link(0, model.linear, None, nn.Identity(), None)]
     if type(model) is not MLP:
         raise ValueError(
             f"One update can be written out for gdtrain's Linear and MLP (model=linear, "
             f"model=mlp). Received: {type(model).__name__}."
         )
-    names = {kind: name for name, kind in ACTIVATIONS.items()}
     parts = [layer for layer in model.layers if not isinstance(layer, nn.Flatten)]
     places = [i for i, layer in enumerate(parts) if isinstance(layer, nn.Linear)]
     chain = []
@@ -535,16 +456,16 @@ def _chain(model: nn.Module) -> list[_Link]:
         behind = parts[place + 1 : end]
         act = next((m for m in behind if not isinstance(m, Dropout)), nn.Identity())
         dropout = next((m for m in behind if isinstance(m, Dropout)), None)
-        name = names[type(act)] if behind else ""
-        chain.append(_Link(number, parts[place], name, act, dropout))  # type: ignore[arg-type]
+        a = activation_of(act) if behind else None
+        chain.append(_Link(number, parts[place], a, act, dropout))  # type: ignore[arg-type]
     return chain if len(chain) > 1 else [chain[0]._replace(number=0)]
 
 
 def _known_loss(loss: object) -> Loss:
-    if not isinstance(loss, Loss) or type(loss) not in _ERRORS:
+    if not isinstance(loss, Loss) or not loss.states("formula", "slope_formula", "slope"):
         raise ValueError(
-            f"One update can be written out for gdtrain's own losses: "
-            f"{', '.join(kind.__name__ for kind in _ERRORS)}. Received: {type(loss).__name__}."
+            f"One update can be written out for gdtrain's own losses, and for a class that states "
+            f"formula, slope_formula and slope. Received: {type(loss).__name__}."
         )
     return loss
 
@@ -586,8 +507,9 @@ def _forward(
     for link, w, b, mask in zip(chain, weights, biases, masks, strict=True):
         inputs = h
         z = inputs @ w.T if b is None else inputs @ w.T + b
-        h = link.act(z) if mask is None else mask * link.act(z)
-        slope = _SLOPES[link.activation][1](z) if link.activation else None
+        a = link.act(z)
+        h = a if mask is None else mask * a
+        slope = None if link.activation is None else link.activation.slope(z, a)
         layers.append(
             Layer(link.number, link.activation, w, b, inputs, z, mask, h, none, slope, none, None)
         )
@@ -739,6 +661,7 @@ def explain_run(
         ValueError: There is no such update, or it cannot be explained.
 
     Example:
+        >>> from gdtrain.losses import CrossEntropy
         >>> from functools import partial
         >>> from gdtrain.data import EmbeddedDataModule
         >>> data = EmbeddedDataModule("iris", batch_size=1)

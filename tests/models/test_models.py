@@ -9,7 +9,7 @@ from torch import nn
 from gdtrain.data import EmbeddedDataModule
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.models import CNN, MLP, Linear, initialise_, resnet18
-from gdtrain.models.mlp import ACTIVATIONS
+from gdtrain.models.activations import ACTIVATIONS
 
 
 def layers(model, kind):

@@ -9,13 +9,12 @@ N examples, D features, K updates in the sweep, B examples per update, L layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain import losses
@@ -28,13 +27,12 @@ from gdtrain.engines.engine import (
     last_share,
     rates_by_schedule,
 )
-from gdtrain.models import MLP, Linear
-from gdtrain.models.dropout import Dropout
+from gdtrain.models.structure import NotDenseError, dense_layers
 from gdtrain.objective import Objective
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.step_sizes import StochasticPolyak
 
-__all__ = ["Layer", "Native", "dense_layers", "logistic_losses"]
+__all__ = ["Native", "logistic_losses"]
 
 _OPTIMIZERS = (GD, SGD, MiniBatchSGD, torch.optim.SGD)
 _LOSSES = (
@@ -49,25 +47,6 @@ _LOSSES = (
 _RULE = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
 _CACHED = 4 * 2**20  # bytes of one pass
 _GATHERED = 16 * 2**20  # bytes of examples that are brought from a file together
-
-
-@dataclass
-class Layer:
-    """a(W h + b).
-
-    Args:
-        linear: W and b.
-        activation: Its name, as in `gdtrain.models.mlp.ACTIVATIONS`.
-        parameter: Slope of leaky_relu, α of elu.
-
-    Example:
-        >>> Layer(nn.Linear(2, 3)).activation
-        'identity'
-    """
-
-    linear: nn.Linear
-    activation: str = "identity"
-    parameter: float = 0.0
 
 
 def logistic_losses(margins: Tensor) -> Tensor:
@@ -94,74 +73,6 @@ def logistic_losses(margins: Tensor) -> Tensor:
     return torch.from_numpy(made[:count])
 
 
-def dense_layers(model: nn.Module) -> list[Layer]:
-    """The layers of a linear model or MLP: gdtrain's own, or an `nn.Sequential` of such layers.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Its L layers.
-
-    Raises:
-        NotApplicableError: It is something else; the message names what.
-
-    Example:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-        >>> [layer.activation for layer in dense_layers(model)]
-        ['tanh', 'identity']
-    """
-    layers: list[Layer] = []
-    for module in _modules(model):
-        if type(module) is nn.Linear:
-            layers.append(Layer(module))
-            continue
-        activation, parameter = _activation(module)
-        if not layers or layers[-1].activation != "identity":
-            raise NotApplicableError(f"{type(module).__name__} stands behind no linear layer")
-        layers[-1].activation, layers[-1].parameter = activation, parameter
-    if not layers:
-        raise NotApplicableError("the model has no linear layer")
-    return layers
-
-
-def _modules(model: nn.Module) -> list[nn.Module]:
-    if "forward" in vars(model):
-        raise NotApplicableError(f"the forward of a {type(model).__name__} was replaced")
-    if type(model) is nn.Sequential:
-        return [leaf for child in model for leaf in _modules(child)]
-    if type(model) is MLP:
-        return _modules(model.layers)
-    if type(model) is Linear:
-        return _modules(model.linear)
-    if type(model) is nn.Identity:
-        return []
-    if type(model) is nn.Flatten and (model.start_dim, model.end_dim) == (1, -1):
-        return []
-    if type(model) in (Dropout, nn.Dropout):
-        if model.p:
-            raise NotApplicableError("the model has dropout")
-        return []
-    return [model]
-
-
-def _activation(module: nn.Module) -> tuple[str, float]:
-    kind = type(module)
-    options: dict[str, Any] = vars(module)
-    if kind is nn.LeakyReLU:
-        return "leaky_relu", options["negative_slope"]
-    if kind is nn.ELU:
-        return "elu", options["alpha"]
-    if kind is nn.GELU and options["approximate"] == "none":
-        return "gelu", 0.0
-    if kind is nn.Softplus and (options["beta"], options["threshold"]) == (1, 20):
-        return "softplus", 0.0
-    names = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu"}
-    if kind in names:
-        return names[kind], 0.0
-    raise NotApplicableError(f"there is no hand-written backward pass of {kind.__name__}")
-
-
 class Native:
     """Makes K updates, as `gdtrain.engines.engine.Engine` says, without autograd.
 
@@ -177,8 +88,8 @@ class Native:
 
     Example:
         >>> from gdtrain.losses import SquaredError
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> _ = nn.init.zeros_(model.weight)
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
         >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0])
         >>> optimizer = SGD([{"params": model.parameters(), "initial_lr": 0.5}])
         >>> sweep = Native(Objective(model, SquaredError(), x, y), optimizer)
@@ -192,7 +103,12 @@ class Native:
 
     def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
         self.objective, self.optimizer = objective, optimizer
-        self.layers = dense_layers(objective.model)
+        try:
+            self.layers = dense_layers(objective.model)
+        except NotDenseError as error:
+            raise NotApplicableError(str(error)) from None
+        if any(layer.dropout is not None for layer in self.layers):
+            raise NotApplicableError("the model has dropout")
         check_hooks(objective, optimizer)
         loss = objective.loss
         if type(loss) not in _LOSSES:
@@ -460,8 +376,10 @@ class Native:
             self._room["work"] = [torch.zeros(units, dtype=self._dtype).numpy() for _ in range(3)]
             self._room["shape"] = (
                 np.array([linears[0].in_features, *(linear.out_features for linear in linears)]),
-                np.array([kernels.ACTIVATION[layer.activation] for layer in self.layers]),
-                torch.tensor([la.parameter for la in self.layers], dtype=self._dtype).numpy(),
+                np.array([kernels.ACTIVATION[layer.activation.name] for layer in self.layers]),
+                torch.tensor(
+                    [la.activation.parameter for la in self.layers], dtype=self._dtype
+                ).numpy(),
             )
         theta, buffers = self._gather()
         rule, fresh = self._rule()
@@ -503,7 +421,7 @@ class Native:
             self._room["network"] = Backpropagation(
                 [layer.linear.weight for layer in self.layers],
                 [layer.linear.bias for layer in self.layers],
-                [(layer.activation, layer.parameter) for layer in self.layers],
+                [layer.activation for layer in self.layers],
                 loss,
             )
         return self._room["network"]

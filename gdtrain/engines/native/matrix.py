@@ -13,88 +13,16 @@ update.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from gdtrain.models.activations import Activation
 from gdtrain.rules import descend_
 
-__all__ = ["Backpropagation", "activate_", "slope_"]
-
-
-def activate_(name: str, parameter: float, z: Tensor, out: Tensor) -> None:
-    """a(Z).
-
-    Args:
-        name: As in `gdtrain.models.mlp.ACTIVATIONS`; not "identity".
-        parameter: Slope of leaky_relu, α of elu.
-        z: (M, n).
-        out: (M, n), written.
-
-    Example:
-        >>> out = torch.empty(2)
-        >>> activate_("relu", 0.0, torch.tensor([-1.0, 2.0]), out)
-        >>> out
-        tensor([0., 2.])
-    """
-    if name == "relu":
-        torch.clamp_min(z, 0, out=out)
-    elif name == "tanh":
-        torch.tanh(z, out=out)
-    elif name == "sigmoid":
-        torch.sigmoid(z, out=out)
-    else:
-        out.copy_(_RARE[name](z, parameter))
-
-
-_RARE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "gelu": lambda z, _: F.gelu(z),
-    "silu": lambda z, _: F.silu(z),
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "softplus": lambda z, _: F.softplus(z),
-}
-
-
-def slope_(name: str, parameter: float, z: Tensor, h: Tensor, delta: Tensor) -> None:
-    """Δ ← Δ ∘ a′(Z).
-
-    Args:
-        name: As for `activate_`.
-        parameter: As for `activate_`.
-        z: (M, n).
-        h: a(Z).
-        delta: (M, n), in place.
-
-    Example:
-        >>> delta = torch.ones(2)
-        >>> slope_("relu", 0.0, torch.tensor([-1.0, 2.0]), torch.tensor([0.0, 2.0]), delta)
-        >>> delta
-        tensor([0., 1.])
-    """
-    if name == "relu":
-        # Not where h > 0: h is NaN where z is, and NaN must go on.
-        torch.ops.aten.threshold_backward.grad_input(delta, h, 0, grad_input=delta)
-    elif name == "tanh":
-        delta.addcmul_(delta, h * h, value=-1)
-    elif name == "sigmoid":
-        delta.mul_(h).addcmul_(delta, h, value=-1)
-    elif name == "gelu":
-        density = torch.exp(-0.5 * z * z).mul_(math.sqrt(0.5 / math.pi))
-        delta.mul_(0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density)
-    elif name == "silu":
-        s = torch.sigmoid(z)
-        delta.mul_(s * (1 + z * (1 - s)))
-    elif name == "leaky_relu":
-        delta.mul_((z > 0).to(z.dtype).mul_(1 - parameter).add_(parameter))
-    elif name == "elu":
-        delta.mul_(torch.where(z <= 0, h + parameter, 1.0))
-    else:
-        delta.mul_(torch.sigmoid(z))
+__all__ = ["Backpropagation"]
 
 
 class Backpropagation:
@@ -103,7 +31,7 @@ class Backpropagation:
     Args:
         weights: W_l, (n_l, n_{l−1}).
         biases: b_l, (n_l,), or None.
-        activations: Name and parameter of each layer's a, as for `activate_`.
+        activations: a of each layer.
         loss: From predictions (M, C) and the numbers of the examples to the sum of their losses;
             it writes ∂ℓ/∂P into its third argument (M, C).
 
@@ -111,8 +39,9 @@ class Backpropagation:
         >>> def squared_error(p, rows, slope):
         ...     torch.sub(p, torch.tensor([[1.0], [3.0]])[rows], out=slope)
         ...     return 0.5 * float(slope.square().sum())
+        >>> from gdtrain.models.activations import ACTIVATIONS
         >>> weight = torch.zeros(1, 1)
-        >>> network = Backpropagation([weight], [None], [("identity", 0.0)], squared_error)
+        >>> network = Backpropagation([weight], [None], [ACTIVATIONS["identity"]()], squared_error)
         >>> rule = dict(momentum=0, dampening=0, weight_decay=0, nesterov=False, maximize=False)
         >>> network.update(torch.tensor([[1.0], [1.0]]), torch.arange(2), 2,
         ...     [(0.5, rule)] * 2, [None] * 2)
@@ -125,7 +54,7 @@ class Backpropagation:
         self,
         weights: list[Tensor],
         biases: list[Tensor | None],
-        activations: list[tuple[str, float]],
+        activations: list[Activation],
         loss: Callable[[Tensor, Tensor, Tensor], float],
     ) -> None:
         self.weights, self.biases, self.activations = weights, biases, activations
@@ -143,8 +72,8 @@ class Backpropagation:
             made = [[w.new_empty(size, len(w)) for w in self.weights] for _ in range(3)]
             z, h, delta = made
             h = [
-                a if name != "identity" else b
-                for (name, _), a, b in zip(self.activations, h, z, strict=True)
+                b if a.name == "identity" else own
+                for a, own, b in zip(self.activations, h, z, strict=True)
             ]
             x = [self.weights[0].new_empty(size, self.weights[0].shape[1])]
             self._rooms[size] = {"z": z, "h": h, "delta": delta, "x": x}
@@ -263,23 +192,23 @@ class Backpropagation:
 
     def _forward(self, x: Tensor, rows: Tensor, room: dict[str, list[Any]]) -> float:
         h = x
-        for layer, (name, parameter) in enumerate(self.activations):
+        for layer, activation in enumerate(self.activations):
             z, bias = room["z"][layer], self.biases[layer]
             if bias is None:
                 torch.mm(h, self.transposed[layer], out=z)
             else:
                 torch.addmm(bias, h, self.transposed[layer], out=z)
-            if name != "identity":
-                activate_(name, parameter, z, room["h"][layer])
+            if activation.name != "identity":
+                activation.write(z, room["h"][layer])
             h = room["h"][layer]
         return self.loss(h, rows, room["delta"][-1])
 
     def _through(self, layer: int, room: dict[str, list[Any]]) -> Tensor:
         """Δ of a layer's Z, from Δ of its H."""
-        name, parameter = self.activations[layer]
+        activation = self.activations[layer]
         delta: Tensor = room["delta"][layer]
-        if name != "identity":
-            slope_(name, parameter, room["z"][layer], room["h"][layer], delta)
+        if activation.name != "identity":
+            activation.times_slope(room["z"][layer], room["h"][layer], delta)
         return delta
 
     def _descend(

@@ -27,7 +27,7 @@ from gdtrain.losses import (
     SquaredHinge,
 )
 from gdtrain.models import CNN, MLP, Linear
-from gdtrain.models.mlp import ACTIVATIONS
+from gdtrain.models.activations import ACTIVATIONS
 from gdtrain.objective import Objective
 
 N, D = 60, 13
