@@ -48,7 +48,6 @@ __all__ = [
     "own_activation",
     "own_loss",
     "polyak_share",
-    "prefetch",
     "rule_of",
     "slope_of",
 ]

@@ -245,5 +245,5 @@ def test_an_activation_without_a_kernel_is_refused_with_the_reason():
     x, y = data(1)
     model = MLP((D,), 1, hidden=[3], activation=Softsign)
     assert trained(Eager, model, SquaredError(), x, y, 1)[0].isfinite().all()
-    with pytest.raises(NotApplicableError, match="Softsign is no activation .* no native kernel"):
+    with pytest.raises(NotApplicableError, match=r"Softsign is no activation .* no native kernel"):
         trained(Native, model, SquaredError(), x, y, 1)
