@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -18,6 +20,7 @@ from numba import carray  # type: ignore[attr-defined]
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from gdtrain.engines.native import arguments
 from gdtrain.engines.native.arguments import (
     CROSS_ENTROPY,
     ELU,
@@ -73,9 +76,21 @@ def compiled(function: Callable[..., Any] | None = None, *, reassoc: bool = True
     freedoms = {"contract", "arcp", "afn", "nsz", *(["reassoc"] if reassoc else [])}
     options: dict[str, Any] = {"fastmath": freedoms, "error_model": "numpy", "nogil": True}
     try:
-        return numba.njit(cache=True, **options)(function)
+        made = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # no folder for it can be written
         return numba.njit(**options)(function)
+    with suppress(OSError):
+        _forget_stale(Path(made.stats.cache_path), function)
+    return made
+
+
+def _forget_stale(folder: Path, function: Callable[..., Any]) -> None:
+    """Remove what was compiled before these files changed: Numba looks at the function's own."""
+    changed = max(Path(source).stat().st_mtime for source in (__file__, arguments.__file__))
+    stem = function.__module__.rpartition(".")[2]
+    for index in folder.glob(f"{stem}.{function.__name__}-*.nbi"):
+        if index.stat().st_mtime < changed:
+            index.unlink(missing_ok=True)
 
 
 def _prefetch(context, array, row, column):  # type: ignore[no-untyped-def]

@@ -1,11 +1,13 @@
 """What the compiled loops restate, against its homes: losses, activations, the update rule."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
+from gdtrain.engines.native import kernels
 from gdtrain.engines.native.arguments import ACTIVATION, LOSS, LossKernel, Rule
 from gdtrain.engines.native.kernels import activate, descend, loss_and_slope, slope_of
 from gdtrain.losses import Loss
@@ -90,6 +92,20 @@ def test_an_activation_is_that_of_its_class(kind):
         found = slope_of(code, a.parameter, x, value)
         assert found == pytest.approx(float(slope[i]), rel=1e-12, abs=1e-15)
     assert math.isnan(activate(code, a.parameter, math.nan))
+
+
+def test_what_was_compiled_before_a_change_of_the_pieces_is_compiled_again(tmp_path):
+    names = (
+        "kernels.descend-1.py311.nbi",
+        "kernels.descend-2.py311.nbi",
+        "dense.sweep-1.py311.nbi",
+    )
+    for name in names:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / names[0], (0, 0))
+    os.utime(tmp_path / names[2], (0, 0))
+    kernels._forget_stale(tmp_path, descend.py_func)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
