@@ -1,7 +1,8 @@
-"""Losses per example. Their mean over a batch is formed in one place, `gdtrain.objective`.
+"""Losses per example, with all that is known of them: value, slope, curvature, conjugate, words.
 
 B batch, C outputs of the model. A loss maps predictions (B, C) and targets (B,) or (B, C) to
-values (B,). Subclass `Loss` for one of your own.
+values (B,). Their mean over a batch is formed elsewhere. Subclass `Loss` for one of your own: the
+class is the only thing that an engine, a certificate or an explanation asks.
 
 Class numbers are (B,) or (B, 1), of an integer type or booleans; numbers are (B, C), or (B,) for
 one output. Another shape is an error: it would be broadcast, and the mean be one over pairs.
@@ -9,11 +10,15 @@ one output. Another shape is an error: it would be broadcast, and the mean be on
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from gdtrain.ranges import Interval
 
 __all__ = [
     "CrossEntropy",
@@ -34,6 +39,14 @@ class Loss(nn.Module):
     are: "multiclass" gets class numbers 0 … C−1, "binary" 0 and 1, (B,); "regression" gets numbers,
     (B,) or (B, C), which a data module has standardised, unless `raw_targets` is True.
 
+    The rest is optional, and each part has its use:
+
+        slope, formula, slope_formula       an update worked out by hand (`gdtrain.analysis`)
+        slope, curvature, conjugate, domain a duality gap of linear models (`gdtrain.convex`)
+        native                              the hand-written engine (`gdtrain.engines.native`)
+
+    A class that changes the value of another loss inherits none of these: see `states`.
+
     Example:
         >>> import torch
         >>> class AbsoluteError(Loss):
@@ -49,6 +62,31 @@ class Loss(nn.Module):
     """Whether a loss for numbers wants them as they are, not standardised: counts, or 0 and 1."""
     smooth: ClassVar[bool] = True
     """Whether it is differentiable in the prediction everywhere; some step-size rules need that."""
+    quadratic: ClassVar[bool] = False
+    """Whether it is ½‖p‖² plus what is linear in p; least squares needs no weight decay."""
+    formula: ClassVar[str]
+    """ℓ in words, of a prediction p and a target y, or s = ±1 for classes 1 and 0."""
+    slope_formula: ClassVar[str]
+    """∂ℓ/∂p in words."""
+    domain: ClassVar[Literal["everything", "intervals", "simplex"]]
+    """Where the conjugate is finite: for every α; where each α_c lies in an interval that holds 0,
+    and then ℓ is a sum over c; or where α + onehot(y) is a distribution."""
+
+    def states(self, *names: str) -> bool:
+        """Whether this very class says these things of itself.
+
+        What a subclass inherits was said of another value, and is not believed.
+
+        Args:
+            names: Of attributes or methods.
+
+        Example:
+            >>> class Mine(SquaredError):
+            ...     pass
+            >>> SquaredError().states("slope", "conjugate"), Mine().states("slope")
+            (True, False)
+        """
+        return all(name in vars(type(self)) for name in names)
 
     def outputs(self, num_classes: int | None, num_targets: int = 1) -> int:
         """How many outputs the model needs.
@@ -186,8 +224,13 @@ class Loss(nn.Module):
             )
         return target.reshape(count).long()
 
+    def _one_hot(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """1[y = c], (B, C), of the type of the prediction."""
+        classes = torch.arange(prediction.shape[1], device=target.device)
+        return (self._labels(prediction, target).unsqueeze(1) == classes).to(prediction.dtype)
+
     def _signs(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Classes 0, 1 as −1, +1, of the type of the prediction."""
+        """Classes 0, 1 as −1, +1, (B,), of the type of the prediction."""
         return 2 * self._labels(prediction, target).to(prediction.dtype) - 1
 
     def _numbers(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -207,6 +250,53 @@ class Loss(nn.Module):
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """(B, C) and (B, …) to (B,)."""
         raise NotImplementedError
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """∂ℓ/∂p of each example, a subgradient where there is a kink: (B, C) and (B, …) to (B, C).
+
+        Args:
+            prediction: (B, C).
+            target: (B,) or (B, C).
+        """
+        raise NotImplementedError
+
+    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """The diagonal of ∂²ℓ/∂p² of each example, (B, C).
+
+        Args:
+            prediction: (B, C).
+            target: (B,) or (B, C).
+        """
+        raise NotImplementedError
+
+    def hessian(self, prediction: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        """v ↦ ∂²ℓ/∂p² v of each example, (B, C) to (B, C); here, for a sum over c.
+
+        Args:
+            prediction: (B, C).
+            target: (B,) or (B, C).
+        """
+        diagonal = self.curvature(prediction, target)
+        return lambda v: diagonal * v
+
+    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
+        """ℓ*(α) = max_p ⟨α, p⟩ − ℓ(p), (B,), for α in the `domain`.
+
+        Args:
+            slope: α, (B, C).
+            target: (B,) or (B, C).
+        """
+        raise NotImplementedError
+
+    def native(self) -> Callable[..., Any] | None:
+        """Value and slope of one example, in Numba's part of Python; None: there is none.
+
+        Returns:
+            `kernel(p, label, y, slope)`: of p (C,), the class number and, in a regression, y (C,)
+            it returns ℓ and writes ∂ℓ/∂p into slope (C,). What it takes from the loss (a δ, say)
+            is bound when this is called.
+        """
+        return None
 
     def decide(self, prediction: Tensor) -> Tensor:
         """The answer that a prediction stands for: a class (B,), or the numbers (B, C) themselves.
@@ -231,10 +321,26 @@ class SquaredError(Loss):
     """
 
     task = "regression"
+    quadratic = True
+    formula = "½ Σ (p − y)²"
+    slope_formula = "p − y"
+    domain = "everything"
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """½ Σ_c (p_c − y_c)²."""
         return 0.5 * (prediction - self._numbers(prediction, target)).square().sum(1)
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """p − y."""
+        return prediction - self._numbers(prediction, target)
+
+    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(prediction)
+
+    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
+        """½‖α‖² + ⟨α, y⟩."""
+        return (0.5 * slope.square() + slope * self._numbers(slope, target)).sum(1)
 
 
 class Huber(Loss):
@@ -256,12 +362,13 @@ class Huber(Loss):
     """
 
     task = "regression"
+    formula = "Σ huber(p − y)"
+    slope_formula = "p − y, cut to [−δ, δ]"
+    domain = "intervals"
 
     def __init__(self, delta: float = 1.0) -> None:
         super().__init__()
-        if not 0 < delta < float("inf"):
-            raise ValueError(f"delta must be finite and > 0. Received: delta={delta}.")
-        self.delta = delta
+        self.delta = Interval(0, math.inf).check("delta", delta)
 
     def extra_repr(self) -> str:
         """For messages, and to tell a resumed run's loss."""
@@ -272,6 +379,20 @@ class Huber(Loss):
         # The kernel's gradient wants one dtype.
         target = self._numbers(prediction, target).to(prediction.dtype)
         return F.huber_loss(prediction, target, reduction="none", delta=self.delta).sum(1)
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """p − y, cut to [−δ, δ]."""
+        r = prediction - self._numbers(prediction, target)
+        return r.clamp(-self.delta, self.delta)
+
+    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """1 where |p_c − y_c| ≤ δ, else 0."""
+        r = prediction - self._numbers(prediction, target)
+        return (r.abs() <= self.delta).to(prediction)
+
+    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
+        """½‖α‖² + ⟨α, y⟩ for |α_c| ≤ δ."""
+        return (0.5 * slope.square() + slope * self._numbers(slope, target)).sum(1)
 
 
 class CrossEntropy(Loss):
@@ -284,10 +405,32 @@ class CrossEntropy(Loss):
     """
 
     task = "multiclass"
+    formula = "log Σ exp(p) − p_y"
+    slope_formula = "softmax(p) − onehot(y)"
+    domain = "simplex"
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """log Σ_c exp(p_c) − p_y."""
         return F.cross_entropy(prediction, self._labels(prediction, target), reduction="none")
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """softmax(p) − onehot(y)."""
+        return prediction.softmax(1) - self._one_hot(prediction, target)
+
+    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """q_c (1 − q_c), with q = softmax(p)."""
+        q = prediction.softmax(1)
+        return q * (1 - q)
+
+    def hessian(self, prediction: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        """v ↦ q ∘ (v − ⟨q, v⟩), with q = softmax(p)."""
+        q = prediction.softmax(1)
+        return lambda v: q * (v - (q * v).sum(1, keepdim=True))
+
+    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
+        """Σ_c q_c log q_c for a distribution q = α + onehot(y)."""
+        q = (slope + self._one_hot(slope, target)).clamp(min=0)
+        return torch.xlogy(q, q).sum(1)
 
 
 class OneHotSquaredError(Loss):
@@ -303,12 +446,26 @@ class OneHotSquaredError(Loss):
     """
 
     task = "multiclass"
+    quadratic = True
+    formula = "½ Σ (p − onehot(y))²"
+    slope_formula = "p − onehot(y)"
+    domain = "everything"
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """½ Σ_c (p_c − 1[y = c])²."""
-        classes = torch.arange(prediction.shape[1], device=target.device)
-        wanted = (self._labels(prediction, target).unsqueeze(1) == classes).to(prediction.dtype)
-        return 0.5 * (prediction - wanted).square().sum(1)
+        return 0.5 * (prediction - self._one_hot(prediction, target)).square().sum(1)
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """p − onehot(y)."""
+        return prediction - self._one_hot(prediction, target)
+
+    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(prediction)
+
+    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
+        """½‖α‖² + α_y."""
+        return (0.5 * slope.square() + slope * self._one_hot(slope, target)).sum(1)
 
 
 class Logistic(Loss):
@@ -321,10 +478,29 @@ class Logistic(Loss):
     """
 
     task = "binary"
+    formula = "log(1 + exp(−s p)), s = ±1"
+    slope_formula = "−s / (1 + exp(s p))"
+    domain = "intervals"
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """log(1 + exp(−s p))."""
-        return F.softplus(-self._signs(prediction, target) * prediction[:, 0])
+        m = self._signs(prediction, target) * prediction[:, 0]
+        # Beyond the threshold torch takes −m: as close as a number of the type can be.
+        return F.softplus(-m, threshold=40 if m.dtype == torch.float64 else 20)
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """−s / (1 + exp(s p))."""
+        s = self._signs(prediction, target)[:, None]
+        return -s * torch.sigmoid(-s * prediction)
+
+    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """σ(p) σ(−p)."""
+        return torch.sigmoid(prediction) * torch.sigmoid(-prediction)
+
+    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
+        """β log β + (1 − β) log(1 − β) for 0 ≤ β = −s α ≤ 1."""
+        beta = -self._signs(slope, target) * slope[:, 0]
+        return torch.xlogy(beta, beta) + torch.special.xlog1py(1 - beta, -beta)
 
 
 class Hinge(Loss):
@@ -343,10 +519,26 @@ class Hinge(Loss):
 
     task = "binary"
     smooth = False
+    formula = "max(0, 1 − s p), s = ±1"
+    slope_formula = "−s where s p < 1, else 0"
+    domain = "intervals"
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """max(0, 1 − s p)."""
         return F.relu(1 - self._signs(prediction, target) * prediction[:, 0])
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """−s where s p < 1, else 0."""
+        s = self._signs(prediction, target)[:, None]
+        return -s * (s * prediction < 1)
+
+    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """0 but at the kink."""
+        return torch.zeros_like(prediction)
+
+    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
+        """−β for 0 ≤ β = −s α ≤ 1."""
+        return self._signs(slope, target) * slope[:, 0]
 
 
 class SquaredHinge(Loss):
@@ -359,7 +551,25 @@ class SquaredHinge(Loss):
     """
 
     task = "binary"
+    formula = "max(0, 1 − s p)², s = ±1"
+    slope_formula = "−2 s max(0, 1 − s p)"
+    domain = "intervals"
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
         """max(0, 1 − s p)²."""
         return F.relu(1 - self._signs(prediction, target) * prediction[:, 0]).square()
+
+    def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """−2 s max(0, 1 − s p)."""
+        s = self._signs(prediction, target)[:, None]
+        return -2 * s * F.relu(1 - s * prediction)
+
+    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """2 where s p < 1, else 0."""
+        s = self._signs(prediction, target)[:, None]
+        return 2.0 * (s * prediction < 1).to(prediction)
+
+    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
+        """¼β² − β for β = −s α ≥ 0."""
+        beta = -self._signs(slope, target) * slope[:, 0]
+        return 0.25 * beta.square() - beta

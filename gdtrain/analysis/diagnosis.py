@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gdtrain.models.activations import activation_of
 from gdtrain.objective import Objective, untouched
 
 __all__ = [
@@ -305,7 +306,8 @@ def health(objective: Objective, indices: Tensor, draw: int = 0) -> Health:
                 some = (units != 0).any(1)
                 alive[name] = some | alive[name] if name in alive else some
             else:
-                centred = h if isinstance(layer, nn.Tanh) else 2 * h - 1
+                low, high = saturates[name]
+                centred = (2 * h - (low + high)) / (high - low)
                 total = ends.setdefault(name, [0.0, 0.0])
                 total[0] += float((centred.abs() > _SATURATED).sum())
                 total[1] += h.numel()
@@ -316,10 +318,15 @@ def health(objective: Objective, indices: Tensor, draw: int = 0) -> Health:
         if isinstance(output, Tensor):
             outputs.append(output)
 
+    saturates = {
+        name: activation.ends
+        for name, layer in objective.model.named_modules()
+        if (activation := activation_of(layer)) is not None and activation.ends is not None
+    }
     handles = [
         layer.register_forward_hook(watch(name, layer))
         for name, layer in objective.model.named_modules()
-        if isinstance(layer, (*RECTIFIERS, nn.Tanh, nn.Sigmoid))
+        if isinstance(layer, RECTIFIERS) or name in saturates
     ]
     handles.append(objective.model.register_forward_hook(keep))
     try:

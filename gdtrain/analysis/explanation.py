@@ -22,12 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gdtrain.analysis.explanation_text import Explanation, Layer, Step, subscript
-from gdtrain.analysis.formulas import LOSSES, SLOPES
 from gdtrain.descent.trial import Snapshot
 from gdtrain.losses import Loss
 from gdtrain.models import MLP, Linear
+from gdtrain.models.activations import Activation, activation_of
 from gdtrain.models.dropout import Dropout, drawing
-from gdtrain.models.mlp import ACTIVATIONS
 from gdtrain.objective import Objective
 from gdtrain.optim.protocol import update_rules
 
@@ -81,7 +80,7 @@ def explain(
     biases = [_double(link.linear.bias) for link in chain]
     layers = _forward(chain, weights, biases, masks, x)
     losses = loss(layers[-1].z, y)
-    _backward(layers, LOSSES[type(loss)].signal(loss, layers[-1].z, y))
+    _backward(layers, loss.slope(layers[-1].z, y))
     group = optimizer.param_groups[0]
     rate = float(group["lr"]) if lr is None else lr
     steps = _steps(chain, layers, optimizer, rate)
@@ -187,10 +186,10 @@ def check_explainable(model: nn.Module, loss: object, optimizer: Optimizer) -> N
         >>> check_explainable(model, SquaredError(), GD(model.parameters(), lr=0.1))
     """
     _chain(model)
-    if type(loss) not in LOSSES:
+    if not isinstance(loss, Loss) or not loss.states("formula", "slope_formula", "slope"):
         raise ValueError(
-            f"One update can be written out for gdtrain's own losses: "
-            f"{', '.join(kind.__name__ for kind in LOSSES)}. Received: {type(loss).__name__}."
+            f"One update can be written out for gdtrain's own losses, and for a class that states "
+            f"formula, slope_formula and slope. Received: {type(loss).__name__}."
         )
     if update_rules(optimizer) is None:
         raise ValueError(
@@ -205,20 +204,19 @@ class _Link(NamedTuple):
 
     number: int
     linear: nn.Linear
-    activation: str
+    activation: Activation | None
     act: nn.Module
     dropout: Dropout | None
 
 
 def _chain(model: nn.Module) -> list[_Link]:
     if type(model) is Linear:
-        return [_Link(0, model.linear, "", nn.Identity(), None)]
+        return [_Link(0, model.linear, None, nn.Identity(), None)]
     if type(model) is not MLP:
         raise ValueError(
             f"One update can be written out for gdtrain's Linear and MLP (model=linear, "
             f"model=mlp). Received: {type(model).__name__}."
         )
-    names = {kind: name for name, kind in ACTIVATIONS.items()}
     parts = [layer for layer in model.layers if not isinstance(layer, nn.Flatten)]
     places = [i for i, layer in enumerate(parts) if isinstance(layer, nn.Linear)]
     chain = []
@@ -228,8 +226,8 @@ def _chain(model: nn.Module) -> list[_Link]:
         behind = parts[place + 1 : end]
         act = next((m for m in behind if not isinstance(m, Dropout)), nn.Identity())
         dropout = next((m for m in behind if isinstance(m, Dropout)), None)
-        name = names[type(act)] if behind else ""
-        chain.append(_Link(number, parts[place], name, act, dropout))  # type: ignore[arg-type]
+        a = activation_of(act) if behind else None
+        chain.append(_Link(number, parts[place], a, act, dropout))  # type: ignore[arg-type]
     return chain
 
 
@@ -261,8 +259,9 @@ def _forward(
     for link, w, b, mask in zip(chain, weights, biases, masks, strict=True):
         inputs = h
         z = inputs @ w.T if b is None else inputs @ w.T + b
-        h = link.act(z) if mask is None else mask * link.act(z)
-        slope = SLOPES[link.activation][1](z) if link.activation else None
+        a = link.act(z)
+        h = a if mask is None else mask * a
+        slope = None if link.activation is None else link.activation.slope(z, a)
         layers.append(
             Layer(link.number, link.activation, w, b, inputs, z, mask, h, none, slope, none, None)
         )

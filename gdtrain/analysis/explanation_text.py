@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdtrain.analysis.formulas import LOSSES, SLOPES
 from gdtrain.losses import Loss
+from gdtrain.models.activations import Activation
 from gdtrain.ranges import Whole
 
 __all__ = ["Explanation", "Layer", "Step", "subscript"]
@@ -24,7 +24,7 @@ class Layer:
 
     Args:
         number: l, from 1; 0 in a linear model, which has one layer.
-        activation: a, or "" at the output.
+        activation: a, or None at the output.
         weight: W, (O, D).
         bias: b, (O,), or None.
         inputs: h_{l−1}, (B, D).
@@ -50,7 +50,7 @@ class Layer:
     """
 
     number: int
-    activation: str
+    activation: Activation | None
     weight: Tensor
     bias: Tensor | None
     inputs: Tensor
@@ -199,7 +199,7 @@ class Explanation:
             formula = f"{z} = {layer.named('W')} {layer.source}{bias}"
             if layer.activation:
                 mask = "" if layer.mask is None else f"{layer.named('m')} ∘ "
-                formula += f",   {layer.named('h')} = {mask}{layer.activation}({z})"
+                formula += f",   {layer.named('h')} = {mask}{layer.activation.name}({z})"
             lines.append(f"  {formula}")
             lines += _shown(layer.named("W"), layer.weight, digits)
             if layer.bias is not None:
@@ -207,7 +207,7 @@ class Explanation:
         return lines
 
     def _example(self, k: int, digits: int) -> list[str]:
-        error, target = LOSSES[type(self.loss)], self.targets[k]
+        target = self.targets[k]
         y = _number(target, digits) if target.numel() == 1 else ""
         lines = [f"Example {int(self.indices[k])} ({k + 1} of {len(self.indices)})"]
         lines[0] += f", y = {y}" if y else ""
@@ -224,20 +224,21 @@ class Explanation:
             lines += _shown(layer.named("h"), layer.h[k], digits)
         if not y:
             lines += _shown("y", target, digits)
-        lines.append(f"    ℓ = {error.value} = {_number(self.losses[k], digits)}")
+        lines.append(f"    ℓ = {self.loss.formula} = {_number(self.losses[k], digits)}")
         lines.append("  backward")
         for layer, above in zip(
             reversed(self.layers), [None, *reversed(self.layers[1:])], strict=True
         ):
             if above is None:
-                lines.append(f"    {layer.named('δ')} = ∂ℓ/∂p = {error.derivative}")
+                lines.append(f"    {layer.named('δ')} = ∂ℓ/∂p = {self.loss.slope_formula}")
             else:
                 mask = "" if layer.mask is None else f"{layer.named('m')} ∘ "
+                assert layer.activation is not None
+                assert layer.slope is not None
                 lines.append(
                     f"    {layer.named('δ')} = ({above.named('W')}ᵀ {above.named('δ')}) ∘ {mask}"
-                    f"a′({layer.named('z')}),   a′(z) = {SLOPES[layer.activation][0]}"
+                    f"a′({layer.named('z')}),   a′(z) = {layer.activation.slope_formula}"
                 )
-                assert layer.slope is not None
                 lines += _shown(f"a′({layer.named('z')})", layer.slope[k], digits)
             lines += _shown(layer.named("δ"), layer.signal[k], digits)
         return lines

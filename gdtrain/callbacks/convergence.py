@@ -16,13 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gdtrain.convex.certificate import (
-    Certificate,
-    LinearProblem,
-    NoCertificateError,
-    double,
-    linear_layer,
-)
+from gdtrain.convex.certificate import Certificate, certify
+from gdtrain.convex.conjugates import double
+from gdtrain.convex.problem import LinearProblem, NoCertificateError, linear_layer
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models.dropout import Dropout
@@ -570,7 +566,8 @@ class Convergence(Callback):
             share * module.examples_seen / count, _NUMBERS / (count * layer.in_features), _PASSES
         )
         with _averaged(module.trainer.optimizers[0]):
-            return problem.certify(
+            return certify(
+                problem,
                 layer.weight,
                 layer.bias,
                 tolerance=1e-6 if self.gap is None else 0.5 * self.gap,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gdtrain.models.dropout import Dropout
 from gdtrain.models.initialisation import Init, initialise_
+from gdtrain.ranges import Whole
 
 __all__ = ["CNN", "resnet18"]
 
@@ -65,8 +66,7 @@ class CNN(nn.Module):
             )
         if norm not in ("none", "group", "batch"):
             raise ValueError(f"norm must be one of none, group, batch. Received: {norm!r}.")
-        if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
-            raise ValueError(f"hidden must be a whole width of at least 1. Received: {hidden!r}.")
+        Whole(1).check("hidden", hidden)
         if init == "zeros":
             raise ValueError(
                 "init=zeros is for linear models: hidden units that start equal stay equal. "

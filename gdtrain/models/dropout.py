@@ -14,6 +14,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from gdtrain.ranges import Interval
+
 __all__ = ["Dropout", "drawing", "example_seeds"]
 
 _current: ContextVar[tuple[int, int] | None] = ContextVar("gdtrain_draw", default=None)
@@ -72,9 +74,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p: float = 0.5, layer: int = 0) -> None:
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout must lie in [0, 1). Received: dropout={p}.")
-        self.p, self.layer = p, layer
+        self.p, self.layer = Interval(0, 1, closed="left").check("dropout", p), layer
         # (B,), in the place of `drawing` in a compiled graph, where they are an input; no state.
         self.register_buffer("seeds", None, persistent=False)
 

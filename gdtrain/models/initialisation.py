@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import nn
+
+from gdtrain.ranges import Interval
 
 __all__ = ["Init", "initialise_"]
 
@@ -45,8 +48,7 @@ def initialise_(module: nn.Module, init: Init = "default", std: float = 0.01) ->
         raise ValueError(
             f"init must be one of default, gaussian, kaiming, xavier, zeros. Received: {init!r}."
         )
-    if not 0 < std < float("inf"):
-        raise ValueError(f"std must be finite and > 0. Received: std={std}.")
+    Interval(0, math.inf).check("std", std)
     if init == "default":
         return module
     for layer in module.modules():

@@ -8,22 +8,11 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from gdtrain.models.activations import ACTIVATIONS, Activation
 from gdtrain.models.dropout import Dropout
 from gdtrain.models.initialisation import Init, initialise_
 
-__all__ = ["ACTIVATIONS", "MLP"]
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "tanh": nn.Tanh,
-    "sigmoid": nn.Sigmoid,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "leaky_relu": nn.LeakyReLU,
-    "elu": nn.ELU,
-    "softplus": nn.Softplus,
-    "identity": nn.Identity,
-}
+__all__ = ["MLP"]
 
 
 class MLP(nn.Module):
@@ -33,7 +22,8 @@ class MLP(nn.Module):
         input_shape: Shape of one example, without the batch.
         num_outputs: C, range [1, ∞).
         hidden: Widths of the L hidden layers, each in [1, ∞).
-        activation: a: relu, tanh, sigmoid, gelu, silu, leaky_relu, elu, softplus or identity.
+        activation: a: relu, tanh, sigmoid, gelu, silu, leaky_relu, elu, softplus or identity; or a
+            subclass of `Activation`.
         dropout: Share of hidden units that are dropped in training, range [0, 1).
         init: Initial weights, see `initialise_`.
         std: Standard deviation of init="gaussian".
@@ -54,13 +44,15 @@ class MLP(nn.Module):
         hidden: Sequence[int] = (128,),
         activation: Literal[
             "relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu", "softplus", "identity"
-        ] = "relu",
+        ]
+        | type[Activation] = "relu",
         dropout: float = 0.0,
         init: Init = "default",
         std: float = 0.01,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
+        own = isinstance(activation, type) and issubclass(activation, Activation)
+        if not own and activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}. Received: {activation!r}."
             )
@@ -77,11 +69,13 @@ class MLP(nn.Module):
                 "Use init=default, gaussian, kaiming or xavier."
             )
         self.input_shape, self.num_outputs = tuple(input_shape), num_outputs
-        self.hidden, self.activation, self.dropout = list(hidden), activation, dropout
+        a = activation if isinstance(activation, type) else ACTIVATIONS[activation]
+        self.hidden, self.activation, self.dropout = list(hidden), a.name, dropout
+        build = a.module or a
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(input_shape)
         for next_width in hidden:
-            layers += [nn.Linear(width, next_width), ACTIVATIONS[activation]()]
+            layers += [nn.Linear(width, next_width), build()]
             if dropout != 0:
                 layers.append(Dropout(dropout, layer=len(layers)))
             width = next_width

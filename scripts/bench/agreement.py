@@ -41,7 +41,7 @@ from gdtrain.losses import (
     SquaredHinge,
 )
 from gdtrain.models import CNN, MLP, Linear
-from gdtrain.models.mlp import ACTIVATIONS
+from gdtrain.models.activations import ACTIVATIONS
 from gdtrain.objective import Objective
 
 # float32: 1,000 updates of about 1e-7 each, and a unit that comes to lie beyond a kink.

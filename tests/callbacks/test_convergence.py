@@ -15,7 +15,8 @@ from torch import nn
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.callbacks import Convergence
 from gdtrain.callbacks.convergence import _falls_later, _Level, _Slopes, mean_bounds
-from gdtrain.convex.certificate import LinearProblem
+from gdtrain.convex.certificate import certify
+from gdtrain.convex.problem import LinearProblem
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
 from gdtrain.descent.stopping import StopReason
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, SquaredError
@@ -452,7 +453,7 @@ def test_the_certificate_is_the_averages_and_leaves_the_parameters():
 
     def gap():
         problem = LinearProblem.of(module.objective, made)
-        return problem.certify(*module.model.parameters())
+        return certify(problem, *module.model.parameters())
 
     average = gap().primal  # a run ends with it
     made.step_size.train(made)

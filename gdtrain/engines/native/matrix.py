@@ -13,88 +13,22 @@ update.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from gdtrain.engines.engine import Ahead
+from gdtrain.engines.native.arguments import Arguments
+from gdtrain.engines.native.kernels import losses_and_slopes, polyak_share
+from gdtrain.models.activations import Activation
 from gdtrain.rules import descend_
 
-__all__ = ["Backpropagation", "activate_", "slope_"]
+__all__ = ["Backpropagation", "ByRule", "Matrix"]
 
-
-def activate_(name: str, parameter: float, z: Tensor, out: Tensor) -> None:
-    """a(Z).
-
-    Args:
-        name: As in `gdtrain.models.mlp.ACTIVATIONS`; not "identity".
-        parameter: Slope of leaky_relu, α of elu.
-        z: (M, n).
-        out: (M, n), written.
-
-    Example:
-        >>> out = torch.empty(2)
-        >>> activate_("relu", 0.0, torch.tensor([-1.0, 2.0]), out)
-        >>> out
-        tensor([0., 2.])
-    """
-    if name == "relu":
-        torch.clamp_min(z, 0, out=out)
-    elif name == "tanh":
-        torch.tanh(z, out=out)
-    elif name == "sigmoid":
-        torch.sigmoid(z, out=out)
-    else:
-        out.copy_(_RARE[name](z, parameter))
-
-
-_RARE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "gelu": lambda z, _: F.gelu(z),
-    "silu": lambda z, _: F.silu(z),
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "softplus": lambda z, _: F.softplus(z),
-}
-
-
-def slope_(name: str, parameter: float, z: Tensor, h: Tensor, delta: Tensor) -> None:
-    """Δ ← Δ ∘ a′(Z).
-
-    Args:
-        name: As for `activate_`.
-        parameter: As for `activate_`.
-        z: (M, n).
-        h: a(Z).
-        delta: (M, n), in place.
-
-    Example:
-        >>> delta = torch.ones(2)
-        >>> slope_("relu", 0.0, torch.tensor([-1.0, 2.0]), torch.tensor([0.0, 2.0]), delta)
-        >>> delta
-        tensor([0., 1.])
-    """
-    if name == "relu":
-        # Not where h > 0: h is NaN where z is, and NaN must go on.
-        torch.ops.aten.threshold_backward.grad_input(delta, h, 0, grad_input=delta)
-    elif name == "tanh":
-        delta.addcmul_(delta, h * h, value=-1)
-    elif name == "sigmoid":
-        delta.mul_(h).addcmul_(delta, h, value=-1)
-    elif name == "gelu":
-        density = torch.exp(-0.5 * z * z).mul_(math.sqrt(0.5 / math.pi))
-        delta.mul_(0.5 * (1 + torch.erf(z * math.sqrt(0.5))) + z * density)
-    elif name == "silu":
-        s = torch.sigmoid(z)
-        delta.mul_(s * (1 + z * (1 - s)))
-    elif name == "leaky_relu":
-        delta.mul_((z > 0).to(z.dtype).mul_(1 - parameter).add_(parameter))
-    elif name == "elu":
-        delta.mul_(torch.where(z <= 0, h + parameter, 1.0))
-    else:
-        delta.mul_(torch.sigmoid(z))
+_RULE = ("momentum", "dampening", "weight_decay", "nesterov", "maximize")
+_CACHED = 4 * 2**20  # bytes of one pass
 
 
 class Backpropagation:
@@ -103,7 +37,7 @@ class Backpropagation:
     Args:
         weights: W_l, (n_l, n_{l−1}).
         biases: b_l, (n_l,), or None.
-        activations: Name and parameter of each layer's a, as for `activate_`.
+        activations: a of each layer.
         loss: From predictions (M, C) and the numbers of the examples to the sum of their losses;
             it writes ∂ℓ/∂P into its third argument (M, C).
 
@@ -111,8 +45,9 @@ class Backpropagation:
         >>> def squared_error(p, rows, slope):
         ...     torch.sub(p, torch.tensor([[1.0], [3.0]])[rows], out=slope)
         ...     return 0.5 * float(slope.square().sum())
+        >>> from gdtrain.models.activations import ACTIVATIONS
         >>> weight = torch.zeros(1, 1)
-        >>> network = Backpropagation([weight], [None], [("identity", 0.0)], squared_error)
+        >>> network = Backpropagation([weight], [None], [ACTIVATIONS["identity"]()], squared_error)
         >>> rule = dict(momentum=0, dampening=0, weight_decay=0, nesterov=False, maximize=False)
         >>> network.update(torch.tensor([[1.0], [1.0]]), torch.arange(2), 2,
         ...     [(0.5, rule)] * 2, [None] * 2)
@@ -125,7 +60,7 @@ class Backpropagation:
         self,
         weights: list[Tensor],
         biases: list[Tensor | None],
-        activations: list[tuple[str, float]],
+        activations: list[Activation],
         loss: Callable[[Tensor, Tensor, Tensor], float],
     ) -> None:
         self.weights, self.biases, self.activations = weights, biases, activations
@@ -143,8 +78,8 @@ class Backpropagation:
             made = [[w.new_empty(size, len(w)) for w in self.weights] for _ in range(3)]
             z, h, delta = made
             h = [
-                a if name != "identity" else b
-                for (name, _), a, b in zip(self.activations, h, z, strict=True)
+                b if a.name == "identity" else own
+                for a, own, b in zip(self.activations, h, z, strict=True)
             ]
             x = [self.weights[0].new_empty(size, self.weights[0].shape[1])]
             self._rooms[size] = {"z": z, "h": h, "delta": delta, "x": x}
@@ -263,23 +198,23 @@ class Backpropagation:
 
     def _forward(self, x: Tensor, rows: Tensor, room: dict[str, list[Any]]) -> float:
         h = x
-        for layer, (name, parameter) in enumerate(self.activations):
+        for layer, activation in enumerate(self.activations):
             z, bias = room["z"][layer], self.biases[layer]
             if bias is None:
                 torch.mm(h, self.transposed[layer], out=z)
             else:
                 torch.addmm(bias, h, self.transposed[layer], out=z)
-            if name != "identity":
-                activate_(name, parameter, z, room["h"][layer])
+            if activation.name != "identity":
+                activation.write(z, room["h"][layer])
             h = room["h"][layer]
         return self.loss(h, rows, room["delta"][-1])
 
     def _through(self, layer: int, room: dict[str, list[Any]]) -> Tensor:
         """Δ of a layer's Z, from Δ of its H."""
-        name, parameter = self.activations[layer]
+        activation = self.activations[layer]
         delta: Tensor = room["delta"][layer]
-        if name != "identity":
-            slope_(name, parameter, room["z"][layer], room["h"][layer], delta)
+        if activation.name != "identity":
+            activation.times_slope(room["z"][layer], room["h"][layer], delta)
         return delta
 
     def _descend(
@@ -343,3 +278,181 @@ class Backpropagation:
             )
             for i, buffer in zip(members, own, strict=True):
                 buffers[i] = buffer
+
+
+class _Passes:
+    """The network of a run, its inputs as rows, and how many of them make one pass."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments
+        inputs, layers = arguments.objective.inputs, arguments.layers
+        self.inputs = inputs.reshape(len(inputs), -1) if isinstance(inputs, Tensor) else inputs
+        kernel, (labels, targets) = arguments.loss_kernel(0), arguments.targets()
+
+        def loss(prediction: Tensor, rows: Tensor, slope: Tensor) -> float:
+            made: float = losses_and_slopes(
+                kernel, prediction.numpy(), labels, targets, rows.numpy(), slope.numpy()
+            )
+            return made
+
+        self.network = Backpropagation(
+            [layer.linear.weight for layer in layers],
+            [layer.linear.bias for layer in layers],
+            [layer.activation for layer in layers],
+            loss,
+        )
+
+    def size(self, count: int) -> int:
+        """M: what was asked for, else as many examples as the processor's caches hold."""
+        objective, layers = self.arguments.objective, self.arguments.layers
+        if objective.micro_batch_size is None:
+            if not objective.automatic:
+                units = sum(layer.linear.out_features for layer in layers)
+                features = layers[0].linear.in_features
+                itemsize = self.arguments.parameters[0].element_size()
+                return min(max(_CACHED // ((features + 3 * units) * itemsize), 32), count)
+            objective.micro_batch_size = objective.automatic_size()
+        return min(objective.micro_batch_size, count)
+
+
+class Matrix(_Passes):
+    """Updates by B > 1 examples, whose step sizes a schedule gives.
+
+    Args:
+        arguments: Of the run.
+
+    Example:
+        >>> from gdtrain import GD
+        >>> from gdtrain.losses import SquaredError
+        >>> from gdtrain.models.structure import dense_layers
+        >>> from gdtrain.objective import Objective
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> objective = Objective(model, SquaredError(), torch.ones(2, 1), torch.ones(2))
+        >>> optimizer = GD([{"params": model.parameters(), "initial_lr": 0.5}])
+        >>> matrix = Matrix(Arguments(objective, optimizer, dense_layers(model)))
+        >>> factors = torch.ones(2, dtype=torch.float64)
+        >>> with torch.no_grad():
+        ...     matrix(torch.tensor([[0, 1], [0, 1]]), factors, factors.clone())
+        tensor([0.5000, 0.1250])
+    """
+
+    def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
+        """(K, B) example numbers and (K,) factors to (K,) losses.
+
+        Args:
+            indices: (K, B).
+            factors: (K,).
+            shares: (K,), of η₀, written where the step is bounded.
+        """
+        arguments, groups = self.arguments, self.arguments.optimizer.param_groups
+        own = [{name: group[name] for name in _RULE} for group in groups]
+        rules = [own[i] for i in arguments.group_of]
+        buffers = [None if p is None else arguments.buffer(p) for p in arguments.tensors]
+        size, bound = self.size(indices.shape[1]), arguments.bound(indices.shape[1])
+        peak, most, taken = float(groups[0]["initial_lr"]), bound.most, shares.numpy()
+        made: list[float] = []
+
+        def share(value: float, square: float) -> float:
+            nonlocal most
+            taken[len(made)] = part = polyak_share(value, square, peak, most, bound)
+            if bound.growth > 0 and part > 0:
+                most = bound.growth * part
+            return float(part)
+
+        for rows, factor in zip(indices.cpu(), factors.tolist(), strict=True):
+            rates = [groups[i]["initial_lr"] * factor for i in arguments.group_of]
+            made.append(
+                self.network.update(
+                    self.inputs,
+                    rows,
+                    size,
+                    list(zip(rates, rules, strict=True)),
+                    buffers,
+                    None if arguments.polyak is None else share,
+                )
+            )
+        for p, group, buffer in zip(arguments.tensors, arguments.group_of, buffers, strict=True):
+            if p is not None and arguments.has_momentum(p, group):
+                arguments.optimizer.state[p]["momentum_buffer"] = buffer
+        return torch.tensor(made, dtype=arguments.dtype)
+
+
+class ByRule(_Passes):
+    """Updates whose step sizes the optimizer's own rule gives; value and gradient are ours.
+
+    Args:
+        arguments: Of the run, whose optimizer has a rule.
+
+    Example:
+        >>> from gdtrain import GD
+        >>> from gdtrain.losses import SquaredError
+        >>> from gdtrain.models.structure import dense_layers
+        >>> from gdtrain.objective import Objective
+        >>> from gdtrain.step_sizes import Armijo
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> objective = Objective(model, SquaredError(), torch.ones(2, 1), torch.ones(2))
+        >>> groups = [{"params": model.parameters(), "initial_lr": 1.0}]
+        >>> optimizer = GD(groups, step_size=Armijo())
+        >>> by_rule = ByRule(Arguments(objective, optimizer, dense_layers(model)))
+        >>> with torch.no_grad():
+        ...     by_rule(torch.tensor([[0, 1]]), torch.ones(1))
+        tensor([0.5000])
+    """
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__(arguments)
+        self.rates: list[float] = []
+        self.evaluations = 0
+        self._ahead = Ahead()
+
+    def __call__(self, indices: Tensor, factors: Tensor) -> Tensor:
+        """(K, B) example numbers and (K,) factors to (K,) losses; `rates` are set.
+
+        Args:
+            indices: (K, B).
+            factors: (K,).
+        """
+        arguments, network = self.arguments, self.network
+        optimizer: Any = arguments.optimizer
+        size = self.size(indices.shape[1])
+        full = indices.shape[1] == len(arguments.objective.targets)
+        made, self.rates = [], []
+
+        def set_gradients(gradient: list[Tensor | None], copies: bool = True) -> None:
+            for p, g in zip(arguments.tensors, gradient, strict=True):
+                if p is not None:
+                    p.grad = g.clone() if copies and g is not None else g
+
+        for rows, factor in zip(indices.cpu(), factors.tolist(), strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            found = self._ahead.begin(arguments.parameters, rows) if full else None
+            if found is None:
+                value, gradient = network.value_and_grad(self.inputs, rows, size)
+                set_gradients(gradient)
+            else:
+                self.evaluations -= 1
+                value, gradient = found
+                set_gradients(gradient, copies=False)
+
+            def evaluate(rows: Tensor = rows) -> float:
+                self.evaluations += 1
+                if not (full and self._ahead.wanted()):
+                    return float(network.value(self.inputs, rows, size))
+                there, gradient = network.value_and_grad(self.inputs, rows, size)
+                own = [None if g is None else g.clone() for g in gradient]
+                self._ahead.keep(arguments.parameters, rows, (there, own))
+                return there
+
+            def differentiate(rows: Tensor = rows) -> None:
+                self.evaluations += 1
+                set_gradients(network.value_and_grad(self.inputs, rows, size)[1])
+
+            optimizer.step_by_rule(value, evaluate, differentiate)
+            made.append(value)
+            self.rates.append(optimizer.last_rate)
+        for p in arguments.parameters:
+            p.grad = None
+        return torch.tensor(made, dtype=arguments.dtype)

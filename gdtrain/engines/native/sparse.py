@@ -11,10 +11,16 @@ move every weight, and take time in proportion to C·D.
 
 from __future__ import annotations
 
-import math
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from gdtrain.data.sparse import SparseInputs
+from gdtrain.engines.native.arguments import OWN, Arguments, Made
+from gdtrain.engines.native.dense import logistic_losses
 from gdtrain.engines.native.kernels import (
     compiled,
     descend,
@@ -22,23 +28,64 @@ from gdtrain.engines.native.kernels import (
     loss_of_margin,
     polyak_share,
     prefetch,
+    rule_of,
 )
 
-__all__ = ["sweep"]
+__all__ = ["Rows", "Sparse", "SparseRoom", "sweep"]
+
+
+class Rows(NamedTuple):
+    """Sparse examples, CSR.
+
+    Args:
+        values: (nnz,).
+        columns: (nnz,), each in [0, D).
+        starts: (N+1,).
+        labels: (N,) class numbers, or (1,) in a regression.
+        targets: (N, C) numbers, or (1, C) of classes.
+
+    Example:
+        >>> Rows(np.ones(1), np.array([2]), np.array([0, 1]), np.zeros(1), np.ones((1, 1))).columns
+        array([2])
+    """
+
+    values: NDArray[Any]
+    columns: NDArray[Any]
+    starts: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    targets: NDArray[Any]
+
+
+class SparseRoom(NamedTuple):
+    """Room for an update.
+
+    Args:
+        prediction: (C,).
+        slopes: (B, C).
+        gradient: (C, D) of zeros, and left so; room for what momentum needs.
+
+    Example:
+        >>> SparseRoom(np.zeros(1), np.zeros((2, 1)), np.zeros((1, 3))).gradient
+        array([[0., 0., 0.]])
+    """
+
+    prediction: NDArray[Any]
+    slopes: NDArray[Any]
+    gradient: NDArray[Any]
 
 
 @compiled(reassoc=False)
-def _single(  # type: ignore[no-untyped-def]
-    values, columns, starts, labels, rows, factors, peaks, w, bias, biased, rule, loss, losses,
-    polyak, shares,
-):  # fmt: skip
+def _single(examples, rows, rates, w, bias, rule, rule_bias, loss, bound, made):  # type: ignore[no-untyped-def]
     """`sweep` for two classes, one example an update and no momentum: all in registers."""
+    values, columns, starts = examples.values, examples.columns, examples.starts
+    labels, factors, peaks = examples.labels, rates.factors, rates.peaks
+    losses, biased = made.losses, rule_bias.present
     number = w.dtype.type
     zero, one = number(0), number(1)
     values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
     b = bias[0]
-    bounded = polyak.size > 0
-    most = polyak[3] if bounded else 1.0
+    bounded = bound.inverse != 0
+    most = bound.most
     part = 1.0
     for k in range(rows.shape[0]):
         if k + 4 < rows.shape[0]:
@@ -50,18 +97,18 @@ def _single(  # type: ignore[no-untyped-def]
         for at in range(start, end):
             p += w[columns[at]] * values[at]
         sign = one if labels[i] == 1 else -one
-        losses[k], slope = loss_of_margin(loss, sign * p, zero, one)
-        g = rule[0, 4] * sign * slope
+        losses[k], slope = loss_of_margin(loss.code, sign * p, zero, one)
+        g = rule.sign * sign * slope
         if bounded:
             square = 1.0 if biased else 0.0
             for at in range(start, end):
                 square += values[at] * values[at]
-            part = polyak_share(losses[k], slope * slope * square, peaks[0], most, polyak)
-            shares[k] = part
-            if polyak[2] > 0 and part > 0:
-                most = polyak[2] * part
+            part = polyak_share(losses[k], slope * slope * square, peaks[0], most, bound)
+            made.shares[k] = part
+            if bound.growth > 0 and part > 0:
+                most = bound.growth * part
         lr = number(factors[k] * part * peaks[0])
-        decay = lr * rule[0, 2]
+        decay = lr * rule.weight_decay
         if decay != 0:
             for j in range(w.size):
                 w[j] -= decay * w[j]
@@ -69,79 +116,68 @@ def _single(  # type: ignore[no-untyped-def]
             w[columns[at]] -= lr * g * values[at]
         if biased:
             b -= number(factors[k] * part * peaks[1]) * (
-                g * rule[1, 4] * rule[0, 4] + rule[1, 2] * b
+                g * rule_bias.sign * rule.sign + rule_bias.weight_decay * b
             )
     bias[0] = b
 
 
 # Without reassoc: short sums of scattered terms are slower in vector registers.
 @compiled(reassoc=False)
-def sweep(  # type: ignore[no-untyped-def]
-    values, columns, starts, labels, targets, rows, factors, peaks, theta, buffers, features,
-    rule, fresh, loss, loss_parameter, losses, prediction, slopes, gradient, polyak, shares,
-):  # fmt: skip
+def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  # type: ignore[no-untyped-def]
     """Make K updates in place.
 
     Args:
-        values: (nnz,).
-        columns: (nnz,), each in [0, D).
-        starts: (N+1,).
-        labels: (N,) class numbers, or (1,) in a regression.
-        targets: (N, C) numbers, or (1, C) of classes.
+        examples: `Rows`.
         rows: (K, B), which examples make which update.
-        factors: (K,), the schedule's factor at each update, float64.
-        peaks: (2,), η₀ of W and of b, float64.
-        theta: (C·D + C,): W, then b, in place.
-        buffers: (C·D + C,) momentum in the same order, in place; (0,) without momentum.
-        features: D.
-        rule: (2, 5) and
-        fresh: (2,), of W and b, as for `gdtrain.engines.native.kernels.sweep`.
-        loss: A value of `gdtrain.engines.native.kernels.LOSS`.
-        loss_parameter: Huber's δ.
-        losses: (K,), written.
-        prediction: (C,) room.
-        slopes: (B, C) room.
-        gradient: (C, D) of zeros, and left so; room for what momentum needs.
-        polyak: (4,) or (0,), and
-        shares: (K,), as for `gdtrain.engines.native.kernels.sweep`.
+        rates: `gdtrain.engines.native.arguments.Rates`, of W and of b.
+        parameters: `Parameters` likewise: W (C·D), then b (C), in place.
+        rules: `Rule` of arrays (2,), of W and b.
+        loss: `LossKernel`.
+        bound: `Bound`.
+        room: `SparseRoom`.
+        made: `Made`, written.
 
     Example:
-        >>> from gdtrain.engines.native.kernels import LOSS
-        >>> theta, losses = np.zeros(3), np.zeros(1)
-        >>> rule = np.array([[-1.0, 1, 0, 0, 1]] * 2)  # W and b by plain descent
-        >>> sweep(np.array([2.0, 1.0]), np.array([1, 0], np.int32), np.array([0, 1, 2]),
-        ...     np.zeros(1, np.int64), np.array([[1.0], [3.0]]), np.array([[0, 1]]),
-        ...     np.ones(1), np.full(2, 0.5), theta, np.zeros(0), 2, rule, np.zeros(2, np.bool_),
-        ...     LOSS["SquaredError"], 0.0, losses, np.zeros(1), np.zeros((2, 1)), np.zeros((1, 2)),
-        ...     np.zeros(0), np.zeros(0))
-        >>> losses, theta  # ¼(1² + 3²); the mean gradient is −(3, 2) for W, −4 for b, halved
+        >>> from gdtrain.engines.native import arguments as the
+        >>> examples = Rows(np.array([2.0, 1.0]), np.array([1, 0], np.int32), np.array([0, 1, 2]),
+        ...     np.zeros(1, np.int64), np.array([[1.0], [3.0]]))
+        >>> parameters, made = the.Parameters(np.zeros(3), np.zeros(0)), Made(*np.zeros((2, 1)))
+        >>> room = SparseRoom(np.zeros(1), np.zeros((2, 1)), np.zeros((1, 2)))
+        >>> sweep(examples, np.array([[0, 1]]), the.Rates(np.ones(1), np.full(2, 0.5)), parameters,
+        ...     the.Rule.plain(2), the.LossKernel(the.SQUARED_ERROR), the.Bound(), room, made)
+        >>> # ¼(1² + 3²); the mean gradient is −(3, 2) for W, −4 for b, halved
+        >>> made.losses, parameters.theta
         (array([2.5]), array([0.75, 0.5 , 1.  ]))
     """
+    values, columns, starts = examples.values, examples.columns, examples.starts
+    labels, targets, factors, peaks = examples.labels, examples.targets, rates.factors, rates.peaks
+    theta, buffers, losses = parameters.theta, parameters.buffers, made.losses
+    prediction, slopes, gradient = room.prediction, room.slopes, room.gradient
+    features = gradient.shape[1]
+    rule, rule_bias = rule_of(rules, 0), rule_of(rules, 1)
     updates, batch = rows.shape
     outputs = prediction.size
     weight = theta[: outputs * features].reshape(outputs, features)
     bias = theta[outputs * features :]
     b_weight = buffers[: outputs * features].reshape(outputs, features) if buffers.size else weight
     b_bias = buffers[outputs * features :] if buffers.size else bias
-    biased = not math.isnan(rule[1, 0])
+    biased = rule_bias.present
     number = theta.dtype.type
     zero, one = number(0), number(1)
     share = one / number(batch)
     columns = columns.view(np.uint32)  # an index without a sign needs no test for it
     values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
-    bounded = polyak.size > 0
-    most = polyak[3] if bounded else 1.0
+    bounded = bound.inverse != 0
+    most = bound.most
     part = 1.0
     # Without decay, one example has its gradient where it has its values; else it is formed whole.
-    formed = bounded and (batch > 1 or rule[0, 2] != 0 or (biased and rule[1, 2] != 0))
+    decays = rule.weight_decay != 0 or (biased and rule_bias.weight_decay != 0)
+    formed = bounded and (batch > 1 or decays)
+    moves = rule.momentum != 0 or (biased and rule_bias.momentum != 0)
     if (
-        batch == outputs == 1 and labels.size > 1 and rule[0, 0] < 0 and not rule[1, 0] >= 0
-        and not formed
+        batch == outputs == 1 and labels.size > 1 and loss.code != OWN and not moves and not formed
     ):  # fmt: skip
-        _single(
-            values, columns, starts, labels, rows, factors, peaks, weight[0], bias, biased, rule,
-            loss, losses, polyak, shares,
-        )  # fmt: skip
+        _single(examples, rows, rates, weight[0], bias, rule, rule_bias, loss, bound, made)
         return
     for k in range(updates):
         if k + 4 < updates:  # fetched before their turn
@@ -156,11 +192,11 @@ def sweep(  # type: ignore[no-untyped-def]
                     p += weight[c, columns[at]] * values[at]
                 prediction[c] = p
             total += loss_and_slope(
-                loss, loss_parameter, prediction, labels[i] if labels.size > 1 else labels[0],
+                loss, prediction, labels[i] if labels.size > 1 else labels[0],
                 targets, i if targets.shape[0] > 1 else 0, slopes, n,
             )  # fmt: skip
         losses[k] = total * share
-        if rule[0, 0] >= 0 or formed:
+        if rule.momentum != 0 or formed:
             for n in range(batch):
                 i = rows[k, n]
                 for c in range(outputs):
@@ -171,15 +207,15 @@ def sweep(  # type: ignore[no-untyped-def]
             if formed:
                 for c in range(outputs):
                     for j in range(features):
-                        d = share * gradient[c, j] + rule[0, 2] * weight[c, j]
+                        d = share * gradient[c, j] + rule.weight_decay * weight[c, j]
                         square += d * d
-                        value += 0.5 * rule[0, 2] * weight[c, j] * weight[c, j]
+                        value += 0.5 * rule.weight_decay * weight[c, j] * weight[c, j]
                     if biased:
-                        d = rule[1, 2] * bias[c]
+                        d = rule_bias.weight_decay * bias[c]
                         for n in range(batch):
                             d += share * slopes[n, c]
                         square += d * d
-                        value += 0.5 * rule[1, 2] * bias[c] * bias[c]
+                        value += 0.5 * rule_bias.weight_decay * bias[c] * bias[c]
             else:
                 i = rows[k, 0]
                 size = 1.0 if biased else 0.0
@@ -187,14 +223,14 @@ def sweep(  # type: ignore[no-untyped-def]
                     size += values[at] * values[at]
                 for c in range(outputs):
                     square += slopes[0, c] * slopes[0, c] * size
-            part = polyak_share(value, square, peaks[0], most, polyak)
-            shares[k] = part
-            if polyak[2] > 0 and part > 0:
-                most = polyak[2] * part
+            part = polyak_share(value, square, peaks[0], most, bound)
+            made.shares[k] = part
+            if bound.growth > 0 and part > 0:
+                most = bound.growth * part
         lr = number(factors[k] * part * peaks[0])
         lr_bias = number(factors[k] * part * peaks[1])
-        if rule[0, 0] < 0 and not formed:  # no momentum
-            decay = lr * rule[0, 2]
+        if rule.momentum == 0 and not formed:
+            decay = lr * rule.weight_decay
             if decay != 0:
                 for c in range(outputs):
                     for j in range(features):
@@ -202,15 +238,12 @@ def sweep(  # type: ignore[no-untyped-def]
             for n in range(batch):
                 i = rows[k, n]
                 for c in range(outputs):
-                    step = lr * rule[0, 4] * share * slopes[n, c]
+                    step = lr * rule.sign * share * slopes[n, c]
                     for at in range(starts[i], starts[i + 1]):
                         weight[c, columns[at]] -= step * values[at]
         else:
             for c in range(outputs):
-                descend(
-                    weight[c], b_weight[c], share, gradient[c], lr, rule, 0,
-                    k == 0 and fresh[0],
-                )  # fmt: skip
+                descend(weight[c], b_weight[c], share, gradient[c], lr, rule, k == 0)
             for n in range(batch):
                 i = rows[k, n]
                 for c in range(outputs):
@@ -220,9 +253,69 @@ def sweep(  # type: ignore[no-untyped-def]
             for n in range(1, batch):
                 for c in range(outputs):
                     slopes[0, c] += slopes[n, c]
-            if rule[1, 0] < 0:
+            if rule_bias.momentum == 0:
                 for c in range(outputs):
-                    g = rule[1, 4] * share * slopes[0, c] + rule[1, 2] * bias[c]
+                    g = rule_bias.sign * share * slopes[0, c] + rule_bias.weight_decay * bias[c]
                     bias[c] -= lr_bias * g
             else:
-                descend(bias, b_bias, share, slopes[0], lr_bias, rule, 1, k == 0 and fresh[1])
+                descend(bias, b_bias, share, slopes[0], lr_bias, rule_bias, k == 0)
+
+
+class Sparse:
+    """Updates of a linear model by sparse examples, B each.
+
+    Args:
+        arguments: Of the run, whose inputs are sparse.
+
+    Example:
+        >>> from scipy.sparse import csr_array
+        >>> from gdtrain import SGD
+        >>> from gdtrain.losses import SquaredError
+        >>> from gdtrain.models.structure import dense_layers
+        >>> from gdtrain.objective import Objective
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> inputs = SparseInputs.from_scipy(csr_array(np.ones((1, 1), np.float32)))
+        >>> objective = Objective(model, SquaredError(), inputs, torch.ones(1))
+        >>> optimizer = SGD([{"params": model.parameters(), "initial_lr": 0.5}])
+        >>> sparse = Sparse(Arguments(objective, optimizer, dense_layers(model)))
+        >>> factors = torch.ones(2, dtype=torch.float64)
+        >>> with torch.no_grad():
+        ...     sparse(torch.zeros(2, 1, dtype=torch.int64), factors, factors.clone())
+        tensor([0.5000, 0.1250])
+    """
+
+    def __init__(self, arguments: Arguments) -> None:
+        self.arguments = arguments
+        inputs, linear = arguments.objective.inputs, arguments.layers[0].linear
+        assert isinstance(inputs, SparseInputs)
+        self._rows = Rows(inputs.values, inputs.columns, inputs.row_starts, *arguments.targets())
+        self._prediction = arguments.empty(linear.out_features)
+        self._gradient = arguments.empty(linear.out_features, linear.in_features)
+
+    def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
+        """(K, B) example numbers and (K,) factors to (K,) losses.
+
+        Args:
+            indices: (K, B).
+            factors: (K,).
+            shares: (K,), of η₀, written where the step is bounded.
+        """
+        arguments, batch = self.arguments, indices.shape[1]
+        losses = arguments.empty(len(indices))
+        sweep(
+            self._rows,
+            indices.cpu().contiguous().numpy(),
+            arguments.rates(factors),
+            arguments.gather(),
+            arguments.rule(),
+            arguments.loss_kernel(batch),
+            arguments.bound(batch),
+            SparseRoom(
+                self._prediction, arguments.empty(batch, len(self._prediction)), self._gradient
+            ),
+            Made(losses, shares.numpy()),
+        )
+        arguments.give_back()
+        made = torch.from_numpy(losses)
+        return logistic_losses(made) if arguments.gives_margins(batch) else made

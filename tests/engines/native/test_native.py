@@ -27,7 +27,7 @@ from gdtrain.losses import (
     SquaredHinge,
 )
 from gdtrain.models import CNN, MLP, Linear
-from gdtrain.models.mlp import ACTIVATIONS
+from gdtrain.models.activations import ACTIVATIONS
 from gdtrain.objective import Objective
 
 N, D = 60, 13
@@ -247,7 +247,7 @@ def test_rows_of_a_file_are_read_in_parts(tmp_path, monkeypatch, batch):
     mapped = MappedInputs(array, rows, Preprocessing(), torch.float64)
     model = MLP((D,), 3, hidden=[4])
     expected = trained(Native, model, CrossEntropy(), x, y, 100, batch)
-    monkeypatch.setattr("gdtrain.engines.native.engine._GATHERED", 10 * D * 8)  # ten examples
+    monkeypatch.setattr("gdtrain.engines.native.dense._GATHERED", 10 * D * 8)  # ten examples
     found = trained(Native, model, CrossEntropy(), mapped, y, 100, batch)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

@@ -1,0 +1,462 @@
+"""What the compiled loops are handed: named tuples, and the numbers of losses and activations.
+
+N examples, D features, C outputs, L layers, K updates in the sweep, P parameters. The 2L tensors
+are W_1, b_1, W_2, …; a layer without bias has a place for it that is not used.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gdtrain import losses
+from gdtrain.models.activations import ACTIVATIONS, Activation
+from gdtrain.models.structure import Layer
+from gdtrain.objective import Objective
+from gdtrain.optim.protocol import step_size_of
+from gdtrain.step_sizes import StochasticPolyak
+
+__all__ = [
+    "ACTIVATION",
+    "LOSS",
+    "Arguments",
+    "Bound",
+    "Examples",
+    "LossKernel",
+    "Made",
+    "Network",
+    "Parameters",
+    "Rates",
+    "Room",
+    "Rule",
+    "has_kernel",
+]
+
+(SQUARED_ERROR, HUBER, CROSS_ENTROPY, LOGISTIC, HINGE, SQUARED_HINGE, ONE_HOT) = range(7)
+# The slope of the logistic loss, and the margin s·p in place of its value: the loss, a logarithm,
+# is then computed for many examples at once.
+MARGIN = 7
+OWN = -1  # a user's loss or activation, called at its address
+LOSS: dict[type[losses.Loss], int] = {
+    losses.SquaredError: SQUARED_ERROR,
+    losses.Huber: HUBER,
+    losses.CrossEntropy: CROSS_ENTROPY,
+    losses.Logistic: LOGISTIC,
+    losses.Hinge: HINGE,
+    losses.SquaredHinge: SQUARED_HINGE,
+    losses.OneHotSquaredError: ONE_HOT,
+}
+(IDENTITY, RELU, TANH, SIGMOID, GELU, SILU, LEAKY_RELU, ELU, SOFTPLUS) = range(9)
+ACTIVATION: dict[type[Activation], int] = {
+    ACTIVATIONS["identity"]: IDENTITY,
+    ACTIVATIONS["relu"]: RELU,
+    ACTIVATIONS["tanh"]: TANH,
+    ACTIVATIONS["sigmoid"]: SIGMOID,
+    ACTIVATIONS["gelu"]: GELU,
+    ACTIVATIONS["silu"]: SILU,
+    ACTIVATIONS["leaky_relu"]: LEAKY_RELU,
+    ACTIVATIONS["elu"]: ELU,
+    ACTIVATIONS["softplus"]: SOFTPLUS,
+}
+
+
+class LossKernel(NamedTuple):
+    """Which loss.
+
+    Args:
+        code: A value of `LOSS`, or MARGIN or OWN.
+        parameter: Huber's δ, of the type of the parameters.
+        address: Of the compiled kernel of an OWN loss; else 0.
+
+    Example:
+        >>> LossKernel(LOSS[losses.Huber], parameter=0.5).code
+        1
+    """
+
+    code: int
+    parameter: Any = 0.0
+    address: int = 0
+
+
+class Network(NamedTuple):
+    """Which layers.
+
+    Args:
+        widths: (L+1,) n_0 … n_L.
+        activations: (L,) values of `ACTIVATION`, or OWN.
+        parameters: (L,) of the activations: slope of leaky_relu, α of elu.
+        values: (L,) addresses of a(z) of OWN activations.
+        slopes: (L,) addresses of a′(z, h).
+
+    Example:
+        >>> none = np.zeros(1, np.int64)
+        >>> Network(np.array([4, 3]), np.array([RELU]), np.zeros(1), none, none).widths
+        array([4, 3])
+    """
+
+    widths: NDArray[np.int64]
+    activations: NDArray[np.int64]
+    parameters: NDArray[Any]
+    values: NDArray[np.int64]
+    slopes: NDArray[np.int64]
+
+
+class Rule(NamedTuple):
+    """The update rule of all tensors, as arrays (2L,); or of one, as numbers.
+
+    Args:
+        present: Whether there is such a tensor.
+        momentum: μ; 0: none.
+        keep: 1 − dampening.
+        weight_decay: λ.
+        nesterov: Whether the step looks ahead.
+        sign: −1 to climb, +1 to descend.
+        fresh: Whether the momentum buffer is made at the first update, as a copy of the gradient.
+
+    Example:
+        >>> Rule(True, momentum=0.9, keep=1.0, weight_decay=0.0, nesterov=False).sign
+        1.0
+    """
+
+    present: Any = True
+    momentum: Any = 0.0
+    keep: Any = 1.0
+    weight_decay: Any = 0.0
+    nesterov: Any = False
+    sign: Any = 1.0
+    fresh: Any = False
+
+    @classmethod
+    def plain(cls, tensors: int) -> Rule:
+        """θ ← θ − ηg for each of them.
+
+        Args:
+            tensors: 2L.
+
+        Example:
+            >>> Rule.plain(2).momentum
+            array([0., 0.])
+        """
+        return cls(*(np.full(tensors, value) for value in cls()))
+
+
+class Rates(NamedTuple):
+    """η = η₀ · factor, float64.
+
+    Args:
+        factors: (K,), the schedule's factor at each update.
+        peaks: (2L,), η₀ of each tensor.
+
+    Example:
+        >>> Rates(np.ones(3), peaks=np.full(2, 0.1)).peaks
+        array([0.1, 0.1])
+    """
+
+    factors: NDArray[np.float64]
+    peaks: NDArray[np.float64]
+
+
+class Bound(NamedTuple):
+    """A bound on the step: η ≤ η₀ · (f − f*) / (c ‖g‖² η₀), and at most `most` of η₀.
+
+    Args:
+        inverse: 1/c; 0: there is no bound.
+        least: f*.
+        growth: By what the share of η₀ may grow from one update to the next; 0: `most` is fixed.
+        most: The largest share at the first update.
+
+    Example:
+        >>> Bound().inverse
+        0.0
+    """
+
+    inverse: float = 0.0
+    least: float = 0.0
+    growth: float = 0.0
+    most: float = 1.0
+
+
+class Examples(NamedTuple):
+    """Dense examples.
+
+    Args:
+        inputs: (N, D).
+        labels: (N,) class numbers, or (1,) in a regression.
+        targets: (N, C) numbers, or (1, C) of classes.
+        squares: (N,), ‖x‖² of each, float64; (0,) without a bound on the step.
+
+    Example:
+        >>> Examples(np.ones((1, 2)), np.zeros(1, np.int64), np.ones((1, 1)), np.zeros(0)).inputs
+        array([[1., 1.]])
+    """
+
+    inputs: NDArray[Any]
+    labels: NDArray[np.int64]
+    targets: NDArray[Any]
+    squares: NDArray[np.float64]
+
+
+class Parameters(NamedTuple):
+    """θ and its momentum, each in one piece: W_1 (n_1·n_0), b_1 (n_1), W_2 …
+
+    Args:
+        theta: (P,), in place.
+        buffers: (P,), in place; (0,) where no tensor has momentum.
+
+    Example:
+        >>> Parameters(np.zeros(2), np.zeros(0)).theta
+        array([0., 0.])
+    """
+
+    theta: NDArray[Any]
+    buffers: NDArray[Any]
+
+
+class Room(NamedTuple):
+    """Room for one example on its way forward and back, (Σ n_l,) each.
+
+    Args:
+        z: z_l, l = 1 … L.
+        h: h_l.
+        delta: δ_l.
+
+    Example:
+        >>> Room(*np.zeros((3, 2))).z
+        array([0., 0.])
+    """
+
+    z: NDArray[Any]
+    h: NDArray[Any]
+    delta: NDArray[Any]
+
+
+class Made(NamedTuple):
+    """What a sweep tells, one number for each update.
+
+    Args:
+        losses: (K,).
+        shares: (K,), which share of η₀ each update took; written where there is a bound. Float64.
+
+    Example:
+        >>> Made(np.zeros(1), np.ones(1)).shares
+        array([1.])
+    """
+
+    losses: NDArray[Any]
+    shares: NDArray[np.float64]
+
+
+def has_kernel(part: losses.Loss | Activation) -> bool:
+    """Whether the loops know a loss or an activation, or it brings a kernel of its own.
+
+    Args:
+        part: Of the very class that states it; what a subclass changes is not known.
+
+    Example:
+        >>> class Mine(losses.SquaredError):
+        ...     pass
+        >>> has_kernel(losses.SquaredError()), has_kernel(Mine())
+        (True, False)
+    """
+    known: Any = LOSS if isinstance(part, losses.Loss) else ACTIVATION
+    return type(part) in known or ("native" in vars(type(part)) and part.native() is not None)
+
+
+class Arguments:
+    """A run's arrays, as the loops take them.
+
+    Args:
+        objective: J.
+        optimizer: Of its parameters; its groups have "initial_lr".
+        layers: Of its model.
+
+    Example:
+        >>> from gdtrain import SGD
+        >>> from gdtrain.models.structure import dense_layers
+        >>> model = torch.nn.Linear(2, 1)
+        >>> y = torch.ones(1)
+        >>> objective = Objective(model, losses.SquaredError(), torch.ones(1, 2), y)
+        >>> optimizer = SGD([{"params": model.parameters(), "initial_lr": 0.1}])
+        >>> arguments = Arguments(objective, optimizer, dense_layers(model))
+        >>> arguments.rule().momentum, arguments.rates(torch.ones(1)).peaks
+        (array([0., 0.], dtype=float32), array([0.1, 0.1]))
+    """
+
+    def __init__(self, objective: Objective, optimizer: Optimizer, layers: list[Layer]) -> None:
+        self.objective, self.optimizer, self.layers = objective, optimizer, layers
+        self.loss = cast(losses.Loss, objective.loss)
+        self.tensors: list[Tensor | None] = [
+            p for layer in layers for p in (layer.linear.weight, layer.linear.bias)
+        ]
+        self.parameters = [p for p in self.tensors if p is not None]
+        owned = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+        self.group_of = [0 if p is None else owned.get(p, 0) for p in self.tensors]
+        self.dtype = self.parameters[0].dtype
+        rule = step_size_of(optimizer)
+        self.polyak = rule if isinstance(rule, StochasticPolyak) else None
+        self._theta = torch.zeros(0)
+        self._buffers: Tensor | None = None
+        self._views: list[tuple[Tensor, Tensor | None]] = []
+        self._targets: tuple[NDArray[Any], NDArray[Any]] | None = None
+        self._own: dict[Any, Any] = {}
+
+    def empty(self, *shape: int) -> NDArray[Any]:
+        """Zeros of the type of the parameters.
+
+        Args:
+            shape: Of the array.
+        """
+        made: NDArray[Any] = torch.zeros(shape, dtype=self.dtype).numpy()
+        return made
+
+    def rates(self, factors: Tensor) -> Rates:
+        """The schedule's factors, and η₀ of each tensor.
+
+        Args:
+            factors: (K,).
+        """
+        groups = self.optimizer.param_groups
+        peaks = [float(groups[i]["initial_lr"]) for i in self.group_of]
+        return Rates(factors.to("cpu", torch.float64).numpy(), np.array(peaks))
+
+    def rule(self) -> Rule:
+        """The update rule of each tensor."""
+        groups = [self.optimizer.param_groups[i] for i in self.group_of]
+        number = np.float32 if self.dtype == torch.float32 else np.float64
+        return Rule(
+            np.array([p is not None for p in self.tensors]),
+            np.array([g["momentum"] for g in groups], number),
+            np.array([1 - g["dampening"] for g in groups], number),
+            np.array([g["weight_decay"] for g in groups], number),
+            np.array([bool(g["nesterov"]) for g in groups]),
+            np.array([-1.0 if g["maximize"] else 1.0 for g in groups], number),
+            np.array([p is not None and self.buffer(p) is None for p in self.tensors]),
+        )
+
+    def bound(self, batch: int) -> Bound:
+        """Of the step.
+
+        Args:
+            batch: B.
+        """
+        if self.polyak is None:
+            return Bound()
+        return Bound(*map(float, self.polyak.bounds(self.optimizer, batch)))
+
+    def buffer(self, p: Tensor) -> Tensor | None:
+        """The momentum buffer of a parameter, as the optimizer has it.
+
+        Args:
+            p: One of the parameters.
+        """
+        return self.optimizer.state[p].get("momentum_buffer") if p in self.optimizer.state else None
+
+    def has_momentum(self, p: Tensor | None, group: int) -> bool:
+        """Whether a tensor is there and moves with momentum.
+
+        Args:
+            p: One of the tensors.
+            group: Its group's number.
+        """
+        return p is not None and self.optimizer.param_groups[group]["momentum"] != 0
+
+    def gather(self) -> Parameters:
+        """Copies of θ and of the momentum buffers, each in one piece."""
+        sizes = [
+            self.layers[i // 2].linear.out_features if p is None else p.numel()
+            for i, p in enumerate(self.tensors)
+        ]
+        if not len(self._theta):
+            self._theta = torch.zeros(sum(sizes), dtype=self.dtype)
+        moving = any(map(self.has_momentum, self.tensors, self.group_of))
+        if moving and self._buffers is None:
+            self._buffers = torch.zeros(sum(sizes), dtype=self.dtype)
+        buffers = self._buffers if moving else None
+        own: Any = [None] * len(sizes) if buffers is None else buffers.split(sizes)
+        self._views = list(zip(self._theta.split(sizes), own, strict=True))
+        for p, (theta, part) in zip(self.tensors, self._views, strict=True):
+            if p is None:
+                continue
+            theta.view_as(p).copy_(p)
+            if part is not None:
+                old = self.buffer(p)
+                part.zero_() if old is None else part.view_as(p).copy_(old)
+        none = torch.zeros(0, dtype=self.dtype)
+        return Parameters(self._theta.numpy(), (none if buffers is None else buffers).numpy())
+
+    def give_back(self) -> None:
+        """Put what the loops have made of `gather` into the parameters and the optimizer."""
+        for p, group, (theta, part) in zip(self.tensors, self.group_of, self._views, strict=True):
+            if p is None:
+                continue
+            p.copy_(theta.view_as(p))
+            if part is not None and self.has_momentum(p, group):
+                own = self.buffer(p)
+                if own is None:
+                    own = self.optimizer.state[p]["momentum_buffer"] = torch.empty_like(p)
+                own.copy_(part.view_as(p))
+
+    def targets(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Class numbers (N,) and (1, C), or (1,) and numbers (N, C)."""
+        if self._targets is None:
+            outputs = self.layers[-1].linear.out_features
+            targets = self.loss.as_targets(self.objective.targets, outputs)
+            if self.loss.task == "regression":
+                values = targets.reshape(-1, outputs).to(self.dtype).contiguous()
+                self._targets = np.zeros(1, np.int64), values.numpy()
+            else:
+                self._targets = targets.contiguous().numpy(), self.empty(1, outputs)
+        return self._targets
+
+    def gives_margins(self, batch: int) -> bool:
+        """Whether the loops give margins for the logistic loss, which is then computed at once.
+
+        Args:
+            batch: B.
+        """
+        return batch == 1 and self.polyak is None and type(self.loss) is losses.Logistic
+
+    def loss_kernel(self, batch: int) -> LossKernel:
+        """Which loss the loops compute.
+
+        Args:
+            batch: B.
+        """
+        parameter = torch.tensor(getattr(self.loss, "delta", 0.0), dtype=self.dtype).numpy()[()]
+        code = MARGIN if self.gives_margins(batch) else LOSS.get(type(self.loss), OWN)
+        address = 0
+        if code == OWN:
+            from gdtrain.engines.native.kernels import own_loss
+
+            if "loss" not in self._own:  # what is compiled lives as long as this does
+                kernel = self.loss.native()
+                assert kernel is not None
+                self._own["loss"] = own_loss(kernel, self.dtype)
+            address = self._own["loss"].address
+        return LossKernel(code, parameter, address)
+
+    def network(self) -> Network:
+        """Which layers."""
+        linears = [layer.linear for layer in self.layers]
+        activations = [layer.activation for layer in self.layers]
+        addresses = np.zeros((2, len(linears)), np.int64)
+        for at, activation in enumerate(activations):
+            if type(activation) not in ACTIVATION:
+                from gdtrain.engines.native.kernels import own_activation
+
+                kernels = activation.native()
+                assert kernels is not None
+                self._own[at] = own_activation(*kernels, self.dtype)
+                addresses[:, at] = [made.address for made in self._own[at]]
+        parameters = torch.tensor([a.parameter for a in activations], dtype=self.dtype)
+        return Network(
+            np.array([linears[0].in_features, *(linear.out_features for linear in linears)]),
+            np.array([ACTIVATION.get(type(a), OWN) for a in activations]),
+            parameters.numpy(),
+            *addresses,
+        )
