@@ -176,7 +176,7 @@ class Slopes:
 
     Args:
         objective: J without the decay.
-        optimizer: With "lr", "weight_decay", "momentum" and "maximize" in its groups, if it has them.
+        optimizer: Its groups have "lr", and may have "weight_decay", "momentum" and "maximize".
 
     Example:
         >>> from gdtrain.losses import SquaredError
