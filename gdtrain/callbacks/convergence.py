@@ -7,11 +7,13 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import nn
 from torch.optim import Optimizer
 
 from gdtrain.convex.certificate import (
@@ -41,6 +43,15 @@ _EXAMPLES = 1024  # that a look costs at least: small passes cost more than thei
 _PASSES, _NUMBERS = 4, 2**24  # that a search for a bound may take at least: passes, inputs read
 _END_SHARE = 0.03  # of the passes of the run: for the certificate at the end
 _FIRST_BATCH = Stationarity(None, 0.95).batch  # examples in a batch of the first look
+_DROPOUT = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    Dropout,
+)
 _LOST = (StopReason.DIVERGED, StopReason.NON_FINITE)
 
 
@@ -144,13 +155,9 @@ class Convergence(Callback):
         every: int | None = None,
         share: float = 0.02,
     ) -> None:
-        if tolerance is not None:
-            tolerance = Interval(0, math.inf, "left").check("tolerance", tolerance)
         if not isinstance(noise_floor, bool):
-            raise ValueError(
-                f"noise_floor must be true or false. Received: noise_floor={noise_floor!r}."
-            )
-        self.tolerance = tolerance or None
+            raise ValueError(f"noise_floor must be true or false. Received: {noise_floor!r}.")
+        self.tolerance = Interval(0, math.inf, "left").check("tolerance", tolerance or 0.0) or None
         self.gap = None if gap is None else Interval(0, 1).check("gap", gap)
         self.confidence = Interval(0.5, 1).check("confidence", confidence)
         self.noise_floor = noise_floor
@@ -163,12 +170,9 @@ class Convergence(Callback):
     def _forget(self) -> None:
         self._test = Stationarity(self.tolerance, self.confidence)
         self._validations = Patience(self.patience or 1)
-        self._gradient_turn, self._gap_turn = _Turn(), _Turn()
+        self._certifies = _Certifies(self.gap, self.every is None)
+        self._gradient_turn = _Turn()
         self._spent = 0.0  # seconds
-        self._lower = 0.0
-        self._problem: LinearProblem | None = None
-        self._problem_state: dict[str, Any] | None = None
-        self._certificate: tuple[int, Certificate] | None = None
         self._ready = False
 
     # ------------------------------------------------------------------ hooks
@@ -182,7 +186,7 @@ class Convergence(Callback):
         module = self._module
         if module is None or module.objective is None:
             return None
-        spacings = [self.every or self._spacing(module, kind) for kind in self._kinds(module)]
+        spacings = [self._spacing(module, kind) for kind in self._kinds(module)]
         return min(((update // s + 1) * s for s in spacings), default=None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,7 +194,8 @@ class Convergence(Callback):
         if trainer.global_step == 0:
             self._forget()
         self._module = cast(SupervisedModule, pl_module)
-        self._problem, self._certificate, self._ready = None, None, False
+        self._ready = False
+        self._certifies.problem = self._certifies.last = None
         cast(Any, pl_module).certificate = None
 
     def on_train_batch_start(
@@ -203,15 +208,7 @@ class Convergence(Callback):
         self._ready = True
         optimizer = trainer.optimizers[0]
         if self.gap is not None:
-            try:
-                self._problem = LinearProblem.of(module.objective, optimizer)
-                if self._problem_state is not None:
-                    self._problem.load_state_dict(self._problem_state)
-            except NoCertificateError as error:
-                raise ValueError(
-                    f"gap={self.gap} needs a linear model with a duality gap, and here is none: "
-                    f"{error}. Leave it out (gap=null); tolerance is for any model."
-                ) from error
+            self._certifies.begin(module)
         if self._test.first_norm is None and self._looks_at_gradients(module, optimizer):
             started = time.perf_counter()
             found = self._look(trainer, module, balance=False)
@@ -237,13 +234,13 @@ class Convergence(Callback):
             if module.stop is None and self._is_due(trainer, module, kind):
                 started = time.perf_counter()
                 if kind == "gradient":
-                    self._check_gradient(trainer, module)
-                    self._gradient_turn.examples = module.examples_seen
+                    turn, stop = self._gradient_turn, self._check_gradient(trainer, module)
                 else:
-                    self._check_gap(trainer, module)
-                    self._gap_turn.examples = module.examples_seen
+                    turn, stop = self._certifies.turn, self._certifies.check(module, self.share)
+                turn.examples = module.examples_seen
                 self._spent += time.perf_counter() - started
-                trainer.should_stop |= module.stop is not None
+                if stop is not None:
+                    module.stop, trainer.should_stop = stop, True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count validations without a lower loss."""
@@ -265,34 +262,31 @@ class Convergence(Callback):
         module = cast(SupervisedModule, pl_module)
         module.settle()
         # A run that is interrupted goes on as if there had been no look at its end.
-        self._problem_state = self._state_of_problem()
+        self._certifies.remember()
         lost = module.stop is not None and module.stop.reason in _LOST
         if module.objective is not None and module.updates and not lost:
-            optimizer = trainer.optimizers[0]
             if (
                 module.stop is None
-                and self._looks_at_gradients(module, optimizer)
-                and not self._stochastic(module)
+                and self._looks_at_gradients(module, trainer.optimizers[0])
+                and not _is_stochastic(module)
             ):
-                self._check_gradient(trainer, module)
-            self._certify_at_the_end(trainer, module)
-        self._module = self._problem = None
+                module.stop = self._check_gradient(trainer, module) or module.stop
+            started = time.perf_counter()
+            numbers = self._certifies.end(module, _END_SHARE)
+            self._spent += time.perf_counter() - started
+            if numbers is not None:
+                module.certificate = {**numbers, "seconds_of_all_checks": self._spent}
+        self._module = self._certifies.problem = None
 
     # ------------------------------------------------------------------ when
 
     def _looks_at_gradients(self, module: SupervisedModule, optimizer: Optimizer) -> bool:
-        if self.tolerance is None and not (self.noise_floor and self._stochastic(module)):
+        if self.tolerance is None and not (self.noise_floor and _is_stochastic(module)):
             return False
         # Decoupled decay is the gradient of nothing: the run's fixed point is no stationary point.
         return not any(
             g.get("decoupled_weight_decay") and g["weight_decay"] for g in optimizer.param_groups
         )
-
-    @staticmethod
-    def _stochastic(module: SupervisedModule) -> bool:
-        objective = module.objective
-        assert objective is not None
-        return _batch_size(module.trainer) < len(objective.inputs) or _drops(module)
 
     def _kinds(self, module: SupervisedModule) -> list[str]:
         """Of checks that this run has."""
@@ -301,29 +295,31 @@ class Convergence(Callback):
 
     def _spacing(self, module: SupervisedModule, kind: str) -> int:
         """Updates between two multiples at which a check may be due."""
+        if self.every is not None:
+            return self.every
         assert module.objective is not None
         count = len(module.objective.inputs)
         if kind == "gap":
             least = _PASSES * count
-        elif self._stochastic(module):
-            least = min(2 * PAIRS * self._size(module, module.objective, _FIRST_BATCH), count)
+        elif _is_stochastic(module):
+            least = min(2 * PAIRS * _size(module, _FIRST_BATCH), count)
         else:
             least = count
         return math.ceil(max(least, _EXAMPLES) / (self.share * _batch_size(module.trainer)))
 
     def _is_due(self, trainer: Trainer, module: SupervisedModule, kind: str) -> bool:
-        if module.updates % (self.every or self._spacing(module, kind)):
+        if module.updates % self._spacing(module, kind):
             return False
-        turn = self._gap_turn if kind == "gap" else self._gradient_turn
+        turn = self._certifies.turn if kind == "gap" else self._gradient_turn
         cost = turn.cost if kind == "gap" else self._cost(trainer, module)
         return self.every is not None or self.share * (module.examples_seen - turn.examples) >= cost
 
     def _cost(self, trainer: Trainer, module: SupervisedModule) -> float:
         """Of a look at the gradient, in examples: a pass without gradients costs a third."""
         assert module.objective is not None
-        size = self._size(module, module.objective, self._test.batch)
+        size = _size(module, self._test.batch)
         cost = len(module.objective.inputs)
-        if self._stochastic(module):
+        if _is_stochastic(module):
             cost = min(2 * PAIRS * size, cost) if not _drops(module) else 2 * PAIRS * size
         if self._can_be_at_the_floor(trainer, module):
             cost += PAIRS * (_batch_size(trainer) + size)
@@ -331,18 +327,16 @@ class Convergence(Callback):
 
     # ------------------------------------------------------------------ the gradient
 
-    def _check_gradient(self, trainer: Trainer, module: SupervisedModule) -> None:
+    def _check_gradient(self, trainer: Trainer, module: SupervisedModule) -> Stop | None:
         balance = self._can_be_at_the_floor(trainer, module)
         found = self._look(trainer, module, balance=balance)
         if not math.isfinite(found.mean):
-            return
-
-        def again() -> Look:
-            return self._look(trainer, module, balance=False, again=True)
-
-        module.stop = self._test.converged(found, again, module.updates)
-        if module.stop is None and balance:
-            module.stop = self._test.at_the_floor(found, _batch_size(trainer), module.updates)
+            return None
+        again = partial(self._look, trainer, module, balance=False, again=True)
+        stop = self._test.converged(found, again, module.updates)
+        if stop is None and balance:
+            stop = self._test.at_the_floor(found, _batch_size(trainer), module.updates)
+        return stop
 
     def _look(
         self, trainer: Trainer, module: SupervisedModule, *, balance: bool, again: bool = False
@@ -350,7 +344,7 @@ class Convergence(Callback):
         """With random numbers that the update number alone decides."""
         objective = module.objective
         assert objective is not None
-        count, size = len(objective.inputs), self._size(module, objective, self._test.batch)
+        count, size = len(objective.inputs), _size(module, self._test.batch)
         data_seed = int(getattr(cast(Any, trainer).datamodule, "seed", 0))
         seed = np.random.SeedSequence([int(again), module.updates, data_seed])
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
@@ -364,18 +358,11 @@ class Convergence(Callback):
                 generator,
                 size=size,
                 batch_size=_batch_size(trainer),
-                exact=not self._stochastic(module)
+                exact=not _is_stochastic(module)
                 or (2 * PAIRS * size >= count and not _drops(module)),
                 balance=balance,
                 confidence=self.confidence,
             )
-
-    @staticmethod
-    def _size(module: SupervisedModule, objective: Objective, size: int) -> int:
-        """Examples in a batch of a look; layers that mix examples get the run's own."""
-        if objective._mixes:
-            return _batch_size(module.trainer)
-        return min(size, len(objective.inputs))
 
     def _can_be_at_the_floor(self, trainer: Trainer, module: SupervisedModule) -> bool:
         """Whether the loss is flat at a constant η that the schedule will not lower."""
@@ -395,76 +382,6 @@ class Convergence(Callback):
             and not falls_later(module.schedule, factor, module.updates, module.total_updates)
         )
 
-    # ------------------------------------------------------------------ the duality gap
-
-    def _certify(self, module: SupervisedModule, share: float) -> Certificate:
-        """The certificate of the parameters at hand, by work that no clock bounds."""
-        layer = linear_layer(module.model)
-        problem, objective = self._problem, module.objective
-        assert problem is not None
-        assert objective is not None
-        count = len(objective.inputs)
-        passes = max(
-            share * module.examples_seen / count, _NUMBERS / (count * layer.in_features), _PASSES
-        )
-        with _averaged(module.trainer.optimizers[0]):
-            return problem.certify(
-                layer.weight,
-                layer.bias,
-                tolerance=1e-6 if self.gap is None else 0.5 * self.gap,
-                work=math.inf if self.every is not None else passes,
-                lower=self._lower,
-            )
-
-    def _check_gap(self, trainer: Trainer, module: SupervisedModule) -> None:
-        made = self._certify(module, self.share)
-        self._lower = max(self._lower, made.dual)
-        self._certificate = module.updates, made
-        assert module.objective is not None
-        self._gap_turn.cost = made.work * len(module.objective.inputs)
-        self._stop_at_gap(trainer, module, made)
-
-    def _stop_at_gap(
-        self, trainer: Trainer, module: SupervisedModule, certificate: Certificate
-    ) -> None:
-        assert self.gap is not None
-        if trainer.strategy.broadcast(certificate.relative_gap) <= self.gap:
-            module.stop = Stop(
-                StopReason.CONVERGED,
-                f"The objective is {certificate.primal:.8g} after {module.updates} updates, and at "
-                f"most {certificate.gap:.2g} above its minimum (relative: "
-                f"{certificate.relative_gap:.1e}, asked: {self.gap:g}).",
-                {**certificate.numbers(), "update": module.updates},
-                "To go further, lower callbacks.convergence.gap.",
-            )
-
-    def _certify_at_the_end(self, trainer: Trainer, module: SupervisedModule) -> None:
-        objective = module.objective
-        assert objective is not None
-        started = time.perf_counter()
-        if self._problem is None:
-            try:
-                self._problem = LinearProblem.of(objective, trainer.optimizers[0])
-            except NoCertificateError:
-                return
-        if self._certificate is not None and self._certificate[0] == module.updates:
-            certificate = self._certificate[1]
-        else:
-            certificate = self._certify(module, _END_SHARE)
-            self._spent += time.perf_counter() - started
-            if self.gap is not None and module.stop is None:
-                self._stop_at_gap(trainer, module, certificate)
-        numbers: dict[str, Any] = {
-            **certificate.numbers(),
-            "weight_decay": self._problem.weight_decay,
-            "seconds_of_all_checks": self._spent,
-        }
-        cast(Any, module).certificate = numbers
-        if module.stop is not None:
-            module.stop = dataclasses.replace(
-                module.stop, numbers={**module.stop.numbers, **certificate.numbers()}
-            )
-
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
@@ -472,26 +389,20 @@ class Convergence(Callback):
         return {
             **self._test.state_dict(),
             "gradient_turn": dataclasses.asdict(self._gradient_turn),
-            "gap_turn": dataclasses.asdict(self._gap_turn),
             "spent": self._spent,
             "best_loss": self._validations.best,
             "since": self._validations.since,
-            "lower": self._lower,
-            "problem": self._state_of_problem(),
+            **self._certifies.state_dict(),
         }
-
-    def _state_of_problem(self) -> dict[str, Any] | None:
-        return self._problem_state if self._problem is None else self._problem.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._test.load_state_dict(state_dict)
         self._gradient_turn = _Turn(**state_dict["gradient_turn"])
-        self._gap_turn = _Turn(**state_dict["gap_turn"])
+        self._certifies.load_state_dict(state_dict)
         self._spent = state_dict["spent"]
         self._validations.best = state_dict["best_loss"]
         self._validations.since = state_dict["since"]
-        self._lower, self._problem_state = state_dict["lower"], state_dict["problem"]
 
 
 @dataclasses.dataclass
@@ -500,6 +411,113 @@ class _Turn:
 
     examples: int = 0
     cost: float = 0.0
+
+
+class _Certifies:
+    """The duality gap of a linear model in a run.
+
+    Args:
+        gap: That ends it, relative; None: none does.
+        bounded: Whether the work of a search for a bound is: by a share of the run's passes.
+    """
+
+    def __init__(self, gap: float | None, bounded: bool) -> None:
+        self.gap, self.bounded = gap, bounded
+        self.turn = _Turn()
+        self.lower = 0.0
+        self.problem: LinearProblem | None = None
+        self.last: tuple[int, Certificate] | None = None  # after which update, and what
+        self._state: dict[str, Any] | None = None  # of the problem, as resumed or at the end
+
+    def begin(self, module: SupervisedModule) -> None:
+        """Raise ValueError, if the model has no duality gap."""
+        assert module.objective is not None
+        try:
+            self.problem = LinearProblem.of(module.objective, module.trainer.optimizers[0])
+        except NoCertificateError as error:
+            raise ValueError(
+                f"gap={self.gap} needs a linear model with a duality gap, and here is none: "
+                f"{error}. Leave it out (gap=null); tolerance is for any model."
+            ) from error
+        if self._state is not None:
+            self.problem.load_state_dict(self._state)
+
+    def _certify(self, module: SupervisedModule, share: float) -> Certificate:
+        """Of the parameters at hand, or of their average, by work that no clock bounds."""
+        layer, objective = linear_layer(module.model), module.objective
+        assert self.problem is not None
+        assert objective is not None
+        count = len(objective.inputs)
+        passes = max(
+            share * module.examples_seen / count, _NUMBERS / (count * layer.in_features), _PASSES
+        )
+        with _averaged(module.trainer.optimizers[0]):
+            return self.problem.certify(
+                layer.weight,
+                layer.bias,
+                tolerance=1e-6 if self.gap is None else 0.5 * self.gap,
+                work=passes if self.bounded else math.inf,
+                lower=self.lower,
+            )
+
+    def check(self, module: SupervisedModule, share: float) -> Stop | None:
+        """Whether the gap is as small as was asked."""
+        made = self._certify(module, share)
+        self.lower = max(self.lower, made.dual)
+        self.last = module.updates, made
+        assert module.objective is not None
+        self.turn.cost = made.work * len(module.objective.inputs)
+        return self._verdict(module, made)
+
+    def _verdict(self, module: SupervisedModule, made: Certificate) -> Stop | None:
+        if self.gap is None:
+            return None
+        if module.trainer.strategy.broadcast(made.relative_gap) > self.gap:
+            return None
+        return Stop(
+            StopReason.CONVERGED,
+            f"The objective is {made.primal:.8g} after {module.updates} updates, and at most "
+            f"{made.gap:.2g} above its minimum (relative: {made.relative_gap:.1e}, asked: "
+            f"{self.gap:g}).",
+            {**made.numbers(), "update": module.updates},
+            "To go further, lower callbacks.convergence.gap.",
+        )
+
+    def end(self, module: SupervisedModule, share: float) -> dict[str, Any] | None:
+        """The certificate's numbers, also in the reason why the run stops; None: there is none."""
+        if self.problem is None:
+            assert module.objective is not None
+            try:
+                self.problem = LinearProblem.of(module.objective, module.trainer.optimizers[0])
+            except NoCertificateError:
+                return None
+        if self.last is not None and self.last[0] == module.updates:
+            made = self.last[1]
+        else:
+            made = self._certify(module, share)
+            if module.stop is None:
+                module.stop = self._verdict(module, made) or module.stop
+        if module.stop is not None:
+            numbers = {**module.stop.numbers, **made.numbers()}
+            module.stop = dataclasses.replace(module.stop, numbers=numbers)
+        return {**made.numbers(), "weight_decay": self.problem.weight_decay}
+
+    def remember(self) -> None:
+        """What the state is from now on, whatever the problem is asked at the end."""
+        self._state = self.state_dict()["problem"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers only."""
+        return {
+            "gap_turn": dataclasses.asdict(self.turn),
+            "lower": self.lower,
+            "problem": self._state if self.problem is None else self.problem.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; other entries are left alone."""
+        self.turn = _Turn(**state["gap_turn"])
+        self.lower, self._state = state["lower"], state["problem"]
 
 
 @contextmanager
@@ -528,11 +546,21 @@ def _averaged(optimizer: Optimizer) -> Iterator[None]:
         rule.train(optimizer)
 
 
+def _is_stochastic(module: SupervisedModule) -> bool:
+    assert module.objective is not None
+    return _batch_size(module.trainer) < len(module.objective.inputs) or _drops(module)
+
+
+def _size(module: SupervisedModule, size: int) -> int:
+    """Examples in a batch of a look; layers that mix examples get the run's own."""
+    assert module.objective is not None
+    if module.objective._mixes:
+        return _batch_size(module.trainer)
+    return min(size, len(module.objective.inputs))
+
+
 def _drops(module: SupervisedModule) -> bool:
-    return any(
-        isinstance(m, torch.nn.modules.dropout._DropoutNd | Dropout) and m.p > 0 and m.training
-        for m in module.model.modules()
-    )
+    return any(isinstance(m, _DROPOUT) and m.p > 0 and m.training for m in module.model.modules())
 
 
 def _batch_size(trainer: Trainer) -> int:

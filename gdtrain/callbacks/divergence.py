@@ -80,11 +80,10 @@ class Divergence(Callback):
       twice it at a fall as 1/t;
     - the last was made, and the loss is above 1.5 times the start's.
 
-    Sweeps stay fast: losses are read at stations alone, whose update numbers are fixed before
-    training. They are multiples of a power of two, about 1/4 of the updates made, but at least 16,
-    and at most 1/32 of the planned updates, 2¹⁴ updates, or (on CPU) 2¹⁶ examples; every validation
-    and the end of the run are stations too. (Batches from a loader of pairs: every update.)
-    Everything is decided there, so that a run is the same however it is cut into sweeps.
+    Sweeps stay fast: losses are read at stations alone (`gdtrain.descent.monitors.next_station`),
+    whose update numbers are fixed before training, at most 2¹⁶ examples apart (on CPU), and at
+    validations. (Batches from a loader of pairs: every update.) All is decided there, before any
+    callback sees the sweep: a run depends neither on its sweeps nor on the order of callbacks.
 
     Looks are at the stations at which 16, 32, 64, … updates were made, on a fixed probe of at most
     256 training examples, and only where the training loss is not below the start's, or falls no
@@ -165,7 +164,6 @@ class Divergence(Callback):
         """What begins anew in a resumed run."""
         self._run: _Run | None = None
         self._begun = self._ended = False
-        self._trained: list[int] | None = None  # which parameters are
         self._last_rate = math.nan
         self._bounce: float | None = None
 
@@ -281,17 +279,14 @@ class Divergence(Callback):
         if self.events:
             last = self.events[-1]
             message.append(
-                f"The run had diverged {_times(len(self.events))}, last at update "
-                f"{last['update']} ({last['cause']}), and went on with η cut to "
-                f"{last['lr'] / _CUT:.3g}."
+                f"The run had diverged {_times(self.events)}, last at update {last['update']} "
+                f"({last['cause']}), and went on with η cut to {last['lr'] / _CUT:.3g}."
             )
             advice.append(f"Set optimizer.lr={last['advised_lr']:.3g}.")
             numbers["recoveries"] = [dict(event) for event in self.events]
         if self._bounce is not None and self._bounce > 1 and self._last_rate > 0:
             said, helps, found = oscillation(self._bounce, self._last_rate, self._last_losses)
-            message.append(said)
-            advice.append(helps)
-            numbers.update(found)
+            message, advice, numbers = [*message, said], [*advice, helps], numbers | found
         return replace(
             stop,
             message=" ".join(filter(None, message)),
@@ -314,14 +309,11 @@ class Divergence(Callback):
 
     def _notice_changes(self, run: _Run) -> None:
         """Begin a stretch anew where other parameters are trained: no kept state fits them."""
-        groups = run.optimizer.param_groups
-        trained = [id(p) for group in groups for p in group["params"] if p.requires_grad]
-        if self._trained not in (None, trained):
+        if run.trains_others():
             self._station, self._losses, self._rates = run.updates, [], []
             self._recovery.forget()
             self._monitor.window = np.zeros(0)
             run.forget_before(run.updates)
-        self._trained = trained
 
     def _settle(self, run: _Run, last: bool) -> None:
         """Read the losses since the last station; recover or stop where the run has failed."""
@@ -351,13 +343,12 @@ class Divergence(Callback):
         if failure.cause is not None:
             return failure.update, explain(failure, self._monitor.start, self.growth)
         update = self._recovery.locate(run, failure.update)
-        finding = run.examine(update)
-        if finding is None and update < failure.update:
-            finding = Finding(
-                Cause.STEP,
-                "loss and gradient are finite, but the parameters after the step are not",
-            )
-        return update, finding or Finding(Cause.LOSS, "the loss of the batch is not finite")
+        if update < failure.update:
+            text = "loss and gradient are finite, but the parameters after the step are not"
+            unseen = Finding(Cause.STEP, text)
+        else:
+            unseen = Finding(Cause.LOSS, "the loss of the batch is not finite")
+        return update, run.examine(update) or unseen
 
     def _answer(self, run: _Run, accident: _Accident) -> None:
         """Go back to the last good state, and on with a smaller η; or end there."""
@@ -372,42 +363,23 @@ class Divergence(Callback):
         limit = None
         if module.objective is not None and run.is_full and not hopeless:
             limit = step_limit(module.objective, run.optimizer)
-        rate, peak = accident.rate, run.peak(accident.update, accident.rate)
-        if accident.last and finite:
-            rate = peak  # the last ones are short
-        advised = peak / _CUT
-        if limit is not None:  # half of it is 1/λ, where a quadratic converges fastest
-            advised = min(advised, limit[1] / 2)
-        names = run.names(accident.update)
-        numbers = {
-            "update": accident.update,
-            "cause": finding.cause.value,
-            **({} if accident.loss is None else {"loss": accident.loss}),
-            "lr": rate,
-            **finding.numbers,
-            **names.numbers(finding),
-        }
-        if limit is not None:
-            numbers.update(sharpness=limit[0], lr_limit=limit[1])
-        message = sentence(
-            finding, finding.told(names), accident.update, rate, accident.loss, limit
-        )
+        peak = run.peak(accident.update, accident.rate)
+        rate = peak if accident.last and finite else accident.rate  # the last ones are short
+        # Half of the limit is 1/λ, where a quadratic converges fastest.
+        advised = min(peak / _CUT, math.inf if limit is None else limit[1] / 2)
+        numbers, message = accident.told(run.names(accident.update), rate, limit)
         again = self.action == "recover" and len(self.events) < self.recoveries
         if again and not hopeless and not accident.last:
             module.rate_cut /= _CUT
             self.events.append({**numbers, "good_update": good, "advised_lr": advised})
             if module.trainer.is_global_zero:
-                _log.warning(
-                    "%s The run goes on from the state before update %d, with lr=%.3g.",
-                    message,
-                    good,
-                    rate / _CUT,
-                )
+                goes_on = "%s The run goes on from the state before update %d, with lr=%.3g."
+                _log.warning(goes_on, message, good, rate / _CUT)
             monitor.begin_again(run.updates)
             self._recovery.begin_again(run)
             return
         if self.events:
-            message += f" It had recovered {_times(len(self.events))} before."
+            message += f" It had recovered {_times(self.events)} before."
             numbers["recoveries"] = [dict(event) for event in self.events]
         kept = f"The model is that before update {good}, the last good state."
         module.stop = Stop(
@@ -454,6 +426,23 @@ class _Accident:
     rate: float
     loss: float | None
 
+    def told(
+        self, names: Names, rate: float, limit: tuple[float, float] | None
+    ) -> tuple[dict[str, Any], str]:
+        """Numbers and words, with η, and λ and the largest stable η where they are known."""
+        finding, update, loss = self.finding, self.update, self.loss
+        numbers = {
+            "update": update,
+            "cause": finding.cause.value,
+            **({} if loss is None else {"loss": loss}),
+            "lr": rate,
+            **finding.numbers,
+            **names.numbers(finding),
+        }
+        if limit is not None:
+            numbers.update(sharpness=limit[0], lr_limit=limit[1])
+        return numbers, sentence(finding, finding.told(names), update, rate, loss, limit)
+
 
 class _Run:
     """A `SupervisedModule` in training, as `gdtrain.descent.recovery.Run`, with its probe."""
@@ -463,6 +452,7 @@ class _Run:
         self.loader = module.trainer.train_dataloader
         self.probe: tuple[Objective, Tensor] | None = None
         self._batches: dict[int, Any] = {}  # of a loader that cannot be asked again
+        self._trained: list[int] | None = None  # which parameters are
 
     @property
     def model(self) -> nn.Module:
@@ -510,6 +500,12 @@ class _Run:
     def cannot_be_asked_again(self) -> bool:
         """Whether the batches come from a loader that is not gdtrain's."""
         return self.plan is None
+
+    def trains_others(self) -> bool:
+        """Whether other parameters are trained than when this was last asked."""
+        groups, before = self.optimizer.param_groups, self._trained
+        self._trained = [id(p) for g in groups for p in g["params"] if p.requires_grad]
+        return before not in (None, self._trained)
 
     def retain(self, batch: Any) -> bool:
         """Keep a batch that cannot be asked again; says whether too much is kept by now."""
@@ -585,7 +581,8 @@ def _is_lost(stop: Stop) -> bool:
     return stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
 
 
-def _times(count: int) -> str:
+def _times(events: list[Any]) -> str:
+    count = len(events)
     return "once" if count == 1 else "twice" if count == 2 else f"{count} times"
 
 
