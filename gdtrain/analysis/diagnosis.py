@@ -9,64 +9,36 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gdtrain.descent.monitors import FINITE, WINDOW, Cause, Failure, Health
 from gdtrain.models.activations import activation_of
 from gdtrain.objective import Objective, untouched
 
 __all__ = [
     "RECTIFIERS",
-    "Cause",
     "Finding",
-    "Health",
+    "Names",
     "examine",
+    "explain",
     "health",
+    "oscillation",
     "overshoot",
+    "sentence",
     "step_limit",
+    "what_helps",
 ]
 
 _NAMED = 5  # examples, features or parameters that a message lists
 _ONE_BY_ONE = 256  # examples whose gradients are looked at one by one
 _SATURATED = 0.99  # |h| from which a tanh unit counts as saturated
-_NEARLY_ALL = 0.95  # share of them from which a layer does
 RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.Threshold, nn.Hardtanh)
 """Layers whose units can die: give 0, with slope 0, for every example."""
 _LIMIT_EXAMPLES, _LIMIT_PARAMETERS = 2048, 10**7  # of the search for λ
-
-
-class Cause(str, Enum):
-    """What made a run fail.
-
-    Example:
-        >>> Cause.INPUT.value
-        'INPUT'
-    """
-
-    INPUT = "INPUT"
-    """A feature of an example is infinite or not a number."""
-    TARGET = "TARGET"
-    """A label or number to predict is."""
-    WEIGHT = "WEIGHT"
-    """A parameter or buffer is, before the update."""
-    LOSS = "LOSS"
-    """The loss is, of finite examples and parameters."""
-    GRADIENT = "GRADIENT"
-    """The gradient is, of a finite loss."""
-    STEP = "STEP"
-    """The parameters are after the update, of a finite gradient."""
-    GROWTH = "GROWTH"
-    """The loss grew beyond the bound."""
-    DEAD = "DEAD"
-    """All units of a layer give 0 for every example, and all predictions are the same."""
-    SATURATED = "SATURATED"
-    """Nearly all units of a layer are at the flat ends, and the loss is above the start's."""
-    ABOVE_START = "ABOVE_START"
-    """The loss stays above the start's, and does not fall."""
 
 
 @dataclass(frozen=True)
@@ -107,42 +79,51 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Health:
-    """How the hidden units answer to a probe of examples.
+class Names:
+    """How the user knows the examples of an update, its features and targets.
 
     Args:
-        value: J on the probe.
-        dead: Share of each rectifier layer's units that give 0 for all examples, by layer.
-        saturated: Share of each tanh or sigmoid layer's outputs within 0.5% of the range of one of
-            its two ends (|h| > 0.99 for tanh), by layer.
-        constant: Whether all predictions are equal.
-        value_of_zero: The loss of predicting 0 for each, a scale for losses.
+        rows: Number in the training part of each of the update's examples; None: not known.
+        source: Row of the data by number in the training part; None: not known.
+        features: Names of the features; None: they have none.
 
     Example:
-        >>> Health(2.3, {"layers.2": 1.0}, {}, constant=True).died
-        True
+        >>> names = Names([7, 4], range(100, 110), ["age", "height"])
+        >>> names("feature", 1), names("example", 0)
+        ('feature 1 (height)', 'training example 7 (row 107 of the data)')
+        >>> Names()("example", 0), Names()("target", 0)
+        ('example 0 of the batch', 'the target')
     """
 
-    value: float
-    dead: Mapping[str, float]
-    saturated: Mapping[str, float]
-    constant: bool
-    value_of_zero: float = math.nan
+    rows: Sequence[int] | None = None
+    source: Sequence[int] | None = None
+    features: Sequence[str] | None = None
 
-    @property
-    def died(self) -> bool:
-        """A whole layer gives 0, and the predictions no longer depend on the example."""
-        return self.constant and any(share == 1.0 for share in self.dead.values())
+    def __call__(self, kind: str, i: int) -> str:
+        """Of "example", "feature" or "target" number i."""
+        if kind == "feature":
+            named = self.features and i < len(self.features)
+            return f"feature {i}" + (f" ({self.features[i]})" if named else "")  # type: ignore[index]
+        if kind == "target":
+            return "the target" if i == 0 else f"target {i}"
+        if self.rows is None:
+            return f"example {i} of the batch"
+        row = "" if self.source is None else f" (row {int(self.source[self.rows[i]])} of the data)"
+        return f"training example {self.rows[i]}{row}"
 
-    @property
-    def dead_share(self) -> float:
-        """Of the units of the layer that has lost most."""
-        return max(self.dead.values(), default=0.0)
+    def numbers(self, finding: Finding) -> dict[str, list[int]]:
+        """Its examples in the training part, and their rows in the data.
 
-    @property
-    def is_saturated(self) -> bool:
-        """At least 95% of a layer's outputs are saturated."""
-        return any(share >= _NEARLY_ALL for share in self.saturated.values())
+        Args:
+            finding: Its "examples" are positions in the update.
+        """
+        positions = finding.numbers.get("examples", [])
+        if self.rows is None or not positions:
+            return {}
+        examples = [self.rows[i] for i in positions]
+        if self.source is None:
+            return {"examples": examples}
+        return {"examples": examples, "rows": [int(self.source[i]) for i in examples]}
 
 
 # ------------------------------------------------------------------ one update
@@ -446,3 +427,133 @@ def overshoot(objective: Objective, indices: Tensor, rate: float) -> float | Non
     if not 0 < square < math.inf or not math.isfinite(product):
         return None
     return 1 - product / square
+
+
+# ------------------------------------------------------------------ in words
+
+
+def explain(failure: Failure, start: float, growth: float) -> Finding:
+    """What losses, and the units of a probe, have shown of a failure.
+
+    Args:
+        failure: Its cause is known.
+        start: The probe's loss at the start.
+        growth: Bound on the loss, in units of that.
+
+    Example:
+        >>> explain(Failure(15, Cause.GROWTH), start=0.5, growth=1e4).message
+        "the mean loss of 16 updates is above 1e+04 times the start's, 0.5"
+    """
+    cause, units = failure.cause, failure.units
+    assert cause is not None
+    if units is None:
+        return Finding(
+            cause,
+            f"the mean loss of {WINDOW} updates is above {growth:.4g} times the start's, "
+            f"{start:.4g}",
+            {"start_loss": start, "growth": growth},
+        )
+    numbers: dict[str, Any] = {"probe_loss": units.value, "start_loss": start}
+    text = (
+        f"the loss is {units.value:.4g} on a probe of training examples, and was {start:.4g} at "
+        f"the start there"
+    )
+    if cause is Cause.ABOVE_START:
+        text += ", and has not fallen"
+    elif cause in (Cause.DEAD, Cause.SATURATED):
+        shares = units.dead if cause is Cause.DEAD else units.saturated
+        share = max(shares.values())
+        layers = [name for name, own in shares.items() if own == share]
+        numbers |= {"layers": layers, cause.value.lower(): share}
+        what = "give 0 for every example" if cause is Cause.DEAD else "are saturated"
+        text = f"{share:.1%} of the units of {', '.join(layers)} {what}; {text}"
+    return Finding(cause, text, numbers)
+
+
+def sentence(
+    finding: Finding,
+    told: str,
+    update: int,
+    rate: float,
+    loss: float | None,
+    limit: tuple[float, float] | None,
+) -> str:
+    """What happened, for the user.
+
+    Args:
+        finding: What failed.
+        told: Its message, by `Finding.told`.
+        update: Which update.
+        rate: η there.
+        loss: J there; None: not known.
+        limit: λ and the largest stable η, by `step_limit`; None: not known.
+
+    Example:
+        >>> sentence(Finding(Cause.GROWTH, ""), "the loss grew", 15, 30.0, 1e9, (1.0, 2.0))
+        'The run diverged at update 15 (counted from 0) with lr=30: the loss grew. Full-batch \
+descent is stable below lr=2 at the last good state (sharpness 1).'
+    """
+    if finding.cause in FINITE:
+        what = "The run diverged"
+    elif loss is not None and not math.isfinite(loss):
+        what = f"The loss was {loss}"
+    else:
+        what = "The parameters became infinite or not a number"
+    stable = (
+        ""
+        if limit is None
+        else (
+            f" Full-batch descent is stable below lr={limit[1]:.3g} at the last good state "
+            f"(sharpness {limit[0]:.3g})."
+        )
+    )
+    return f"{what} at update {update} (counted from 0) with lr={rate:.4g}: {told}.{stable}"
+
+
+def what_helps(cause: Cause) -> str:
+    """The next thing to try where no step size helps; "": nothing is known.
+
+    Args:
+        cause: Of a failure that the last good parameters have, too.
+
+    Example:
+        >>> what_helps(Cause.INPUT)
+        'Correct or leave out that example: no step size helps.'
+    """
+    return {
+        Cause.INPUT: "Correct or leave out that example: no step size helps.",
+        Cause.TARGET: "Correct or leave out that example: no step size helps.",
+        Cause.WEIGHT: "Give the model finite initial parameters: no step size helps.",
+        Cause.LOSS: "The last good parameters give no finite loss for it either: look at the scale "
+        "of these examples and of the initial parameters, or set data.dtype=float64.",
+        Cause.GRADIENT: "The last good parameters give no finite gradient for it either: look for "
+        "a square root, a division or a logarithm at 0 in the model.",
+    }.get(cause, "")
+
+
+def oscillation(bounce: float, rate: float, losses: Any) -> tuple[str, str, dict[str, Any]]:
+    """Message, advice and numbers where the steps go beyond the floor of the valley.
+
+    Args:
+        bounce: η times the curvature along the gradient, by `overshoot`, range (1, ∞).
+        rate: η.
+        losses: (n,), the last ones.
+
+    Example:
+        >>> message, advice, numbers = oscillation(1.5, 0.3, [1.0, 0.9, 1.0, 0.9])
+        >>> advice
+        'lr=0.2 would step onto the floor; a schedule that decays settles there too.'
+        >>> numbers["turns"]
+        2
+    """
+    changes = torch.as_tensor(losses, dtype=torch.float64).diff().sign()
+    turns = int((changes[1:] * changes[:-1] < 0).sum())
+    turned = f"; the loss turned {turns} times in the last {len(changes)} updates"
+    return (
+        f"The steps oscillate: they go beyond the floor of the valley that they cross (η times "
+        f"the curvature along the gradient is {bounce:.2f}: from 1 on a step does, from 2 on it "
+        f"climbs){turned if turns > len(changes) // 2 else ''}.",
+        f"lr={rate / bounce:.3g} would step onto the floor; a schedule that decays settles there "
+        f"too.",
+        {"oscillation": bounce, "turns": turns, "lr": rate},
+    )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models import exact_batch_norm_
+from gdtrain.ranges import Whole
 
 __all__ = ["ExactBatchNorm"]
 
@@ -34,15 +35,13 @@ class ExactBatchNorm(Callback):
     decisive = ()  # a resumed run must have the same
 
     def __init__(self, batch_size: int = 1024) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(
-                f"batch_size must be a whole number of at least 1. Received: {batch_size!r}."
-            )
-        self.batch_size = batch_size
+        self.batch_size = Whole(1).check("batch_size", batch_size)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Recompute."""
+        """Recompute, once the run was validated as it was trained."""
         module = cast(SupervisedModule, pl_module)
+        module.settle()
+        module.validate_at_the_end()
         data = cast(Any, trainer).datamodule
         parameter = next(module.model.parameters())
 

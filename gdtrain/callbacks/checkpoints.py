@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from gdtrain.data.checkpoint_reading import load_checkpoint
 from gdtrain.lightning.module import SupervisedModule
+from gdtrain.ranges import Interval
 
 __all__ = ["BestAndLast"]
 
@@ -49,11 +50,11 @@ class BestAndLast(Checkpoint):
     def __init__(
         self, directory: str | Path, monitor: str = "loss/val", seconds_between: float = 30.0
     ) -> None:
-        if not seconds_between >= 0:
-            raise ValueError(f"seconds_between must be >= 0. Received: {seconds_between}.")
         self.directory = Path(directory)
         self.monitor = monitor
-        self.seconds_between = seconds_between
+        self.seconds_between = Interval(0, math.inf, "left").check(
+            "seconds_between", seconds_between
+        )
         self.best_value = float("inf")
         self._last_saved = time.monotonic()
         self._last_update = -1

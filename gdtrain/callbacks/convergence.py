@@ -5,76 +5,51 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
 from gdtrain.convex.certificate import Certificate, certify
-from gdtrain.convex.conjugates import double
 from gdtrain.convex.problem import LinearProblem, NoCertificateError, linear_layer
+from gdtrain.descent.stationarity import (
+    PAIRS,
+    Look,
+    Patience,
+    Slopes,
+    Stationarity,
+    falls_later,
+    look,
+)
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective, untouched
 from gdtrain.optim.protocol import step_size_of
-from gdtrain.schedules import ReduceOnPlateau
+from gdtrain.ranges import Interval, Whole
 
-__all__ = ["Convergence", "mean_bounds"]
+__all__ = ["Convergence"]
 
-_PAIRS = 8  # of independent batches in one look
-_BATCH = 32  # examples of such a batch, at first
-_LOOKS = 8  # of which the balance of noise and gradient is taken together
-_CHUNK, _CHUNKS = 16, 128  # losses in a mean; means that are kept; then neighbours are joined
 _EXAMPLES = 1024  # that a look costs at least: small passes cost more than their examples
 _PASSES, _NUMBERS = 4, 2**24  # that a search for a bound may take at least: passes, inputs read
 _END_SHARE = 0.03  # of the passes of the run: for the certificate at the end
+_FIRST_BATCH = Stationarity(None, 0.95).batch  # examples in a batch of the first look
+_DROPOUT = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+    Dropout,
+)
 _LOST = (StopReason.DIVERGED, StopReason.NON_FINITE)
-
-
-def mean_bounds(values: Sequence[float], confidence: float) -> tuple[float, float, float]:
-    """Mean of independent numbers, and its one-sided bounds: m ∓ t s/√n.
-
-    s is the standard deviation, t the quantile of Student's distribution with n − 1 degrees of
-    freedom at the confidence.
-
-    Args:
-        values: n numbers, n at least 2.
-        confidence: Of each of the bounds by itself, range (0.5, 1).
-
-    Returns:
-        Lower bound, mean, upper bound.
-
-    Example:
-        >>> [round(x, 3) for x in mean_bounds([1.0, 2.0, 3.0], 0.95)]  # s = 1, t = 2.920
-        [0.314, 2.0, 3.686]
-
-    References:
-        Student, The Probable Error of a Mean, 1908.
-    """
-    from scipy.special import stdtrit
-
-    array = np.asarray(values, dtype=np.float64)
-    n, mean = len(array), float(array.mean())
-    reach = float(stdtrit(n - 1, confidence)) * float(array.std(ddof=1)) / math.sqrt(n)
-    return mean - reach, mean, mean + reach
-
-
-class _Look(NamedTuple):
-    """What one look at the gradient found: ‖∇J‖² and its bounds, and the noise's balance."""
-
-    lower: float
-    mean: float
-    upper: float
-    balance: list[float]
-    rise: float
-    fall: float
 
 
 class Convergence(Callback):
@@ -177,44 +152,24 @@ class Convergence(Callback):
         every: int | None = None,
         share: float = 0.02,
     ) -> None:
-        if tolerance is not None and not (_number(tolerance) and 0 <= tolerance < math.inf):
-            raise ValueError(
-                f"tolerance must be finite and >= 0, or null for none. Received: {tolerance!r}."
-            )
-        if gap is not None and not (_number(gap) and 0 < gap < 1):
-            raise ValueError(f"gap must lie in (0, 1), or be null for none. Received: {gap!r}.")
-        if not (_number(confidence) and 0.5 < confidence < 1):
-            raise ValueError(f"confidence must lie in (0.5, 1). Received: {confidence!r}.")
         if not isinstance(noise_floor, bool):
             raise ValueError(f"noise_floor must be true or false. Received: {noise_floor!r}.")
-        for name, value in (("patience", patience), ("every", every)):
-            if value is not None and (
-                isinstance(value, bool) or not isinstance(value, int) or value < 1
-            ):
-                raise ValueError(
-                    f"{name} must be a whole number of at least 1, or null for none. Received: "
-                    f"{value!r}."
-                )
-        if not (_number(share) and 0 < share <= 0.5):
-            raise ValueError(f"share must lie in (0, 0.5]. Received: {share!r}.")
-        self.tolerance, self.gap, self.confidence = tolerance or None, gap, confidence
-        self.noise_floor, self.patience = noise_floor, patience
-        self.every, self.share = every, share
+        self.tolerance = Interval(0, math.inf, "left").check("tolerance", tolerance or 0.0) or None
+        self.gap = None if gap is None else Interval(0, 1).check("gap", gap)
+        self.confidence = Interval(0.5, 1).check("confidence", confidence)
+        self.noise_floor = noise_floor
+        self.patience = None if patience is None else Whole(1).check("patience", patience)
+        self.every = None if every is None else Whole(1).check("every", every)
+        self.share = Interval(0, 0.5, "right").check("share", share)
         self._module: SupervisedModule | None = None
         self._forget()
 
     def _forget(self) -> None:
-        self._first_norm: float | None = None
-        self._batch = _BATCH
-        self._gradient_turn, self._gap_turn = _Turn(), _Turn()
+        self._test = Stationarity(self.tolerance, self.confidence)
+        self._validations = Patience(self.patience or 1)
+        self._certifies = _Certifies(self.gap, self.every is None)
+        self._gradient_turn = _Turn()
         self._spent = 0.0  # seconds
-        self._level = _Level()
-        self._balances: list[list[float]] = []
-        self._best_loss, self._since = math.inf, 0
-        self._lower = 0.0
-        self._problem: LinearProblem | None = None
-        self._problem_state: dict[str, Any] | None = None
-        self._certificate: tuple[int, Certificate] | None = None
         self._ready = False
 
     # ------------------------------------------------------------------ hooks
@@ -228,7 +183,7 @@ class Convergence(Callback):
         module = self._module
         if module is None or module.objective is None:
             return None
-        spacings = [self.every or self._spacing(module, kind) for kind in self._kinds(module)]
+        spacings = [self._spacing(module, kind) for kind in self._kinds(module)]
         return min(((update // s + 1) * s for s in spacings), default=None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,7 +191,8 @@ class Convergence(Callback):
         if trainer.global_step == 0:
             self._forget()
         self._module = cast(SupervisedModule, pl_module)
-        self._problem, self._certificate, self._ready = None, None, False
+        self._ready = False
+        self._certifies.problem = self._certifies.last = None
         cast(Any, pl_module).certificate = None
 
     def on_train_batch_start(
@@ -249,19 +205,11 @@ class Convergence(Callback):
         self._ready = True
         optimizer = trainer.optimizers[0]
         if self.gap is not None:
-            try:
-                self._problem = LinearProblem.of(module.objective, optimizer)
-                if self._problem_state is not None:
-                    self._problem.load_state_dict(self._problem_state)
-            except NoCertificateError as error:
-                raise ValueError(
-                    f"gap={self.gap} needs a linear model with a duality gap, and here is none: "
-                    f"{error}. Leave it out (gap=null); tolerance is for any model."
-                ) from error
-        if self._first_norm is None and self._looks_at_gradients(module, optimizer):
+            self._certifies.begin(module)
+        if self._test.first_norm is None and self._looks_at_gradients(module, optimizer):
             started = time.perf_counter()
-            look = self._look(trainer, module, balance=False)
-            self._first_norm = math.sqrt(max(look.mean, 0.0))
+            found = self._look(trainer, module, balance=False)
+            self._test.first_norm = math.sqrt(max(found.mean, 0.0))
             self._spent += time.perf_counter() - started
 
     def on_train_batch_end(
@@ -277,18 +225,19 @@ class Convergence(Callback):
         if module.objective is None:
             return
         if self.noise_floor:
-            self._take(outputs)
+            losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
+            self._test.take(outputs["first"], losses, outputs["rates"].numpy())
         for kind in self._kinds(module):
             if module.stop is None and self._is_due(trainer, module, kind):
                 started = time.perf_counter()
                 if kind == "gradient":
-                    self._check_gradient(trainer, module)
-                    self._gradient_turn.examples = module.examples_seen
+                    turn, stop = self._gradient_turn, self._check_gradient(trainer, module)
                 else:
-                    self._check_gap(trainer, module)
-                    self._gap_turn.examples = module.examples_seen
+                    turn, stop = self._certifies.turn, self._certifies.check(module, self.share)
+                turn.examples = module.examples_seen
                 self._spent += time.perf_counter() - started
-                trainer.should_stop |= module.stop is not None
+                if stop is not None:
+                    module.stop, trainer.should_stop = stop, True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count validations without a lower loss."""
@@ -300,55 +249,41 @@ class Convergence(Callback):
             or module.validated_at != module.updates
         ):
             return
-        value = module.validation.get("loss/val", math.nan)
-        if value < self._best_loss:
-            self._best_loss, self._since = value, 0
-            return
-        self._since += 1
-        if self._since >= self.patience and module.stop is None:
-            module.stop = Stop(
-                StopReason.STALLED,
-                f"The validation loss has not been below {self._best_loss:.6g} for "
-                f"{self._since} validations.",
-                {"best": self._best_loss, "loss/val": value, "validations": self._since},
-                "The best model is in checkpoints/best.ckpt, if checkpoints are kept. To go on, "
-                "raise callbacks.convergence.patience; to reach lower, regularise or lower "
-                "optimizer.lr.",
-            )
+        stop = self._validations.read(module.validation.get("loss/val", math.nan))
+        if stop is not None and module.stop is None:
+            module.stop = stop
             trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A last look, and the certificate of a linear model."""
         module = cast(SupervisedModule, pl_module)
+        module.settle()
         # A run that is interrupted goes on as if there had been no look at its end.
-        self._problem_state = self._state_of_problem()
+        self._certifies.remember()
         lost = module.stop is not None and module.stop.reason in _LOST
         if module.objective is not None and module.updates and not lost:
-            optimizer = trainer.optimizers[0]
             if (
                 module.stop is None
-                and self._looks_at_gradients(module, optimizer)
-                and not self._stochastic(module)
+                and self._looks_at_gradients(module, trainer.optimizers[0])
+                and not _is_stochastic(module)
             ):
-                self._check_gradient(trainer, module)
-            self._certify_at_the_end(trainer, module)
-        self._module = self._problem = None
+                module.stop = self._check_gradient(trainer, module) or module.stop
+            started = time.perf_counter()
+            numbers = self._certifies.end(module, _END_SHARE)
+            self._spent += time.perf_counter() - started
+            if numbers is not None:
+                module.certificate = {**numbers, "seconds_of_all_checks": self._spent}
+        self._module = self._certifies.problem = None
 
     # ------------------------------------------------------------------ when
 
     def _looks_at_gradients(self, module: SupervisedModule, optimizer: Optimizer) -> bool:
-        if self.tolerance is None and not (self.noise_floor and self._stochastic(module)):
+        if self.tolerance is None and not (self.noise_floor and _is_stochastic(module)):
             return False
         # Decoupled decay is the gradient of nothing: the run's fixed point is no stationary point.
         return not any(
             g.get("decoupled_weight_decay") and g["weight_decay"] for g in optimizer.param_groups
         )
-
-    @staticmethod
-    def _stochastic(module: SupervisedModule) -> bool:
-        objective = module.objective
-        assert objective is not None
-        return _batch_size(module.trainer) < len(objective.inputs) or _drops(module)
 
     def _kinds(self, module: SupervisedModule) -> list[str]:
         """Of checks that this run has."""
@@ -357,304 +292,114 @@ class Convergence(Callback):
 
     def _spacing(self, module: SupervisedModule, kind: str) -> int:
         """Updates between two multiples at which a check may be due."""
+        if self.every is not None:
+            return self.every
         assert module.objective is not None
         count = len(module.objective.inputs)
         if kind == "gap":
             least = _PASSES * count
-        elif self._stochastic(module):
-            least = min(2 * _PAIRS * self._size(module, module.objective, _BATCH), count)
+        elif _is_stochastic(module):
+            least = min(2 * PAIRS * _size(module, _FIRST_BATCH), count)
         else:
             least = count
         return math.ceil(max(least, _EXAMPLES) / (self.share * _batch_size(module.trainer)))
 
     def _is_due(self, trainer: Trainer, module: SupervisedModule, kind: str) -> bool:
-        if module.updates % (self.every or self._spacing(module, kind)):
+        if module.updates % self._spacing(module, kind):
             return False
-        turn = self._gap_turn if kind == "gap" else self._gradient_turn
+        turn = self._certifies.turn if kind == "gap" else self._gradient_turn
         cost = turn.cost if kind == "gap" else self._cost(trainer, module)
         return self.every is not None or self.share * (module.examples_seen - turn.examples) >= cost
 
     def _cost(self, trainer: Trainer, module: SupervisedModule) -> float:
         """Of a look at the gradient, in examples: a pass without gradients costs a third."""
         assert module.objective is not None
-        size = self._size(module, module.objective, self._batch)
+        size = _size(module, self._test.batch)
         cost = len(module.objective.inputs)
-        if self._stochastic(module):
-            cost = min(2 * _PAIRS * size, cost) if not _drops(module) else 2 * _PAIRS * size
+        if _is_stochastic(module):
+            cost = min(2 * PAIRS * size, cost) if not _drops(module) else 2 * PAIRS * size
         if self._can_be_at_the_floor(trainer, module):
-            cost += _PAIRS * (_batch_size(trainer) + size)
+            cost += PAIRS * (_batch_size(trainer) + size)
         return max(cost, _EXAMPLES)
 
     # ------------------------------------------------------------------ the gradient
 
-    def _check_gradient(self, trainer: Trainer, module: SupervisedModule) -> None:
-        stochastic = self._stochastic(module)
+    def _check_gradient(self, trainer: Trainer, module: SupervisedModule) -> Stop | None:
         balance = self._can_be_at_the_floor(trainer, module)
-        look = self._look(trainer, module, balance=balance)
-        if not math.isfinite(look.mean):
-            return
-        assert self._first_norm is not None
-        if self.tolerance is not None:
-            threshold = self.tolerance * max(1.0, self._first_norm)
-            if look.upper <= threshold**2 and (
-                look.lower == look.upper
-                or self._look(trainer, module, balance=False, again=True).upper <= threshold**2
-            ):
-                self._stop_converged(module, look, threshold)
-                return
-            if stochastic and look.lower <= threshold**2:  # undecided
-                self._batch *= 2
-        if balance:
-            self._balances = [*self._balances, look.balance][-_LOOKS:]
-            self._check_floor(trainer, module, look)
-
-    def _stop_converged(self, module: SupervisedModule, look: _Look, threshold: float) -> None:
-        assert self._first_norm is not None
-        exact = look.lower == look.upper
-        norm = math.sqrt(max(look.upper, 0.0))
-        named = "The gradient's norm is" if exact else "The gradient's norm is, with confidence,"
-        module.stop = Stop(
-            StopReason.CONVERGED,
-            f"{named} {'' if exact else 'at most '}{norm:.3g} after {module.updates} updates: "
-            f"within tolerance={self.tolerance:g} of max(1, {self._first_norm:.3g}), its norm at "
-            f"the start.",
-            {
-                "gradient_norm": norm,
-                "gradient_norm_at_start": self._first_norm,
-                "threshold": threshold,
-                "confidence": 1.0 if exact else self.confidence,
-                "update": module.updates,
-            },
-            "To go further, lower callbacks.convergence.tolerance.",
-        )
+        found = self._look(trainer, module, balance=balance)
+        if not math.isfinite(found.mean):
+            return None
+        again = partial(self._look, trainer, module, balance=False, again=True)
+        stop = self._test.converged(found, again, module.updates)
+        if stop is None and balance:
+            stop = self._test.at_the_floor(found, _batch_size(trainer), module.updates)
+        return stop
 
     def _look(
         self, trainer: Trainer, module: SupervisedModule, *, balance: bool, again: bool = False
-    ) -> _Look:
-        """‖∇J‖² with its bounds and, for the floor, c − ½ η‖∇J‖² by samples."""
+    ) -> Look:
+        """With random numbers that the update number alone decides."""
         objective = module.objective
         assert objective is not None
-        slopes = _Slopes(objective, trainer.optimizers[0])
-        count, size = len(objective.inputs), self._size(module, objective, self._batch)
-        seed = np.random.SeedSequence([int(again), module.updates, *_seed(trainer)])
+        count, size = len(objective.inputs), _size(module, self._test.batch)
+        data_seed = int(getattr(cast(Any, trainer).datamodule, "seed", 0))
+        seed = np.random.SeedSequence([int(again), module.updates, data_seed])
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-
-        def some(number: int) -> Tensor:
-            drawn = torch.randint(count, (number,), generator=generator)
-            return drawn.to(objective.targets.device)
-
-        def draw() -> int:
-            return int(torch.randint(2**31, (), generator=generator))
-
         with (
             _untouched(objective),
             torch.enable_grad(),
             trainer.precision_plugin.train_step_context(),
         ):
-            products: list[float] = []
-            falls: list[float] = []
-            rises: list[float] = []
-            exact = not self._stochastic(module) or (
-                2 * _PAIRS * size >= count and not _drops(module)
+            return look(
+                Slopes(objective, trainer.optimizers[0]),
+                generator,
+                size=size,
+                batch_size=_batch_size(trainer),
+                exact=not _is_stochastic(module)
+                or (2 * PAIRS * size >= count and not _drops(module)),
+                balance=balance,
+                confidence=self.confidence,
             )
-            if exact:
-                everything = torch.arange(count, device=objective.targets.device)
-                g = slopes.gradient(everything, draw())
-                products, falls = [slopes.product(g, g)], [slopes.product(g, g, by_rate=True)]
-            for _ in range(_PAIRS if balance or not exact else 0):
-                if not exact:
-                    g, h = (slopes.gradient(some(size), draw()) for _ in range(2))
-                    products.append(slopes.product(g, h))
-                    falls.append(slopes.product(g, h, by_rate=True))
-                if balance:
-                    step = slopes.step(slopes.gradient(some(_batch_size(trainer)), draw()))
-                    rises.append(slopes.rise(step, some(size), draw()))
-        if exact:
-            falls = falls * len(rises)
-            lower = mean = upper = products[0]
-        else:
-            lower, mean, upper = mean_bounds(products, self.confidence)
-        return _Look(
-            lower,
-            mean,
-            upper,
-            [c - 0.5 * fall for c, fall in zip(rises, falls, strict=True)] if balance else [],
-            float(np.mean(rises)) if rises else math.nan,
-            float(np.mean(falls)) if rises else math.nan,
-        )
-
-    @staticmethod
-    def _size(module: SupervisedModule, objective: Objective, size: int) -> int:
-        """Examples in a batch of a look; layers that mix examples get the run's own."""
-        if objective._mixes:
-            return _batch_size(module.trainer)
-        return min(size, len(objective.inputs))
-
-    # ------------------------------------------------------------------ the noise floor
-
-    def _take(self, outputs: Any) -> None:
-        """Losses at one η; another η begins anew."""
-        losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
-        rates = outputs["rates"].numpy()
-        level = self._level
-        if outputs["first"] != level.next or rates[0] != level.rate:
-            self._restart(float(rates[0]), outputs["first"])
-        if (rates != rates[0]).any():
-            changed = int((rates != rates[-1]).nonzero()[0][-1]) + 1
-            self._restart(float(rates[-1]), outputs["first"] + changed)
-            losses = losses[changed:]
-        self._level.push(losses)
-
-    def _restart(self, rate: float, update: int) -> None:
-        self._level = _Level(rate, update)
-        self._balances = []
 
     def _can_be_at_the_floor(self, trainer: Trainer, module: SupervisedModule) -> bool:
         """Whether the loss is flat at a constant η that the schedule will not lower."""
-        objective = module.objective
+        objective, level = module.objective, self._test.level
         assert objective is not None
-        optimizer = trainer.optimizers[0]
+        groups = trainer.optimizers[0].param_groups
+
+        def factor(update: int) -> float:
+            return float(module.rate_factors(update, 1))
+
         return (
             self.noise_floor
             and _batch_size(trainer) < len(objective.inputs)
-            and all("dampening" in g and not g.get("maximize") for g in optimizer.param_groups)
-            and self._level.count >= 2 * module.updates_per_epoch
-            and self._level.flat()
-            and not _falls_later(module)
+            and all("dampening" in g and not g.get("maximize") for g in groups)
+            and level.count >= 2 * module.updates_per_epoch
+            and level.flat()
+            and not falls_later(module.schedule, factor, module.updates, module.total_updates)
         )
-
-    def _check_floor(self, trainer: Trainer, module: SupervisedModule, look: _Look) -> None:
-        if len(self._balances) < 2:
-            return
-        lower, _, _ = mean_bounds([d for part in self._balances for d in part], self.confidence)
-        if not lower > 0:
-            return
-        level, rate = self._level, self._level.rate
-        batch_size = _batch_size(trainer)
-        loss, error = level.last()
-        of = "one example" if batch_size == 1 else f"{batch_size} examples"
-        module.stop = Stop(
-            StopReason.NOISE_FLOOR,
-            f"The training loss has stayed at {loss:.4g} ± {error:.1g} at lr={rate:.4g}: the noise "
-            f"of gradients of {of} raises it by {look.rise:.2g} an update, and the gradient lowers "
-            f"it by {max(look.fall, 0.0):.2g}. This is not the optimum.",
-            {
-                "loss": loss,
-                "lr": rate,
-                "updates_at_this_lr": level.count,
-                "rise_by_noise": look.rise,
-                "fall_by_gradient": look.fall,
-                "gradient_norm_squared": look.mean,
-                "gradient_norm_squared_bound": look.upper,
-                "confidence": self.confidence,
-                "update": module.updates,
-            },
-            f"A lower rate goes on: set optimizer.lr={rate / 10:.2g}, or a schedule that decays, "
-            f"such as schedule=linear.",
-        )
-
-    # ------------------------------------------------------------------ the duality gap
-
-    def _certify(self, module: SupervisedModule, share: float) -> Certificate:
-        """The certificate of the parameters at hand, by work that no clock bounds."""
-        layer = linear_layer(module.model)
-        problem, objective = self._problem, module.objective
-        assert problem is not None
-        assert objective is not None
-        count = len(objective.inputs)
-        passes = max(
-            share * module.examples_seen / count, _NUMBERS / (count * layer.in_features), _PASSES
-        )
-        with _averaged(module.trainer.optimizers[0]):
-            return certify(
-                problem,
-                layer.weight,
-                layer.bias,
-                tolerance=1e-6 if self.gap is None else 0.5 * self.gap,
-                work=math.inf if self.every is not None else passes,
-                lower=self._lower,
-            )
-
-    def _check_gap(self, trainer: Trainer, module: SupervisedModule) -> None:
-        made = self._certify(module, self.share)
-        self._lower = max(self._lower, made.dual)
-        self._certificate = module.updates, made
-        assert module.objective is not None
-        self._gap_turn.cost = made.work * len(module.objective.inputs)
-        self._stop_at_gap(trainer, module, made)
-
-    def _stop_at_gap(
-        self, trainer: Trainer, module: SupervisedModule, certificate: Certificate
-    ) -> None:
-        assert self.gap is not None
-        if trainer.strategy.broadcast(certificate.relative_gap) <= self.gap:
-            module.stop = Stop(
-                StopReason.CONVERGED,
-                f"The objective is {certificate.primal:.8g} after {module.updates} updates, and at "
-                f"most {certificate.gap:.2g} above its minimum (relative: "
-                f"{certificate.relative_gap:.1e}, asked: {self.gap:g}).",
-                {**certificate.numbers(), "update": module.updates},
-                "To go further, lower callbacks.convergence.gap.",
-            )
-
-    def _certify_at_the_end(self, trainer: Trainer, module: SupervisedModule) -> None:
-        objective = module.objective
-        assert objective is not None
-        started = time.perf_counter()
-        if self._problem is None:
-            try:
-                self._problem = LinearProblem.of(objective, trainer.optimizers[0])
-            except NoCertificateError:
-                return
-        if self._certificate is not None and self._certificate[0] == module.updates:
-            certificate = self._certificate[1]
-        else:
-            certificate = self._certify(module, _END_SHARE)
-            self._spent += time.perf_counter() - started
-            if self.gap is not None and module.stop is None:
-                self._stop_at_gap(trainer, module, certificate)
-        numbers: dict[str, Any] = {
-            **certificate.numbers(),
-            "weight_decay": self._problem.weight_decay,
-            "seconds_of_all_checks": self._spent,
-        }
-        cast(Any, module).certificate = numbers
-        if module.stop is not None:
-            module.stop = dataclasses.replace(
-                module.stop, numbers={**module.stop.numbers, **certificate.numbers()}
-            )
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
         return {
-            "first_norm": self._first_norm,
-            "batch": self._batch,
+            **self._test.state_dict(),
             "gradient_turn": dataclasses.asdict(self._gradient_turn),
-            "gap_turn": dataclasses.asdict(self._gap_turn),
             "spent": self._spent,
-            "level": self._level.state_dict(),
-            "balances": [list(part) for part in self._balances],
-            "best_loss": self._best_loss,
-            "since": self._since,
-            "lower": self._lower,
-            "problem": self._state_of_problem(),
+            "best_loss": self._validations.best,
+            "since": self._validations.since,
+            **self._certifies.state_dict(),
         }
-
-    def _state_of_problem(self) -> dict[str, Any] | None:
-        return self._problem_state if self._problem is None else self._problem.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self._first_norm, self._batch = state_dict["first_norm"], state_dict["batch"]
+        self._test.load_state_dict(state_dict)
         self._gradient_turn = _Turn(**state_dict["gradient_turn"])
-        self._gap_turn = _Turn(**state_dict["gap_turn"])
+        self._certifies.load_state_dict(state_dict)
         self._spent = state_dict["spent"]
-        self._level = _Level.from_state(state_dict["level"])
-        self._balances = [list(part) for part in state_dict["balances"]]
-        self._best_loss, self._since = state_dict["best_loss"], state_dict["since"]
-        self._lower, self._problem_state = state_dict["lower"], state_dict["problem"]
+        self._validations.best = state_dict["best_loss"]
+        self._validations.since = state_dict["since"]
 
 
 @dataclasses.dataclass
@@ -665,129 +410,112 @@ class _Turn:
     cost: float = 0.0
 
 
-class _Level:
-    """Training losses at one η, as means over chunks of equal numbers of updates.
+class _Certifies:
+    """The duality gap of a linear model in a run.
 
-    Each mean is formed of the same numbers in the same order, however they come in.
+    Args:
+        gap: That ends it, relative; None: none does.
+        bounded: Whether the work of a search for a bound is: by a share of the run's passes.
     """
 
-    def __init__(self, rate: float = math.nan, update: int = -1) -> None:
-        self.rate, self.next = rate, update
-        self.length = _CHUNK
-        self.rest: list[float] = []  # losses that fill no 16 yet
-        self.sum, self.filled = 0.0, 0  # of means of 16, that fill no chunk yet
-        self.means: list[float] = []
+    def __init__(self, gap: float | None, bounded: bool) -> None:
+        self.gap, self.bounded = gap, bounded
+        self.turn = _Turn()
+        self.lower = 0.0
+        self.problem: LinearProblem | None = None
+        self.last: tuple[int, Certificate] | None = None  # after which update, and what
+        self._state: dict[str, Any] | None = None  # of the problem, as resumed or at the end
 
-    @property
-    def count(self) -> int:
-        """Updates in all."""
-        return len(self.means) * self.length + _CHUNK * self.filled + len(self.rest)
+    def begin(self, module: SupervisedModule) -> None:
+        """Raise ValueError, if the model has no duality gap."""
+        assert module.objective is not None
+        try:
+            self.problem = LinearProblem.of(module.objective, module.trainer.optimizers[0])
+        except NoCertificateError as error:
+            raise ValueError(
+                f"gap={self.gap} needs a linear model with a duality gap, and here is none: "
+                f"{error}. Leave it out (gap=null); tolerance is for any model."
+            ) from error
+        if self._state is not None:
+            self.problem.load_state_dict(self._state)
 
-    def push(self, losses: NDArray[np.float64]) -> None:
-        """Add the losses of further updates."""
-        self.next += len(losses)
-        series = np.concatenate([self.rest, losses])
-        whole = len(series) // _CHUNK * _CHUNK
-        self.rest = series[whole:].tolist()
-        for mean in series[:whole].reshape(-1, _CHUNK).mean(1).tolist():
-            self.sum, self.filled = self.sum + mean, self.filled + 1
-            if _CHUNK * self.filled == self.length:
-                self.means.append(self.sum / self.filled)
-                self.sum, self.filled = 0.0, 0
-            if len(self.means) == _CHUNKS:
-                self.means = [(a + b) / 2 for a, b in zip(*[iter(self.means)] * 2, strict=True)]
-                self.length *= 2
-
-    def flat(self) -> bool:
-        """Whether the last quarter is not below the one before by more than its standard error."""
-        quarter = len(self.means) // 4
-        if quarter < 8:
-            return False
-        before, after = (
-            np.array(self.means[-2 * quarter : -quarter]),
-            np.array(self.means[-quarter:]),
+    def _certify(self, module: SupervisedModule, share: float) -> Certificate:
+        """Of the parameters at hand, or of their average, by work that no clock bounds."""
+        layer, objective = linear_layer(module.model), module.objective
+        assert self.problem is not None
+        assert objective is not None
+        count = len(objective.inputs)
+        passes = max(
+            share * module.examples_seen / count, _NUMBERS / (count * layer.in_features), _PASSES
         )
-        error = math.sqrt((before.var(ddof=1) + after.var(ddof=1)) / quarter)
-        return bool(before.mean() - after.mean() <= error)
+        with _averaged(module.trainer.optimizers[0]):
+            return certify(
+                self.problem,
+                layer.weight,
+                layer.bias,
+                tolerance=1e-6 if self.gap is None else 0.5 * self.gap,
+                work=passes if self.bounded else math.inf,
+                lower=self.lower,
+            )
 
-    def last(self) -> tuple[float, float]:
-        """Mean of the last half, and its standard error."""
-        half = np.array(self.means[-(len(self.means) // 2) :])
-        return float(half.mean()), float(half.std(ddof=1)) / math.sqrt(len(half))
+    def check(self, module: SupervisedModule, share: float) -> Stop | None:
+        """Whether the gap is as small as was asked."""
+        made = self._certify(module, share)
+        self.lower = max(self.lower, made.dual)
+        self.last = module.updates, made
+        assert module.objective is not None
+        self.turn.cost = made.work * len(module.objective.inputs)
+        return self._verdict(module, made)
+
+    def _verdict(self, module: SupervisedModule, made: Certificate) -> Stop | None:
+        if self.gap is None:
+            return None
+        if module.trainer.strategy.broadcast(made.relative_gap) > self.gap:
+            return None
+        return Stop(
+            StopReason.CONVERGED,
+            f"The objective is {made.primal:.8g} after {module.updates} updates, and at most "
+            f"{made.gap:.2g} above its minimum (relative: {made.relative_gap:.1e}, asked: "
+            f"{self.gap:g}).",
+            {**made.numbers(), "update": module.updates},
+            "To go further, lower callbacks.convergence.gap.",
+        )
+
+    def end(self, module: SupervisedModule, share: float) -> dict[str, Any] | None:
+        """The certificate's numbers, also in the reason why the run stops; None: there is none."""
+        if self.problem is None:
+            assert module.objective is not None
+            try:
+                self.problem = LinearProblem.of(module.objective, module.trainer.optimizers[0])
+            except NoCertificateError:
+                return None
+        if self.last is not None and self.last[0] == module.updates:
+            made = self.last[1]
+        else:
+            made = self._certify(module, share)
+            if module.stop is None:
+                module.stop = self._verdict(module, made) or module.stop
+        if module.stop is not None:
+            numbers = {**module.stop.numbers, **made.numbers()}
+            module.stop = dataclasses.replace(module.stop, numbers=numbers)
+        return {**made.numbers(), "weight_decay": self.problem.weight_decay}
+
+    def remember(self) -> None:
+        """What the state is from now on, whatever the problem is asked at the end."""
+        self._state = self.state_dict()["problem"]
 
     def state_dict(self) -> dict[str, Any]:
-        return {**vars(self), "rest": list(self.rest), "means": list(self.means)}
+        """Plain containers only."""
+        return {
+            "gap_turn": dataclasses.asdict(self.turn),
+            "lower": self.lower,
+            "problem": self._state if self.problem is None else self.problem.state_dict(),
+        }
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> _Level:
-        made = cls()
-        vars(made).update(state, rest=list(state["rest"]), means=list(state["means"]))
-        return made
-
-
-class _Slopes:
-    """Gradients of J, weight decay included, for the parameters that the optimizer trains."""
-
-    def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
-        self.objective = objective
-        owner = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-        self.trained = [i for i, p in enumerate(objective.params) if id(p) in owner]
-        self.params = [objective.params[i] for i in self.trained]
-        self.groups = [owner[id(p)] for p in self.params]
-
-    def gradient(self, indices: Tensor, draw: int) -> list[Tensor]:
-        """Of the mean over these examples, one float64 tensor for each parameter."""
-        _, gradient = self.objective.value_and_grad(indices, draw)
-        made = []
-        for i, p, group in zip(self.trained, self.params, self.groups, strict=True):
-            g = gradient[i]
-            total = double(torch.zeros_like(p) if g is None else g)
-            total = total.to_dense() if total.is_sparse else total
-            if group.get("maximize"):
-                total = -total
-            decay = float(group.get("weight_decay", 0.0))
-            made.append(total + decay * double(p) if decay else total)
-        return made
-
-    def product(self, g: list[Tensor], h: list[Tensor], by_rate: bool = False) -> float:
-        """⟨g, h⟩, or Σ η ⟨g, h⟩ over the parameters."""
-        return sum(
-            (_rate(group) if by_rate else 1.0) * float((a * b).sum())
-            for a, b, group in zip(g, h, self.groups, strict=True)
-        )
-
-    def step(self, g: list[Tensor]) -> list[Tensor]:
-        """η g."""
-        return [_rate(group) * a for a, group in zip(g, self.groups, strict=True)]
-
-    @torch.no_grad()
-    def rise(self, step: list[Tensor], indices: Tensor, draw: int) -> float:
-        """½[J(θ + s) + J(θ − s)] − J(θ) over these examples."""
-        saved = [p.detach().clone() for p in self.params]
-
-        def value(sign: float) -> float:
-            for p, before, s in zip(self.params, saved, step, strict=True):
-                p.copy_(double(before) + sign * s if sign else before)
-            torch.manual_seed(draw)  # the same dropout in all three
-            return float(double(self.objective.losses(indices, draw)).mean())
-
-        try:
-            there, back, here = value(1.0), value(-1.0), value(0.0)
-        finally:
-            for p, before in zip(self.params, saved, strict=True):
-                p.copy_(before)
-        penalty = sum(
-            0.5 * float(group.get("weight_decay", 0.0)) * float(s.square().sum())
-            for s, group in zip(step, self.groups, strict=True)
-        )
-        return 0.5 * (there + back) - here + penalty
-
-
-def _rate(group: dict[str, Any]) -> float:
-    """η (1 − dampening)/(1 − μ): how far a gradient moves θ in the end."""
-    momentum = float(group.get("momentum", 0.0))  # other optimizers have none
-    share = (1 - float(group.get("dampening", 0.0))) / (1 - momentum) if 0 < momentum < 1 else 1.0
-    return float(group["lr"]) * share
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; other entries are left alone."""
+        self.turn = _Turn(**state["gap_turn"])
+        self.lower, self._state = state["lower"], state["problem"]
 
 
 @contextmanager
@@ -816,31 +544,22 @@ def _averaged(optimizer: Optimizer) -> Iterator[None]:
         rule.train(optimizer)
 
 
+def _is_stochastic(module: SupervisedModule) -> bool:
+    assert module.objective is not None
+    return _batch_size(module.trainer) < len(module.objective.inputs) or _drops(module)
+
+
+def _size(module: SupervisedModule, size: int) -> int:
+    """Examples in a batch of a look; layers that mix examples get the run's own."""
+    assert module.objective is not None
+    if module.objective._mixes:
+        return _batch_size(module.trainer)
+    return min(size, len(module.objective.inputs))
+
+
 def _drops(module: SupervisedModule) -> bool:
-    return any(
-        isinstance(m, torch.nn.modules.dropout._DropoutNd | Dropout) and m.p > 0 and m.training
-        for m in module.model.modules()
-    )
-
-
-def _falls_later(module: SupervisedModule) -> bool:
-    """Whether the schedule is to go below its factor at hand."""
-    if isinstance(module.schedule, ReduceOnPlateau):
-        return True
-    now = module.updates - 1
-    end = 10 * module.updates if module.total_updates is None else module.total_updates - 1
-    factor = float(module.rate_factors(now, 1))
-    later = np.unique(np.linspace(now, max(end, now), 33).astype(np.int64))
-    return any(float(module.rate_factors(int(t), 1)) < 0.999 * factor for t in later)
+    return any(isinstance(m, _DROPOUT) and m.p > 0 and m.training for m in module.model.modules())
 
 
 def _batch_size(trainer: Trainer) -> int:
     return int(cast(Any, trainer).train_dataloader.batch_size)
-
-
-def _seed(trainer: Trainer) -> list[int]:
-    return [int(getattr(cast(Any, trainer).datamodule, "seed", 0))]
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from gdtrain.lightning.module import SupervisedModule
+from gdtrain.ranges import Whole
 from gdtrain.reporting.tensorboard import BAND, LAYOUT, SPEED, described
 
 __all__ = ["History", "LossCurves"]
@@ -92,9 +93,7 @@ class LossCurves(Callback):
     """
 
     def __init__(self, points: int = 500) -> None:
-        if isinstance(points, bool) or not isinstance(points, int) or points < 1:
-            raise ValueError(f"points must be a whole number of at least 1. Received: {points!r}.")
-        self.points = points
+        self.points = Whole(1).check("points", points)
         self.history = History()
         self._point = _Point()
         self._epoch = _Point()
@@ -198,7 +197,7 @@ class LossCurves(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validate after the last update, if no validation fell there."""
         module = cast(SupervisedModule, pl_module)
-        if module.validated_at != module.updates and module.validate_at_the_end():
+        if module.validate_at_the_end():
             self._write_validation(trainer, module)
 
     def _write_validation(self, trainer: Trainer, module: SupervisedModule) -> None:

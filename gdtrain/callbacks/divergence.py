@@ -9,60 +9,58 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import random
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gdtrain.analysis.diagnosis import (
     RECTIFIERS,
-    Cause,
     Finding,
-    Health,
+    Names,
     examine,
+    explain,
     health,
+    oscillation,
     overshoot,
+    sentence,
     step_limit,
+    what_helps,
 )
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.pairs import PairLoader
+from gdtrain.descent.monitors import (
+    FINITE,
+    Cause,
+    Failure,
+    Health,
+    LossMonitor,
+    next_station,
+    stretch_length,
+)
+from gdtrain.descent.recovery import Recovery
 from gdtrain.descent.stopping import Stop, StopReason
-from gdtrain.lightning.module import SupervisedModule, set_random_state
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
 from gdtrain.optim.protocol import step_size_of
-from gdtrain.schedules import ReduceOnPlateau
+from gdtrain.ranges import Interval, Whole
+from gdtrain.schedules import Schedule
 
 __all__ = ["Divergence"]
 
 _log = logging.getLogger("gdtrain")
 
 _CUT = 10.0  # by which η is divided
-_WINDOW = 16  # updates, over which a loss must have grown
-_STRETCH, _GOOD = 64, 256  # updates and examples at least, by whose losses states are compared
-_SPACING = 2**14  # updates from station to station, at most
-_EXAMPLES = {"cpu": 2**16}  # and in these at most so many examples: those that pass in some tenths
-_EXAMPLES_ELSEWHERE = 2**20  # of a second
-_PART = 32  # of the planned updates, 1/32 at most (but 16 updates)
-_SOFAR = 4  # of the updates made, 1/4 at most (but 16 updates)
+_EXAMPLES = {"cpu": 2**16}  # from station to station at most so many: those that pass in some
+_EXAMPLES_ELSEWHERE = 2**20  # tenths of a second
 _PROBE = 256  # examples at most, on which suspicions are checked
 _LEAST = 32  # examples of a batch that can be such a probe
-_HIGH = 2.0  # times the start's loss: is above it, whatever the noise
-_LASTING = 1.5  # the same, where it lasts for three looks or until the end
-_FORECAST = 0.2  # of the start's loss: where the run would end, if the loss fell as 1/t
-_SHARE = 8  # of the planned updates, 1/8 must be over until a lasting loss counts
-_DEAD = 0.9  # of a layer's units: the rest cannot make up for them
-_HALF = 0.5  # of a layer's units, that a state to go back to may have lost
-_LEFT = 0.25  # of the start's loss: below it a loss that no longer falls is no sign of death
-_SUSPECT = 1.2  # of the start's loss: below it only death is looked for
-_FLAT = 0.9  # of the loss before: one that has not fallen below it no longer falls
-_SCALE = 0.1  # of the loss of predicting 0, which a start is not taken to be below
-_SAVED = 2**22  # numbers that a checkpoint may keep of the states to go back to
 _RETAINED = 64 * 2**20  # bytes of a loader's batches that are kept to be replayed
 _TAIL = 32  # changes of the loss at the end, that tell whether it bounces
 
@@ -83,11 +81,10 @@ class Divergence(Callback):
       twice it at a fall as 1/t;
     - the last was made, and the loss is above 1.5 times the start's.
 
-    Sweeps stay fast: losses are read at stations alone, whose update numbers are fixed before
-    training. They are multiples of a power of two, about 1/4 of the updates made, but at least 16,
-    and at most 1/32 of the planned updates, 2¹⁴ updates, or (on CPU) 2¹⁶ examples; every validation
-    and the end of the run are stations too. (Batches from a loader of pairs: every update.)
-    Everything is decided there, so that a run is the same however it is cut into sweeps.
+    Sweeps stay fast: losses are read at stations alone (`gdtrain.descent.monitors.next_station`),
+    whose update numbers are fixed before training, at most 2¹⁶ examples apart (on CPU), and at
+    validations. (Batches from a loader of pairs: every update.) All is decided there, before any
+    callback sees the sweep: a run depends neither on its sweeps nor on the order of callbacks.
 
     Looks are at the stations at which 16, 32, 64, … updates were made, on a fixed probe of at most
     256 training examples, and only where the training loss is not below the start's, or falls no
@@ -150,42 +147,28 @@ class Divergence(Callback):
     ) -> None:
         if action not in ("recover", "stop"):
             raise ValueError(f"action must be recover or stop. Received: action={action!r}.")
-        if isinstance(recoveries, bool) or not isinstance(recoveries, int) or recoveries < 0:
-            raise ValueError(
-                f"recoveries must be a whole number of at least 0. Received: "
-                f"recoveries={recoveries!r}."
-            )
-        if isinstance(growth, bool) or not 1 < growth < math.inf:
-            raise ValueError(f"growth must be finite and > 1. Received: growth={growth!r}.")
         self.action = action
-        self.recoveries = recoveries
-        self.growth = float(growth)
+        self.recoveries = Whole(0).check("recoveries", recoveries)
+        self.growth = Interval(1, math.inf).check("growth", growth)
         self.events: list[dict[str, Any]] = []
         self._forget()
 
     def _forget(self) -> None:
+        self._monitor, self._recovery = LossMonitor(self.growth), Recovery()
         self._station = -1  # the last one; -1: none yet
         self._losses: list[NDArray[np.float64]] = []  # since then
         self._rates: list[NDArray[np.float64]] = []
-        self._seen = _Seen()
-        self._first: _Kept | None = None  # the state at the origin
-        self._good: _Kept | None = None  # the last good one
-        self._pending: _Kept | None = None  # at the start of the stretch at hand
-        self._last_kept: _Kept | None = None
         self._last_losses: NDArray[np.float64] = np.zeros(0)
         self._forget_session()
 
     def _forget_session(self) -> None:
         """What begins anew in a resumed run."""
-        self._begun = False
-        self._module: SupervisedModule | None = None
-        self._probe: tuple[Objective, Tensor] | None = None
-        self._batches: dict[int, Any] = {}  # of a loader that cannot be asked again
-        self._trained: list[int] | None = None  # which parameters are
+        self._run: _Run | None = None
+        self._begun = self._ended = False
         self._last_rate = math.nan
         self._bounce: float | None = None
 
-    # ------------------------------------------------------------------ hooks
+    # ------------------------------------------------------------------ the guard of the sweeps
 
     def next_update(self, update: int) -> int | None:
         """The next station.
@@ -193,100 +176,90 @@ class Divergence(Callback):
         Args:
             update: Number of updates made.
         """
-        module = self._module
-        assert module is not None, "asked while training only"
-        loader = module.trainer.train_dataloader
+        assert self._run is not None, "asked while training only"
+        module, loader = self._run.module, self._run.loader
         if not isinstance(loader, IndexLoader):
             return update + 1
         examples = _EXAMPLES.get(module.device.type, _EXAMPLES_ELSEWHERE)
-        most = min(_SPACING, max(1, examples // loader.batch_size))
-        if module.total_updates is not None:
-            most = min(most, max(_WINDOW, module.total_updates // _PART))
-        spacing = _power_of_two(min(most, max(_WINDOW, update // _SOFAR)))
-        ends = (
-            (update // spacing + 1) * spacing,
-            module.next_validation(update),
-            module.total_updates,
-        )
-        return min((end for end in ends if end is not None and end > update), default=None)
+        most = max(1, examples // loader.batch_size)
+        return next_station(update, most, module.total_updates, module.next_validation(update))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew, unless a run is resumed."""
+        """Start anew, unless a run is resumed; from now on, see each sweep before anybody else."""
         self._forget_session()
         if trainer.global_step == 0:
             self.events = []
             self._forget()
-        self._module = cast(SupervisedModule, pl_module)
-
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Keep the state at a station, where a stretch begins."""
         module = cast(SupervisedModule, pl_module)
-        update = module.updates
+        self._run, module.guard = _Run(module), self
+
+    def before(self, batch: Any) -> None:
+        """Keep the state at a station, where a stretch begins.
+
+        Args:
+            batch: From which the next updates are made.
+        """
+        run, recovery = self._run, self._recovery
+        assert run is not None
         if not self._begun:
-            with trainer.strategy.precision_plugin.train_step_context():
-                self._begin(module, batch)
-        module.follow_callbacks()
-        self._notice_changes(module)
-        full = False
-        if _cannot_be_asked_again(module):
-            self._batches[update] = batch
-            full = sum(map(_bytes, self._batches.values())) > _RETAINED
-        if update != self._station and self._last_kept is not None:
+            self._begin(run, batch)
+        self._notice_changes(run)
+        full = run.retain(batch)
+        if run.updates != self._station and recovery.latest is not None:
             return
-        begins = self._pending is None or update - self._pending.update >= self._length(module)
-        if self._last_kept is None or begins or full or _has_memory(module):
-            self._last_kept = _Kept.of(module, update)
-            self._batches = {u: b for u, b in self._batches.items() if u >= update}
-        if begins:
-            self._pending, self._seen.stretch = self._last_kept, (0.0, 0)
-        self._first = self._first or self._last_kept
-        self._good = self._good or self._last_kept
+        if recovery.keep(run, stretch_length(run.batch_size), full):
+            self._monitor.stretch = (0.0, 0)
+        assert recovery.latest is not None
+        run.forget_before(recovery.latest.update)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Gather losses; at a station read them, and recover or stop where the run has failed."""
-        module = cast(SupervisedModule, pl_module)
+    def after(self, outputs: Mapping[str, Any]) -> None:
+        """Gather losses; at a station read them, and recover or stop where the run has failed.
+
+        Args:
+            outputs: What the module hands out about a sweep.
+        """
+        run = self._run
+        assert run is not None
         losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
         self._losses.append(losses)
         self._rates.append(outputs["rates"].numpy().copy())
         self._last_rate = float(outputs["rates"][-1])
         self._last_losses = np.append(self._last_losses, losses)[-_TAIL - 1 :]
-        if module.updates == self.next_update(self._station):
-            self._settle(trainer, module, last=module.updates == module.total_updates)
+        if run.updates == self.next_update(self._station):
+            self._settle(run, last=run.updates == run.module.total_updates)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what came since the last station, if the run ends here for good.
-
-        See whether the last steps of full-batch descent went beyond the valley's floor.
-        """
-        module = cast(SupervisedModule, pl_module)
-        stop = module.stop
+    def end(self) -> None:
+        """Read what came since the last station, if the run ends here for good."""
+        run = self._run
+        if run is None or self._ended:
+            return
+        self._ended = True
+        stop = run.module.stop
         final = stop is not None and stop.reason is not StopReason.INTERRUPTED
         # A run that was only told to stop may go on, as if nobody had looked.
-        if self._losses and (final or (stop is None and not _is_finite(module))):
-            with torch.enable_grad():
-                self._settle(trainer, module, last=True)
+        if self._losses and (final or (stop is None and not run.is_finite())):
+            precision = run.module.trainer.strategy.precision_plugin
+            with torch.enable_grad(), precision.train_step_context():
+                self._settle(run, last=True)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See whether the last steps of full-batch descent went beyond the valley's floor."""
+        module = cast(SupervisedModule, pl_module)
+        self.end()
+        run, self._run, module.guard = self._run, None, None
         objective = module.objective
         if (
             objective is not None
-            and _is_full(module)
+            and run is not None
+            and run.is_full
             # Rules go beyond the floor on purpose, and come back.
-            and step_size_of(module.optimizers(use_pl_optimizer=False)) is None
+            and step_size_of(run.optimizer) is None
             and len(self._last_losses) > _TAIL
             and (module.stop is None or not _is_lost(module.stop))
         ):
             everything = torch.arange(len(objective.targets), device=objective.targets.device)
             with torch.enable_grad(), trainer.strategy.precision_plugin.train_step_context():
                 self._bounce = overshoot(objective, everything, self._last_rate)
-        self._batches, self._probe, self._module = {}, None, None
 
     def annotate(self, stop: Stop) -> Stop:
         """A run's end, with what the user should know of it: recoveries, and whether it bounced.
@@ -307,26 +280,14 @@ class Divergence(Callback):
         if self.events:
             last = self.events[-1]
             message.append(
-                f"The run had diverged {_times(len(self.events))}, last at update "
-                f"{last['update']} ({last['cause']}), and went on with η cut to "
-                f"{last['lr'] / _CUT:.3g}."
+                f"The run had diverged {_times(self.events)}, last at update {last['update']} "
+                f"({last['cause']}), and went on with η cut to {last['lr'] / _CUT:.3g}."
             )
-            advice.append(f"Set optimizer.lr={self.events[-1]['advised_lr']:.3g}.")
+            advice.append(f"Set optimizer.lr={last['advised_lr']:.3g}.")
             numbers["recoveries"] = [dict(event) for event in self.events]
         if self._bounce is not None and self._bounce > 1 and self._last_rate > 0:
-            changes = np.sign(np.diff(self._last_losses))
-            turns = int((changes[1:] * changes[:-1] < 0).sum())
-            bouncing = f"; the loss turned {turns} times in the last {len(changes)} updates"
-            message.append(
-                f"The steps oscillate: they go beyond the floor of the valley that they cross (η "
-                f"times the curvature along the gradient is {self._bounce:.2f}: from 1 on a step "
-                f"does, from 2 on it climbs){bouncing if turns > len(changes) // 2 else ''}."
-            )
-            advice.append(
-                f"lr={self._last_rate / self._bounce:.3g} would step onto the floor; a schedule "
-                f"that decays settles there too."
-            )
-            numbers.update(oscillation=self._bounce, turns=turns, lr=self._last_rate)
+            said, helps, found = oscillation(self._bounce, self._last_rate, self._last_losses)
+            message, advice, numbers = [*message, said], [*advice, helps], numbers | found
         return replace(
             stop,
             message=" ".join(filter(None, message)),
@@ -334,448 +295,114 @@ class Divergence(Callback):
             numbers=numbers,
         )
 
-    # ------------------------------------------------------------------ what losses tell
+    # ------------------------------------------------------------------ at a station
 
-    def _begin(self, module: SupervisedModule, batch: Any) -> None:
+    def _begin(self, run: _Run, batch: Any) -> None:
         """Choose the probe, and see what the loss is before the first update."""
         self._begun = True
-        if _cannot_be_asked_again(module) or self._station < 0:
+        if run.cannot_be_asked_again or self._station < 0:
             # (Of a run that is resumed, such a loader's batches are lost.)
-            self._station, self._losses, self._rates = module.updates, [], []
-            self._last_kept = None
-        if isinstance(module.trainer.train_dataloader, PairLoader) and module.updates:
-            batch = self._block(module, 0, 1)
-        objective, indices = module.named(batch)
-        if objective is module.objective:
-            count = len(objective.targets)
-            rows = torch.arange(min(count, _PROBE), device=objective.targets.device)
-            self._probe = objective, rows * count // len(rows)  # spread: they may be sorted
-        elif indices.shape[1] >= _LEAST:
-            self._probe = objective, indices[0]
-        seen = self._seen
-        if math.isnan(seen.start) and self._probe is not None:
-            found = health(*self._probe)
-            seen.dead_before = found.dead_share
-            seen.start = max(found.value, _SCALE * found.value_of_zero)
-            seen.good_mean = found.value if math.isfinite(found.value) else math.inf
-            seen.origin = module.updates
+            self._station, self._losses, self._rates = run.updates, [], []
+            self._recovery.latest = None
+        run.choose_probe(batch)
+        if run.probe is not None and math.isnan(self._monitor.start):
+            self._monitor.begin(run.updates, run.units())
 
-    def _notice_changes(self, module: SupervisedModule) -> None:
+    def _notice_changes(self, run: _Run) -> None:
         """Begin a stretch anew where other parameters are trained: no kept state fits them."""
-        trained = [id(p) for p in _owned(module.trainer.optimizers[0]) if p.requires_grad]
-        if self._trained not in (None, trained):
-            self._station, self._losses, self._rates = module.updates, [], []
-            self._first = self._good = self._pending = self._last_kept = None
-            self._seen.window, self._batches = np.zeros(0), {}
-        self._trained = trained
+        if run.trains_others():
+            self._station, self._losses, self._rates = run.updates, [], []
+            self._recovery.forget()
+            self._monitor.window = np.zeros(0)
+            run.forget_before(run.updates)
 
-    @staticmethod
-    def _length(module: SupervisedModule) -> int:
-        """Updates in a stretch, over which losses are averaged."""
-        loader = module.trainer.train_dataloader
-        plan = loader.plan if isinstance(loader, PairLoader) else loader
-        if not isinstance(plan, IndexLoader):
-            return _STRETCH
-        return _STRETCH * max(1, -(-_GOOD // (plan.batch_size * _STRETCH)))
-
-    def _settle(self, trainer: Trainer, module: SupervisedModule, last: bool) -> None:
+    def _settle(self, run: _Run, last: bool) -> None:
         """Read the losses since the last station; recover or stop where the run has failed."""
-        first, self._station = self._station, module.updates
+        first, self._station = self._station, run.updates
         losses, rates = np.concatenate(self._losses), np.concatenate(self._rates)
         self._losses, self._rates = [], []
-        with trainer.strategy.precision_plugin.train_step_context():
-            failure = self._read(module, losses, first)
-            if failure is None:
-                return
-            failure = self._explained(module, failure)
-            k = min(max(failure.update - first, 0), len(losses) - 1)
-            loss = float(losses[k]) if failure.update >= first else None
-            self._recover(trainer, module, replace(failure, last=last), float(rates[k]), loss)
-
-    def _read(
-        self, module: SupervisedModule, losses: NDArray[np.float64], first: int
-    ) -> _Failure | None:
-        """Take in the losses of updates first, …; the first failure, if there is one."""
-        seen, end = self._seen, first + len(losses)
-        bad = np.flatnonzero(~np.isfinite(losses))
-        sound = losses[: bad[0]] if len(bad) else losses
-        before = len(seen.window)
-        series = np.concatenate([seen.window, sound])
-        grown = self._grown(series)
-        if grown is not None:
-            return _Failure(first - before + grown - 1, Cause.GROWTH)
-        if len(bad):
-            return _Failure(first + int(bad[0]), None)
-        seen.window = series[len(series) // _WINDOW * _WINDOW :]
-        total, count = seen.stretch
-        seen.stretch = total, count = total + float(losses.sum()), count + len(losses)
-        if count >= self._length(module):
-            mean = total / count
-            if math.isnan(seen.start):  # no probe: the first stretch has to do
-                seen.start = mean
-            if mean < seen.good_mean and self._pending is not None:
-                self._good, seen.good_mean = self._pending, mean
-        if not _is_finite(module):
-            return _Failure(end, None)
-        found = self._look(module, losses, first)
-        if found is None and end == module.total_updates:
-            found = self._look_at_the_end(module)
-        return found
-
-    def _grown(self, series: NDArray[np.float64]) -> int | None:
-        """After how many losses a window's mean is beyond the bound."""
-        bound = self.growth * self._seen.start
-        count = len(series) // _WINDOW
-        windows = np.minimum(series[: count * _WINDOW].reshape(count, _WINDOW), 4 * bound)
-        over = np.flatnonzero(windows.mean(1) > bound)
-        return (int(over[0]) + 1) * _WINDOW if len(over) else None
-
-    # ------------------------------------------------------------------ looks
-
-    def _look(
-        self, module: SupervisedModule, losses: NDArray[np.float64], first: int
-    ) -> _Failure | None:
-        """Look at the state at hand, if one of 16, 32, 64, … updates were made since the origin."""
-        seen = self._seen
-        total, count = seen.since
-        seen.since = total, count = total + float(losses.sum()), count + len(losses)
-        before, age = first - seen.origin, first + len(losses) - seen.origin
-        if (before // _WINDOW).bit_length() == (age // _WINDOW).bit_length():
-            return None
-        mean, seen.since = total / count, (0.0, 0)
-        flat, seen.mean_before = mean > _FLAT * seen.mean_before, mean
-        # A loss that only does not fall may be that of a net whose units are dead.
-        idle = flat or mean > _FLAT * seen.start
-        if not mean > _SUSPECT * seen.start and not (idle and self._is_dead(module)):
-            seen.looks.append((age, mean / seen.start))
-            return None
-        return self._suspect(module, age, mean, flat)
-
-    def _is_dead(self, module: SupervisedModule) -> bool:
-        """Whether units are dead; only nets with rectifiers are looked at."""
-        return (
-            self._probe is not None
-            and _has_rectifiers(module)
-            and self._has_died(health(*self._probe))
+        verdict = self._monitor.read(
+            first,
+            losses,
+            finite=run.is_finite(),
+            total=run.module.total_updates,
+            stretch=stretch_length(run.batch_size),
+            units=None if run.probe is None else run.units,
+            rectifies=run.rectifies,
         )
+        if verdict.lowest:
+            self._recovery.promote()
+        if verdict.failure is None:
+            return
+        update, finding = self._explained(run, verdict.failure)
+        k = min(max(update - first, 0), len(losses) - 1)
+        loss = float(losses[k]) if update >= first else None
+        self._answer(run, _Accident(update, finding, last, float(rates[k]), loss))
 
-    def _has_died(self, found: Health) -> bool:
-        return found.dead_share >= _DEAD > self._seen.dead_before
-
-    def _suspect(
-        self, module: SupervisedModule, age: int, mean: float, flat: bool
-    ) -> _Failure | None:
-        """Whether the state at hand is that of a failed run."""
-        seen = self._seen
-        found = (
-            Health(mean, {}, {}, constant=False) if self._probe is None else health(*self._probe)
-        )
-        ratio = found.value / seen.start
-        before = seen.looks[-1][1] if seen.looks else math.inf
-        seen.looks.append((age, ratio))
-        left = None if module.total_updates is None else module.total_updates - seen.origin
-        cause: Cause | None = None
-        if self._has_died(found) and (ratio > _FLAT or (flat and ratio > _LEFT) or found.died):
-            cause = Cause.DEAD
-        elif found.is_saturated and ratio > _HIGH:
-            slow = ratio > 0.7 * before if left is None else ratio * age / left > _FORECAST
-            cause = Cause.SATURATED if slow else None
-        elif ratio > self.growth:
-            cause = Cause.GROWTH
-        if cause is None and left is not None and age * _SHARE >= left and len(seen.looks) > 2:
-            ratios = [value for _, value in seen.looks[-3:]]
-            flat = min(ratios) > _LASTING and ratios[2] >= _FLAT * ratios[0]
-            if flat or ratio * age / left > _HIGH:
-                cause = Cause.ABOVE_START
-        if cause is None:
-            return None
-        return _Failure(module.updates - 1, cause, self._told(cause, found))
-
-    def _look_at_the_end(self, module: SupervisedModule) -> _Failure | None:
-        """Whether all planned updates have led above the start."""
-        if self._probe is None:
-            return None
-        found = health(*self._probe)
-        ratio = found.value / self._seen.start
-        if self._has_died(found) and (ratio > _FLAT or found.died):
-            cause = Cause.DEAD
-        elif ratio > _LASTING:
-            cause = Cause.SATURATED if found.is_saturated else Cause.ABOVE_START
+    def _explained(self, run: _Run, failure: Failure) -> tuple[int, Finding]:
+        """Which update failed, and why; found by making updates again, where that is not known."""
+        if failure.cause is not None:
+            return failure.update, explain(failure, self._monitor.start, self.growth)
+        update = self._recovery.locate(run, failure.update)
+        if update < failure.update:
+            text = "loss and gradient are finite, but the parameters after the step are not"
+            unseen = Finding(Cause.STEP, text)
         else:
-            return None
-        return _Failure(module.updates - 1, cause, self._told(cause, found))
+            unseen = Finding(Cause.LOSS, "the loss of the batch is not finite")
+        return update, run.examine(update) or unseen
 
-    def _told(self, cause: Cause, found: Health) -> Finding:
-        numbers: dict[str, Any] = {"probe_loss": found.value, "start_loss": self._seen.start}
-        loss = f"the loss is {found.value:.4g} on a probe of training examples, and was {{}} there"
-        loss = loss.format(f"{self._seen.start:.4g} at the start")
-        if cause is Cause.DEAD:
-            numbers["layers"] = [n for n, share in found.dead.items() if share == found.dead_share]
-            numbers["dead"] = found.dead_share
-            text = (
-                f"{found.dead_share:.1%} of the units of {', '.join(numbers['layers'])} give 0 for "
-                f"every example; {loss}"
-            )
-        elif cause is Cause.SATURATED:
-            share = max(found.saturated.values())
-            numbers["layers"] = [name for name, s in found.saturated.items() if s == share]
-            numbers["saturated"] = share
-            text = (
-                f"{share:.1%} of the units of {', '.join(numbers['layers'])} are saturated; {loss}"
-            )
-        elif cause is Cause.ABOVE_START:
-            text = f"{loss}, and has not fallen"
-        else:
-            text = loss
-        return Finding(cause, text, numbers)
-
-    # ------------------------------------------------------------------ why it failed
-
-    def _explained(self, module: SupervisedModule, failure: _Failure) -> _Failure:
-        """The failure with its finding; the state is then that before the update that failed."""
-        if failure.finding is not None:
-            return failure
-        if failure.cause is Cause.GROWTH:
-            text = (
-                f"the mean loss of {_WINDOW} updates is above {self.growth:.4g} times the start's, "
-                f"{self._seen.start:.4g}"
-            )
-            numbers = {"start_loss": self._seen.start, "growth": self.growth}
-            return replace(failure, finding=Finding(Cause.GROWTH, text, numbers))
-        kept = self._last_kept
-        assert kept is not None
-        update, spoilt = failure.update, failure.update
-        self._go(module, kept, update)
-        if not _is_finite(module):
-            update = self._last_finite(module, kept, update)
-        objective, indices = self._examples(module, update)
-        finding = examine(objective, indices, module.draw_of(update), module.watched())
-        if finding is None and update < spoilt:
-            finding = Finding(
-                Cause.STEP,
-                "loss and gradient are finite, but the parameters after the step are not",
-            )
-        elif finding is None:
-            finding = Finding(Cause.LOSS, "the loss of the batch is not finite")
-        return _Failure(update, finding.cause, finding)
-
-    def _last_finite(self, module: SupervisedModule, kept: _Kept, bad: int) -> int:
-        """The update before which all parameters are finite for the last time, by halving."""
-        kept.give_back(module)
-        good = kept.update
-        if not _is_finite(module):
-            return good
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            self._go(module, kept, middle)
-            if _is_finite(module):
-                good, kept = middle, _Kept.of(module, middle)
-            else:
-                bad = middle
-        kept.give_back(module)
-        return good
-
-    def _go(self, module: SupervisedModule, kept: _Kept, to: int) -> None:
-        """Make the updates again from a state that was kept, with the schedule as it was then."""
-        kept.give_back(module)
-        schedule = module.schedule
-        module.schedule = kept.schedule if kept.schedule is not None else schedule
-        try:
-            update = kept.update
-            while update < to:
-                losses, _ = module.make_updates(self._block(module, update, to - update), update)
-                update += len(losses)
-        finally:
-            module.schedule = schedule
-
-    def _block(self, module: SupervisedModule, update: int, count: int) -> Any:
-        loader = module.trainer.train_dataloader
-        if isinstance(loader, IndexLoader):
-            return loader.block(update, count).to(module.device)
-        if isinstance(loader, PairLoader):
-            return loader.batch(update)
-        return self._batches[update]
-
-    def _examples(self, module: SupervisedModule, update: int) -> tuple[Objective, Tensor]:
-        """J and the examples of one update."""
-        objective, indices = module.named(self._block(module, update, 1))
-        return objective, indices[0]
-
-    # ------------------------------------------------------------------ what is done
-
-    def _recover(
-        self,
-        trainer: Trainer,
-        module: SupervisedModule,
-        failure: _Failure,
-        rate: float,
-        loss: float | None,
-    ) -> None:
+    def _answer(self, run: _Run, accident: _Accident) -> None:
         """Go back to the last good state, and on with a smaller η; or end there."""
-        finding = failure.finding
-        assert finding is not None
-        assert self._good is not None
-        finite = finding.cause in _FINITE
-        data = None if finite else self._examples(module, failure.update)
-        self._good.give_back(module)
-        if (
-            finding.cause is Cause.DEAD
-            and self._first is not None
-            and self._probe is not None
-            and health(*self._probe).dead_share > max(_HALF, self._seen.dead_before)
-        ):
-            # A net with many dead units may well have a lower loss than it had before.
-            self._good, self._seen.good_mean = self._first, math.inf
-            self._first.give_back(module)
+        module, monitor, finding = run.module, self._monitor, accident.finding
+        good = self._recovery.go_back(run)
+        dead = finding.cause is Cause.DEAD and run.probe is not None
+        if dead and monitor.too_few_live(run.units()):
+            good, monitor.good_mean = self._recovery.go_back(run, to_the_first=True), math.inf
+        finite = finding.cause in FINITE
         # What is not finite for the good parameters either, no step size can help.
-        hopeless = data is not None and (
-            examine(*data, module.draw_of(failure.update), module.watched()) is not None
-        )
-        objective = module.objective
+        hopeless = not finite and run.examine(accident.update) is not None
         limit = None
-        if objective is not None and _is_full(module) and not hopeless:
-            limit = step_limit(objective, trainer.optimizers[0])
-        told, where = self._named(trainer, module, failure)
-        # η before the schedule: of the group, or the rule's.
-        factor = float(module.rate_factors(failure.update, 1)) / module.rate_cut
-        peak = float(trainer.optimizers[0].param_groups[0]["initial_lr"]) * module.rate_cut
-        peak = rate / factor if factor > 0 else peak
-        if failure.last and failure.cause in _FINITE:
-            rate = peak  # the last ones are short
-        advised = peak / _CUT
-        if limit is not None:  # half of it is 1/λ, where a quadratic converges fastest
-            advised = min(advised, limit[1] / 2)
-        numbers = {
-            "update": failure.update,
-            "cause": finding.cause.value,
-            **({} if loss is None else {"loss": loss}),
-            "lr": rate,
-            **finding.numbers,
-            **where,
-        }
-        if limit is not None:
-            numbers.update(sharpness=limit[0], lr_limit=limit[1])
-        message = self._sentence(failure, rate, loss, told, limit)
-        again = (
-            self.action == "recover"
-            and len(self.events) < self.recoveries
-            and not hopeless
-            and not failure.last
-        )
-        if again:
+        if module.objective is not None and run.is_full and not hopeless:
+            limit = step_limit(module.objective, run.optimizer)
+        peak = run.peak(accident.update, accident.rate)
+        rate = peak if accident.last and finite else accident.rate  # the last ones are short
+        # Half of the limit is 1/λ, where a quadratic converges fastest.
+        advised = min(peak / _CUT, math.inf if limit is None else limit[1] / 2)
+        numbers, message = accident.told(run.names(accident.update), rate, limit)
+        again = self.action == "recover" and len(self.events) < self.recoveries
+        if again and not hopeless and not accident.last:
             module.rate_cut /= _CUT
-            good = self._good.update
             self.events.append({**numbers, "good_update": good, "advised_lr": advised})
-            if trainer.is_global_zero:
-                _log.warning(
-                    "%s The run goes on from the state before update %d, with lr=%.3g.",
-                    message,
-                    good,
-                    rate / _CUT,
-                )
-            self._begin_again(module)
+            if module.trainer.is_global_zero:
+                goes_on = "%s The run goes on from the state before update %d, with lr=%.3g."
+                _log.warning(goes_on, message, good, rate / _CUT)
+            monitor.begin_again(run.updates)
+            self._recovery.begin_again(run)
             return
         if self.events:
-            message += f" It had recovered {_times(len(self.events))} before."
+            message += f" It had recovered {_times(self.events)} before."
             numbers["recoveries"] = [dict(event) for event in self.events]
-        kept = f"The model is that before update {self._good.update}, the last good state."
+        kept = f"The model is that before update {good}, the last good state."
         module.stop = Stop(
             StopReason.DIVERGED if finite else StopReason.NON_FINITE,
-            f"{message} {kept}" if _is_finite(module) else message,
+            f"{message} {kept}" if run.is_finite() else message,
             numbers,
-            _ADVICE.get(finding.cause, "")
-            if hopeless
-            else f"Set optimizer.lr={advised:.3g} or less.",
+            what_helps(finding.cause) if hopeless else f"Set optimizer.lr={advised:.3g} or less.",
         )
-        trainer.should_stop = True
-
-    def _begin_again(self, module: SupervisedModule) -> None:
-        """Compare from here on, with the state at hand as the good one."""
-        seen = self._seen
-        self._seen = _Seen(module.updates, seen.start, seen.dead_before, good_mean=seen.good_mean)
-        self._first = self._good = _Kept.of(module, module.updates)
-        self._pending = self._last_kept = self._first
-
-    def _sentence(
-        self,
-        failure: _Failure,
-        rate: float,
-        loss: float | None,
-        told: str,
-        limit: tuple[float, float] | None,
-    ) -> str:
-        assert failure.finding is not None
-        cause = failure.finding.cause
-        what = (
-            "The run diverged"
-            if cause in _FINITE
-            else f"The loss was {loss}"
-            if loss is not None and not math.isfinite(loss)
-            else "The parameters became infinite or not a number"
-        )
-        sentence = f"{what} at update {failure.update} (counted from 0) with lr={rate:.4g}: {told}."
-        if limit is not None:
-            sentence += (
-                f" Full-batch descent is stable below lr={limit[1]:.3g} at the last good state "
-                f"(sharpness {limit[0]:.3g})."
-            )
-        return sentence
-
-    def _named(
-        self, trainer: Trainer, module: SupervisedModule, failure: _Failure
-    ) -> tuple[str, dict[str, Any]]:
-        """The finding in words; examples by their numbers in the training part and the source."""
-        finding = failure.finding
-        assert finding is not None
-        data = cast(Any, trainer).datamodule
-        loader = trainer.train_dataloader
-        plan = loader.plan if isinstance(loader, PairLoader) else loader
-        rows: list[int] | None = None
-        if isinstance(plan, IndexLoader):
-            rows = plan.block(failure.update, 1)[0].tolist()
-        split = getattr(data, "split", None)
-        names = getattr(getattr(data, "preprocessing", None), "feature_names", None)
-
-        def source(i: int) -> int | None:
-            return None if rows is None or not split else int(split["train"][rows[i]])
-
-        def name(kind: str, i: int) -> str:
-            if kind == "feature":
-                return f"feature {i}" + (f" ({names[i]})" if names and i < len(names) else "")
-            if kind == "target":
-                return "the target" if i == 0 else f"target {i}"
-            if rows is None:
-                return f"example {i} of the batch"
-            row = source(i)
-            return f"training example {rows[i]}" + (
-                "" if row is None else f" (row {row} of the data)"
-            )
-
-        where: dict[str, Any] = {}
-        positions = finding.numbers.get("examples", [])
-        if rows is not None and positions:
-            where["examples"] = [rows[i] for i in positions]
-            if split:
-                where["rows"] = [source(i) for i in positions]
-        return finding.told(name), where
+        module.trainer.should_stop = True
 
     # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""
-        places = (self._first, self._good, self._pending, self._last_kept)
-        kept = list(dict.fromkeys(k for k in places if k is not None))
-        if sum(k.size for k in kept) > _SAVED:
-            kept = []
         return {
             "events": copy.deepcopy(self.events),
             "station": self._station,
             "losses": [loss for part in self._losses for loss in part.tolist()],
             "rates": [rate for part in self._rates for rate in part.tolist()],
-            "seen": {**asdict(self._seen), "window": self._seen.window.tolist()},
+            "seen": self._monitor.state_dict(),
             "last_losses": self._last_losses.tolist(),
-            "kept": [k.state_dict() for k in kept],
-            "places": [kept.index(k) if k in kept else None for k in places],
+            **self._recovery.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -785,198 +412,178 @@ class Divergence(Callback):
         self._station = state_dict["station"]
         self._losses = [np.asarray(state_dict["losses"], dtype=np.float64)]
         self._rates = [np.asarray(state_dict["rates"], dtype=np.float64)]
-        seen = state_dict["seen"]
-        self._seen = _Seen(**{**seen, "window": np.asarray(seen["window"], dtype=np.float64)})
+        self._monitor.load_state_dict(state_dict["seen"])
         self._last_losses = np.asarray(state_dict["last_losses"], dtype=np.float64)
-        kept = [_Kept(**saved) for saved in state_dict["kept"]]
-        self._first, self._good, self._pending, self._last_kept = (
-            None if place is None else kept[place] for place in state_dict["places"]
-        )
+        self._recovery.load_state_dict(state_dict)
 
 
-@dataclass
-class _Seen:
-    """What losses have told since the origin; pairs are a sum and a number of losses."""
-
-    origin: int = 0  # the update from which losses are compared
-    start: float = math.nan  # J on the probe before the first update
-    dead_before: float = 0.0  # share of dead units, then
-    window: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # not yet full
-    since: tuple[float, int] = (0.0, 0)  # the last look
-    mean_before: float = math.inf  # of the losses before that look
-    looks: list[tuple[int, float]] = field(default_factory=list)  # age, loss in units of start
-    stretch: tuple[float, int] = (0.0, 0)  # since the state that is pending
-    good_mean: float = math.inf
-
-
-@dataclass(frozen=True, eq=False)
-class _Failure:
-    """An update that failed.
-
-    Args:
-        update: Its number.
-        cause: None: something is not finite, and it is not known yet what.
-        finding: What is known.
-        last: Whether the run ends here.
-    """
+@dataclass(frozen=True)
+class _Accident:
+    """An update that failed, why, whether the run ends here, and η and J there."""
 
     update: int
-    cause: Cause | None
-    finding: Finding | None = None
-    last: bool = False
+    finding: Finding
+    last: bool
+    rate: float
+    loss: float | None
+
+    def told(
+        self, names: Names, rate: float, limit: tuple[float, float] | None
+    ) -> tuple[dict[str, Any], str]:
+        """Numbers and words, with η, and λ and the largest stable η where they are known."""
+        finding, update, loss = self.finding, self.update, self.loss
+        numbers = {
+            "update": update,
+            "cause": finding.cause.value,
+            **({} if loss is None else {"loss": loss}),
+            "lr": rate,
+            **finding.numbers,
+            **names.numbers(finding),
+        }
+        if limit is not None:
+            numbers.update(sharpness=limit[0], lr_limit=limit[1])
+        return numbers, sentence(finding, finding.told(names), update, rate, loss, limit)
 
 
-@dataclass(frozen=True, eq=False)
-class _Kept:
-    """A copy of everything that updates change, before an update."""
+class _Run:
+    """A `SupervisedModule` in training, as `gdtrain.descent.recovery.Run`, with its probe."""
 
-    update: int
-    tensors: list[Tensor]
-    groups: list[dict[str, Any]]
-    states: dict[int, dict[str, Any]]  # of the optimizer, by the parameter's place
-    random: dict[str, Any] | tuple[Any, ...]
-    schedule: ReduceOnPlateau | None = None
-
-    @classmethod
-    def of(cls, module: SupervisedModule, update: int) -> _Kept:
-        """The state at hand, which is that before an update."""
-        optimizer, schedule = module.trainer.optimizers[0], module.schedule
-        owned = _owned(optimizer)
-        return cls(
-            update,
-            [t.detach().clone() for t in _changing(module)],
-            [
-                {name: _copied(value) for name, value in group.items() if name != "params"}
-                for group in optimizer.param_groups
-            ],
-            {i: _copied(optimizer.state[p]) for i, p in enumerate(owned) if p in optimizer.state},
-            _generators(module),
-            copy.deepcopy(schedule) if isinstance(schedule, ReduceOnPlateau) else None,
-        )
-
-    def give_back(self, module: SupervisedModule) -> None:
-        """Put it back, but for the schedule."""
-        with torch.no_grad():
-            for tensor, kept in zip(_changing(module), self.tensors, strict=True):
-                tensor.copy_(kept)
-                tensor.grad = None
-        optimizer = module.trainer.optimizers[0]
-        for group, old in zip(optimizer.param_groups, self.groups, strict=True):
-            for name in group.keys() - old.keys() - {"params"}:
-                del group[name]
-            group.update(_copied(old))
-        optimizer.state.clear()
-        for i, p in enumerate(_owned(optimizer)):
-            if i in self.states:
-                optimizer.state[p] = _copied(self.states[i])
-        set_random_state(_plain(self.random))
+    def __init__(self, module: SupervisedModule) -> None:
+        self.module = module
+        self.loader = module.trainer.train_dataloader
+        self.probe: tuple[Objective, Tensor] | None = None
+        self._batches: dict[int, Any] = {}  # of a loader that cannot be asked again
+        self._trained: list[int] | None = None  # which parameters are
 
     @property
-    def size(self) -> int:
-        """Numbers in it."""
-        own = [v for state in self.states.values() for v in state.values() if isinstance(v, Tensor)]
-        return sum(t.numel() for t in (*self.tensors, *own))
+    def model(self) -> nn.Module:
+        return self.module.model
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors; what a plateau schedule remembers is the run's to keep."""
-        names = ("update", "tensors", "groups", "states")
-        return {**{name: getattr(self, name) for name in names}, "random": _plain(self.random)}
+    @property
+    def optimizer(self) -> Optimizer:
+        return self.module.trainer.optimizers[0]
 
+    @property
+    def schedule(self) -> Schedule:
+        return self.module.schedule
 
-def _generators(module: SupervisedModule) -> tuple[Any, ...]:
-    """All that a user's layers may draw from, as fast as can be."""
-    cuda = torch.cuda.get_rng_state_all() if module.device.type == "cuda" else []
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()  # noqa: NPY002
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        self.module.schedule = schedule
 
+    @property
+    def updates(self) -> int:
+        return self.module.updates
 
-def _plain(states: dict[str, Any] | tuple[Any, ...]) -> dict[str, Any]:
-    """The same in plain containers, as checkpoints have them."""
-    if isinstance(states, dict):
-        return states
-    torchs, cuda, (version, numbers, gauss), (name, keys, *rest) = states
-    return {
-        "torch": torchs,
-        "cuda": cuda,
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-    }
+    @property
+    def plan(self) -> IndexLoader | None:
+        """Which examples make which update, where that is known."""
+        loader = self.loader.plan if isinstance(self.loader, PairLoader) else self.loader
+        return loader if isinstance(loader, IndexLoader) else None
 
+    @property
+    def batch_size(self) -> int | None:
+        return None if self.plan is None else self.plan.batch_size
 
-def _owned(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
+    @property
+    def is_full(self) -> bool:
+        """Whether each update sees all (resident) examples."""
+        return isinstance(self.loader, IndexLoader) and (
+            self.loader.batch_size == self.loader.num_examples
+            and self.loader.sampling != "replacement"
+        )
 
+    @property
+    def rectifies(self) -> bool:
+        return any(isinstance(layer, RECTIFIERS) for layer in self.model.modules())
 
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {name: _copied(inner) for name, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+    @property
+    def cannot_be_asked_again(self) -> bool:
+        """Whether the batches come from a loader that is not gdtrain's."""
+        return self.plan is None
 
+    def trains_others(self) -> bool:
+        """Whether other parameters are trained than when this was last asked."""
+        groups, before = self.optimizer.param_groups, self._trained
+        self._trained = [id(p) for g in groups for p in g["params"] if p.requires_grad]
+        return before not in (None, self._trained)
 
-_FINITE = (Cause.GROWTH, Cause.DEAD, Cause.SATURATED, Cause.ABOVE_START)
-_ADVICE = {
-    Cause.INPUT: "Correct or leave out that example: no step size helps.",
-    Cause.TARGET: "Correct or leave out that example: no step size helps.",
-    Cause.WEIGHT: "Give the model finite initial parameters: no step size helps.",
-    Cause.LOSS: (
-        "The last good parameters give no finite loss for it either: look at the scale of these "
-        "examples and of the initial parameters, or set data.dtype=float64."
-    ),
-    Cause.GRADIENT: (
-        "The last good parameters give no finite gradient for it either: look for a square root, "
-        "a division or a logarithm at 0 in the model."
-    ),
-}
+    def retain(self, batch: Any) -> bool:
+        """Keep a batch that cannot be asked again; says whether too much is kept by now."""
+        if not self.cannot_be_asked_again:
+            return False
+        self._batches[self.updates] = batch
+        return sum(map(_bytes, self._batches.values())) > _RETAINED
 
+    def forget_before(self, update: int) -> None:
+        self._batches = {u: batch for u, batch in self._batches.items() if u >= update}
 
-def _changing(module: SupervisedModule) -> list[Tensor]:
-    model = module.model
-    return [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
+    def choose_probe(self, batch: Any) -> None:
+        """Training examples, spread, for they may be sorted; or a batch, if it is large enough."""
+        if isinstance(self.loader, PairLoader) and self.updates:
+            batch = self._block(0, 1)
+        objective, indices = self.module.named(batch)
+        if objective is self.module.objective:
+            count = len(objective.targets)
+            rows = torch.arange(min(count, _PROBE), device=objective.targets.device)
+            self.probe = objective, rows * count // len(rows)
+        elif indices.shape[1] >= _LEAST:
+            self.probe = objective, indices[0]
 
+    def units(self) -> Health:
+        """How they are, on the probe."""
+        assert self.probe is not None
+        return health(*self.probe)
 
-def _is_finite(module: SupervisedModule) -> bool:
-    watched = [t.detach() for t in module.watched().values() if t.is_floating_point()]
-    sums = [t.sum() for t in watched]
-    if module.device.type == "cuda":  # one wait for the device instead of many
-        sums = [torch.stack([total.float() for total in sums]).sum()]
-    if all(math.isfinite(float(total)) for total in sums):
-        return True
-    # A sum may overflow where no number does.
-    return all(bool(torch.isfinite(t).all()) for t in watched)
+    def examine(self, update: int) -> Finding | None:
+        """What is not finite in an update, at the parameters at hand."""
+        objective, indices = self.module.named(self._block(update, 1))
+        return examine(objective, indices[0], self.module.draw_of(update), self.module.watched())
 
+    def is_finite(self) -> bool:
+        watched = [t.detach() for t in self.module.watched().values() if t.is_floating_point()]
+        sums = [t.sum() for t in watched]
+        if self.module.device.type == "cuda":  # one wait for the device instead of many
+            sums = [torch.stack([total.float() for total in sums]).sum()]
+        if all(math.isfinite(float(total)) for total in sums):
+            return True
+        # A sum may overflow where no number does.
+        return all(bool(torch.isfinite(t).all()) for t in watched)
 
-def _is_full(module: SupervisedModule) -> bool:
-    loader = module.trainer.train_dataloader
-    return isinstance(loader, IndexLoader) and (
-        loader.batch_size == loader.num_examples and loader.sampling != "replacement"
-    )
+    def repeat(self, update: int, count: int) -> int:
+        losses, _ = self.module.make_updates(self._block(update, count), update)
+        return len(losses)
 
+    def _block(self, update: int, count: int) -> Any:
+        if isinstance(self.loader, IndexLoader):
+            return self.loader.block(update, count).to(self.module.device)
+        if isinstance(self.loader, PairLoader):
+            return self.loader.batch(update)
+        return self._batches[update]
 
-def _has_rectifiers(module: SupervisedModule) -> bool:
-    return any(isinstance(layer, RECTIFIERS) for layer in module.model.modules())
+    def peak(self, update: int, rate: float) -> float:
+        """η before the schedule: of the group, or the rule's."""
+        factor = float(self.module.rate_factors(update, 1)) / self.module.rate_cut
+        group = self.optimizer.param_groups[0]
+        return rate / factor if factor > 0 else float(group["initial_lr"]) * self.module.rate_cut
 
-
-def _has_memory(module: SupervisedModule) -> bool:
-    """Whether the schedule depends on more than the update number."""
-    return isinstance(module.schedule, ReduceOnPlateau)
+    def names(self, update: int) -> Names:
+        """What the user calls the examples of an update."""
+        data = cast(Any, self.module.trainer).datamodule
+        split = getattr(data, "split", None)
+        features = getattr(getattr(data, "preprocessing", None), "feature_names", None)
+        if self.plan is None:
+            return Names(features=features)
+        rows = self.plan.block(update, 1)[0].tolist()
+        return Names(rows, split["train"] if split else None, features)
 
 
 def _is_lost(stop: Stop) -> bool:
     return stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
 
 
-def _power_of_two(number: int) -> int:
-    """The largest that is not above."""
-    return 1 << (number.bit_length() - 1)
-
-
-def _cannot_be_asked_again(module: SupervisedModule) -> bool:
-    """Whether the batches come from a loader that is not gdtrain's."""
-    return not isinstance(module.trainer.train_dataloader, IndexLoader | PairLoader)
-
-
-def _times(count: int) -> str:
+def _times(events: list[Any]) -> str:
+    count = len(events)
     return "once" if count == 1 else "twice" if count == 2 else f"{count} times"
 
 

@@ -14,6 +14,13 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from gdtrain._compat.lightning_accumulation import (
+    decide_steps,
+    ends_epoch,
+    leave_steps,
+    only_forward,
+    steps_are_decided,
+)
 from gdtrain.optim.gathering import Gathering
 from gdtrain.optim.protocol import gathers, is_full_batch
 
@@ -131,13 +138,9 @@ class GatherMicroBatches(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the decision at which batches Lightning makes an optimizer step."""
         optimizer = _optimizer(trainer)
-        methods = trainer.fit_loop.epoch_loop.__dict__
-        if "_should_accumulate" in methods:
+        if steps_are_decided(trainer):
             raise ValueError("There are two GatherMicroBatches callbacks: leave one out.")
-        # The one method that the loop, schedulers, loggers and callbacks ask. It, rather than
-        # trainer.accumulate_grad_batches: that is overruled at the end of an epoch, and divides
-        # the losses.
-        methods["_should_accumulate"] = lambda: not self._makes_update(trainer)
+        decide_steps(trainer, lambda: self._makes_update(trainer))
         # A resumed run asks, before its first batch, whether its last one made an update.
         self._closes, self._size = optimizer.gathered == 0, 0
         self._warned = False
@@ -165,7 +168,7 @@ class GatherMicroBatches(Callback):
         self._hook.remove()
         self._hook = None
         _optimizer(trainer).has_no_scaler = False
-        del trainer.fit_loop.epoch_loop.__dict__["_should_accumulate"]
+        leave_steps(trainer)
         for config, frequency in self._frequencies:
             config.frequency = frequency
         self._frequencies = []
@@ -181,8 +184,7 @@ class GatherMicroBatches(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Tell the size of the batch, and whether the update is made from it."""
-        loop = trainer.fit_loop
-        if loop._skip_backward:  # StochasticWeightAveraging renews the statistics of BatchNorm
+        if only_forward(trainer):
             self._size, self._closes = 0, False
             return
         _check_accumulation(trainer)
@@ -190,7 +192,7 @@ class GatherMicroBatches(Callback):
         size = optimizer.check_gatherable((self.batch_size or _size_of)(batch))
         assert optimizer.examples is not None
         missing = optimizer.examples - optimizer.gathered - size
-        flushes = self.epoch_end == "flush" and loop.epoch_loop._num_ready_batches_reached()
+        flushes = self.epoch_end == "flush" and ends_epoch(trainer)
         self._size = size
         self._closes = missing == 0 or flushes
         if self._closes:

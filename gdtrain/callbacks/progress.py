@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from gdtrain.lightning.module import SupervisedModule
+from gdtrain.ranges import Interval
 
 __all__ = ["ProgressLine"]
 
@@ -32,9 +34,7 @@ class ProgressLine(Callback):
     """
 
     def __init__(self, seconds_between: float = 0.2) -> None:
-        if not seconds_between > 0:
-            raise ValueError(f"seconds_between must be > 0. Received: {seconds_between}.")
-        self.seconds_between = seconds_between
+        self.seconds_between = Interval(0, math.inf).check("seconds_between", seconds_between)
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._looked, self._updates = 0.0, 0

@@ -173,6 +173,7 @@ class Trajectory(Callback):
         """Keep the end, and write."""
         if self._kept:
             module = cast(SupervisedModule, pl_module)
+            module.settle()
             self._keep(module)
             self._write(module)
         self._trainer = None

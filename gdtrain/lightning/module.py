@@ -36,6 +36,7 @@ from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.module import DataModule
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.descent.race import Race, race
+from gdtrain.descent.recovery import Guard
 from gdtrain.descent.stopping import Stop
 from gdtrain.descent.trial import Snapshot
 from gdtrain.engines import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
@@ -212,6 +213,7 @@ class SupervisedModule(LightningModule):
         self._metrics = None if metrics is None else dict(metrics)
         self.evaluation = nn.ModuleDict()
         self.stop: Stop | None = None
+        self.guard: Guard | None = None  # sees each sweep before anybody else, in any callback
         self.validation: dict[str, float] = {}
         self.validated_at = -1
         self.description: dict[str, Any] | None = None
@@ -384,7 +386,7 @@ class SupervisedModule(LightningModule):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, StochasticWeightAveraging):
                 self._prepare_averaging(callback)
-        self.stop = None
+        self.stop = self.guard = None
         self._see()
 
     def _see(self) -> None:
@@ -813,6 +815,8 @@ class SupervisedModule(LightningModule):
         """
         first = self.updates
         self.follow_callbacks()
+        if self.guard is not None:
+            self.guard.before(batch)
         started = time.perf_counter()
         with self._training():
             losses, indices = self.make_updates(batch, first)
@@ -838,7 +842,7 @@ class SupervisedModule(LightningModule):
                 optimizer._opt_called = True  # schedulers ask: not every engine calls step()
                 self.lr_scheduler_step(config.scheduler, None)
         self._lengthen(count, seconds)
-        return {
+        outputs = {
             "loss": losses[-1],
             "losses": losses,
             "rates": self._rates,
@@ -846,6 +850,17 @@ class SupervisedModule(LightningModule):
             "first": first,
             "examples": indices.shape[1],
         }
+        if self.guard is not None:
+            self.guard.after(outputs)
+        return outputs
+
+    def settle(self) -> None:
+        """Let the guard read what it has not read: the run ends here. Again, it changes nothing.
+
+        For callbacks that look at the model in `on_train_end`, in which it may be set back.
+        """
+        if self.guard is not None:
+            self.guard.end()
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -1188,7 +1203,7 @@ class SupervisedModule(LightningModule):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without the trainer, and the engine that it had."""
-        gone = ("_engine", "_objective", "_validated")
+        gone = ("_engine", "_objective", "_validated", "guard")
         return {**super().__getstate__(), **dict.fromkeys(gone)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

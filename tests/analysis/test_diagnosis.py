@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from gdtrain import GD
-from gdtrain.analysis.diagnosis import Cause, Finding, examine, health, overshoot, step_limit
+from gdtrain.analysis.diagnosis import Finding, examine, health, overshoot, step_limit
+from gdtrain.descent.monitors import Cause
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.objective import Objective
 
