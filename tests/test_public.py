@@ -29,7 +29,7 @@ def test_all_is_sorted_and_each_name_has_a_docstring_and_an_example(name):
 
 
 LAYERS = [
-    ["errors", "ranges", "_compat"],
+    ["errors", "generators", "ranges", "_compat"],
     ["rules", "schedules", "losses"],
     ["step_sizes", "models"],
     ["objective", "optim"],

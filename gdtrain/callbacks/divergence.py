@@ -33,7 +33,8 @@ from gdtrain.analysis.diagnosis import (
 from gdtrain.data.dataset import PairLoader
 from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.stopping import Stop, StopReason
-from gdtrain.lightning.module import SupervisedModule, set_random_state
+from gdtrain.generators import RandomStates
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
 from gdtrain.schedules import ReduceOnPlateau
 
@@ -868,7 +869,7 @@ class _Kept:
         for i, p in enumerate(_owned(optimizer)):
             if i in self.states:
                 optimizer.state[p] = _copied(self.states[i])
-        set_random_state(_plain(self.random))
+        RandomStates.from_state_dict(_plain(self.random)).restore()
 
     @property
     def size(self) -> int:

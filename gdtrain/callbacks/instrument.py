@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 from gdtrain.analysis.gradients import dot, layers
 from gdtrain.callbacks.curves import described
 from gdtrain.data.loader import IndexLoader
-from gdtrain.descent.trial import Snapshot, seed_all
+from gdtrain.descent.trial import Snapshot
 from gdtrain.descent.work import FREE, Places, Work
 from gdtrain.engines import Eager
+from gdtrain.generators import seed_all
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective, untouched
 
@@ -135,7 +136,7 @@ class Look:
         named = self.module.draw_of(2**31 + draw % 2**31)
         with untouched(self._own.model):
             # For layers that draw from the generators of torch, Python and NumPy.
-            seed_all(self._own, named * 1_000_003 + self.loader.seed)
+            seed_all(named * 1_000_003 + self.loader.seed, self._own.params[0].device)
             return self._wide.value_and_grad(rows, named)[1]
 
     @contextmanager

@@ -12,14 +12,11 @@ from __future__ import annotations
 
 import functools
 import logging
-import pickle
-import random
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
@@ -32,6 +29,7 @@ from gdtrain.engines.engine import (
     last_share,
     rates_by_schedule,
 )
+from gdtrain.generators import RandomStates, same_after
 from gdtrain.models.dropout import Dropout, drawing, example_seeds
 from gdtrain.objective import Objective, prediction_of
 from gdtrain.optim import GD, SGD, MiniBatchSGD
@@ -261,17 +259,13 @@ def _rehearse(objective: Objective, indices: Tensor, draw: int) -> None:
     """One gradient that changes nothing: raises the model's own errors, and shows what it does."""
     model = objective.model
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    devices = [p.device for p in objective.params[:1] if p.device.type == "cuda"]
-    outer = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        before = _random_states(devices)
+    devices = [objective.params[0].device]
+    with same_after(devices) as before, torch.enable_grad():
         with drawing(draw, 0):
             output = functional_call(model, buffers, (objective.inputs[indices],))
             losses = objective.loss(prediction_of(output), objective.targets[indices])
         gradient = torch.autograd.grad(losses.sum(), objective.params, allow_unused=True)
-        draws = _random_states(devices) != before
-    random.setstate(outer[0])
-    np.random.set_state(outer[1])  # noqa: NPY002
+        draws = RandomStates.now(devices) != before
     if draws:
         raise NotApplicableError(
             "the model draws random numbers, which would not be the same in a compiled graph "
@@ -281,12 +275,6 @@ def _rehearse(objective: Objective, indices: Tensor, draw: int) -> None:
     unused = [name for name, g in zip(names, gradient, strict=True) if g is None]
     if unused:
         raise NotApplicableError(f"the loss does not depend on parameter {unused[0]}")
-
-
-def _random_states(devices: list[torch.device]) -> bytes:
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-    ours = random.getstate(), np.random.get_state()  # noqa: NPY002
-    return pickle.dumps(([bytes(s.cpu().numpy()) for s in states], ours))
 
 
 # ------------------------------------------------------------------ the graph

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,6 +38,7 @@ from gdtrain.descent.race import Race, race
 from gdtrain.descent.stopping import Stop
 from gdtrain.descent.trial import Snapshot
 from gdtrain.engines import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
+from gdtrain.generators import RandomStates
 from gdtrain.lightning.description import describe, describe_data
 from gdtrain.lightning.hooks import Sight, before_step, call, overrides, sight
 from gdtrain.lightning.resuming import check_resumes, settings
@@ -489,7 +489,7 @@ class SupervisedModule(LightningModule):
             elif trainer.max_steps >= 0:
                 self.total_updates = trainer.max_steps
         if self._random_state is not None:
-            set_random_state(self._random_state)
+            RandomStates.from_state_dict(self._random_state).restore()
             self._random_state = None
         if self.total_updates is None:
             self._check_endless()
@@ -1204,7 +1204,7 @@ class SupervisedModule(LightningModule):
             "examples_seen": self.examples_seen,
             "rate_cut": self.rate_cut,
             "race": None if self.race is None else asdict(self.race),
-            "random_state": _random_state(),
+            "random_state": RandomStates.now().state_dict(),
             "micro_batch_size": self.micro_batch_size,
             "engine": self.engine_in_use,
             "settings": self.noted_settings,
@@ -1351,31 +1351,3 @@ def _align_progress(trainer: Any, epoch: int) -> None:
     loop.epoch_loop.batch_progress.reset_on_run()
     loop.epoch_loop.val_loop.restarting = False
     loop.epoch_loop.val_loop.batch_progress.reset_on_run()
-
-
-def _random_state() -> dict[str, Any]:
-    """The generators that a user's layers may draw from, in plain containers."""
-    version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (user code may draw from it)
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": [version, list(numbers), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            position,
-            has_gauss,
-            cached,
-        ],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, keys, *rest = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
