@@ -29,8 +29,9 @@ from gdtrain.data import DataModule
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.engines import choose
-from gdtrain.lightning.module import SupervisedModule, parameter_groups
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective, prediction_of, untouched
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 

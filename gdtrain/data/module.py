@@ -17,11 +17,12 @@ from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain.data.loader import EvaluationLoader, IndexLoader, Sampling
+from gdtrain.data.loader import EvaluationLoader, IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.preprocessing import Preprocessing, check_features, check_whole
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.targets import Decision, Task, decide
+from gdtrain.descent.plan import Sampling
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -377,8 +378,6 @@ class DataModule(LightningDataModule):
         if trainer is not None:
             loader.start = lambda: trainer.global_step
             loader.total = self.planned_updates(trainer)
-            module = getattr(trainer, "lightning_module", None)
-            loader.next_update = getattr(module, "next_update", loader.next_update)
         return loader
 
     def planned_updates(self, trainer: Any) -> int | None:

@@ -320,7 +320,7 @@ class _Program:
         self._run = (
             _replayed(update)
             if device.type == "cuda"
-            else _looped(update, alone=size * weights < WORTH_SHARING)
+            else _looped(update, single_threaded=size * weights < WORTH_SHARING)
         )
         # Several images at a time: twice as fast with the channels of a pixel side by side.
         self._channels_last = size > 1 and device.type == "cpu"
@@ -479,7 +479,7 @@ def _polyak_share(
     return torch.where((square == 0) | (bound >= most), most, bound)
 
 
-def _looped(update: _Update, alone: bool) -> _Run:
+def _looped(update: _Update, single_threaded: bool) -> _Run:
     """A chunk as one compiled loop, for the CPU."""
     from torch._higher_order_ops import while_loop
 
@@ -505,7 +505,7 @@ def _looped(update: _Update, alone: bool) -> _Run:
     def run(*arguments: Any, count: int) -> Any:
         nonlocal compiled
         if compiled is None:
-            compiled = _compile(loop, (*arguments, torch.tensor(0)), alone)
+            compiled = _compile(loop, (*arguments, torch.tensor(0)), single_threaded)
         return compiled(*arguments, torch.tensor(count))
 
     return run
@@ -563,7 +563,7 @@ def _flat(carried: Sequence[Any]) -> list[Tensor]:
 
 
 def _compile(
-    function: Callable[..., Any], arguments: tuple[Any, ...], alone: bool = False
+    function: Callable[..., Any], arguments: tuple[Any, ...], single_threaded: bool = False
 ) -> Callable[..., Any]:
     """`function`, compiled for such arguments, and called once with them.
 
@@ -584,7 +584,7 @@ def _compile(
             code.replace(), function.__globals__, None, None, function.__closure__
         )
         compiled = torch.compile(
-            own, fullgraph=True, dynamic=False, backend=_backend(in_cpp, alone)
+            own, fullgraph=True, dynamic=False, backend=_backend(in_cpp, single_threaded)
         )
         try:
             with _without_word_of_cuda():
@@ -621,7 +621,7 @@ def _without_word_of_cuda() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _backend(in_cpp: bool, alone: bool) -> Callable[..., Any]:
+def _backend(in_cpp: bool, single_threaded: bool) -> Callable[..., Any]:
     """Inductor, with products of a single row as loops that fuse with what surrounds them.
 
     For one example, the product W x and the gradient, an outer product, then read or write each
@@ -629,7 +629,7 @@ def _backend(in_cpp: bool, alone: bool) -> Callable[..., Any]:
 
     Args:
         in_cpp: Host code in C++.
-        alone: Loops on one thread; libraries use theirs all the same.
+        single_threaded: Loops on one thread; libraries use theirs all the same.
     """
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
@@ -654,7 +654,7 @@ def _backend(in_cpp: bool, alone: bool) -> Callable[..., Any]:
         return c + mm(a, b)
 
     table[aten.mm.default], table[aten.addmm.default] = mm, addmm
-    patches = {"cpp_wrapper": in_cpp, **({"cpp.threads": 1} if alone else {})}
+    patches = {"cpp_wrapper": in_cpp, **({"cpp.threads": 1} if single_threaded else {})}
     return functools.partial(compile_fx, config_patches=patches, decompositions=table)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gdtrain.engines.engine import Ahead, rates_by_schedule
+from gdtrain.engines.engine import LookAhead, rates_by_schedule
 from gdtrain.generators import RandomStates
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective, buffers_of
@@ -49,7 +49,7 @@ class Eager:
         self.objective, self.optimizer = objective, optimizer
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
-        self._ahead = Ahead()
+        self._ahead = LookAhead()
         self._draws = any(isinstance(m, Dropout) for m in objective.model.modules())
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:

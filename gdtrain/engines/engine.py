@@ -17,13 +17,13 @@ from gdtrain.objective import Objective
 
 __all__ = [
     "WORTH_SHARING",
-    "Ahead",
     "Engine",
+    "LookAhead",
     "NotApplicableError",
-    "alone",
     "check_hooks",
     "last_share",
     "rates_by_schedule",
+    "single_threaded",
 ]
 
 # Multiplications an update: with fewer, threads wait more than they work.
@@ -95,7 +95,7 @@ def rates_by_schedule(optimizer: Optimizer, factors: Tensor) -> Tensor:
     return factors.to("cpu", torch.float64) * float(optimizer.param_groups[0]["initial_lr"])
 
 
-class Ahead:
+class LookAhead:
     """What a line search found where it went: value and gradient of the next update, if it held.
 
     A rule that tests a point before it goes there (Armijo, Barzilai and Borwein) needs the value
@@ -103,7 +103,7 @@ class Ahead:
     of an update makes both, unless the update before needed more than one.
 
     Example:
-        >>> ahead, theta, rows = Ahead(), torch.zeros(2), torch.arange(3)
+        >>> ahead, theta, rows = LookAhead(), torch.zeros(2), torch.arange(3)
         >>> ahead.begin([theta], rows), ahead.wanted()
         (None, True)
         >>> ahead.keep([theta + 1], rows, "value and gradient")
@@ -152,14 +152,14 @@ class Ahead:
 
 
 @contextmanager
-def alone(multiplications: int) -> Iterator[None]:
+def single_threaded(multiplications: int) -> Iterator[None]:
     """Within it, torch computes on one thread if an update has too little work for more.
 
     Args:
         multiplications: Of an update.
 
     Example:
-        >>> with alone(1000):
+        >>> with single_threaded(1000):
         ...     torch.get_num_threads()
         1
     """

@@ -6,8 +6,7 @@ or of the user, has learnt that a batch is an update: it gets what it relies on,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule
@@ -22,7 +21,9 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 
-__all__ = ["Sight", "before_step", "call", "overrides", "sight"]
+from gdtrain.descent.plan import Every
+
+__all__ = ["Watchers", "before_step", "call", "overrides", "watchers_of"]
 
 _BATCH = ("on_train_batch_start", "on_train_batch_end")
 _STEP = ("on_before_zero_grad", "on_after_backward", "on_before_optimizer_step")
@@ -52,22 +53,22 @@ _REFUSED = {
 }
 
 
-class Sight(NamedTuple):
+class Watchers(NamedTuple):
     """Where sweeps must end for those who do not know them.
 
     Args:
         single: Who needs one update a step, in words; "": nobody.
-        cuts: From an update number to the smallest above it at which a sweep must end.
+        cuts: The updates at which a sweep must end.
         step: Who has hooks that are called at each step of the optimizer.
 
     Example:
-        >>> Sight("", [lambda update: (update // 100 + 1) * 100], []).cuts[0](250)
+        >>> Watchers(cuts=[Every(100)]).cuts[0].next_update(250)
         300
     """
 
-    single: str
-    cuts: Sequence[Callable[[int], int]]
-    step: Sequence[Any]
+    single: str = ""
+    cuts: Sequence[Every] = ()
+    step: Sequence[Any] = ()
 
 
 def overrides(owner: Any, hook: str) -> bool:
@@ -88,7 +89,7 @@ def overrides(owner: Any, hook: str) -> bool:
     return hasattr(parent, hook) and getattr(found, "__func__", found) is not getattr(parent, hook)
 
 
-def sight(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) -> Sight:
+def watchers_of(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) -> Watchers:
     """What each of the callbacks, and the module's own subclass, gets.
 
     Args:
@@ -103,14 +104,13 @@ def sight(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) 
     Example:
         >>> from lightning.pytorch.callbacks import EMAWeightAveraging
         >>> saving = ModelCheckpoint(every_n_train_steps=100)
-        >>> found = sight([saving], LightningModule(), log_every=50, by_rule=False)
-        >>> found.single, [cut(250) for cut in found.cuts]
-        ('', [300])
+        >>> watchers_of([saving], LightningModule(), log_every=50, by_rule=False).cuts
+        [Every(updates=100, offset=0)]
         >>> averaging = EMAWeightAveraging()
-        >>> sight([averaging], LightningModule(), log_every=50, by_rule=False).single
+        >>> watchers_of([averaging], LightningModule(), log_every=50, by_rule=False).single
         'EMAWeightAveraging acts on batches'
     """
-    single, cuts, step = "", list[Callable[[int], int]](), []
+    single, cuts, step = "", list[Every](), []
     for owner in (*callbacks, module):
         name = type(owner).__name__
         _refuse(owner, name)
@@ -127,16 +127,16 @@ def sight(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) 
         kind = type(owner)
         if kind is ModelCheckpoint:
             every = owner._every_n_train_steps
-            cuts += [partial(_next, every=every)] if every >= 1 else []
+            cuts += [Every(every)] if every >= 1 else []
         elif kind in _AT_LOG_POINTS:
             if getattr(owner, "logging_interval", None) != "epoch" and log_every:
                 # Logged are the starts and the ends of the batches n − 1, 2n − 1, …
-                cuts += [partial(_next, every=log_every, after=a) for a in (0, log_every - 1)]
+                cuts += [Every(log_every, offset) for offset in (0, log_every - 1)]
         elif isinstance(owner, _ONLY_LOOK):
             continue
         elif hooks or any(overrides(owner, hook) for hook in _BATCH):
             single = single or f"{name} acts on batches"
-    return Sight(single, cuts, step)
+    return Watchers(single, cuts, step)
 
 
 def _refuse(owner: Any, name: str) -> None:
@@ -158,16 +158,11 @@ def _refuse(owner: Any, name: str) -> None:
             )
 
 
-def _next(update: int, every: int, after: int = 0) -> int:
-    """The smallest number above `update` that is `after` more than a multiple of `every`."""
-    return update + every - (update - after) % every
-
-
 def before_step(owners: Sequence[Any], trainer: Any, module: Any, optimizer: Any) -> None:
     """Call the hooks that come between the backward pass and the step.
 
     Args:
-        owners: Who has them, as `Sight.step`.
+        owners: Who has them, as `Watchers.step`.
         trainer: Lightning's.
         module: That is trained.
         optimizer: Whose step comes next; the gradients are in `p.grad`.

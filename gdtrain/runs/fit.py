@@ -772,7 +772,7 @@ class _Finish(Callback):
         loop: Any = trainer.fit_loop
         loop.max_epochs, loop.epoch_loop.max_steps = self._limits
         module: Any = pl_module
-        module._plan.total = cast(Any, trainer).datamodule.planned_updates(trainer)
+        module.plan.total = cast(Any, trainer).datamodule.planned_updates(trainer)
         if self._stop is not None:
             module.stop = Stop.from_state_dict(self._stop)
         trainer.should_stop = True

@@ -39,9 +39,10 @@ from gdtrain.data import (
 )
 from gdtrain.data.reading import load_checkpoint, printable, unpacked_bytes
 from gdtrain.data.tables import Header
+from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes, is_first_process
-from gdtrain.lightning.module import SupervisedModule, parameter_groups
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.lightning.resuming import check_model
 from gdtrain.lightning.strategy import alone_in
 from gdtrain.losses import Loss

@@ -21,12 +21,12 @@ from torch.optim import Optimizer
 from gdtrain import losses
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.engines.engine import (
-    Ahead,
+    LookAhead,
     NotApplicableError,
-    alone,
     check_hooks,
     last_share,
     rates_by_schedule,
+    single_threaded,
 )
 from gdtrain.models import MLP, Linear
 from gdtrain.models.dropout import Dropout
@@ -215,7 +215,7 @@ class Native:
         self._check_tensors()
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
-        self._ahead = Ahead()
+        self._ahead = LookAhead()
         rule = getattr(optimizer, "step_size", None)
         self._bound = rule if isinstance(rule, StochasticPolyak) else None
         self._rule_sees_more = rule is not None and self._bound is None
@@ -273,7 +273,7 @@ class Native:
             self.rates = rates_by_schedule(self.optimizer, factors)
         shares = torch.ones(len(factors), dtype=torch.float64)
         weights = sum(layer.linear.weight.numel() for layer in self.layers)
-        with torch.no_grad(), alone(indices.shape[1] * weights):
+        with torch.no_grad(), single_threaded(indices.shape[1] * weights):
             made = run(indices, factors, shares)
         if self._bound is not None:
             self.rates *= shares
