@@ -11,7 +11,7 @@ from torch.autograd.functional import hessian as explicit_hessian
 from gdtrain.losses import CrossEntropy, Hinge, Loss, OneHotSquaredError, SquaredError
 from gdtrain.models import CNN, MLP
 from gdtrain.models.dropout import Dropout
-from gdtrain.objective import Objective, Penalised, penalty, untouched
+from gdtrain.objective import Objective, untouched
 
 N = 11  # a prime: every M < N leaves a ragged last pass
 
@@ -342,68 +342,3 @@ def test_batch_norm_leaves_no_gradient_of_an_example():
     objective = problem("cnn")
     with pytest.raises(ValueError, match=r"BatchNorm in training mode mixes the examples"):
         objective.per_example_gradients(torch.arange(N))
-
-
-# ---------------------------------------------------------------------- with the penalty
-
-
-def weighted(maximize=False, **options):
-    """J = ½(wx + b − y)² at w = 2, b = 1, x = 3, y = 4: residual 3, ∇J = (9, 3)."""
-    model = nn.Linear(1, 1).double()
-    with torch.no_grad():
-        model.weight.fill_(2.0)
-        model.bias.fill_(1.0)
-    x, y = torch.tensor([[3.0]], dtype=torch.float64), torch.tensor([4.0], dtype=torch.float64)
-    groups = [
-        {"params": [model.weight], "weight_decay": 0.5},
-        {"params": [model.bias], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=0.1, maximize=maximize, **options)
-    return Objective(model, SquaredError(), x, y), optimizer
-
-
-def test_the_penalty_is_each_groups_own():
-    objective, optimizer = weighted()
-    f = Penalised(objective, optimizer)
-    assert f.penalty() == penalty(optimizer) == 1.0  # ½·0.5·2²
-    assert f.value(torch.arange(1)) == 5.5  # ½·3² + 1
-    value, gradient = f.value_and_grad(torch.arange(1))
-    assert value == 5.5
-    assert [g.item() for g in gradient] == [10.0, 3.0]  # 9 + 0.5·2, 3
-
-
-@pytest.mark.parametrize("maximize", [False, True])
-def test_the_gradient_is_the_direction_of_the_optimizer(maximize):
-    objective, optimizer = weighted(maximize)
-    value, gradient = Penalised(objective, optimizer).value_and_grad(torch.arange(1))
-    assert value == (-3.5 if maximize else 5.5)
-    before = [p.detach().clone() for p in objective.params]
-    for p, g in zip(objective.params, objective.value_and_grad(torch.arange(1))[1], strict=True):
-        p.grad = g
-    optimizer.step()
-    for p, old, g in zip(objective.params, before, gradient, strict=True):
-        torch.testing.assert_close(p, old - 0.1 * g, rtol=1e-14, atol=0)
-
-
-def test_it_follows_a_weight_decay_that_changes():
-    objective, optimizer = weighted()
-    f = Penalised(objective, optimizer)
-    optimizer.param_groups[1]["weight_decay"] = 2.0
-    assert f.penalty() == 2.0
-
-
-def test_a_parameter_that_is_not_stepped_has_no_gradient():
-    objective, optimizer = weighted()
-    assert Penalised(objective, optimizer).gradient([None, torch.ones(1)])[0] is None
-
-
-def test_there_is_no_function_that_some_groups_maximize():
-    objective, optimizer = weighted()
-    optimizer.param_groups[0]["maximize"] = True
-    with pytest.raises(ValueError, match="Received: both"):
-        Penalised(objective, optimizer)
-
-
-def test_an_optimizer_without_weight_decay_has_no_penalty():
-    objective, _ = weighted()
-    assert penalty(torch.optim.Rprop(objective.params)) == 0.0

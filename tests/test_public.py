@@ -33,6 +33,7 @@ LAYERS = [
     ["rules", "schedules", "losses"],
     ["step_sizes", "models"],
     ["objective", "optim"],
+    ["penalised"],
     ["data.order"],
     ["descent.plan"],  # stands on the order alone
     ["data"],

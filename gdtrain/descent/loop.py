@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gdtrain.descent.average import Average
+from gdtrain.descent.engine_choice import EngineChoice
 from gdtrain.descent.plan import Plan
 from gdtrain.descent.preparation import (
     check_examples,
@@ -27,11 +29,11 @@ from gdtrain.descent.preparation import (
 from gdtrain.descent.race import race
 from gdtrain.descent.state import State
 from gdtrain.descent.trial import Snapshot, trial
-from gdtrain.engines import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
+from gdtrain.engines import EngineName
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective
 from gdtrain.schedules import ReduceOnPlateau, Schedule
-from gdtrain.step_sizes import StepSize, StochasticPolyak
+from gdtrain.step_sizes import StochasticPolyak
 
 __all__ = ["Loop", "SweepOutput"]
 
@@ -122,16 +124,12 @@ class Loop:
         seed: int | None = None,
         races: bool = False,
     ) -> None:
-        if engine not in ("auto", *ENGINES):
-            raise ValueError(
-                f"engine must be one of auto, {', '.join(ENGINES)}. Received: {engine!r}."
-            )
         self.objective, self.optimizer, self.plan = objective, optimizer, plan
         self.state = State() if state is None else state
         if schedule is not None:
             self.state.schedule = schedule
-        self.engine_wanted: EngineName = engine
-        self.engine_reason = ""
+        self.engine = EngineChoice(objective, optimizer, engine, self.state)
+        self.average = Average(optimizer, self.state)
         if plan is not None:
             self.state.total_updates = plan.total
             self.state.updates_per_epoch = plan.updates_per_epoch
@@ -140,13 +138,11 @@ class Loop:
         """Whether somebody sets η of each group beside the schedule, which then stands back."""
         self.restores_on_error = False
         """Whether a sweep that raises leaves the state that is counted."""
-        self.rates = torch.zeros(0, dtype=torch.float64)
         if seed is None:
             seed = 0 if plan is None else plan.seed
         self._draws = seed & (2**30 - 1)
-        self._engine: Engine | None = None
         self._owned = 0  # parameters of the optimizer, in all groups
-        self._shows_average = self._ended_at_average = self._started = False
+        self._started = False
         if objective is not None and self.state.micro_batch_size is not None:
             objective.micro_batch_size = self.state.micro_batch_size
 
@@ -171,11 +167,6 @@ class Loop:
     def done(self) -> bool:
         """Whether all planned updates are made."""
         return self.total_updates is not None and self.updates >= self.total_updates
-
-    @property
-    def evaluations(self) -> int:
-        """How often a rule has looked at J or its gradient elsewhere, by the engine in use."""
-        return 0 if self._engine is None else self._engine.evaluations
 
     def rate_factors(self, first: int, count: int) -> Tensor:
         """As `State.rate_factors`; without the schedule's, where somebody else sets η.
@@ -216,7 +207,7 @@ class Loop:
                 objective.model, objective.loss, objective.inputs, objective.targets, single
             )
         use_channels_last(objective.model, plan.batch_size)
-        if self._rule is not None:
+        if getattr(self.optimizer, "step_size", None) is not None:
             self.optimizer.batch_fraction = plan.batch_size / plan.num_examples  # type: ignore[attr-defined]
 
     def start(self) -> None:
@@ -229,8 +220,9 @@ class Loop:
         if self.state.random is not None:
             self.state.random.restore()
             self.state.random = None
-        if self.total_updates is None:
-            self._check_endless()
+        self.state.check_end()
+        if self.objective is not None:
+            self.state.micro_batch_size = self.objective.micro_batch_size
         groups = self.optimizer.param_groups
         self._owned = sum(len(group["params"]) for group in groups)
         if self.races and self.updates == 0:
@@ -240,28 +232,13 @@ class Loop:
 
     def finish(self) -> None:
         """End at the average, if the rule keeps one, and in the default layout."""
-        rule = self._averaging()
-        if rule is not None:
-            rule.eval(self.optimizer)
-            self._ended_at_average = True
+        self.average.end()
         if self.objective is not None:
             restore_layout(self.objective.model)
 
-    def _check_endless(self) -> None:
-        """Where no end is planned, η must not depend on one."""
-        updates = 2.0 ** torch.arange(-1, 40, dtype=torch.float64)
-        totals = (2**20, 2**30)
-        size = self.state.updates_per_epoch
-        one, other = (self.schedule(updates.floor(), total, size) for total in totals)
-        if not torch.equal(one, other):
-            raise ValueError(
-                f"{self.schedule!r} is a function of the planned updates. Received: max_epochs=-1 "
-                f"and max_steps=-1, which plan no end. Set one of them, or take schedule=constant."
-            )
-
     def _find_rate(self) -> None:
         """Let step sizes race, where an update sees only some of the examples."""
-        if not isinstance(self._rule, StochasticPolyak):
+        if not isinstance(getattr(self.optimizer, "step_size", None), StochasticPolyak):
             return
         objective, plan = self.objective, self.plan
         if plan is None or objective is None:
@@ -275,14 +252,8 @@ class Loop:
                 "lr=auto needs to know how many updates are planned: set trainer.max_epochs or "
                 "trainer.max_steps."
             )
-        if self._engine is None:
-            self._engine = self._choose(objective)
-
-        def run(indices: Tensor, factors: Tensor, draw: int) -> Tensor:
-            return self._run(objective, indices, factors, draw)
-
         self.state.race = found = race(
-            run,
+            partial(self.engine.run, objective),
             objective,
             self.optimizer,
             plan.block,
@@ -337,12 +308,12 @@ class Loop:
         if self.objective is not None:
             state.micro_batch_size = self.objective.micro_batch_size
         self._adapt_sweeps(len(indices), seconds)
-        return SweepOutput(first, losses, self.rates, seconds, indices.shape[1])
+        return SweepOutput(first, losses, self.engine.rates, seconds, indices.shape[1])
 
     def make_updates(self, objective: Objective, indices: Tensor, first: int) -> Tensor:
         """Make updates from the parameters as they are; nothing is counted.
 
-        η of each is then in `rates`.
+        η of each is then in `engine.rates`.
 
         Args:
             objective: J of their examples.
@@ -353,7 +324,10 @@ class Loop:
             (K,), J on each update's examples before it.
         """
         factors = self.rate_factors(first, len(indices))
-        return self._run(objective, indices, factors, self.draw_of(first))
+        losses = self.engine.run(objective, indices, factors, self.draw_of(first))
+        for group in self.optimizer.param_groups:
+            group[_SCHEDULED] = group["lr"]
+        return losses
 
     def follow_changes(self) -> None:
         """Go on with what somebody has changed since the last sweep.
@@ -377,8 +351,8 @@ class Loop:
         if owned != self._owned or [*map(id, trainable)] != [*map(id, objective.params)]:
             for p in objective.params:
                 p.grad = None  # a frozen parameter is not stepped along an old gradient
-            objective.params, self._owned, self._engine = trainable, owned, None
-            self.state.engine = "eager"
+            objective.params, self._owned = trainable, owned
+            self.engine.choose_again()
 
     @contextmanager
     def _restoring(self, objective: Objective) -> Iterator[None]:
@@ -406,88 +380,6 @@ class Loop:
             # In steps: the first updates warm up, and are no measure of the others.
             plan.updates_per_sweep = max(1, min(fitting, 8 * count, _MOST_UPDATES))
 
-    # ------------------------------------------------------------------ engines
-
-    def _run(self, objective: Objective, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
-        if objective is not self.objective:  # of one batch
-            return self._run_on(Eager(objective, self.optimizer), indices, factors, draw)
-        if self._engine is None:
-            self._engine = self._choose(objective)
-        try:
-            return self._run_on(self._engine, indices, factors, draw)
-        except NotApplicableError as error:  # found out only by trying, as a compiler does
-            if self.engine_wanted != "auto":
-                raise ValueError(
-                    f"engine={self.engine_wanted} does not apply: {error}. Use engine=auto, which "
-                    f"takes the fastest that does."
-                ) from error
-            self.engine_reason = f"not {self._engine.name}: {error}"
-            warnings.warn(
-                f"The {self._engine.name} engine does not apply, and eager goes on: {error}",
-                stacklevel=2,
-            )
-            self._engine = Eager(objective, self.optimizer)
-            return self._run_on(self._engine, indices, factors, draw)
-
-    def _run_on(self, engine: Engine, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
-        losses = engine(indices, factors, draw)
-        self.rates = engine.rates
-        self.state.engine = engine.name
-        for group in self.optimizer.param_groups:
-            group[_SCHEDULED] = group["lr"]
-        return losses
-
-    def _choose(self, objective: Objective) -> Engine:
-        before, self.state.engine_before = self.state.engine_before, None
-        if self.engine_wanted == "auto" and before is not None:
-            # A resumed run goes on with the engine that it had, so that it is the same run.
-            try:
-                engine, _ = choose(before, objective, self.optimizer)  # type: ignore[arg-type]
-                self.engine_reason = "as before"
-                return engine
-            except ValueError as error:
-                warnings.warn(
-                    f"The run goes on equal to rounding, not bit for bit: {error}", stacklevel=2
-                )
-        engine, self.engine_reason = choose(
-            self.engine_wanted, objective, self.optimizer, self.total_updates
-        )
-        if objective.rank == 0:
-            _log.info("engine: %s (%s)", engine.name, self.engine_reason)
-        return engine
-
-    # ------------------------------------------------------------------ averages
-
-    @property
-    def _rule(self) -> StepSize | None:
-        return getattr(self.optimizer, "step_size", None)
-
-    def _averaging(self) -> StepSize | None:
-        rule = self._rule
-        if rule is None or not rule.averages or not self.updates or self._ended_at_average:
-            return None
-        return rule
-
-    @property
-    def has_average(self) -> bool:
-        """Whether the step-size rule keeps an average that the parameters do not show."""
-        return self._averaging() is not None
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Within it, the parameters are the average that the step-size rule keeps, if it does."""
-        rule = self._averaging()
-        if rule is None or self._shows_average:
-            yield
-            return
-        rule.eval(self.optimizer)
-        self._shows_average = True
-        try:
-            yield
-        finally:
-            self._shows_average = False
-            rule.train(self.optimizer)
-
     # ------------------------------------------------------------------ going back
 
     @contextmanager
@@ -496,7 +388,7 @@ class Loop:
         assert self.objective is not None, "there is nothing to try without an objective"
         state, schedule, objective = dict(vars(self.state)), self.schedule, self.objective
         plateau = schedule.state_dict() if isinstance(schedule, ReduceOnPlateau) else None
-        kept = (self.rates, self._engine, self.engine_reason, self._owned)
+        owned, engine = self._owned, dict(vars(self.engine))
         params, micro = objective.params, objective.micro_batch_size
         length = None if self.plan is None else self.plan.updates_per_sweep
         try:
@@ -506,7 +398,8 @@ class Loop:
             vars(self.state).update(state)
             if isinstance(schedule, ReduceOnPlateau) and plateau is not None:
                 schedule.load_state_dict(plateau)
-            self.rates, self._engine, self.engine_reason, self._owned = kept
+            vars(self.engine).update(engine)
+            self._owned = owned
             objective.params, objective.micro_batch_size = params, micro
             if self.plan is not None and length is not None:
                 self.plan.updates_per_sweep = length
@@ -522,6 +415,7 @@ class Loop:
             state: Of a run with the same objective, optimizer, plan and schedule.
         """
         self.state.load_state_dict(state)
-        self._engine, self._started = None, False
+        self.engine.choose_again()
+        self._started = False
         if self.objective is not None:
             self.objective.micro_batch_size = self.state.micro_batch_size

@@ -9,19 +9,13 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from gdtrain._compat.torch_modules import NORMS
 from gdtrain.losses import Loss
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.schedules import Constant, Schedule, WarmupStableDecay
 from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
 
-__all__ = ["automatic_schedule", "make_optimizer", "parameter_groups"]
-
-_NORMS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
+__all__ = ["automatic_schedule", "check_step_size", "make_optimizer", "parameter_groups"]
 
 
 def parameter_groups(model: nn.Module, decay_biases: bool = False) -> list[dict[str, Any]]:
@@ -44,7 +38,7 @@ def parameter_groups(model: nn.Module, decay_biases: bool = False) -> list[dict[
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             if p.requires_grad and not any(p is q for q in (*decayed, *exempt)):
-                bias = name.endswith("bias") or isinstance(module, _NORMS)
+                bias = name.endswith("bias") or isinstance(module, NORMS)
                 (exempt if bias and not decay_biases else decayed).append(p)
     groups: list[dict[str, Any]] = [{"params": decayed}] if decayed else []
     return [*groups, {"params": exempt, "weight_decay": 0.0}] if exempt else groups
@@ -88,6 +82,7 @@ def make_optimizer(
         >>> type(made.step_size).__name__
         'BarzilaiBorwein'
     """
+    check_step_size(step_size, made)
     if not isinstance(made, Optimizer):
         groups = parameter_groups(model, decay_biases)
         if step_size is None:
@@ -108,6 +103,34 @@ def make_optimizer(
         if group.get("differentiable"):
             raise ValueError("A sweep's steps are not differentiable: use differentiable=False.")
     return made
+
+
+def check_step_size(
+    step_size: StepSize | Literal["auto"] | None, optimizer: Callable[..., Optimizer] | Optimizer
+) -> None:
+    """Raise where a rule is none, or does not reach the optimizer.
+
+    Args:
+        step_size: As for `make_optimizer`.
+        optimizer: A factory, or an optimizer.
+
+    Raises:
+        ValueError: It is no rule, or the optimizer is made already.
+
+    Example:
+        >>> check_step_size("auto", SGD)
+    """
+    if not (step_size is None or step_size == "auto" or isinstance(step_size, StepSize)):
+        raise ValueError(
+            f"step_size must be a rule of gdtrain.step_sizes, 'auto' or None. Received: "
+            f"{step_size!r}."
+        )
+    if step_size is not None and isinstance(optimizer, Optimizer):
+        raise ValueError(
+            "With step_size=…, the optimizer must be a factory, such as "
+            "functools.partial(SGD, momentum=0.9). Received: an optimizer; give it the rule "
+            "itself: SGD(…, step_size=…)."
+        )
 
 
 def _automatic_rule(optimizer: Optimizer, loss: Loss, races: bool) -> StepSize:

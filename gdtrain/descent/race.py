@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.descent.trial import Snapshot
-from gdtrain.objective import Objective, penalty, untouched
+from gdtrain.objective import Objective, untouched
+from gdtrain.penalised import penalty
 
 __all__ = ["Race", "race"]
 

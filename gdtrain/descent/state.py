@@ -74,6 +74,22 @@ class State:
         made = self.schedule(updates, total, self.updates_per_epoch)
         return made if self.rate_cut == 1.0 else made * self.rate_cut
 
+    def check_end(self) -> None:
+        """Raise where no end is planned, and η depends on one.
+
+        Raises:
+            ValueError: The schedule is a function of the planned updates.
+        """
+        if self.total_updates is not None:
+            return
+        updates = (2.0 ** torch.arange(-1, 40, dtype=torch.float64)).floor()
+        size = self.updates_per_epoch
+        if not torch.equal(*(self.schedule(updates, total, size) for total in (2**20, 2**30))):
+            raise ValueError(
+                f"{self.schedule!r} is a function of the planned updates. Received: max_epochs=-1 "
+                f"and max_steps=-1, which plan no end. Set one of them, or take schedule=constant."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors, for a checkpoint; with all generators as they are now."""
         plateau = isinstance(self.schedule, ReduceOnPlateau)

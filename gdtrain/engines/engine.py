@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gdtrain._compat.torch_modules import has_hooks, tensor_has_hooks
+from gdtrain._compat.torch_optimizer_hooks import has_step_hooks
 from gdtrain.objective import Objective
 
 __all__ = [
@@ -211,20 +213,15 @@ def check_hooks(objective: Objective, optimizer: Optimizer) -> None:
         ...
         gdtrain.engines.engine.NotApplicableError: Linear has hooks, which ...
     """
-    hooks = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    )
-    for module in (*objective.model.modules(), objective.loss):
-        if any(getattr(module, name, None) for name in hooks):
+    modules: list[Any] = [*objective.model.modules(), objective.loss]
+    for module in modules:
+        if has_hooks(module):
             raise NotApplicableError(
                 f"{type(module).__name__} has hooks, which only the eager engine calls"
             )
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in objective.params):
+    if any(map(tensor_has_hooks, objective.params)):
         raise NotApplicableError("a parameter has hooks, which only the eager engine calls")
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if has_step_hooks(optimizer):
         raise NotApplicableError("the optimizer has hooks, which only the eager engine calls")
     if objective.ranks > 1:
         raise NotApplicableError("several processes share each update")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gdtrain._compat.lightning_training import set_logged_step
+
 __all__ = ["align_progress", "count_epochs", "count_updates"]
 
 
@@ -71,10 +73,8 @@ def count_updates(trainer: Any, count: int, updates: int) -> None:
         >>> trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed
         5
     """
-    epoch_loop = trainer.fit_loop.epoch_loop
-    progress = epoch_loop.manual_optimization.optim_step_progress
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     for counts in (progress.total, progress.current):
         counts.ready += count
         counts.completed += count
-    # What Lightning passes to loggers as the step; it adds 1 for this batch itself.
-    epoch_loop._batches_that_stepped = updates - 1
+    set_logged_step(trainer, updates)

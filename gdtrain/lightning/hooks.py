@@ -6,7 +6,10 @@ or of the user, has learnt that a batch is an update: it gets what it relies on,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule
@@ -20,10 +23,14 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     Timer,
 )
+from torch.optim import Optimizer
 
-from gdtrain.descent.plan import Every
+from gdtrain._compat.lightning_training import saves_by_time, saves_every
+from gdtrain.descent.plan import Every, Watcher
 
-__all__ = ["Watchers", "before_step", "call", "overrides", "watchers_of"]
+__all__ = ["UpdateHooks", "Watchers", "before_step", "call", "overrides", "watchers_of"]
+
+_log = logging.getLogger("gdtrain")
 
 _BATCH = ("on_train_batch_start", "on_train_batch_end")
 _STEP = ("on_before_zero_grad", "on_after_backward", "on_before_optimizer_step")
@@ -126,7 +133,7 @@ def watchers_of(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: 
             continue  # it knows sweeps
         kind = type(owner)
         if kind is ModelCheckpoint:
-            every = owner._every_n_train_steps
+            every = saves_every(owner)
             cuts += [Every(every)] if every >= 1 else []
         elif kind in _AT_LOG_POINTS:
             if getattr(owner, "logging_interval", None) != "epoch" and log_every:
@@ -143,7 +150,7 @@ def _refuse(owner: Any, name: str) -> None:
     for kind, reason in _REFUSED.items():
         if isinstance(owner, kind):
             raise ValueError(f"{name} {reason}. Received: callbacks with {name}.")
-    if isinstance(owner, ModelCheckpoint) and owner._train_time_interval is not None:
+    if isinstance(owner, ModelCheckpoint) and saves_by_time(owner):
         raise ValueError(
             "ModelCheckpoint(train_time_interval=…) never saves in manual optimization, which "
             "sweeps of updates are. Use every_n_train_steps, which counts updates, or "
@@ -199,3 +206,91 @@ def call(owners: Sequence[Any], hook: str, trainer: Any, module: Any, *arguments
         if overrides(owner, hook):
             before = () if owner is module else (trainer, module)
             getattr(owner, hook)(*before, *arguments)
+
+
+class UpdateHooks:
+    """Those who act on single updates: where sweeps end for them, and the calls of their hooks.
+
+    Example:
+        >>> hooks = UpdateHooks()
+        >>> hooks.watchers()
+        []
+    """
+
+    def __init__(self) -> None:
+        self._found = Watchers()
+        self._trainer: Any = None
+        self._module: Any = None
+        self._handle: Any = None  # of the optimizer's steps
+        self._updating = False
+
+    def find(self, trainer: Any, module: Any, own_step: bool = False) -> None:
+        """Ask who must see which updates of the run.
+
+        Args:
+            trainer: Lightning's.
+            module: That is trained.
+            own_step: Whether its class has a `training_step` of its own.
+
+        Raises:
+            ValueError: Somebody acts on what a sweep does not have.
+        """
+        self._trainer, self._module = trainer, module
+        by_rule = any(getattr(o, "step_size", None) is not None for o in trainer.optimizers)
+        found = watchers_of(trainer.callbacks, module, trainer.log_every_n_steps, by_rule)
+        if own_step and not found.single:
+            found = found._replace(single=f"{type(module).__name__} has its own training_step")
+        self._found = found
+        # Right here, where the state after an update is what a resumed run goes on with.
+        warnings.filterwarnings(
+            "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_st"
+        )
+
+    def watchers(self) -> list[Watcher]:
+        """At which updates sweeps must end."""
+        if self._found.single:
+            return [Every(1)]
+        callbacks = [] if self._trainer is None else self._trainer.callbacks
+        return [*self._found.cuts, *(c for c in callbacks if hasattr(c, "next_update"))]
+
+    def listen(self, optimizer: Optimizer, in_sweeps: bool) -> None:
+        """Call the hooks of those who act on each step of the optimizer.
+
+        Args:
+            optimizer: That makes the updates.
+            in_sweeps: Whether a step of Lightning may be several of them.
+        """
+        self.remove()
+        found = self._found
+        if found.step:
+
+            def listen(optimizer: Any, arguments: Any, options: Any) -> None:
+                if self._updating:  # and no update that is only tried, or made once more
+                    before_step(found.step, self._trainer, self._module, optimizer)
+
+            self._handle = optimizer.register_step_pre_hook(listen)
+        if found.single and in_sweeps:
+            _log.info(
+                "sweeps: one update a step, because %s; each step costs Lightning about 0.4 ms",
+                found.single,
+            )
+
+    @contextmanager
+    def updating(self, optimizer: Optimizer) -> Iterator[None]:
+        """Around the updates of the run itself.
+
+        Args:
+            optimizer: That makes them.
+        """
+        call(self._found.step, "on_before_zero_grad", self._trainer, self._module, optimizer)
+        self._updating = True
+        try:
+            yield
+        finally:
+            self._updating = False
+
+    def remove(self) -> None:
+        """Call nobody any more."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None

@@ -260,7 +260,7 @@ class Watch(Callback):
 
     def spent(self, module: Any) -> float:
         """Passes so far."""
-        evaluated = module.loop.evaluations
+        evaluated = module.loop.engine.evaluations
         size = module.trainer.datamodule.examples_per_update
         return self._before + (module.examples_seen + evaluated * size) / self._examples
 

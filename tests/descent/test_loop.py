@@ -232,14 +232,14 @@ def test_an_average_is_shown_within_and_at_the_end():
     loop = made("full", step_size=ScheduleFree())
     run(loop)
     at = parameters(loop.objective.model)
-    assert loop.has_average
-    with loop.averaged():
+    assert loop.average.is_hidden
+    with loop.average.shown():
         average = parameters(loop.objective.model)
     assert not torch.equal(at, average)
     assert torch.equal(parameters(loop.objective.model), at)
     loop.finish()
     assert torch.equal(parameters(loop.objective.model), average)
-    assert not loop.has_average
+    assert not loop.average.is_hidden
 
 
 def test_a_parameter_that_is_frozen_is_left_alone():
