@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["compiler_errors", "decompositions", "inductor", "while_loop"]
+__all__ = ["compiler_errors", "decompositions", "inductor", "while_loop", "with_strides"]
 
 
 def while_loop(
@@ -56,6 +56,19 @@ def inductor(options: dict[str, Any], table: dict[Any, Callable[..., Any]]) -> C
     from torch._inductor.compile_fx import compile_fx
 
     return functools.partial(compile_fx, config_patches=options, decompositions=table)
+
+
+def with_strides() -> Any:
+    """Inductor's operator that puts a tensor into memory with given strides, not computed again.
+
+    Example:
+        >>> import torch
+        >>> with_strides()(torch.ones(2, 3), (1, 2)).stride()
+        (1, 2)
+    """
+    import torch._inductor.inductor_prims  # registers it
+
+    return torch.ops.prims.inductor_force_stride_order
 
 
 def compiler_errors() -> tuple[type[Exception], type[Exception], type[Exception]]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdtrain._compat.torch_compile import compiler_errors, decompositions, inductor
+from gdtrain._compat.torch_compile import compiler_errors, decompositions, inductor, with_strides
 from gdtrain.engines.engine import NotApplicableError
 
 __all__ = ["compiled_for", "flat"]
@@ -107,7 +107,7 @@ def _backend(in_cpp: bool, single_threaded: bool) -> Callable[..., Any]:
         in_cpp: Host code in C++.
         single_threaded: Loops on one thread; libraries use theirs all the same.
     """
-    aten, in_memory = torch.ops.aten, torch.ops.prims.inductor_force_stride_order
+    aten, in_memory = torch.ops.aten, with_strides()
     table = decompositions()
     usual_mm, usual_addmm = table[aten.mm.default], table[aten.addmm.default]
 

@@ -2,7 +2,13 @@
 
 import torch
 
-from gdtrain._compat.torch_compile import compiler_errors, decompositions, inductor, while_loop
+from gdtrain._compat.torch_compile import (
+    compiler_errors,
+    decompositions,
+    inductor,
+    while_loop,
+    with_strides,
+)
 
 
 def test_a_loop_turns_as_often_as_it_is_told():
@@ -24,6 +30,10 @@ def test_the_backend_compiles():
     backend = inductor({"cpp.threads": 1}, decompositions())
     double = torch.compile(lambda x: 2 * x, fullgraph=True, backend=backend)
     assert double(torch.ones(3)).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_strides_are_as_told():
+    assert with_strides()(torch.ones(2, 3), (1, 2)).stride() == (1, 2)
 
 
 def test_errors_are_of_their_kinds():
