@@ -2,26 +2,27 @@
 
     J(θ) = (1/B) Σ_{i ∈ indices} ℓ(model(x_i; θ), y_i)
 
-N examples, B of them named, M in one forward and backward pass, R ranks. This is the only place
-where a mean over examples is formed: each pass adds its share, a sum divided by B, and the ranks'
-shares are added once, so that M, a ragged last pass and uneven ranks cannot change the result (but
-for rounding).
+N examples, B of them named, M in one forward and backward pass, R ranks. Each pass adds its share,
+a sum divided by B, and the ranks' shares are added once, so that M, a ragged last pass and uneven
+ranks cannot change the result (but for rounding).
+
+An optimizer with weight decay λ descends on f = J + ½λ‖θ‖², see `gdtrain.penalised`.
 """
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gdtrain._compat.torch_modules import BATCH_NORMS, DROPOUTS, buffers_in
+from gdtrain.generators import same_after
 from gdtrain.models.dropout import Dropout, drawing
 
 __all__ = [
@@ -72,9 +73,9 @@ def buffers_of(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
         [('running_mean', 2), ('running_var', 2)]
     """
     return [
-        (module._buffers, name, buffer)
+        (buffers_in(module), name, buffer)
         for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in buffers_in(module).items()
         if buffer is not None
     ]
 
@@ -120,16 +121,12 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """
     own = buffers_of(model)
     copies = {id(buffer): buffer.clone() for _, _, buffer in own}
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (user code may draw from it)
     try:
         for owner, name, buffer in own:
             owner[name] = copies[id(buffer)]
-        with torch.random.fork_rng(devices):
+        with same_after(p.device for p in model.parameters()):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
         for owner, name, buffer in own:
             owner[name] = buffer
 
@@ -239,7 +236,7 @@ class Objective:
         self.automatic = micro_batch_size == "auto"
         self.micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
         self._told_in_turn = self._is_twice_differentiable = False
-        self._mixes = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        self._mixes = any(isinstance(m, BATCH_NORMS) for m in model.modules())
 
     @torch.no_grad()
     def losses(self, indices: Tensor, draw: int = 0) -> Tensor:
@@ -348,12 +345,12 @@ class Objective:
             ValueError: BatchNorm in training mode mixes the examples.
         """
         modules = [m for m in self.model.modules() if m.training]
-        if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+        if any(isinstance(m, BATCH_NORMS) for m in modules):
             raise ValueError(
                 "BatchNorm in training mode mixes the examples, so that none has a gradient of its "
                 "own. Call model.eval() first, or use norm=group (GroupNorm)."
             )
-        drawn = any(isinstance(m, Dropout | nn.modules.dropout._DropoutNd) and m.p for m in modules)
+        drawn = any(isinstance(m, (Dropout, DROPOUTS)) and m.p for m in modules)
         size = self.micro_batch_size or max(len(indices), 1)
         parts = []
         with untouched(self.model), torch.enable_grad():
@@ -398,7 +395,7 @@ class Objective:
                     vector[i] = g if total is None else total.add_(g)
             start += len(part)
         if self.ranks > 1:
-            return *self._reduced(value, vector), micro
+            return *_reduced(self.params, value, vector), micro
         assert value is not None
         return value, vector, micro
 
@@ -442,7 +439,7 @@ class Objective:
                     kept.clear()  # smaller passes come next
                 raise
             except RuntimeError as error:
-                raise ValueError(self._not_twice(str(error))) from error
+                raise ValueError(_not_twice(self, str(error))) from error
         return share.detach(), product
 
     def _refuse_once_differentiable(self, grads: Sequence[Tensor | None]) -> None:
@@ -456,16 +453,9 @@ class Objective:
             if node not in seen:
                 seen.add(node)
                 if node.name() == "torch::autograd::Error":
-                    raise ValueError(self._not_twice("a function is marked once_differentiable"))
+                    raise ValueError(_not_twice(self, "a function is marked once_differentiable"))
                 waiting += [parent for parent, _ in node.next_functions]
         self._is_twice_differentiable = True
-
-    def _not_twice(self, reason: str) -> str:
-        return (
-            f"The Hessian needs a model and a loss that can be differentiated twice. Received: "
-            f"{type(self.model).__name__} with {type(self.loss).__name__}, where PyTorch says: "
-            f"{reason}"
-        )
 
     def _each_in_turn(self, part: Tensor, first: int, draw: int) -> list[Tensor]:
         rows = []
@@ -504,32 +494,6 @@ class Objective:
     def _losses(self, indices: Tensor) -> Tensor:
         return self.loss(prediction_of(self.model(self.inputs[indices])), self.targets[indices])
 
-    # ------------------------------------------------------------------ ranks
-
-    def _reduced(
-        self, value: Tensor | None, gradient: list[Tensor | None]
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Sum of the ranks' shares, in one reduction.
-
-        The buffer holds J, then for each parameter whether J depends on it, then the gradients.
-        """
-        like = self.params[0]
-        flags = torch.tensor([g is not None for g in gradient], dtype=like.dtype).to(like.device)
-        head = torch.zeros(1).to(like) if value is None else value.reshape(1).to(like)
-        parts = [
-            (torch.zeros_like(p) if g is None else g).reshape(-1).to(like.dtype)
-            for p, g in zip(self.params, gradient, strict=True)
-        ]
-        buffer = torch.cat([head, flags, *parts])
-        torch.distributed.all_reduce(buffer)
-        sums = buffer[1 + len(flags) :].split([p.numel() for p in self.params])
-        return buffer[0], [
-            total.view_as(p).to(p.dtype) if depends else None
-            for depends, total, p in zip(
-                buffer[1 : 1 + len(flags)].tolist(), sums, self.params, strict=True
-            )
-        ]
-
     # ------------------------------------------------------------------ micro-batches
 
     def _say_if_mixed(self, own: int, count: int) -> None:
@@ -558,7 +522,7 @@ class Objective:
             return many
         few = torch.arange(4, device=self.targets.device)
         with untouched(self.model):
-            kept = self._saved(few) - self._saved(few[:2])  # parameters cancel
+            kept = _saved(self._losses, few) - _saved(self._losses, few[:2])  # parameters cancel
         row = self.inputs[few[:1]]
         each = max(kept // 2, row.numel() * row.element_size(), 1)
         if self.targets.is_cuda:
@@ -567,15 +531,47 @@ class Objective:
             size = max(_CACHED // each, min(_LEAST, _RESIDENT // each))
         return min(max(size, 1), many)
 
-    def _saved(self, indices: Tensor) -> int:
-        """Bytes that the forward pass keeps for the backward pass."""
-        total = 0
 
-        def note(tensor: Tensor) -> Tensor:
-            nonlocal total
-            total += tensor.numel() * tensor.element_size()
-            return tensor
+def _reduced(
+    params: Sequence[Tensor], value: Tensor | None, gradient: list[Tensor | None]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Sum of the ranks' shares, in one reduction.
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            self._losses(indices)
-        return total
+    The buffer holds J, then for each parameter whether J depends on it, then the gradients.
+    """
+    like = params[0]
+    flags = torch.tensor([g is not None for g in gradient], dtype=like.dtype).to(like.device)
+    head = torch.zeros(1).to(like) if value is None else value.reshape(1).to(like)
+    parts = [
+        (torch.zeros_like(p) if g is None else g).reshape(-1).to(like.dtype)
+        for p, g in zip(params, gradient, strict=True)
+    ]
+    buffer = torch.cat([head, flags, *parts])
+    torch.distributed.all_reduce(buffer)
+    sums = buffer[1 + len(flags) :].split([p.numel() for p in params])
+    return buffer[0], [
+        total.view_as(p).to(p.dtype) if depends else None
+        for depends, total, p in zip(buffer[1 : 1 + len(flags)].tolist(), sums, params, strict=True)
+    ]
+
+
+def _saved(forward: Callable[[Tensor], Tensor], indices: Tensor) -> int:
+    """Bytes that the forward pass keeps for the backward pass."""
+    total = 0
+
+    def note(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        forward(indices)
+    return total
+
+
+def _not_twice(objective: Objective, reason: str) -> str:
+    return (
+        f"The Hessian needs a model and a loss that can be differentiated twice. Received: "
+        f"{type(objective.model).__name__} with {type(objective.loss).__name__}, where PyTorch "
+        f"says: {reason}"
+    )

@@ -12,9 +12,9 @@ from sklearn.svm import SVC
 
 from gdtrain import GD, SGD, SupervisedModule, minimize
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
+from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.descent.stopping import StopReason
 from gdtrain.engines import Eager
-from gdtrain.lightning.module import parameter_groups
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, SquaredError
 from gdtrain.models import Linear
 from gdtrain.objective import Objective

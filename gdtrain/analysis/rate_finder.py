@@ -24,8 +24,9 @@ from gdtrain.analysis.curvature import sharpness, stability_limit
 from gdtrain.analysis.rate_curve import RateCurve, suggest
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.sparse import SparseInputs
-from gdtrain.descent.trial import Snapshot, random_states, set_random_states
+from gdtrain.descent.trial import Snapshot
 from gdtrain.engines import EngineName, choose
+from gdtrain.generators import RandomStates
 from gdtrain.objective import Objective, evaluating, prediction_of
 from gdtrain.optim.protocol import step_size_of, update_rules
 from gdtrain.ranges import Interval, Whole
@@ -245,9 +246,9 @@ class _RangeTest:
 
     def _back_to_start(self) -> None:
         """But for the generators: repetitions differ in what layers draw, too."""
-        states = random_states(self.objective)
+        states = RandomStates.now([self.objective.params[0].device])
         self._start.give_back()
-        set_random_states(self.objective, states)
+        states.restore()
         for p in self.objective.params:
             p.grad = None
         for group in self.optimizer.param_groups:

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from gdtrain.analysis.gradients import dot, layers
 from gdtrain.data.loader import IndexLoader
-from gdtrain.descent.trial import Snapshot, seed_all
+from gdtrain.descent.trial import Snapshot
 from gdtrain.engines import Eager
+from gdtrain.generators import seed_all
 from gdtrain.objective import Objective, untouched
 
 __all__ = ["TrialUpdate", "is_full_batch"]
@@ -131,7 +132,7 @@ class TrialUpdate:
         named = self._draw + 2**31 + draw % 2**31
         with untouched(self.objective.model):
             # For layers that draw from the generators of torch, Python and NumPy.
-            seed_all(self.objective, named * 1_000_003 + self.plan.seed)
+            seed_all(named * 1_000_003 + self.plan.seed, self.objective.params[0].device)
             return self._wide.value_and_grad(indices, named)[1]
 
     @contextmanager

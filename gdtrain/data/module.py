@@ -15,11 +15,12 @@ from lightning import LightningDataModule
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain.data.loader import IndexLoader, Sampling
+from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.prepared import Part, PreparedData, Raw, check_fraction, prepare
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.descent.plan import Sampling
 from gdtrain.ranges import Whole
 
 if TYPE_CHECKING:
@@ -239,8 +240,6 @@ class DataModule(LightningDataModule):
         if trainer is not None:
             loader.start = lambda: trainer.global_step
             loader.total = self.planned_updates(trainer)
-            module = getattr(trainer, "lightning_module", None)
-            loader.next_update = getattr(module, "next_update", loader.next_update)
         return loader
 
     def planned_updates(self, trainer: Any) -> int | None:

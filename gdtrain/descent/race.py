@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 
 from gdtrain.descent.trial import Snapshot
 from gdtrain.objective import Objective, untouched
+from gdtrain.penalised import penalty
 
 __all__ = ["Race", "race"]
 
@@ -140,23 +141,25 @@ def race(
         batches = 1  # all are the same
     scale, looked_at = _scale(objective, block, min(batches, planned), draw)
     room = int((allowed - looked_at) / batch_size)
-    course = _Course(engine, objective, optimizer, block, draw)
+    candidates = _Candidates(engine, objective, optimizer, block, draw)
     if room >= _ENOUGH:
-        return _in_legs(course, scale, room, batch_size, looked_at)
+        return _in_legs(candidates, scale, room, batch_size, looked_at)
     probe = min(many, _PROBE, int(_PROBING * allowed / len(_MULTIPLES)))
     updates = int((allowed - looked_at) / len(_MULTIPLES) - probe) // batch_size
     if updates >= 1 and probe >= 1:
         # Spread over all examples, which may be sorted.
         rows = torch.arange(probe, device=objective.targets.device) * many // probe
-        return _on_a_probe(course, scale, updates, rows, looked_at, batch_size)
+        return _on_a_probe(candidates, scale, updates, rows, looked_at, batch_size)
     rate = _UNRACED * scale * _gathered(optimizer, 1)
     _set(optimizer, rate)
     return Race(rate, scale, [], [], 0, looked_at)
 
 
-def _in_legs(course: _Course, scale: float, room: int, batch_size: int, looked_at: int) -> Race:
+def _in_legs(
+    candidates: _Candidates, scale: float, room: int, batch_size: int, looked_at: int
+) -> Race:
     rates, scores = [scale * multiple for multiple in _MULTIPLES], [math.inf] * len(_MULTIPLES)
-    start = course.state()
+    start = candidates.state()
     states = dict.fromkeys(range(len(rates)), start)
     seen: dict[int, list[float]] = {i: [] for i in states}
     examples, winner = looked_at, 0
@@ -167,32 +170,37 @@ def _in_legs(course: _Course, scale: float, room: int, batch_size: int, looked_a
         for i in going:
             factors = torch.ones(updates, dtype=torch.float64)
             states[i].give_back()
-            seen[i] += course.run(rates[i], len(seen[i]), factors)
-            score = statistics.fmean(seen[i][len(seen[i]) // 2 :]) + _penalty(course.optimizer)
+            seen[i] += candidates.run(rates[i], len(seen[i]), factors)
+            score = statistics.fmean(seen[i][len(seen[i]) // 2 :]) + penalty(candidates.optimizer)
             scores[i] = score if math.isfinite(score) else math.inf
-            states[i] = course.state()
+            states[i] = candidates.state()
             examples += updates * batch_size
         winner = min(going, key=lambda i: scores[i])
     start.give_back()
-    return course.end(scale, rates, scores, winner, _DOUBLED, len(seen[winner]), examples)
+    return candidates.end(scale, rates, scores, winner, _DOUBLED, len(seen[winner]), examples)
 
 
 def _on_a_probe(
-    course: _Course, scale: float, updates: int, rows: Tensor, looked_at: int, batch_size: int
+    candidates: _Candidates,
+    scale: float,
+    updates: int,
+    rows: Tensor,
+    looked_at: int,
+    batch_size: int,
 ) -> Race:
     rates, scores = [scale * multiple for multiple in _MULTIPLES], []
-    start = course.state()
+    start = candidates.state()
     for rate in rates:
-        losses = course.run(rate, 0, 1 - torch.arange(updates, dtype=torch.float64) / updates)
+        losses = candidates.run(rate, 0, 1 - torch.arange(updates, dtype=torch.float64) / updates)
         value = math.inf
         if math.isfinite(sum(losses)):
-            probed = float(course.objective.value(rows, course.draw))
-            value = probed + _penalty(course.optimizer)
+            probed = float(candidates.objective.value(rows, candidates.draw))
+            value = probed + penalty(candidates.optimizer)
         scores.append(value if math.isfinite(value) else math.inf)
         start.give_back()
     winner = min(range(len(rates)), key=lambda i: scores[i])
     examples = looked_at + len(rates) * (updates * batch_size + len(rows))
-    return course.end(scale, rates, scores, winner, _QUADRUPLED, updates, examples)
+    return candidates.end(scale, rates, scores, winner, _QUADRUPLED, updates, examples)
 
 
 def _scale(
@@ -241,18 +249,7 @@ def _set(optimizer: Optimizer, rate: float) -> None:
         group["initial_lr"] = rate
 
 
-@torch.no_grad()
-def _penalty(optimizer: Optimizer) -> float:
-    """½ λ ‖θ‖², summed over the groups."""
-    return sum(
-        0.5 * group["weight_decay"] * float(p.double().square().sum())
-        for group in optimizer.param_groups
-        if group["weight_decay"] != 0
-        for p in group["params"]
-    )
-
-
-class _Course:
+class _Candidates:
     """Where candidates run: an engine, and what it changes."""
 
     def __init__(

@@ -10,21 +10,16 @@ cannot change them. On a GPU one update is recorded as a CUDA graph and replayed
 
 from __future__ import annotations
 
-import functools
-import logging
-import pickle
-import random
-import types
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 from torch.optim import Optimizer
 
+from gdtrain._compat.torch_compile import while_loop
+from gdtrain.engines.compilation import compiled_for, flat
 from gdtrain.engines.engine import (
     WORTH_SHARING,
     NotApplicableError,
@@ -32,6 +27,7 @@ from gdtrain.engines.engine import (
     last_share,
     rates_by_schedule,
 )
+from gdtrain.generators import RandomStates, same_after
 from gdtrain.models.dropout import Dropout, drawing, example_seeds
 from gdtrain.objective import Objective, prediction_of
 from gdtrain.optim.protocol import gathers, step_size_of, update_rules
@@ -260,17 +256,13 @@ def _rehearse(objective: Objective, indices: Tensor, draw: int) -> None:
     """One gradient that changes nothing: raises the model's own errors, and shows what it does."""
     model = objective.model
     buffers = {name: b.clone() for name, b in model.named_buffers()}
-    devices = [p.device for p in objective.params[:1] if p.device.type == "cuda"]
-    outer = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        before = _random_states(devices)
+    devices = [objective.params[0].device]
+    with same_after(devices) as before, torch.enable_grad():
         with drawing(draw, 0):
             output = functional_call(model, buffers, (objective.inputs[indices],))
             losses = objective.loss(prediction_of(output), objective.targets[indices])
         gradient = torch.autograd.grad(losses.sum(), objective.params, allow_unused=True)
-        draws = _random_states(devices) != before
-    random.setstate(outer[0])
-    np.random.set_state(outer[1])  # noqa: NPY002
+        draws = RandomStates.now(devices) != before
     if draws:
         raise NotApplicableError(
             "the model draws random numbers, which would not be the same in a compiled graph "
@@ -280,12 +272,6 @@ def _rehearse(objective: Objective, indices: Tensor, draw: int) -> None:
     unused = [name for name, g in zip(names, gradient, strict=True) if g is None]
     if unused:
         raise NotApplicableError(f"the loss does not depend on parameter {unused[0]}")
-
-
-def _random_states(devices: list[torch.device]) -> bytes:
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]
-    ours = random.getstate(), np.random.get_state()  # noqa: NPY002
-    return pickle.dumps(([bytes(s.cpu().numpy()) for s in states], ours))
 
 
 # ------------------------------------------------------------------ the graph
@@ -331,7 +317,7 @@ class _Program:
         self._run = (
             _replayed(update)
             if device.type == "cuda"
-            else _looped(update, alone=size * weights < WORTH_SHARING)
+            else _looped(update, single_threaded=size * weights < WORTH_SHARING)
         )
         # Several images at a time: twice as fast with the channels of a pixel side by side.
         self._channels_last = size > 1 and device.type == "cpu"
@@ -490,9 +476,8 @@ def _polyak_share(
     return torch.where((square == 0) | (bound >= most), most, bound)
 
 
-def _looped(update: _Update, alone: bool) -> _Run:
+def _looped(update: _Update, single_threaded: bool) -> _Run:
     """A chunk as one compiled loop, for the CPU."""
-    from torch._higher_order_ops import while_loop
 
     def loop(
         theta: list[Tensor],
@@ -516,7 +501,7 @@ def _looped(update: _Update, alone: bool) -> _Run:
     def run(*arguments: Any, count: int) -> Any:
         nonlocal compiled
         if compiled is None:
-            compiled = _compile(loop, (*arguments, torch.tensor(0)), alone)
+            compiled = compiled_for(loop, (*arguments, torch.tensor(0)), single_threaded)
         return compiled(*arguments, torch.tensor(count))
 
     return run
@@ -532,7 +517,7 @@ def _replayed(update: _Update) -> _Run:
         if recorded is None:
             recorded = _record(update, carried, chunk)
         graph, i, held = recorded
-        for old, new in zip(_flat(held), _flat(carried), strict=True):
+        for old, new in zip(flat(held), flat(carried), strict=True):
             old.copy_(new)
         i.zero_()
         for _ in range(count):
@@ -548,10 +533,10 @@ def _record(
     """The graph of one update, the update's number that it reads, and what it changes in place."""
     held = tuple([t.clone() for t in c] if isinstance(c, list) else c.clone() for c in carried)
     i = torch.zeros((), dtype=torch.int64, device=chunk[0].device)
-    compiled = _compile(update, (i, *held, chunk))
+    compiled = compiled_for(update, (i, *held, chunk))
 
     def step() -> None:
-        for old, new in zip(_flat(held), _flat(compiled(i, *held, chunk)), strict=True):
+        for old, new in zip(flat(held), flat(compiled(i, *held, chunk)), strict=True):
             old.copy_(new)
         i.add_(1)
 
@@ -564,115 +549,3 @@ def _record(
     with torch.cuda.graph(graph):
         step()
     return graph, i, held
-
-
-def _flat(carried: Sequence[Any]) -> list[Tensor]:
-    return [t for c in carried for t in (c if isinstance(c, (list, tuple)) else [c])]
-
-
-# ------------------------------------------------------------------ compilation
-
-
-def _compile(
-    function: Callable[..., Any], arguments: tuple[Any, ...], alone: bool = False
-) -> Callable[..., Any]:
-    """`function`, compiled for such arguments, and called once with them.
-
-    On CPU with host code in C++, where that can be had: a small update spends as long there as in
-    its kernels.
-    """
-    from torch._dynamo.exc import (
-        BackendCompilerFailed,
-        FailOnRecompileLimitHit,
-        TorchDynamoException,
-    )
-
-    on_cpu = _flat(arguments)[0].device.type == "cpu"
-    for in_cpp in (True, False) if on_cpu else (False,):
-        # Dynamo keeps what it compiled with the code, and no more than a few for each.
-        code = function.__code__
-        own = types.FunctionType(
-            code.replace(), function.__globals__, None, None, function.__closure__
-        )
-        compiled = torch.compile(
-            own, fullgraph=True, dynamic=False, backend=_backend(in_cpp, alone)
-        )
-        try:
-            with _without_word_of_cuda():
-                compiled(*arguments)
-        except RuntimeError as error:
-            traced = isinstance(error, BackendCompilerFailed)
-            if in_cpp and (traced or not isinstance(error, TorchDynamoException)):
-                continue
-            raise _refusal(error) from error
-        break
-
-    def run(*arguments: Any) -> Any:
-        try:
-            return compiled(*arguments)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # the model was changed
-            raise _refusal(error) from error
-
-    return run
-
-
-def _refusal(error: Exception) -> NotApplicableError:
-    return NotApplicableError(f"torch.compile cannot take the update: {_reason(error)}")
-
-
-@contextmanager
-def _without_word_of_cuda() -> Iterator[None]:
-    """Silences torch's remark on a CUDA toolkit without a GPU, made where compilers are sought."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _backend(in_cpp: bool, alone: bool) -> Callable[..., Any]:
-    """Inductor, with products of a single row as loops that fuse with what surrounds them.
-
-    For one example, the product W x and the gradient, an outer product, then read or write each
-    weight once, together with the rule; library calls pass over memory three times as often.
-
-    Args:
-        in_cpp: Host code in C++.
-        alone: Loops on one thread; libraries use theirs all the same.
-    """
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
-
-    aten, in_memory = torch.ops.aten, torch.ops.prims.inductor_force_stride_order
-    table = dict(select_decomp_table())
-    usual_mm, usual_addmm = table[aten.mm.default], table[aten.addmm.default]
-
-    def is_single(a: Tensor) -> bool:
-        return a.is_cpu and a.dtype in (torch.float32, torch.float64) and 1 in a.shape
-
-    def mm(a: Tensor, b: Tensor) -> Any:
-        if not is_single(a):
-            return usual_mm(a, b)
-        # In memory: else the layer before would be computed again for each entry of the product.
-        a, b = in_memory(a, a.stride()), in_memory(b, b.stride())
-        return a * b if a.shape[1] == 1 else (a.reshape(-1, 1) * b).sum(0, keepdim=True)
-
-    def addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-        if not is_single(a) or beta != 1 or alpha != 1:
-            return usual_addmm(c, a, b, beta=beta, alpha=alpha)
-        return c + mm(a, b)
-
-    table[aten.mm.default], table[aten.addmm.default] = mm, addmm
-    patches = {"cpp_wrapper": in_cpp, **({"cpp.threads": 1} if alone else {})}
-    return functools.partial(compile_fx, config_patches=patches, decompositions=table)
-
-
-def _reason(error: Exception) -> str:
-    """What torch says in pages, in a line."""
-    inner = getattr(error, "inner_exception", None)
-    lines = [line.strip() for line in str(inner or error).splitlines() if line.strip()]
-    explained = [line for line in lines if line.startswith("Explanation: ")]
-    line = (*explained, *lines, "")[0].removeprefix("Explanation: ").removesuffix(".")[:200]
-    return f"{type(inner).__name__}: {line}" if inner is not None else line

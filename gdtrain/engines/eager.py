@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gdtrain.engines.engine import Ahead, rates_by_schedule
+from gdtrain.engines.engine import LookAhead, rates_by_schedule
+from gdtrain.generators import RandomStates
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective, buffers_of
 from gdtrain.optim.protocol import step_size_of
@@ -49,7 +50,7 @@ class Eager:
         self.objective, self.optimizer = objective, optimizer
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
-        self._ahead = Ahead()
+        self._ahead = LookAhead()
         self._draws = any(isinstance(m, Dropout) for m in objective.model.modules())
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
@@ -71,7 +72,7 @@ class Eager:
             for group in groups:
                 group["lr"] = group["initial_lr"] * factor
             looks = rule is not None and rule.needs.elsewhere
-            before = _random_states(objective) if looks else None
+            before = self._random_states() if looks else None
             found = self._ahead.begin(objective.params, indices[k]) if looks else None
             if found is None:
                 value, gradient = objective.value_and_grad(indices[k], draw + k)
@@ -93,7 +94,7 @@ class Eager:
         return made.to(torch.promote_types(made.dtype, torch.float32))
 
     def _step_by_rule(
-        self, value: Tensor, indices: Tensor, draw: int, before: list[Tensor] | None
+        self, value: Tensor, indices: Tensor, draw: int, before: RandomStates | None
     ) -> float:
         """One update whose length a rule decides.
 
@@ -109,12 +110,12 @@ class Eager:
         def again() -> Iterator[None]:
             self.evaluations += 1
             buffers = [(*place, place[-1].clone()) for place in buffers_of(objective.model)]
-            after = _random_states(objective)
-            _set_random_states(objective, before)
+            after = self._random_states()
+            before.restore()
             try:
                 yield
             finally:
-                _set_random_states(objective, after)
+                after.restore()
                 for owner, name, buffer, kept in buffers:
                     owner[name] = buffer.copy_(kept)
 
@@ -124,7 +125,7 @@ class Eager:
                     return float(objective.value(indices, draw))
                 with torch.enable_grad():
                     value, gradient = objective.value_and_grad(indices, draw)
-                if _same(_random_states(objective), before):
+                if self._random_states() == before:
                     buffers = [b.clone() for b in objective.model.buffers()]
                     self._ahead.keep(objective.params, indices, (value, gradient, buffers))
                 return float(value)
@@ -138,6 +139,9 @@ class Eager:
         optimizer.step_by_rule(value, evaluate, differentiate)
         return float(optimizer.last_rate)
 
+    def _random_states(self) -> RandomStates:
+        return RandomStates.now([self.objective.params[0].device])
+
     def _repeats(self, indices: Tensor) -> bool:
         """Whether the next update will see the same function, as far as can be known before."""
         objective = self.objective
@@ -147,22 +151,3 @@ class Eager:
 
 def _nowhere() -> float:
     raise AssertionError("a rule that looks elsewhere must say so")
-
-
-def _same(states: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
-
-
-def _random_states(objective: Objective) -> list[Tensor]:
-    """Of torch's generators, from which layers of other packages draw."""
-    device = objective.params[0].device
-    return [
-        torch.get_rng_state(),
-        *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else []),
-    ]
-
-
-def _set_random_states(objective: Objective, states: list[Tensor]) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], objective.params[0].device)

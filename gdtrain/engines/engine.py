@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gdtrain._compat.torch_modules import has_hooks, tensor_has_hooks
+from gdtrain._compat.torch_optimizer_hooks import has_step_hooks
 from gdtrain.objective import Objective
 
 __all__ = [
     "WORTH_SHARING",
-    "Ahead",
     "Engine",
+    "LookAhead",
     "NotApplicableError",
-    "alone",
     "check_hooks",
     "last_share",
     "rates_by_schedule",
+    "single_threaded",
 ]
 
 # Multiplications an update: with fewer, threads wait more than they work.
@@ -95,7 +97,7 @@ def rates_by_schedule(optimizer: Optimizer, factors: Tensor) -> Tensor:
     return factors.to("cpu", torch.float64) * float(optimizer.param_groups[0]["initial_lr"])
 
 
-class Ahead:
+class LookAhead:
     """What a line search found where it went: value and gradient of the next update, if it held.
 
     A rule that tests a point before it goes there (Armijo, Barzilai and Borwein) needs the value
@@ -103,7 +105,7 @@ class Ahead:
     of an update makes both, unless the update before needed more than one.
 
     Example:
-        >>> ahead, theta, rows = Ahead(), torch.zeros(2), torch.arange(3)
+        >>> ahead, theta, rows = LookAhead(), torch.zeros(2), torch.arange(3)
         >>> ahead.begin([theta], rows), ahead.wanted()
         (None, True)
         >>> ahead.keep([theta + 1], rows, "value and gradient")
@@ -152,14 +154,14 @@ class Ahead:
 
 
 @contextmanager
-def alone(multiplications: int) -> Iterator[None]:
+def single_threaded(multiplications: int) -> Iterator[None]:
     """Within it, torch computes on one thread if an update has too little work for more.
 
     Args:
         multiplications: Of an update.
 
     Example:
-        >>> with alone(1000):
+        >>> with single_threaded(1000):
         ...     torch.get_num_threads()
         1
     """
@@ -211,20 +213,15 @@ def check_hooks(objective: Objective, optimizer: Optimizer) -> None:
         ...
         gdtrain.engines.engine.NotApplicableError: Linear has hooks, which ...
     """
-    hooks = (
-        "_forward_hooks",
-        "_forward_pre_hooks",
-        "_backward_hooks",
-        "_backward_pre_hooks",
-    )
-    for module in (*objective.model.modules(), objective.loss):
-        if any(getattr(module, name, None) for name in hooks):
+    modules: list[Any] = [*objective.model.modules(), objective.loss]
+    for module in modules:
+        if has_hooks(module):
             raise NotApplicableError(
                 f"{type(module).__name__} has hooks, which only the eager engine calls"
             )
-    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in objective.params):
+    if any(map(tensor_has_hooks, objective.params)):
         raise NotApplicableError("a parameter has hooks, which only the eager engine calls")
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if has_step_hooks(optimizer):
         raise NotApplicableError("the optimizer has hooks, which only the eager engine calls")
     if objective.ranks > 1:
         raise NotApplicableError("several processes share each update")

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gdtrain._compat.torch_modules import buffers_in, children_in, parameters_in
 from gdtrain.step_sizes import StepSize
 
-__all__ = ["describe", "describe_data", "options", "rebuild", "structure", "text"]
+__all__ = ["describe", "describe_data", "describe_run", "options", "rebuild", "structure", "text"]
 
 # Where classes live that are built again from their constructor's arguments.
 _HOMES = ("torch.nn", "gdtrain.models", "gdtrain.losses")
@@ -140,7 +141,7 @@ def structure(model: nn.Module) -> dict[str, str]:
     """
     found = {}
     for path, module in model.named_modules():
-        own = (*module._parameters.items(), *module._buffers.items())
+        own = (*parameters_in(module).items(), *buffers_in(module).items())
         tensors = [f"{n} {text(t.dtype)} {text(t.shape)}" for n, t in own if t is not None]
         found[path] = ", ".join([_call_of(module), *tensors])
     return found
@@ -187,12 +188,45 @@ def describe(
     return None
 
 
+def describe_run(
+    model: nn.Module,
+    loss: nn.Module,
+    data: Any = None,
+    make: Any = None,
+    sizes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """How model, loss and data are built again; what cannot be is named under "own".
+
+    Args:
+        model: That is trained.
+        loss: Per example.
+        data: The data module, if there is one of gdtrain.
+        make: The function that has made the model.
+        sizes: What that was called with.
+
+    Returns:
+        Plain containers.
+
+    Example:
+        >>> class Own(nn.Module):
+        ...     pass
+        >>> describe_run(Own(), Own())["model"]
+        {'own': 'Own'}
+    """
+    found = {"model": describe(model, make, sizes), "loss": describe(loss)}
+    own = {"model": type(model).__qualname__, "loss": type(loss).__qualname__}
+    return {
+        **{part: {"own": own[part]} if how is None else how for part, how in found.items()},
+        "data": describe_data(data),
+    }
+
+
 def _described(module: nn.Module) -> dict[str, Any] | None:
     if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
         return None
     kind = type(module)
     if kind is nn.Sequential:
-        children = {name: _described(child) for name, child in module._modules.items() if child}
+        children = {name: _described(child) for name, child in children_in(module).items() if child}
         if None in children.values():
             return None
         return {"_target_": "torch.nn.Sequential", "children": children}

@@ -6,8 +6,10 @@ or of the user, has learnt that a batch is an update: it gets what it relies on,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule
@@ -21,8 +23,15 @@ from lightning.pytorch.callbacks import (
     ProgressBar,
     Timer,
 )
+from torch.optim import Optimizer
 
-__all__ = ["Sight", "before_step", "call", "overrides", "sight"]
+from gdtrain._compat.lightning_training import saves_by_time, saves_every
+from gdtrain.descent.plan import Every, Watcher
+from gdtrain.optim.protocol import step_size_of
+
+__all__ = ["UpdateHooks", "Watchers", "before_step", "call", "overrides", "watchers_of"]
+
+_log = logging.getLogger("gdtrain")
 
 _BATCH = ("on_train_batch_start", "on_train_batch_end")
 _STEP = ("on_before_zero_grad", "on_after_backward", "on_before_optimizer_step")
@@ -52,22 +61,22 @@ _REFUSED = {
 }
 
 
-class Sight(NamedTuple):
+class Watchers(NamedTuple):
     """Where sweeps must end for those who do not know them.
 
     Args:
         single: Who needs one update a step, in words; "": nobody.
-        cuts: From an update number to the smallest above it at which a sweep must end.
+        cuts: The updates at which a sweep must end.
         step: Who has hooks that are called at each step of the optimizer.
 
     Example:
-        >>> Sight("", [lambda update: (update // 100 + 1) * 100], []).cuts[0](250)
+        >>> Watchers(cuts=[Every(100)]).cuts[0].next_update(250)
         300
     """
 
-    single: str
-    cuts: Sequence[Callable[[int], int]]
-    step: Sequence[Any]
+    single: str = ""
+    cuts: Sequence[Every] = ()
+    step: Sequence[Any] = ()
 
 
 def overrides(owner: Any, hook: str) -> bool:
@@ -88,7 +97,7 @@ def overrides(owner: Any, hook: str) -> bool:
     return hasattr(parent, hook) and getattr(found, "__func__", found) is not getattr(parent, hook)
 
 
-def sight(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) -> Sight:
+def watchers_of(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) -> Watchers:
     """What each of the callbacks, and the module's own subclass, gets.
 
     Args:
@@ -103,14 +112,13 @@ def sight(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) 
     Example:
         >>> from lightning.pytorch.callbacks import EMAWeightAveraging
         >>> saving = ModelCheckpoint(every_n_train_steps=100)
-        >>> found = sight([saving], LightningModule(), log_every=50, by_rule=False)
-        >>> found.single, [cut(250) for cut in found.cuts]
-        ('', [300])
+        >>> watchers_of([saving], LightningModule(), log_every=50, by_rule=False).cuts
+        [Every(updates=100, offset=0)]
         >>> averaging = EMAWeightAveraging()
-        >>> sight([averaging], LightningModule(), log_every=50, by_rule=False).single
+        >>> watchers_of([averaging], LightningModule(), log_every=50, by_rule=False).single
         'EMAWeightAveraging acts on batches'
     """
-    single, cuts, step = "", list[Callable[[int], int]](), []
+    single, cuts, step = "", list[Every](), []
     for owner in (*callbacks, module):
         name = type(owner).__name__
         _refuse(owner, name)
@@ -126,24 +134,24 @@ def sight(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) 
             continue  # it knows sweeps
         kind = type(owner)
         if kind is ModelCheckpoint:
-            every = owner._every_n_train_steps
-            cuts += [partial(_next, every=every)] if every >= 1 else []
+            every = saves_every(owner)
+            cuts += [Every(every)] if every >= 1 else []
         elif kind in _AT_LOG_POINTS:
             if getattr(owner, "logging_interval", None) != "epoch" and log_every:
                 # Logged are the starts and the ends of the batches n − 1, 2n − 1, …
-                cuts += [partial(_next, every=log_every, after=a) for a in (0, log_every - 1)]
+                cuts += [Every(log_every, offset) for offset in (0, log_every - 1)]
         elif isinstance(owner, _ONLY_LOOK):
             continue
         elif hooks or any(overrides(owner, hook) for hook in _BATCH):
             single = single or f"{name} acts on batches"
-    return Sight(single, cuts, step)
+    return Watchers(single, cuts, step)
 
 
 def _refuse(owner: Any, name: str) -> None:
     for kind, reason in _REFUSED.items():
         if isinstance(owner, kind):
             raise ValueError(f"{name} {reason}. Received: callbacks with {name}.")
-    if isinstance(owner, ModelCheckpoint) and owner._train_time_interval is not None:
+    if isinstance(owner, ModelCheckpoint) and saves_by_time(owner):
         raise ValueError(
             "ModelCheckpoint(train_time_interval=…) never saves in manual optimization, which "
             "sweeps of updates are. Use every_n_train_steps, which counts updates, or "
@@ -158,16 +166,11 @@ def _refuse(owner: Any, name: str) -> None:
             )
 
 
-def _next(update: int, every: int, after: int = 0) -> int:
-    """The smallest number above `update` that is `after` more than a multiple of `every`."""
-    return update + every - (update - after) % every
-
-
 def before_step(owners: Sequence[Any], trainer: Any, module: Any, optimizer: Any) -> None:
     """Call the hooks that come between the backward pass and the step.
 
     Args:
-        owners: Who has them, as `Sight.step`.
+        owners: Who has them, as `Watchers.step`.
         trainer: Lightning's.
         module: That is trained.
         optimizer: Whose step comes next; the gradients are in `p.grad`.
@@ -204,3 +207,91 @@ def call(owners: Sequence[Any], hook: str, trainer: Any, module: Any, *arguments
         if overrides(owner, hook):
             before = () if owner is module else (trainer, module)
             getattr(owner, hook)(*before, *arguments)
+
+
+class UpdateHooks:
+    """Those who act on single updates: where sweeps end for them, and the calls of their hooks.
+
+    Example:
+        >>> hooks = UpdateHooks()
+        >>> hooks.watchers()
+        []
+    """
+
+    def __init__(self) -> None:
+        self._found = Watchers()
+        self._trainer: Any = None
+        self._module: Any = None
+        self._handle: Any = None  # of the optimizer's steps
+        self._updating = False
+
+    def find(self, trainer: Any, module: Any, own_step: bool = False) -> None:
+        """Ask who must see which updates of the run.
+
+        Args:
+            trainer: Lightning's.
+            module: That is trained.
+            own_step: Whether its class has a `training_step` of its own.
+
+        Raises:
+            ValueError: Somebody acts on what a sweep does not have.
+        """
+        self._trainer, self._module = trainer, module
+        by_rule = any(step_size_of(o) is not None for o in trainer.optimizers)
+        found = watchers_of(trainer.callbacks, module, trainer.log_every_n_steps, by_rule)
+        if own_step and not found.single:
+            found = found._replace(single=f"{type(module).__name__} has its own training_step")
+        self._found = found
+        # Right here, where the state after an update is what a resumed run goes on with.
+        warnings.filterwarnings(
+            "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_st"
+        )
+
+    def watchers(self) -> list[Watcher]:
+        """At which updates sweeps must end."""
+        if self._found.single:
+            return [Every(1)]
+        callbacks = [] if self._trainer is None else self._trainer.callbacks
+        return [*self._found.cuts, *(c for c in callbacks if hasattr(c, "next_update"))]
+
+    def listen(self, optimizer: Optimizer, in_sweeps: bool) -> None:
+        """Call the hooks of those who act on each step of the optimizer.
+
+        Args:
+            optimizer: That makes the updates.
+            in_sweeps: Whether a step of Lightning may be several of them.
+        """
+        self.remove()
+        found = self._found
+        if found.step:
+
+            def listen(optimizer: Any, arguments: Any, options: Any) -> None:
+                if self._updating:  # and no update that is only tried, or made once more
+                    before_step(found.step, self._trainer, self._module, optimizer)
+
+            self._handle = optimizer.register_step_pre_hook(listen)
+        if found.single and in_sweeps:
+            _log.info(
+                "sweeps: one update a step, because %s; each step costs Lightning about 0.4 ms",
+                found.single,
+            )
+
+    @contextmanager
+    def updating(self, optimizer: Optimizer) -> Iterator[None]:
+        """Around the updates of the run itself.
+
+        Args:
+            optimizer: That makes them.
+        """
+        call(self._found.step, "on_before_zero_grad", self._trainer, self._module, optimizer)
+        self._updating = True
+        try:
+            yield
+        finally:
+            self._updating = False
+
+    def remove(self) -> None:
+        """Call nobody any more."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None

@@ -22,9 +22,9 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 
+from gdtrain._compat.torch_modules import BATCH_NORMS, DROPOUTS
 from gdtrain.data.reading import printable
 from gdtrain.lightning.description import options, structure, text
 from gdtrain.optim.protocol import step_size_of
@@ -95,7 +95,7 @@ def settings(module: Any, trainer: Any, data: Any = None) -> dict[str, str]:
     if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):
         found.pop("model/frozen", None)  # it freezes and thaws
         found.pop("optimizer.params")
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm | _DropoutNd) for m in _layers(module)):
+    if any(isinstance(m, (BATCH_NORMS, DROPOUTS)) for m in _layers(module)):
         found["trainer.devices"] = str(trainer.world_size)  # each draws, or normalises, its own
     if data is not None and hasattr(data, "settings"):
         found |= {f"data.{name}": value for name, value in data.settings().items()}

@@ -22,8 +22,9 @@ from gdtrain.data.loader import IndexLoader
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.reading import printable, unpacked_bytes
 from gdtrain.data.tables import Header
+from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.errors import ConfigurationError
-from gdtrain.lightning.module import SupervisedModule, parameter_groups
+from gdtrain.lightning.module import SupervisedModule
 from gdtrain.lightning.strategy import alone_in
 from gdtrain.objective import Objective
 from gdtrain.ranges import Interval

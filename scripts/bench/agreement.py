@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from gdtrain import SGD
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.engines import ENGINES, Eager, NotApplicableError
-from gdtrain.lightning.module import parameter_groups
 from gdtrain.losses import (
     CrossEntropy,
     Hinge,

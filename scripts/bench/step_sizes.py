@@ -261,8 +261,7 @@ class Watch(Callback):
 
     def spent(self, module: Any) -> float:
         """Passes so far."""
-        engine = module._engine
-        evaluated = 0 if engine is None else getattr(engine, "evaluations", 0)
+        evaluated = module.loop.engine.evaluations
         size = module.trainer.datamodule.examples_per_update
         return self._before + (module.examples_seen + evaluated * size) / self._examples
 

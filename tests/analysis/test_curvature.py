@@ -17,7 +17,7 @@ from gdtrain.analysis.curvature import (
     sharpness,
     stability_limit,
 )
-from gdtrain.lightning.module import parameter_groups
+from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.losses import CrossEntropy, Huber, SquaredError
 from gdtrain.models import CNN, MLP
 from gdtrain.objective import Objective

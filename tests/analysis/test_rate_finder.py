@@ -24,7 +24,7 @@ from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.models import MLP, Linear
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective
-from gdtrain.runs import run
+from gdtrain.runs import tools
 from gdtrain.runs.configuration import conf_directory
 from gdtrain.step_sizes import Armijo
 
@@ -460,7 +460,7 @@ def command(monkeypatch, folder, words):
 
 def find_configured(folder, words, **options):
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        return run.find_lr(compose("train", words.split()), folder, **options)
+        return tools.find_lr(compose("train", words.split()), folder, **options)
 
 
 class Lines(Dataset):

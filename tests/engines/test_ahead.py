@@ -8,7 +8,7 @@ from torch import nn
 
 from gdtrain import GD
 from gdtrain.engines import Eager, Native
-from gdtrain.engines.engine import Ahead
+from gdtrain.engines.engine import LookAhead
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import MLP
 from gdtrain.models.dropout import Dropout
@@ -63,7 +63,7 @@ def test_updates_are_the_same_and_fewer_passes_are_made(
 ):
     losses, objective, made = descended(engine, rule, model, weight_decay=weight_decay)
     cut, other, _ = descended(engine, rule, model, (1, 2, 37), weight_decay)
-    monkeypatch.setattr(Ahead, "wanted", lambda self: False)
+    monkeypatch.setattr(LookAhead, "wanted", lambda self: False)
     expected, plain, without = descended(engine, rule, model, weight_decay=weight_decay)
     assert without.evaluations >= 40
     assert made.evaluations <= without.evaluations - 20

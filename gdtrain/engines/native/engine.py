@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.engines.engine import (
     NotApplicableError,
-    alone,
     check_hooks,
     last_share,
     rates_by_schedule,
+    single_threaded,
 )
 from gdtrain.engines.native.arguments import Arguments, has_kernel
 from gdtrain.losses import Loss
@@ -141,7 +141,7 @@ class Native:
         for p in arguments.parameters:
             p.grad = None
         weights = sum(layer.linear.weight.numel() for layer in arguments.layers)
-        with torch.no_grad(), alone(batch * weights):
+        with torch.no_grad(), single_threaded(batch * weights):
             if self._rule_sees_more:
                 made: Tensor = self._by_rule(indices, factors)
                 self.rates = torch.tensor(self._by_rule.rates, dtype=torch.float64)

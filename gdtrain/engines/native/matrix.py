@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdtrain.engines.engine import Ahead
+from gdtrain.engines.engine import LookAhead
 from gdtrain.engines.native.arguments import Arguments
 from gdtrain.engines.native.kernels import losses_and_slopes, polyak_share
 from gdtrain.models.activations import Activation
@@ -405,7 +405,7 @@ class ByRule(_Passes):
         super().__init__(arguments)
         self.rates: list[float] = []
         self.evaluations = 0
-        self._ahead = Ahead()
+        self._ahead = LookAhead()
 
     def __call__(self, indices: Tensor, factors: Tensor) -> Tensor:
         """(K, B) example numbers and (K,) factors to (K,) losses; `rates` are set.

@@ -1,0 +1,422 @@
+"""The descent by itself: makes the updates of a run, sweep by sweep, and counts them.
+
+N examples, B examples per update, K updates in one sweep, U updates per epoch, T planned updates.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gdtrain.descent.average import Average
+from gdtrain.descent.engine_choice import EngineChoice
+from gdtrain.descent.plan import Plan
+from gdtrain.descent.preparation import (
+    check_examples,
+    restore_layout,
+    single_example,
+    use_channels_last,
+)
+from gdtrain.descent.race import race
+from gdtrain.descent.state import State
+from gdtrain.descent.trial import Snapshot, trial
+from gdtrain.engines import EngineName
+from gdtrain.losses import Loss
+from gdtrain.objective import Objective
+from gdtrain.optim.protocol import step_size_of
+from gdtrain.schedules import ReduceOnPlateau, Schedule
+from gdtrain.step_sizes import StochasticPolyak
+
+__all__ = ["Loop", "SweepOutput"]
+
+_log = logging.getLogger("gdtrain")
+
+_SWEEP_SECONDS = (
+    0.1  # that a sweep of automatic length takes: what surrounds it then costs below 1%
+)
+_MOST_UPDATES = 2**16  # of such a sweep
+_SCHEDULED = "scheduled_lr"  # of a group: its "lr" as the schedule left it
+
+
+@dataclass(frozen=True)
+class SweepOutput:
+    """What one sweep of K updates gives out.
+
+    Args:
+        first: Number of its first update, from 0.
+        losses: (K,), J on each update's examples before that update.
+        rates: (K,), float64, η of the first group at each update.
+        seconds: That all took.
+        examples: B, how many made one update.
+
+    Example:
+        >>> SweepOutput(4, torch.ones(2), torch.ones(2), 0.1, 8).updates
+        2
+    """
+
+    first: int
+    losses: Tensor
+    rates: Tensor
+    seconds: float
+    examples: int
+
+    @property
+    def updates(self) -> int:
+        """K."""
+        return len(self.losses)
+
+
+class Loop:
+    """Descends on an objective, update by update; needs no Lightning.
+
+        for each sweep of the plan:  engine: K times  g = ∇J(θ; B examples), θ ← rule(θ, g, η)
+
+    It owns the state: only here are updates made and counted. Between two sweeps anybody may freeze
+    or free parameters, add groups to the optimizer or set a group's "lr": the next has what they
+    set.
+
+    Args:
+        objective: J over resident examples; None: each sweep comes with its own.
+        optimizer: Of the model's parameters; its groups have "initial_lr" (`make_optimizer` sets
+            it).
+        plan: Which examples make which update; None: sweeps are handed to `advance`.
+        schedule: The factor on η; None: constant. It belongs to this run.
+        engine: "eager", "compiled", "native"; "auto": the fastest that applies.
+        state: Where the run stands; None: at its start.
+        seed: Names the random numbers of gdtrain's layers; None: the plan's.
+        races: Whether η is found by a race, where the optimizer's rule is `StochasticPolyak`.
+
+    Raises:
+        ValueError: There is no such engine.
+
+    Example:
+        >>> from gdtrain import GD
+        >>> from gdtrain.descent.optimizer import make_optimizer
+        >>> from gdtrain.losses import SquaredError
+        >>> x = torch.linspace(-1, 1, 9)[:, None]
+        >>> model = torch.nn.Linear(1, 1)
+        >>> objective = Objective(model, SquaredError(), x, 3 * x[:, 0] + 1)
+        >>> optimizer = make_optimizer(lambda groups: GD(groups, lr=0.5), model, SquaredError())
+        >>> loop = Loop(objective, optimizer, Plan(9, 9, total=100))
+        >>> while not loop.done:
+        ...     output = loop.advance()
+        >>> loop.updates, [round(p.item(), 3) for p in model.parameters()]
+        (100, [3.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        objective: Objective | None,
+        optimizer: Optimizer,
+        plan: Plan | None,
+        schedule: Schedule | None = None,
+        *,
+        engine: EngineName = "auto",
+        state: State | None = None,
+        seed: int | None = None,
+        races: bool = False,
+    ) -> None:
+        self.objective, self.optimizer, self.plan = objective, optimizer, plan
+        self.state = State() if state is None else state
+        if schedule is not None:
+            self.state.schedule = schedule
+        self.engine = EngineChoice(objective, optimizer, engine, self.state)
+        self.average = Average(optimizer, self.state)
+        if plan is not None:
+            self.state.total_updates = plan.total
+            self.state.updates_per_epoch = plan.updates_per_epoch
+        self.races = races
+        self.has_own_scheduler: Callable[[], bool] = lambda: False
+        """Whether somebody sets η of each group beside the schedule, which then stands back."""
+        self.restores_on_error = False
+        """Whether a sweep that raises leaves the state that is counted."""
+        if seed is None:
+            seed = 0 if plan is None else plan.seed
+        self._draws = seed & (2**30 - 1)
+        self._owned = 0  # parameters of the optimizer, in all groups
+        self._started = False
+        if objective is not None and self.state.micro_batch_size is not None:
+            objective.micro_batch_size = self.state.micro_batch_size
+
+    # ------------------------------------------------------------------ what it is asked
+
+    @property
+    def updates(self) -> int:
+        """Made so far."""
+        return self.state.updates
+
+    @property
+    def schedule(self) -> Schedule:
+        """The factor on η."""
+        return self.state.schedule
+
+    @property
+    def total_updates(self) -> int | None:
+        """T; None: no end is planned."""
+        return self.state.total_updates
+
+    @property
+    def done(self) -> bool:
+        """Whether all planned updates are made."""
+        return self.total_updates is not None and self.updates >= self.total_updates
+
+    def rate_factors(self, first: int, count: int) -> Tensor:
+        """As `State.rate_factors`; without the schedule's, where somebody else sets η.
+
+        Args:
+            first: Update number, from 0.
+            count: K.
+
+        Returns:
+            (K,), float64.
+        """
+        if self.has_own_scheduler():
+            return torch.full((count,), self.state.rate_cut, dtype=torch.float64)
+        return self.state.rate_factors(first, count)
+
+    def draw_of(self, update: int) -> int:
+        """Names the random numbers of an update, for `Objective`.
+
+        Args:
+            update: From 0.
+        """
+        return (self._draws << 32) + update
+
+    # ------------------------------------------------------------------ start and end
+
+    def prepare(self) -> None:
+        """Look whether model, loss and examples fit, and lay the model out in memory.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        objective, plan = self.objective, self.plan
+        if objective is None or plan is None:
+            return
+        if isinstance(objective.loss, Loss):
+            single = single_example(plan, objective)
+            check_examples(
+                objective.model, objective.loss, objective.inputs, objective.targets, single
+            )
+        use_channels_last(objective.model, plan.batch_size)
+        if step_size_of(self.optimizer) is not None:
+            self.optimizer.batch_fraction = plan.batch_size / plan.num_examples  # type: ignore[attr-defined]
+
+    def start(self) -> None:
+        """Go on from the state: its generators; η by a race, before the first update.
+
+        Raises:
+            ValueError: The schedule asks for an end that is not planned, or no race can be held.
+        """
+        self._started = True
+        if self.state.random is not None:
+            self.state.random.restore()
+            self.state.random = None
+        self.state.check_end()
+        if self.objective is not None:
+            self.state.micro_batch_size = self.objective.micro_batch_size
+        groups = self.optimizer.param_groups
+        self._owned = sum(len(group["params"]) for group in groups)
+        if self.races and self.updates == 0:
+            self._find_rate()
+        for group in groups:
+            group[_SCHEDULED] = group["lr"]
+
+    def finish(self) -> None:
+        """End at the average, if the rule keeps one, and in the default layout."""
+        self.average.end()
+        if self.objective is not None:
+            restore_layout(self.objective.model)
+
+    def _find_rate(self) -> None:
+        """Let step sizes race, where an update sees only some of the examples."""
+        if not isinstance(step_size_of(self.optimizer), StochasticPolyak):
+            return
+        objective, plan = self.objective, self.plan
+        if plan is None or objective is None:
+            raise ValueError(
+                "lr=auto lets step sizes race over resident examples. Received: batches from a "
+                "loader. Set optimizer.lr to a number, or take a rule that needs no race "
+                "(step_size=dowg)."
+            )
+        if self.total_updates is None:
+            raise ValueError(
+                "lr=auto needs to know how many updates are planned: set trainer.max_epochs or "
+                "trainer.max_steps."
+            )
+        self.state.race = found = race(
+            partial(self.engine.run, objective),
+            objective,
+            self.optimizer,
+            plan.block,
+            self.total_updates,
+            plan.batch_size,
+            draw=self.draw_of(0),
+        )
+        if objective.rank == 0:
+            _log.info("lr: auto found %.3g %s", found.rate, found.basis)
+
+    # ------------------------------------------------------------------ updates
+
+    def advance(
+        self, indices: Tensor | None = None, objective: Objective | None = None
+    ) -> SweepOutput:
+        """Make the updates of one sweep, and count them.
+
+        Args:
+            indices: (K, B), int64; None: the next sweep of the plan.
+            objective: J of their examples; None: that of the loop.
+
+        Returns:
+            What the sweep gives out.
+
+        Raises:
+            ValueError: All planned updates are made, or nothing names the examples.
+        """
+        if not self._started:
+            self.prepare()
+            self.start()
+        first = self.updates
+        if indices is None:
+            if self.plan is None or self.done:
+                raise ValueError(
+                    f"A sweep needs a plan with updates left, or indices. Received: "
+                    f"{'no plan' if self.plan is None else f'{first} updates made of {first}'}."
+                )
+            indices = self.plan.sweep(first)
+        objective = self.objective if objective is None else objective
+        assert objective is not None, "a loop without an objective is handed one"
+        indices = indices.to(objective.targets.device)
+        self.follow_changes()
+        started = time.perf_counter()
+        with self._restoring(objective):
+            losses = self.make_updates(objective, indices, first)
+        if losses.is_cuda:
+            torch.cuda.synchronize()  # once per sweep: its time is measured
+        seconds = time.perf_counter() - started
+        state = self.state
+        state.updates += len(indices)
+        state.examples_seen += indices.numel()
+        if self.objective is not None:
+            state.micro_batch_size = self.objective.micro_batch_size
+        self._adapt_sweeps(len(indices), seconds)
+        return SweepOutput(first, losses, self.engine.rates, seconds, indices.shape[1])
+
+    def make_updates(self, objective: Objective, indices: Tensor, first: int) -> Tensor:
+        """Make updates from the parameters as they are; nothing is counted.
+
+        η of each is then in `engine.rates`.
+
+        Args:
+            objective: J of their examples.
+            indices: (K, B), int64.
+            first: Number of the first of these updates, which schedule and dropout depend on.
+
+        Returns:
+            (K,), J on each update's examples before it.
+        """
+        factors = self.rate_factors(first, len(indices))
+        losses = self.engine.run(objective, indices, factors, self.draw_of(first))
+        for group in self.optimizer.param_groups:
+            group[_SCHEDULED] = group["lr"]
+        return losses
+
+    def follow_changes(self) -> None:
+        """Go on with what somebody has changed since the last sweep.
+
+        Parameters that were frozen are left alone, those that were freed are trained. A group that
+        was added, or whose "lr" was set, has that η at the next update, and is scheduled from there
+        on in proportion. Called before each sweep; once more changes nothing.
+        """
+        groups = self.optimizer.param_groups
+        factor = float(self.rate_factors(self.updates, 1))
+        follows_other = self.has_own_scheduler()
+        for group in groups:
+            if follows_other or "initial_lr" not in group or group["lr"] != group[_SCHEDULED]:
+                group["initial_lr"] = group["lr"] / factor if factor > 0 else group["lr"]
+                group[_SCHEDULED] = group["lr"]
+        objective = self.objective
+        if objective is None:
+            return
+        trainable = [p for p in objective.model.parameters() if p.requires_grad]
+        owned = sum(len(group["params"]) for group in groups)
+        if owned != self._owned or [*map(id, trainable)] != [*map(id, objective.params)]:
+            for p in objective.params:
+                p.grad = None  # a frozen parameter is not stepped along an old gradient
+            objective.params, self._owned = trainable, owned
+            self.engine.choose_again()
+
+    @contextmanager
+    def _restoring(self, objective: Objective) -> Iterator[None]:
+        before = None
+        if self.restores_on_error and objective is self.objective:
+            before = Snapshot(objective, self.optimizer)
+        try:
+            yield
+        except BaseException:
+            if before is not None:
+                before.give_back()
+            raise
+
+    def _adapt_sweeps(self, count: int, seconds: float) -> None:
+        """Let automatic sweeps take a tenth of a second: no update depends on their length."""
+        plan, objective = self.plan, self.objective
+        if plan is None or objective is None or not plan.automatic:
+            return
+        if objective.ranks > 1:  # of rank 0: all must have the same sweeps
+            told = torch.tensor([seconds], device=objective.params[0].device)
+            torch.distributed.broadcast(told, src=0)
+            seconds = float(told)
+        if seconds > 0:
+            fitting = int(count * _SWEEP_SECONDS / seconds)
+            # In steps: the first updates warm up, and are no measure of the others.
+            plan.updates_per_sweep = max(1, min(fitting, 8 * count, _MOST_UPDATES))
+
+    # ------------------------------------------------------------------ going back
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Within it, updates may be made and all be changed; after it, all is as it was."""
+        assert self.objective is not None, "there is nothing to try without an objective"
+        state, schedule, objective = dict(vars(self.state)), self.schedule, self.objective
+        plateau = schedule.state_dict() if isinstance(schedule, ReduceOnPlateau) else None
+        owned, engine = self._owned, dict(vars(self.engine))
+        params, micro = objective.params, objective.micro_batch_size
+        length = None if self.plan is None else self.plan.updates_per_sweep
+        try:
+            with trial(objective, self.optimizer):
+                yield
+        finally:
+            vars(self.state).update(state)
+            if isinstance(schedule, ReduceOnPlateau) and plateau is not None:
+                schedule.load_state_dict(plateau)
+            vars(self.engine).update(engine)
+            self._owned = owned
+            objective.params, objective.micro_batch_size = params, micro
+            if self.plan is not None and length is not None:
+                self.plan.updates_per_sweep = length
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next update depends on beside parameters, buffers and optimizer."""
+        return self.state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; model and optimizer load theirs themselves.
+
+        Args:
+            state: Of a run with the same objective, optimizer, plan and schedule.
+        """
+        self.state.load_state_dict(state)
+        self.engine.choose_again()
+        self._started = False
+        if self.objective is not None:
+            self.objective.micro_batch_size = self.state.micro_batch_size

@@ -1,0 +1,217 @@
+"""What is settled before the first update: micro-batches, a misfit of model and data, the layout.
+
+N examples, B examples per update, M examples in one pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gdtrain.data.mapped import MappedInputs
+from gdtrain.data.sparse import SparseInputs
+from gdtrain.descent.plan import Plan
+from gdtrain.losses import Loss
+from gdtrain.objective import Objective, Rows, evaluating, own_part, prediction_of, untouched
+
+__all__ = [
+    "check_examples",
+    "resident_objective",
+    "restore_layout",
+    "single_example",
+    "use_channels_last",
+]
+
+_BATCH = 8  # examples, from which on convolutions gain from another layout
+
+
+def resident_objective(
+    model: nn.Module,
+    loss: Loss,
+    inputs: Rows,
+    targets: Tensor,
+    batch_size: int,
+    micro_batch_size: int | Literal["auto"] | None = None,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Objective:
+    """J over resident or mapped examples, with an M that memory holds.
+
+    Args:
+        model: That is trained.
+        loss: Per example.
+        inputs: (N, …), on the device of the model.
+        targets: (N, …).
+        batch_size: B.
+        micro_batch_size: M; None: rows from a file are taken as "auto", and sparse ones, which a
+            pass makes dense, as many at once as they allow; others all together.
+        rank: Of this process.
+        ranks: Processes that share each update.
+
+    Raises:
+        ValueError: There are fewer examples in an update than processes.
+
+    Example:
+        >>> objective = resident_objective(
+        ...     nn.Linear(2, 1), nn.MSELoss(), torch.ones(4, 2), torch.ones(4), batch_size=2)
+        >>> objective.micro_batch_size is None
+        True
+    """
+    if micro_batch_size is None and isinstance(inputs, MappedInputs):
+        micro_batch_size = "auto"
+    if micro_batch_size is None and isinstance(inputs, SparseInputs):
+        most = inputs.rows_at_once
+        micro_batch_size = most if batch_size > most else None
+    if ranks > batch_size:
+        raise ValueError(
+            f"The {batch_size} examples of an update cannot be divided over {ranks} processes. "
+            f"One-example SGD is sequential: train it on one device, or use optimizer=minibatch "
+            f"with a larger batch_size."
+        )
+    return Objective(model, loss, inputs, targets, micro_batch_size, rank=rank, ranks=ranks)
+
+
+@torch.no_grad()
+def check_examples(
+    model: nn.Module, loss: Loss, inputs: Rows, targets: Tensor, single: str = ""
+) -> int:
+    """Run two examples, so that a misfit of model, loss and data is told before training.
+
+    They are those of the lowest and the highest label.
+
+    Args:
+        model: That is trained.
+        loss: Per example.
+        inputs: (N, …).
+        targets: (N, …).
+        single: Where a pass over one example will come from, see `single_example`.
+
+    Returns:
+        C, the model's outputs.
+
+    Raises:
+        ValueError: They do not fit.
+
+    Example:
+        >>> from gdtrain.losses import SquaredError
+        >>> check_examples(nn.Linear(2, 1), SquaredError(), torch.ones(4, 2), torch.ones(4))
+        1
+    """
+    if len(inputs) != len(targets) or not len(targets):
+        raise ValueError(
+            f"Expected one target for each example, and at least one. Received: {len(inputs)} "
+            f"examples and targets of shape {tuple(targets.shape)}."
+        )
+    flat = targets.reshape(len(targets), -1)[:, 0]
+    flat = flat.byte() if flat.dtype == torch.bool else flat
+    extremes = torch.stack([flat.argmin(), flat.argmax()])
+    examples, targets = inputs[extremes], targets[extremes]
+    try:
+        with evaluating(model):
+            prediction = prediction_of(model(examples))
+    except RuntimeError as error:
+        raise ValueError(
+            f"The model does not take examples of shape {tuple(examples.shape[1:])}: {error}"
+        ) from error
+    loss.check(prediction, targets)
+    if single:
+        _refuse_one(model, examples[:1], single)
+    return prediction.shape[1]
+
+
+def _refuse_one(model: nn.Module, example: Tensor, single: str) -> None:
+    with untouched(model):
+        try:
+            model(example)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"The model cannot be trained on one example by itself ({error}), and {single}. "
+                f"Choose another batch_size, or a norm that does not mix examples: "
+                f"model.norm=group (torch.nn.GroupNorm, LayerNorm)."
+            ) from error
+
+
+def single_example(loader: Any, objective: Objective | None = None) -> str:
+    """Where a pass over a single example will come from; "": none will, or none knows.
+
+    Args:
+        loader: A plan, or a `DataLoader`.
+        objective: J, whose micro-batches and ranks divide the batches.
+
+    Example:
+        >>> single_example(Plan(9, 4))
+        'the last batch of an epoch has one: 9 examples in batches of 4; batches of 5 end otherwise'
+    """
+    try:
+        size = loader.batch_size
+        count = loader.num_examples if isinstance(loader, Plan) else len(loader.dataset)
+    except (AttributeError, TypeError):
+        return ""
+    if size is None:
+        return ""
+    sizes = [size]
+    if count % size and not getattr(loader, "drop_last", False):
+        sizes.append(count % size)
+    if 1 in sizes:
+        return (
+            "each update sees one"
+            if size == 1
+            else f"the last batch of an epoch has one: {count} examples in batches of {size}; "
+            f"batches of {next(b for b in range(size + 1, count + 2) if count % b != 1)} end "
+            f"otherwise"
+        )
+    if objective is None:
+        return ""
+    micro = objective.micro_batch_size
+    for size in sizes:
+        start, end = own_part(size, objective.rank, objective.ranks)
+        own = end - start
+        if 1 in ({own} if micro is None else {min(micro, own), own % micro}):
+            return (
+                f"a pass has one: {own} examples of a batch"
+                + (f" in passes of {micro}" if micro is not None else "")
+                + (f" on one of {objective.ranks} processes" if objective.ranks > 1 else "")
+            )
+    return ""
+
+
+def use_channels_last(model: nn.Module, batch_size: int) -> None:
+    """While training on CPU, keep convolutions' weights with the channels last in memory.
+
+    PyTorch's kernels for batches are about twice as fast on them; the numbers are the same (to
+    rounding). For single examples they are not.
+
+    Args:
+        model: That is trained.
+        batch_size: B.
+
+    Example:
+        >>> model = nn.Conv2d(2, 2, 3)
+        >>> use_channels_last(model, batch_size=32)
+        >>> model.weight.is_contiguous(memory_format=torch.channels_last)
+        True
+        >>> restore_layout(model)
+        >>> model.weight.is_contiguous()
+        True
+    """
+    images = any(isinstance(m, nn.Conv2d) for m in model.modules())
+    on_cpu = all(p.device.type == "cpu" for p in model.parameters())
+    if images and batch_size >= _BATCH and on_cpu:
+        model.to(memory_format=torch.channels_last)
+
+
+def restore_layout(model: nn.Module) -> None:
+    """Go back to the default layout, as view() expects it.
+
+    Args:
+        model: That was trained.
+
+    Example:
+        >>> restore_layout(nn.Linear(1, 1))
+    """
+    for m in model.modules():
+        if isinstance(m, nn.Conv2d):
+            m.to(memory_format=torch.contiguous_format)

@@ -1,0 +1,120 @@
+"""What the next update depends on, beside parameters and optimizer.
+
+T planned updates, U updates per epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdtrain.descent.race import Race
+from gdtrain.generators import RandomStates
+from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule
+
+__all__ = ["State"]
+
+_ENDLESS = 2**62  # updates of a run without a planned end
+
+
+@dataclass
+class State:
+    """Where a run stands, and what is planned. Only the loop counts here; a checkpoint holds it.
+
+    Args:
+        schedule: The factor on η; a plateau schedule has a state of its own.
+        total_updates: T; None: no end is planned.
+        updates_per_epoch: U.
+        updates: Made so far.
+        examples_seen: In these updates.
+        rate_cut: A factor on η beside the schedule's, by recoveries from divergence.
+        race: What found η; None: none was held.
+        micro_batch_size: M; None: a whole batch, or not known yet.
+        engine: Name of the engine that made the last updates.
+        engine_before: Of the run that is resumed, until an engine is chosen.
+        random: Of the run that is resumed, until it goes on.
+
+    Example:
+        >>> state = State(updates=7, examples_seen=56)
+        >>> again = State()
+        >>> again.load_state_dict(state.state_dict())
+        >>> again.updates, again.engine_before
+        (7, 'eager')
+    """
+
+    schedule: Schedule = field(default_factory=Constant)
+    total_updates: int | None = None
+    updates_per_epoch: int = 1
+    updates: int = 0
+    examples_seen: int = 0
+    rate_cut: float = 1.0
+    race: Race | None = None
+    micro_batch_size: int | None = None
+    engine: str = "eager"
+    engine_before: str | None = None
+    random: RandomStates | None = None
+
+    def rate_factors(self, first: int, count: int) -> Tensor:
+        """The schedule's factors for updates first … first + count − 1, times `rate_cut`.
+
+        Args:
+            first: Update number, from 0.
+            count: K.
+
+        Returns:
+            (K,), float64.
+        """
+        total = _ENDLESS if self.total_updates is None else max(self.total_updates, 1)
+        updates = torch.from_numpy(np.arange(first, first + count, dtype=np.float64))
+        made = self.schedule(updates, total, self.updates_per_epoch)
+        return made if self.rate_cut == 1.0 else made * self.rate_cut
+
+    def check_end(self) -> None:
+        """Raise where no end is planned, and η depends on one.
+
+        Raises:
+            ValueError: The schedule is a function of the planned updates.
+        """
+        if self.total_updates is not None:
+            return
+        updates = (2.0 ** torch.arange(-1, 40, dtype=torch.float64)).floor()
+        size = self.updates_per_epoch
+        if not torch.equal(*(self.schedule(updates, total, size) for total in (2**20, 2**30))):
+            raise ValueError(
+                f"{self.schedule!r} is a function of the planned updates. Received: max_epochs=-1 "
+                f"and max_steps=-1, which plan no end. Set one of them, or take schedule=constant."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint; with all generators as they are now."""
+        plateau = isinstance(self.schedule, ReduceOnPlateau)
+        return {
+            "updates": self.updates,
+            "examples_seen": self.examples_seen,
+            "rate_cut": self.rate_cut,
+            "race": None if self.race is None else asdict(self.race),
+            "random_state": RandomStates.now().state_dict(),
+            "micro_batch_size": self.micro_batch_size,
+            "engine": self.engine_before or self.engine,
+            "schedule": self.schedule.state_dict() if plateau else None,  # type: ignore[attr-defined]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; further keys do not matter.
+
+        Args:
+            state: Of a run with the same schedule.
+        """
+        self.updates, self.examples_seen = state["updates"], state["examples_seen"]
+        self.rate_cut = state.get("rate_cut", 1.0)
+        self.race = None if state.get("race") is None else Race(**state["race"])
+        self.random = RandomStates.from_state_dict(state["random_state"])
+        self.micro_batch_size = state["micro_batch_size"]
+        self.engine = self.engine_before = state["engine"]
+        if isinstance(self.schedule, ReduceOnPlateau) and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
