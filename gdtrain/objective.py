@@ -236,7 +236,9 @@ class Objective:
         self.automatic = micro_batch_size == "auto"
         self.micro_batch_size = None if micro_batch_size == "auto" else micro_batch_size
         self._told_in_turn = self._is_twice_differentiable = False
-        self._mixes = any(isinstance(m, BATCH_NORMS) for m in model.modules())
+        self.mixes_examples = any(isinstance(m, BATCH_NORMS) for m in model.modules())
+        """Whether a layer normalises the examples of a pass together, as BatchNorm does."""
+        self._told_mixing = False
 
     @torch.no_grad()
     def losses(self, indices: Tensor, draw: int = 0) -> Tensor:
@@ -498,8 +500,9 @@ class Objective:
 
     def _say_if_mixed(self, own: int, count: int) -> None:
         size = self.micro_batch_size or own
-        if self._mixes and self.model.training and (size < own or own < count):
-            self._mixes = False
+        told = self._told_mixing or not self.mixes_examples
+        if not told and self.model.training and (size < own or own < count):
+            self._told_mixing = True
             warnings.warn(
                 f"BatchNorm normalises each pass of {min(size, own)} examples by itself, so the "
                 f"gradient is not that of the whole batch of {count}. Use norm=group (GroupNorm), "

@@ -552,7 +552,7 @@ def _is_stochastic(module: SupervisedModule) -> bool:
 def _size(module: SupervisedModule, size: int) -> int:
     """Examples in a batch of a look; layers that mix examples get the run's own."""
     assert module.objective is not None
-    if module.objective._mixes:
+    if module.objective.mixes_examples:
         return _batch_size(module.trainer)
     return min(size, len(module.objective.inputs))
 

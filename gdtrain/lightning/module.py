@@ -27,7 +27,6 @@ from gdtrain.descent.engine_choice import check_engine
 from gdtrain.descent.loop import Loop
 from gdtrain.descent.optimizer import automatic_schedule, check_step_size, make_optimizer
 from gdtrain.descent.preparation import check_examples, resident_objective, single_example
-from gdtrain.descent.recovery import Guard
 from gdtrain.descent.state import State
 from gdtrain.engines import EngineName
 from gdtrain.lightning.counters import align_progress, count_epochs, count_updates
@@ -142,7 +141,6 @@ class SupervisedModule(ResumableModule):
         self.validation: dict[str, float] = {}
         self.validated_at = -1
         self.planned_updates: int | None = None  # before a trainer has the module
-        self.guard: Guard | None = None  # sees each sweep before anybody else, in any callback
         self._validated: AbstractContextManager[None] | None = None
         self._hooks = UpdateHooks()
         self._renews_statistics = False  # of BatchNorm, at the end
@@ -313,14 +311,6 @@ class SupervisedModule(ResumableModule):
         if self.guard is not None:
             self.guard.after(outputs)
         return outputs
-
-    def settle(self) -> None:
-        """Let the guard read what it has not read: the run ends here. Again, it changes nothing.
-
-        For callbacks that look at the model in `on_train_end`, in which it may be set back.
-        """
-        if self.guard is not None:
-            self.guard.end()
 
     def make_updates(
         self, batch: Tensor | tuple[Tensor, Tensor], first: int

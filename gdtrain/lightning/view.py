@@ -19,6 +19,7 @@ from gdtrain.data.pairs import PairLoader
 from gdtrain.descent.loop import Loop
 from gdtrain.descent.plan import Plan
 from gdtrain.descent.race import Race
+from gdtrain.descent.recovery import Guard
 from gdtrain.descent.state import State
 from gdtrain.descent.stopping import Stop
 from gdtrain.lightning.evaluation import EvaluatedModule
@@ -72,6 +73,7 @@ class RunView(EvaluatedModule):
         super().__init__(model, loss, metrics)
         self.state = state
         self.stop: Stop | None = None
+        self.guard: Guard | None = None  # sees each sweep before anybody else, in any callback
         self.certificate: dict[str, Any] | None = None
         self._loop: Loop | None = None
         self._constant: frozenset[str] = frozenset()  # buffers that were not finite at the start
@@ -187,6 +189,14 @@ class RunView(EvaluatedModule):
             (K,), float64.
         """
         return (self._loop or self.state).rate_factors(first, count)
+
+    def settle(self) -> None:
+        """Let the guard read what it has not read: the run ends here. Again, it changes nothing.
+
+        For callbacks that look at the model in `on_train_end`, in which it may be set back.
+        """
+        if self.guard is not None:
+            self.guard.end()
 
     @property
     def rates(self) -> Tensor:
