@@ -6,16 +6,15 @@ A `Run` makes the updates again; `gdtrain.descent.monitors` says when to go back
 from __future__ import annotations
 
 import copy
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gdtrain.generators import RandomStates
 from gdtrain.schedules import ReduceOnPlateau, Schedule
 
 __all__ = ["Guard", "Kept", "Recovery", "Run"]
@@ -95,7 +94,7 @@ class Kept:
         schedule: With what it remembers, where that is more than the update number.
 
     Example:
-        >>> Kept(3, [torch.zeros(2)], [], {}, ()).size
+        >>> Kept(3, [torch.zeros(2)], [], {}, RandomStates.now()).size
         2
     """
 
@@ -103,7 +102,7 @@ class Kept:
     tensors: list[Tensor]
     groups: list[dict[str, Any]]
     states: dict[int, dict[str, Any]]
-    random: tuple[Any, ...]
+    random: RandomStates
     schedule: ReduceOnPlateau | None = None
 
     @classmethod
@@ -150,7 +149,7 @@ class Kept:
         for i, p in enumerate(_owned(optimizer)):
             if i in self.states:
                 optimizer.state[p] = _copied(self.states[i])
-        _set_generators(self.random)
+        self.random.restore()
 
     @property
     def size(self) -> int:
@@ -160,15 +159,8 @@ class Kept:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors; what a plateau schedule remembers is the run's to keep."""
-        torchs, cuda, (version, numbers, gauss), (name, keys, *rest) = self.random
-        plain = {
-            "torch": torchs,
-            "cuda": cuda,
-            "python": [version, list(numbers), gauss],
-            "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest],
-        }
         names = ("update", "tensors", "groups", "states")
-        return {**{name: getattr(self, name) for name in names}, "random": plain}
+        return {**{name: getattr(self, name) for name in names}, "random": self.random.state_dict()}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Kept:
@@ -177,16 +169,7 @@ class Kept:
         Args:
             state: What that returned.
         """
-        plain = state["random"]
-        version, numbers, gauss = plain["python"]
-        name, keys, *rest = plain["numpy"]
-        states = (
-            plain["torch"].cpu(),
-            [s.cpu() for s in plain["cuda"]],
-            (version, tuple(numbers), gauss),
-            (name, keys.cpu().numpy().astype(np.uint32), *rest),
-        )
-        return cls(**{**state, "random": states})
+        return cls(**{**state, "random": RandomStates.from_state_dict(state["random"])})
 
 
 class Recovery:
@@ -326,19 +309,9 @@ def _repeat(run: Run, kept: Kept, to: int) -> None:
         run.schedule = schedule
 
 
-def _generators(model: nn.Module) -> tuple[Any, ...]:
+def _generators(model: nn.Module) -> RandomStates:
     """States of all that a user's layers may draw from, as fast as can be."""
-    on_gpu = any(p.is_cuda for p in model.parameters())
-    cuda = torch.cuda.get_rng_state_all() if on_gpu else []
-    return torch.get_rng_state(), cuda, random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def _set_generators(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states[1])
-    random.setstate(states[2])
-    np.random.set_state(states[3])  # noqa: NPY002
+    return RandomStates.now(None if any(p.is_cuda for p in model.parameters()) else ())
 
 
 def _changing(model: nn.Module) -> list[Tensor]:

@@ -300,14 +300,7 @@ class SupervisedModule(ResumableModule):
             for config in trainer.lr_scheduler_configs:
                 mark_stepped(self._optimizer)
                 self.lr_scheduler_step(config.scheduler, None)
-        outputs = {
-            "loss": made.losses[-1],
-            "losses": made.losses,
-            "rates": made.rates,
-            "seconds": made.seconds,
-            "first": made.first,
-            "examples": made.examples,
-        }
+        outputs = {"loss": made.losses[-1], **vars(made)}
         if self.guard is not None:
             self.guard.after(outputs)
         return outputs
