@@ -1,6 +1,5 @@
 """The demonstrations: what the pages claim holds in small; they show what the command prints."""
 
-import importlib.util
 import math
 import re
 import sys
@@ -10,23 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import loaded
 
 from gdtrain import GD
 from gdtrain.losses import SquaredError
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "scripts" / "demo.py"
-
-
-def load():
-    spec = importlib.util.spec_from_file_location("demo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["demo"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load()
+demo = loaded("demo")
 
 
 def page(name):

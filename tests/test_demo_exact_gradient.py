@@ -1,31 +1,27 @@
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import called, loaded, process
 
 ROOT = Path(__file__).parent.parent
-SCRIPT = ROOT / "scripts" / "demo_exact_gradient.py"
-
-
-def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def numbers():
-    return json.loads(run("--json"))
+    done = process(ROOT, "demo_exact_gradient", "--json")
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return json.loads(done.stdout)
 
 
-def test_the_page_shows_what_the_script_prints():
+def test_the_page_shows_what_the_script_prints(numbers, monkeypatch):
+    demo = loaded("demo_exact_gradient")
+    monkeypatch.setattr(demo, "Problem", lambda: None)
+    monkeypatch.setattr(demo, "micro_batches", lambda _: numbers["micro-batches"])
+    monkeypatch.setattr(demo, "two_ranks", lambda _: numbers["two ranks"])
+    tables = called(demo.main, ROOT).stdout.strip().split("\n\n")
     page = (ROOT / "docs" / "exact-gradients.md").read_text()
-    tables = run().strip().split("\n\n")
     assert len(tables) == 2
     assert "\npython scripts/demo_exact_gradient.py\n" in page
     for table in tables:

@@ -2,28 +2,20 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import called, loaded, process
 
 ROOT = Path(__file__).parent.parent.parent
-SCRIPT = ROOT / "scripts" / "demo_edge_of_stability.py"
-
-
-def run(*arguments):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stdout, done.stderr
+demo = loaded("demo_edge_of_stability")
 
 
 @pytest.mark.slow
 def test_squared_error_comes_to_the_edge_and_cross_entropy_falls_away_from_it():
-    code, out, err = run("--updates", 540, "--every", 60, "--json")
-    assert (code, err) == (0, "")
-    runs = json.loads(out)
+    done = called(demo.main, ROOT, "--updates", 540, "--every", 60, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    runs = json.loads(done.stdout)
     squared, entropy = runs["squared error"], runs["cross-entropy"]
     assert (squared["lr"], entropy["lr"]) == (0.3, 1.0)
     for update, ratio in zip(squared["update"], squared["ratio"], strict=True):
@@ -48,14 +40,14 @@ def test_squared_error_comes_to_the_edge_and_cross_entropy_falls_away_from_it():
 
 @pytest.mark.slow
 def test_it_draws_and_prints_as_the_page_says(tmp_path):
-    code, out, err = run("--updates", 8, "--figure", tmp_path / "short.png")
-    assert (code, err) == (0, "")
+    done = process(tmp_path, "demo_edge_of_stability", "--updates", 8, "--figure", "short.png")
+    assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "short.png").read_bytes().startswith(b"\x89PNG")
     page = (ROOT / "docs" / "edge-of-stability.md").read_text()
     assert "\npython scripts/demo_edge_of_stability.py\n" in page
     assert "](edge-of-stability.png)" in page
     assert (ROOT / "docs" / "edge-of-stability.png").read_bytes().startswith(b"\x89PNG")
-    rows = re.findall(r"^\| \d.*$", out, re.MULTILINE)
+    rows = re.findall(r"^\| \d.*$", done.stdout, re.MULTILINE)
     assert len(rows) == 4
     for row in rows:  # of updates 0 and 8
         assert row in page
@@ -73,6 +65,6 @@ def test_the_page_shows_that_it_stays_within_ten_percent():
 
 
 def test_no_updates_are_refused():
-    code, _, err = run("--updates", 0)
-    assert code == 2
-    assert "--updates must be at least 1. Received: 0" in err
+    done = called(demo.main, ROOT, "--updates", 0)
+    assert done.returncode == 2
+    assert "--updates must be at least 1. Received: 0" in done.stderr

@@ -3,14 +3,12 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import command
 from lightning import Callback, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -24,7 +22,6 @@ from gdtrain.models import MLP, Linear
 from gdtrain.runs.run import run
 from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 QUIET = {
     "accelerator": "cpu",
     "enable_progress_bar": False,
@@ -583,23 +580,10 @@ def test_annotate_leaves_a_healthy_end_alone():
 # ---------------------------------------------------------------------- the command
 
 
-@pytest.mark.slow
 def test_the_command_ends_with_code_3(tmp_path):
     words = ("optimizer=gd", "model=linear", "data=diabetes", "optimizer.lr=1000")
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "scripts" / "train.py"),
-            *words,
-            "callbacks.divergence.action=stop",
-            "hydra.run.dir=run",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    words += ("callbacks.divergence.action=stop", "hydra.run.dir=run")
+    done = command(tmp_path, "train", *words)
     assert done.returncode == 3, done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last.startswith("NON_FINITE: ")

@@ -12,20 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from commands import SCRIPTS, command, process
 from sklearn.datasets import load_diabetes, load_digits
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-def command(folder, script, *words, timeout=300):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
 
 
 def only_run(folder):
@@ -35,7 +23,7 @@ def only_run(folder):
 
 @pytest.mark.slow
 def test_main_job_leaves_what_the_contract_says(tmp_path):
-    done = command(tmp_path, "train", "optimizer=sgd")
+    done = process(tmp_path, "train", "optimizer=sgd")
     assert done.returncode == 0, done.stderr
     target, engine, rate = done.stderr.splitlines()
     assert target.startswith("target: 10 classes (0, 1, 2")
@@ -300,7 +288,7 @@ def test_a_checkpoint_is_resumed_evaluated_and_predicts(tmp_path):
     ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
-    evaluated = command(tmp_path, "evaluate", "ckpt_path=whole/checkpoints/last.ckpt")
+    evaluated = process(tmp_path, "evaluate", "ckpt_path=whole/checkpoints/last.ckpt")
     assert evaluated.returncode == 0, evaluated.stderr
     values = dict(line.split() for line in evaluated.stdout.splitlines())
     for tag in ("loss/test", "metric/accuracy/test"):
@@ -308,7 +296,7 @@ def test_a_checkpoint_is_resumed_evaluated_and_predicts(tmp_path):
 
     digits = load_digits()
     np.save(tmp_path / "new.npy", digits.data[:100])
-    predicted = command(
+    predicted = process(
         tmp_path,
         "predict",
         "ckpt_path=whole/checkpoints/last.ckpt",
@@ -405,7 +393,7 @@ def test_an_interrupted_run_ends_in_good_order(tmp_path, number):
     process = subprocess.Popen(
         [
             sys.executable,
-            str(ROOT / "scripts" / "train.py"),
+            str(SCRIPTS / "train.py"),
             "optimizer=sgd",
             "trainer.max_epochs=1000",
             "hydra.run.dir=run",

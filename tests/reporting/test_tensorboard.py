@@ -12,18 +12,15 @@ import time
 import urllib.parse
 import urllib.request
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from commands import SCRIPTS, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gdtrain.runs.checkpoints import find_checkpoint
 from gdtrain.runs.tools import landscape
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-
 
 LOOKS = ("gradient_norms", "update_ratio", "gradient_cosine", "gradient_noise", "distance")
 
@@ -34,12 +31,8 @@ def outputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs with spaces, ü")
     words = ["optimizer=gd,sgd,minibatch", "trainer.max_epochs=10"]
     words += [f"instruments.{name}.every=100" for name in LOOKS]
-    subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *words],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-    )
+    done = command(folder, "train", "-m", *words)
+    assert done.returncode == 0, done.stderr
     (run,) = (folder / "outputs").glob("digits-mlp-sgd/*")
     landscape(find_checkpoint(run), points=5, examples=64)
     return folder / "outputs"
@@ -48,8 +41,8 @@ def outputs(tmp_path_factory):
 @contextmanager
 def board(folder, *options):
     """TensorBoard's address; by default it reads with its fast loader, where that is installed."""
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
-    with subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True) as process:
+    words = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", "0"]
+    with subprocess.Popen([*words, *options], stderr=subprocess.PIPE, text=True) as process:
         try:
             found = (re.search(r" at (http://\S+)", line) for line in process.stderr)
             yield next(match[1] for match in found if match)
@@ -280,7 +273,7 @@ def test_a_killed_run_leaves_readable_curves(tmp_path):
     folder.mkdir()
     words = ["optimizer=sgd", "data=iris", "model=linear", "trainer.max_epochs=100000"]
     with subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *words, "instruments=off"],
+        [sys.executable, str(SCRIPTS / "train.py"), *words, "instruments=off"],
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
