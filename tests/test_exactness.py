@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from commands import command
+from commands import command, process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning import Trainer, seed_everything
@@ -475,16 +475,22 @@ def assert_same_run(one, two):
         assert torch.allclose(value, states[1][name], rtol=1e-6, atol=1e-9), name
 
 
-def test_what_cannot_be_divided_over_ranks_is_refused_with_a_reason(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("start", "words", "message"),
+    [
+        (process, ["optimizer=sgd"], "One-example SGD is sequential"),  # two ranks stop
+        (command, ["-m", "optimizer=gd"], "Start such runs one by one"),
+    ],
+)
+def test_what_cannot_be_divided_over_ranks_is_refused_with_a_reason(
+    tmp_path, start, words, message
+):
     prime_files(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
-    for words, message in (
-        (["optimizer=sgd"], "One-example SGD is sequential"),
-        (["-m", "optimizer=gd"], "Start such runs one by one"),
-    ):
-        done = command(tmp_path, "train", *WORDS, *TWO, "hydra.run.dir=run", *words)
-        assert done.returncode == 2, done.stderr
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
-        left = sorted(p.name for p in tmp_path.iterdir() if p.name != "outputs")
-        assert left == before
+    done = start(tmp_path, "train", *WORDS, *TWO, "hydra.run.dir=run", *words)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    left = sorted(p.name for p in tmp_path.iterdir() if p.name != "outputs")
+    assert left == before
