@@ -504,7 +504,7 @@ def test_without_a_planned_end_looks_become_rarer_as_the_run_goes_on(monkeypatch
 
     class End(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = pl_module.updates >= 4000
+            trainer.should_stop = pl_module.updates >= 2000
 
     norms, logger = GradientNorms(looks=4, share=0.02), Numbers()
     fit(norms, End(), updates=-1, batch="full", logger=logger)
