@@ -97,7 +97,7 @@ WRONG = [
     (TRAIN, [IRIS, "schedule=step", "schedule.every=-1"], "schedule.every=-1", "schedule.every m"),
     (TRAIN, [IRIS, "loss=huber", "loss.delta=-1"], "loss.delta=-1", "loss.delta must be"),
     (TRAIN, [IRIS, "callbacks.checkpoints.seconds_between=-1"],
-     "Received: callbacks.checkpoints.seconds_between=-1", "between must be >= 0"),
+     "Received: callbacks.checkpoints.seconds_between=-1", "must be a number in [0, ∞)"),
     (TRAIN, [IRIS, "instruments.distance.looks=-1"], "instruments.distance.looks=-1", "at least 1"),
     ("find_lr", [IRIS, "optimizer=minibatch", "data.batch_size=1000"],
      "Received: data.batch_size=1000", "data.batch_size must be at most 105"),
