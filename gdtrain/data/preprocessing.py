@@ -283,10 +283,11 @@ def check_features(x: Any, feature_names: list[str] | None = None, number: int =
         return
     size = max(1, _CHUNK // max(x[0].nbytes, 1))
     for first in range(0, len(x), size):
-        bad = np.argwhere(~np.isfinite(x[first : first + size])).tolist()
+        finite = np.isfinite(x[first : first + size])
         give_back(x)
-        if bad:
-            place = (first + bad[0][0], *bad[0][1:])
+        if not finite.all():  # places are looked for only then: that takes 60 times as long
+            index = np.argwhere(~finite)[0].tolist()
+            place = (first + index[0], *index[1:])
             break
     else:
         return
