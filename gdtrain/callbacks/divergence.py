@@ -48,7 +48,7 @@ from gdtrain.descent.recovery import Recovery
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
-from gdtrain.optim.protocol import step_size_of
+from gdtrain.optim.protocol import step_size_of, update_rules
 from gdtrain.ranges import Interval, Whole
 from gdtrain.schedules import Schedule
 
@@ -254,6 +254,7 @@ class Divergence(Callback):
             and run.is_full
             # Rules go beyond the floor on purpose, and come back.
             and step_size_of(run.optimizer) is None
+            and update_rules(run.optimizer) is not None  # steps along −g
             and len(self._last_losses) > _TAIL
             and (module.stop is None or not _is_lost(module.stop))
         ):
