@@ -46,7 +46,7 @@ def test_an_optimizer_of_ones_own_is_one_file_and_one_choice(tmp_path):
     (tmp_path / "sign_descent.py").write_text(source, "utf-8")
     (tmp_path / "own" / "optimizer").mkdir(parents=True)
     (tmp_path / "own" / "optimizer" / "sign_descent.yaml").write_text(choice, "utf-8")
-    (command,) = re.findall(r"^PYTHONPATH=\. gdtrain (.*)$", PAGE, re.MULTILINE)
+    (command,) = re.findall(r"`PYTHONPATH=\. gdtrain (.*)`", PAGE)
     words = [str(ROOT / "scripts" / "train.py"), *command.split()]
     short = ["optimizer.lr=0.05", "trainer.max_epochs=20", "hydra.run.dir=run"]
     done = run([*words, *short], tmp_path)
