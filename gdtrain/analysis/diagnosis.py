@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from gdtrain.descent.monitors import FINITE, WINDOW, Cause, Failure, Health
 from gdtrain.models.activations import activation_of
 from gdtrain.objective import Objective, untouched
+from gdtrain.optim.protocol import update_rules
 
 __all__ = [
     "RECTIFIERS",
@@ -340,12 +341,12 @@ def step_limit(objective: Objective, optimizer: Optimizer) -> tuple[float, float
 
     Args:
         objective: J.
-        optimizer: GD, or anything with "momentum" in its groups.
+        optimizer: Of its parameters.
 
     Returns:
         λ and 2/λ (with momentum, `gdtrain.analysis.curvature.stability_limit`); None where they
-        cannot be had: the model cannot be differentiated twice, is very large, or is shared by
-        processes.
+        cannot be had: the steps are not along −g, or the model cannot be differentiated twice, is
+        very large, or is shared by processes.
 
     Example:
         >>> from gdtrain import GD
@@ -359,6 +360,8 @@ def step_limit(objective: Objective, optimizer: Optimizer) -> tuple[float, float
     from gdtrain.analysis.curvature import sharpness, stability_limit
 
     if objective.ranks > 1 or sum(p.numel() for p in objective.params) > _LIMIT_PARAMETERS:
+        return None
+    if update_rules(optimizer) is None:
         return None
     count = len(objective.targets)
     group = optimizer.param_groups[0]

@@ -31,7 +31,7 @@ from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective, untouched
-from gdtrain.optim.protocol import step_size_of
+from gdtrain.optim.protocol import step_size_of, update_rules
 from gdtrain.ranges import Interval, Whole
 
 __all__ = ["Convergence"]
@@ -365,7 +365,7 @@ class Convergence(Callback):
         """Whether the loss is flat at a constant η that the schedule will not lower."""
         objective, level = module.objective, self._test.level
         assert objective is not None
-        groups = trainer.optimizers[0].param_groups
+        rules = update_rules(trainer.optimizers[0])
 
         def factor(update: int) -> float:
             return float(module.rate_factors(update, 1))
@@ -373,7 +373,8 @@ class Convergence(Callback):
         return (
             self.noise_floor
             and _batch_size(trainer) < len(objective.inputs)
-            and all("dampening" in g and not g.get("maximize") for g in groups)
+            and rules is not None  # steps along −g
+            and not any(rule.maximize for rule in rules)
             and level.count >= 2 * module.updates_per_epoch
             and level.flat()
             and not falls_later(module.schedule, factor, module.updates, module.total_updates)

@@ -48,7 +48,7 @@ from gdtrain.descent.recovery import Recovery
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import Objective
-from gdtrain.optim.protocol import step_size_of
+from gdtrain.optim.protocol import step_size_of, update_rules
 from gdtrain.ranges import Interval, Whole
 from gdtrain.schedules import Schedule
 
@@ -252,8 +252,7 @@ class Divergence(Callback):
             objective is not None
             and run is not None
             and run.is_full
-            # Rules go beyond the floor on purpose, and come back.
-            and step_size_of(run.optimizer) is None
+            and _is_plain(run.optimizer)
             and len(self._last_losses) > _TAIL
             and (module.stop is None or not _is_lost(module.stop))
         ):
@@ -580,6 +579,11 @@ class _Run:
 
 def _is_lost(stop: Stop) -> bool:
     return stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    """Whether steps follow −g, at a given η: rules pass the floor on purpose, and come back."""
+    return update_rules(optimizer) is not None and step_size_of(optimizer) is None
 
 
 def _times(events: list[Any]) -> str:

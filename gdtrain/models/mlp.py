@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -22,8 +24,8 @@ class MLP(nn.Module):
         input_shape: Shape of one example, without the batch.
         num_outputs: C, range [1, ∞).
         hidden: Widths of the L hidden layers, each in [1, ∞).
-        activation: a: relu, tanh, sigmoid, gelu, silu, leaky_relu, elu, softplus or identity; or a
-            subclass of `Activation`.
+        activation: a: relu, tanh, sigmoid, gelu, silu, leaky_relu, elu, softplus or identity; or an
+            `Activation` of your own, or its class.
         dropout: Share of hidden units that are dropped in training, range [0, 1).
         init: Initial weights, see `initialise_`.
         std: Standard deviation of init="gaussian".
@@ -45,14 +47,15 @@ class MLP(nn.Module):
         activation: Literal[
             "relu", "tanh", "sigmoid", "gelu", "silu", "leaky_relu", "elu", "softplus", "identity"
         ]
+        | Activation
         | type[Activation] = "relu",
         dropout: float = 0.0,
         init: Init = "default",
         std: float = 0.01,
     ) -> None:
         super().__init__()
-        own = isinstance(activation, type) and issubclass(activation, Activation)
-        if not own and activation not in ACTIVATIONS:
+        a = activation() if isinstance(activation, type) else activation
+        if not isinstance(a, Activation) and a not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}. Received: {activation!r}."
             )
@@ -69,9 +72,9 @@ class MLP(nn.Module):
                 "Use init=default, gaussian, kaiming or xavier."
             )
         self.input_shape, self.num_outputs = tuple(input_shape), num_outputs
-        a = activation if isinstance(activation, type) else ACTIVATIONS[activation]
+        a = a if isinstance(a, Activation) else ACTIVATIONS[a]()
         self.hidden, self.activation, self.dropout = list(hidden), a.name, dropout
-        build = a.module or a
+        build = a.module or partial(copy.deepcopy, a)
         layers: list[nn.Module] = [nn.Flatten()]
         width = math.prod(input_shape)
         for next_width in hidden:

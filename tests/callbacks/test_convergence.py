@@ -202,13 +202,13 @@ def test_interpolation_by_sgd_converges_by_the_confidence_bound():
     assert gradient.norm().item() <= stop.numbers["gradient_norm"]
 
 
-def noisy(schedule, lr=0.1, epochs=60, momentum=0.0, **options):
+def noisy(schedule, lr=0.1, epochs=60, momentum=0.0, optimizer=SGD, **options):
     x, y = regression()
     data = ArrayDataModule(
         x, y, batch_size=1, val_fraction=0, test_fraction=0, dtype="float64",
         updates_per_sweep=100,
     )  # fmt: skip
-    optimizer = partial(SGD, lr=lr, momentum=momentum)
+    optimizer = partial(optimizer, lr=lr, momentum=momentum)
     module = linear(data, SquaredError(), optimizer, schedule)
     fit(module, data, Convergence(every=500, **options), max_epochs=epochs, precision="64-true")
     return module
@@ -227,6 +227,16 @@ def test_noise_floor_at_a_constant_rate():
     assert numbers["rise_by_noise"] > 0.5 * numbers["fall_by_gradient"]
     # The gradient is far from what convergence asks.
     assert numbers["gradient_norm_squared"] > 1e-6
+
+
+def test_no_noise_floor_is_told_of_another_rule():
+    class Signs(SGD):
+        @staticmethod
+        def rule(params, grads, buffers, *, lr, **others):
+            for p, g in zip(params, grads, strict=True):
+                p -= lr * g.sign()
+
+    assert noisy(Constant(), lr=1.0, epochs=40, optimizer=Signs).stop is None
 
 
 def test_noise_floor_with_momentum():

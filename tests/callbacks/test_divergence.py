@@ -83,7 +83,7 @@ def test_arguments(argument, value):
 # ---------------------------------------------------------------------- by hand
 
 
-def bowl(lr, epochs, schedule=None, **options):
+def bowl(lr, epochs, schedule=None, optimizer=GD, **options):
     """J = ½ (θ − 1)², from θ = 0, by GD: 32 times the same example x = y = 1."""
     x = np.ones((32, 1))
     data = ArrayDataModule(
@@ -100,7 +100,7 @@ def bowl(lr, epochs, schedule=None, **options):
     )
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(model.weight)
-    module = SupervisedModule(model, SquaredError(), partial(GD, lr=lr), schedule)
+    module = SupervisedModule(model, SquaredError(), partial(optimizer, lr=lr), schedule)
     return module, data, {"max_epochs": epochs, "precision": "64-true"}
 
 
@@ -185,6 +185,23 @@ def test_oscillation_is_named(lr, bounces):
         assert stop.numbers["oscillation"] == pytest.approx(1.5)
         assert stop.numbers["turns"] == 0
         assert "lr=1 would step onto the floor" in stop.advice
+
+
+class Signs(GD):
+    """θ ← θ − η sign(g): not along −g, so the curvature says nothing of η."""
+
+    @staticmethod
+    def rule(params, grads, buffers, *, lr, **others):
+        for p, g in zip(params, grads, strict=True):
+            p -= lr * g.sign()
+
+
+@pytest.mark.parametrize(("lr", "reason"), [(1.5, "BUDGET"), (300.0, "DIVERGED")])
+def test_nothing_is_said_of_the_curvature_where_steps_do_not_follow_the_gradient(lr, reason):
+    module, data, budget = bowl(lr=lr, epochs=40, optimizer=Signs)
+    stop = train(module, data, Divergence(action="stop"), **budget).stop
+    assert stop.reason.value == reason
+    assert not re.search("oscillate|stable below|sharpness", str(stop))
 
 
 def test_a_loss_that_bounces_is_named():

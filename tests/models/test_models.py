@@ -9,7 +9,7 @@ from torch import nn
 from gdtrain.data import EmbeddedDataModule
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.models import CNN, MLP, Linear, initialise_, resnet18
-from gdtrain.models.activations import ACTIVATIONS
+from gdtrain.models.activations import ACTIVATIONS, Activation
 
 
 def layers(model, kind):
@@ -317,3 +317,20 @@ def test_resnet18_takes_an_initialisation():
 def test_a_model_that_cannot_be_built_says_why(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_activation_of_ones_own_is_given_as_a_class_or_as_an_object():
+    class Power(Activation):
+        name = "power"
+
+        def __init__(self, exponent=2):
+            super().__init__()
+            self.exponent = exponent
+
+        def forward(self, z):
+            return z**self.exponent
+
+    first, second = (m for m in MLP((1,), 1, [2, 2], Power(3)).layers if isinstance(m, Power))
+    assert first is not second
+    assert first.exponent == second.exponent == 3
+    assert MLP((1,), 1, [2], Power).layers[2].exponent == 2
