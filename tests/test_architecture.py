@@ -63,3 +63,10 @@ def test_rooms_are_short(path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.ClassDef):
             assert node.end_lineno - node.lineno + 1 <= CLASS, node.name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_states_of_generators_are_one_modules(path):
+    names = {"get_rng_state", "set_rng_state", "getstate", "setstate", "get_state", "set_state"}
+    used = {n.attr for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)} & names
+    assert not used or path == PACKAGE / "generators.py"

@@ -6,10 +6,10 @@ from torch import nn
 
 from gdtrain.losses import SquaredError
 from gdtrain.objective import Objective
-from gdtrain.penalised import Penalised, penalty
+from gdtrain.penalised import penalty, weight_decays, with_decay
 
 
-def weighted(maximize=False, **options):
+def weighted():
     """J = ½(wx + b − y)² at w = 2, b = 1, x = 3, y = 4: residual 3, ∇J = (9, 3)."""
     model = nn.Linear(1, 1).double()
     with torch.no_grad():
@@ -17,55 +17,40 @@ def weighted(maximize=False, **options):
         model.bias.fill_(1.0)
     x, y = torch.tensor([[3.0]], dtype=torch.float64), torch.tensor([4.0], dtype=torch.float64)
     groups = [
-        {"params": [model.weight], "weight_decay": 0.5},
         {"params": [model.bias], "weight_decay": 0.0},
+        {"params": [model.weight], "weight_decay": 0.5},
     ]
-    optimizer = torch.optim.SGD(groups, lr=0.1, maximize=maximize, **options)
-    return Objective(model, SquaredError(), x, y), optimizer
+    return Objective(model, SquaredError(), x, y), torch.optim.SGD(groups, lr=0.1)
 
 
 def test_the_penalty_is_each_groups_own():
     objective, optimizer = weighted()
-    f = Penalised(objective, optimizer)
-    assert f.penalty() == penalty(optimizer) == 1.0  # ½·0.5·2²
-    assert f.value(torch.arange(1)) == 5.5  # ½·3² + 1
-    value, gradient = f.value_and_grad(torch.arange(1))
-    assert value == 5.5
-    assert [g.item() for g in gradient] == [10.0, 3.0]  # 9 + 0.5·2, 3
+    decays = weight_decays(objective.params, optimizer.param_groups)
+    assert decays == [0.5, 0.0]
+    assert penalty(objective.params, decays) == 1.0  # ½·0.5·2²
 
 
-@pytest.mark.parametrize("maximize", [False, True])
-def test_the_gradient_is_the_direction_of_the_optimizer(maximize):
-    objective, optimizer = weighted(maximize)
-    value, gradient = Penalised(objective, optimizer).value_and_grad(torch.arange(1))
-    assert value == (-3.5 if maximize else 5.5)
+def test_the_gradient_is_the_direction_of_the_optimizer():
+    objective, optimizer = weighted()
+    _, gradient = objective.value_and_grad(torch.arange(1))
+    decays = weight_decays(objective.params, optimizer.param_groups)
+    made = with_decay(gradient, objective.params, decays)
+    assert [g.item() for g in made] == [10.0, 3.0]  # 9 + 0.5·2, 3
+    assert not any(g.requires_grad for g in made)
     before = [p.detach().clone() for p in objective.params]
-    for p, g in zip(objective.params, objective.value_and_grad(torch.arange(1))[1], strict=True):
+    for p, g in zip(objective.params, gradient, strict=True):
         p.grad = g
     optimizer.step()
-    for p, old, g in zip(objective.params, before, gradient, strict=True):
+    for p, old, g in zip(objective.params, before, made, strict=True):
         torch.testing.assert_close(p, old - 0.1 * g, rtol=1e-14, atol=0)
 
 
-def test_it_follows_a_weight_decay_that_changes():
-    objective, optimizer = weighted()
-    f = Penalised(objective, optimizer)
-    optimizer.param_groups[1]["weight_decay"] = 2.0
-    assert f.penalty() == 2.0
+def test_a_parameter_that_j_does_not_depend_on_has_its_decay():
+    assert with_decay([None], [torch.tensor(3.0)], [0.5]) == [1.5]
 
 
-def test_a_parameter_that_is_not_stepped_has_no_gradient():
-    objective, optimizer = weighted()
-    assert Penalised(objective, optimizer).gradient([None, torch.ones(1)])[0] is None
-
-
-def test_there_is_no_function_that_some_groups_maximize():
-    objective, optimizer = weighted()
-    optimizer.param_groups[0]["maximize"] = True
-    with pytest.raises(ValueError, match="Received: both"):
-        Penalised(objective, optimizer)
-
-
-def test_an_optimizer_without_weight_decay_has_no_penalty():
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Rprop])
+def test_no_decay_and_a_decoupled_one_are_no_penalty(optimizer):
     objective, _ = weighted()
-    assert penalty(torch.optim.Rprop(objective.params)) == 0.0
+    groups = optimizer(objective.params).param_groups
+    assert penalty(objective.params, weight_decays(objective.params, groups)) == 0.0

@@ -43,10 +43,9 @@ def test_analyses_import_no_lightning():
 
 LAYERS = [
     ["errors", "generators", "ranges", "_compat"],
-    ["rules", "schedules", "losses"],
+    ["rules", "schedules", "losses", "penalised"],
     ["step_sizes", "models"],
     ["objective", "optim"],
-    ["penalised"],
     ["data.order"],
     ["descent.plan"],  # stands on the order alone
     ["data"],

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from gdtrain.data.order import Order
 from gdtrain.objective import Objective, untouched
 from gdtrain.optim.protocol import update_rules
+from gdtrain.penalised import weight_decays, with_decay
 from gdtrain.ranges import Interval, Whole
 
 __all__ = [
@@ -32,7 +33,6 @@ __all__ = [
     "limit_of",
     "sharpness",
     "stability_limit",
-    "weight_decays",
 ]
 
 _VECTORS = 20  # that are kept at once
@@ -140,14 +140,12 @@ def sharpness(
     size = sum(p.numel() for p in params)
     start = torch.randn(size, generator=generator, dtype=torch.float64).to(params[0].device, dtype)
     indices = _indices(objective, examples, generator)
-    decays = weight_decays(objective, optimizer)
-    decay = _flat([torch.full_like(p, w) for p, w in zip(params, decays, strict=True)]).to(dtype)
-
+    decays = _decays(objective, optimizer)
     hessian = objective.hessian(indices, draw)
 
     def product(v: Tensor) -> Tensor:
-        made = _flat(hessian(_apart(v, params))).to(dtype)
-        return made.add_(decay * v)
+        parts = _apart(v, params)
+        return _flat(with_decay(hessian(parts), parts, decays)).to(dtype)
 
     with torch.no_grad():
         value, error, iterations = _largest(product, start, tolerance, max_iterations)
@@ -199,21 +197,16 @@ def batch_sharpness(
         Andreyev and Beneventano, Edge of stochastic stability: revisiting the edge of stability for
         SGD, arXiv 2412.20553.
     """
-    decays = weight_decays(objective, optimizer)
+    decays = _decays(objective, optimizer)
     bends, squares, examples = [], [], 0
     for k, indices in enumerate(batches):
         # The same numbers for g and H: each starts from where the generators are.
         with untouched(objective.model), torch.enable_grad():
             _, gradient = objective.value_and_grad(indices, draw + k)
-        g = [
-            (torch.zeros_like(p) if part is None else part) + w * p.detach()
-            for part, p, w in zip(gradient, objective.params, decays, strict=True)
-        ]
-        product = objective.hessian_vector(indices, g, draw + k)
-        square = [_dot(part, part) for part in g]
-        bend = [_dot(part, h) for part, h in zip(g, product, strict=True)]
-        bends.append(sum(b + w * s for b, w, s in zip(bend, decays, square, strict=True)))
-        squares.append(sum(square))
+        g = with_decay(gradient, objective.params, decays)
+        product = with_decay(objective.hessian_vector(indices, g, draw + k), g, decays)
+        bends.append(sum(_dot(part, h) for part, h in zip(g, product, strict=True)))
+        squares.append(sum(_dot(part, part) for part in g))
         examples += len(indices)
     if not bends:
         raise ValueError("batch_sharpness needs at least one batch. Received: none.")
@@ -411,39 +404,13 @@ def _dot(a: Tensor, b: Tensor) -> float:
     return torch.sum(a * b, dtype=torch.float64).item()
 
 
-def weight_decays(objective: Objective, optimizer: Optimizer | None) -> list[float]:
-    """λ of each of the objective's parameters, as far as it is added to their gradient.
-
-    Args:
-        objective: J.
-        optimizer: Whose groups have "weight_decay"; None: there is none.
-
-    Returns:
-        One for each parameter; 0 where decay is decoupled from the gradient.
-
-    Raises:
-        ValueError: The optimizer maximises.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> model = torch.nn.Linear(1, 1)
-        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.ones(1))
-        >>> optimizer = torch.optim.SGD([{"params": [model.weight], "weight_decay": 0.1}], lr=1.0)
-        >>> weight_decays(objective, optimizer)
-        [0.1, 0.0]
-    """
-    if optimizer is None:
-        return [0.0] * len(objective.params)
-    if any(group.get("maximize") for group in optimizer.param_groups):
+def _decays(objective: Objective, optimizer: Optimizer | None) -> list[float]:
+    groups = [] if optimizer is None else optimizer.param_groups
+    if any(group.get("maximize") for group in groups):
         raise ValueError(
             "The sharpness is that of a function that is minimised. Received: maximize=True."
         )
-    by_parameter = {
-        p: 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    return [by_parameter.get(p, 0.0) for p in objective.params]
+    return weight_decays(objective.params, groups)
 
 
 def _indices(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gdtrain.descent.monitors import FINITE, WINDOW, Cause, Failure, Health
+from gdtrain.descent.trial import staying
 from gdtrain.models.activations import activation_of
 from gdtrain.objective import Objective, untouched
 from gdtrain.optim.protocol import update_rules
@@ -410,17 +411,12 @@ def overshoot(objective: Objective, indices: Tensor, rate: float) -> float | Non
     """
     with untouched(objective.model):
         _, before = objective.value_and_grad(indices)
-        kept = [p.detach().clone() for p in objective.params]
-        with torch.no_grad():
-            for p, g in zip(objective.params, before, strict=True):
-                if g is not None:
-                    p.sub_(g, alpha=rate)
-        try:
-            _, after = objective.value_and_grad(indices)
-        finally:
+        with staying(objective.params):
             with torch.no_grad():
-                for p, k in zip(objective.params, kept, strict=True):
-                    p.copy_(k)
+                for p, g in zip(objective.params, before, strict=True):
+                    if g is not None:
+                        p.sub_(g, alpha=rate)
+            _, after = objective.value_and_grad(indices)
     square = sum(float((g.double() ** 2).sum()) for g in before if g is not None)
     product = sum(
         float((g.double() * h.double()).sum())

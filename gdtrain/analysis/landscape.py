@@ -27,7 +27,9 @@ from gdtrain._compat.torch_layers import (
 )
 from gdtrain.analysis.landscape_figure import Grid, Line
 from gdtrain.analysis.trajectory import Snapshots, as_snapshot, plane_of
+from gdtrain.descent.trial import staying
 from gdtrain.objective import Objective, evaluating, untouched
+from gdtrain.penalised import penalty
 from gdtrain.ranges import Interval, Whole
 
 __all__ = ["POINTS", "SPAN", "Landscape", "axis_around", "directions"]
@@ -213,14 +215,8 @@ class Landscape:
     def _trial(self) -> Iterator[None]:
         """The model in evaluation mode; in the end parameters, buffers and modes are as before."""
         model = self.objective.model
-        own = [p.detach().clone() for p in self.objective.params]
-        try:
-            with evaluating(model), untouched(model), torch.no_grad():
-                yield
-        finally:
-            with torch.no_grad():
-                for p, value in zip(self.objective.params, own, strict=True):
-                    p.copy_(value)
+        with staying(self.objective.params), evaluating(model), untouched(model), torch.no_grad():
+            yield
 
     def _put(self, theta: Tensor) -> None:
         done = 0
@@ -241,12 +237,7 @@ class Landscape:
             size += 1  # normalisation by the pass's own statistics takes no single example
         for part in self.indices.split(size):
             total += float(self.objective.losses(part).double().sum())
-        decay = sum(
-            0.5 * d * float(p.double().square().sum())
-            for d, p in zip(self.weight_decay, self.objective.params, strict=True)
-            if d
-        )
-        return total / len(self.indices) + decay
+        return total / len(self.indices) + penalty(self.objective.params, self.weight_decay)
 
     def _examples_at_once(self) -> int:
         """As many as the outputs of all layers, and the inputs, take 64 MB for."""

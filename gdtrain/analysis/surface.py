@@ -15,6 +15,7 @@ from gdtrain.analysis.landscape import POINTS, Landscape, axis_around
 from gdtrain.analysis.landscape_figure import Grid, Line
 from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.objective import Objective
+from gdtrain.penalised import penalty, with_decay
 
 __all__ = ["Surface"]
 
@@ -176,12 +177,8 @@ class Surface(Landscape):
 
     def _value_and_gradient(self) -> tuple[float, list[Tensor]]:
         value, made = self.objective.value_and_grad(self.indices)
-        total, gradient = float(value), []
-        for p, g, decay in zip(self.objective.params, made, self.weight_decay, strict=True):
-            held = p.detach()
-            gradient.append((torch.zeros_like(held) if g is None else g) + decay * held)
-            total += 0.5 * decay * float(held.square().sum())
-        return total, gradient
+        params, decays = self.objective.params, self.weight_decay
+        return float(value) + penalty(params, decays), with_decay(made, params, decays)
 
     def _hessian_column(self, k: int) -> Tensor:
         unit = torch.zeros_like(self.position)
@@ -193,9 +190,7 @@ class Surface(Landscape):
             product = self.objective.hessian_vector(self.indices, v)
         except ValueError:  # a kink has none
             return torch.full_like(unit, math.nan)
-        return torch.cat(
-            [(h + d * w).flatten() for h, d, w in zip(product, self.weight_decay, v, strict=True)]
-        )
+        return torch.cat([h.flatten() for h in with_decay(product, v, self.weight_decay)])
 
     def _names(self) -> list[str]:
         """Of each single parameter, such as linear.weight[0, 1]."""

@@ -6,7 +6,7 @@ B examples per update, N training examples, θ parameters, g the gradient of an 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from gdtrain.analysis.gradients import dot, layers
 from gdtrain.data.loader import IndexLoader
-from gdtrain.descent.trial import Snapshot
+from gdtrain.descent.trial import Snapshot, staying
 from gdtrain.engines import Eager
 from gdtrain.generators import seed_all
 from gdtrain.objective import Objective, untouched
@@ -139,17 +139,10 @@ class TrialUpdate:
     def after(self) -> Iterator[None]:
         """Within it the parameters are θ + s."""
         step = self.step
-        kept = [p.clone() for p in self.params]
-        try:
-            self._set([p + s for p, s in zip(kept, step, strict=True)])
+        with staying(self.params):
+            for p, s in zip(self.params, step, strict=True):
+                p.add_(s)
             yield
-        finally:
-            self._set(kept)
-
-    @torch.no_grad()
-    def _set(self, values: Sequence[Tensor]) -> None:
-        for p, value in zip(self.objective.params, values, strict=True):
-            p.copy_(value)
 
     def _make(self) -> tuple[list[Tensor | None], list[Tensor], list[Tensor | None] | None]:
         """Make the update, and go back."""

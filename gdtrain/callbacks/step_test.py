@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,13 +10,13 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
-from gdtrain.analysis.curvature import weight_decays
 from gdtrain.analysis.gradients import StepTrial, StepVerdict, dot, judge
 from gdtrain.analysis.trial_update import TrialUpdate, is_full_batch
 from gdtrain.callbacks.instrument import Instrument
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
 from gdtrain.optim.protocol import update_rules
+from gdtrain.penalised import weight_decays, with_decay
 from gdtrain.ranges import Whole
 
 __all__ = ["StepTest"]
@@ -156,20 +156,11 @@ class StepTest(Instrument):
 
     def _slope(self, update: TrialUpdate, rows: Tensor) -> float:
         """⟨∇J + λθ, s⟩ at what the parameters are."""
-        gradient = update.gradient_on(rows, update.number)
-        return dot(gradient, update.step) + sum(
-            decay * dot([p], [s])
-            for decay, p, s in zip(self._decays(update), update.params, update.step, strict=True)
-            if decay
-        )
-
-    @staticmethod
-    def _decays(update: TrialUpdate) -> Sequence[float]:
+        optimizer, gradient = update.optimizer, update.gradient_on(rows, update.number)
         # Others may decay the parameters beside the gradient, which is no part of J.
-        coupled = (
-            isinstance(update.optimizer, _COUPLED) or update_rules(update.optimizer) is not None
-        )
-        return weight_decays(update.objective, update.optimizer if coupled else None)
+        coupled = isinstance(optimizer, _COUPLED) or update_rules(optimizer) is not None
+        decays = weight_decays(update.objective.params, optimizer.param_groups if coupled else [])
+        return dot(with_decay(gradient, update.params, decays), update.step)
 
     def summary(self) -> dict[str, Any]:
         """The verdict."""

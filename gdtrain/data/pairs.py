@@ -6,7 +6,6 @@ N examples, B examples per update, C classes, W worker processes.
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Iterator, Sized
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gdtrain.data.loader import IndexLoader
+from gdtrain.generators import same_after, seed_all
 
 __all__ = ["Examples", "PairLoader"]
 
@@ -265,14 +265,6 @@ def _as_it_is(pair: Any) -> Any:
 @contextmanager
 def _drawing(*names: int) -> Iterator[None]:
     """The global generators on the CPU give the numbers of these names; then go on as before."""
-    own = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    seed = int(np.random.SeedSequence(names).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (a user's Dataset may draw from it)
-    torch.default_generator.manual_seed(seed)
-    try:
+    with same_after(()):
+        seed_all(int(np.random.SeedSequence(names).generate_state(1)[0]))
         yield
-    finally:
-        random.setstate(own[0])
-        np.random.set_state(own[1])  # noqa: NPY002
-        torch.set_rng_state(own[2])

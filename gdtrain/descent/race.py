@@ -33,7 +33,7 @@ from torch.optim import Optimizer
 
 from gdtrain.descent.trial import Snapshot
 from gdtrain.objective import Objective, untouched
-from gdtrain.penalised import penalty
+from gdtrain.penalised import penalty, weight_decays
 
 __all__ = ["Race", "race"]
 
@@ -171,7 +171,7 @@ def _in_legs(
             factors = torch.ones(updates, dtype=torch.float64)
             states[i].give_back()
             seen[i] += candidates.run(rates[i], len(seen[i]), factors)
-            score = statistics.fmean(seen[i][len(seen[i]) // 2 :]) + penalty(candidates.optimizer)
+            score = statistics.fmean(seen[i][len(seen[i]) // 2 :]) + candidates.penalty()
             scores[i] = score if math.isfinite(score) else math.inf
             states[i] = candidates.state()
             examples += updates * batch_size
@@ -195,7 +195,7 @@ def _on_a_probe(
         value = math.inf
         if math.isfinite(sum(losses)):
             probed = float(candidates.objective.value(rows, candidates.draw))
-            value = probed + penalty(candidates.optimizer)
+            value = probed + candidates.penalty()
         scores.append(value if math.isfinite(value) else math.inf)
         start.give_back()
     winner = min(range(len(rates)), key=lambda i: scores[i])
@@ -292,6 +292,10 @@ class _Candidates:
         rate *= _gathered(self.optimizer, updates)
         _set(self.optimizer, rate)
         return Race(rate, scale, rates, scores, updates, examples, rates[winner])
+
+    def penalty(self) -> float:
+        params = self.objective.params
+        return penalty(params, weight_decays(params, self.optimizer.param_groups))
 
     def state(self) -> Snapshot:
         """All that updates change, to go back to."""

@@ -18,7 +18,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.descent.stopping import Stop, StopReason
+from gdtrain.descent.trial import staying
 from gdtrain.objective import Objective
+from gdtrain.penalised import penalty, weight_decays, with_decay
 from gdtrain.schedules import ReduceOnPlateau, Schedule
 
 __all__ = [
@@ -194,6 +196,7 @@ class Slopes:
         self.trained = [i for i, p in enumerate(objective.params) if id(p) in owner]
         self.params = [objective.params[i] for i in self.trained]
         self.groups = [owner[id(p)] for p in self.params]
+        self.decays = weight_decays(self.params, optimizer.param_groups)
 
     def gradient(self, indices: Tensor, draw: int) -> list[Tensor]:
         """Of the mean over these examples, one float64 tensor for each parameter."""
@@ -203,11 +206,8 @@ class Slopes:
             g = gradient[i]
             total = _double(torch.zeros_like(p) if g is None else g)
             total = total.to_dense() if total.is_sparse else total
-            if group.get("maximize"):
-                total = -total
-            decay = float(group.get("weight_decay", 0.0))
-            made.append(total + decay * _double(p) if decay else total)
-        return made
+            made.append(-total if group.get("maximize") else total)
+        return with_decay(made, [_double(p) for p in self.params], self.decays)
 
     def product(self, g: list[Tensor], h: list[Tensor], by_rate: bool = False) -> float:
         """⟨g, h⟩, or Σ η ⟨g, h⟩ over the parameters."""
@@ -223,24 +223,16 @@ class Slopes:
     @torch.no_grad()
     def rise(self, step: list[Tensor], indices: Tensor, draw: int) -> float:
         """½[J(θ + s) + J(θ − s)] − J(θ) over these examples."""
-        saved = [p.detach().clone() for p in self.params]
 
         def value(sign: float) -> float:
-            for p, before, s in zip(self.params, saved, step, strict=True):
+            for p, before, s in zip(self.params, own, step, strict=True):
                 p.copy_(_double(before) + sign * s if sign else before)
             torch.manual_seed(draw)  # the same dropout in all three
             return float(_double(self.objective.losses(indices, draw)).mean())
 
-        try:
+        with staying(self.params) as own:
             there, back, here = value(1.0), value(-1.0), value(0.0)
-        finally:
-            for p, before in zip(self.params, saved, strict=True):
-                p.copy_(before)
-        penalty = sum(
-            0.5 * float(group.get("weight_decay", 0.0)) * float(s.square().sum())
-            for s, group in zip(step, self.groups, strict=True)
-        )
-        return 0.5 * (there + back) - here + penalty
+        return 0.5 * (there + back) - here + penalty(step, self.decays)
 
 
 def look(

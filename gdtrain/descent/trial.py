@@ -7,16 +7,17 @@ groups (a step-size rule keeps what it knows there), gradients, and every genera
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain.generators import RandomStates
 from gdtrain.objective import Objective, buffers_of
 
-__all__ = ["Snapshot", "trial"]
+__all__ = ["Snapshot", "staying", "trial"]
 
 
 class Snapshot:
@@ -73,6 +74,32 @@ class Snapshot:
                 del group[name]
             group.update(copy.deepcopy(options))
         self._random.restore()
+
+
+@contextmanager
+def staying(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Within it, parameters may be moved in place; after it, they are where they were.
+
+    Args:
+        params: Which.
+
+    Yields:
+        Copies of them as they were.
+
+    Example:
+        >>> theta = torch.ones(1)
+        >>> with staying([theta]) as (before,):
+        ...     _ = theta.add_(before)
+        >>> theta
+        tensor([1.])
+    """
+    before = [p.detach().clone() for p in params]
+    try:
+        yield before
+    finally:
+        with torch.no_grad():
+            for p, value in zip(params, before, strict=True):
+                p.copy_(value)
 
 
 @contextmanager

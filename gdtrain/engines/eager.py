@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from gdtrain.engines.engine import LookAhead, rates_by_schedule
 from gdtrain.generators import RandomStates
 from gdtrain.models.dropout import Dropout
-from gdtrain.objective import Objective, buffers_of
+from gdtrain.objective import Objective, untouched
 from gdtrain.optim.protocol import step_size_of
 
 __all__ = ["Eager"]
@@ -109,15 +109,9 @@ class Eager:
         @contextmanager
         def again() -> Iterator[None]:
             self.evaluations += 1
-            buffers = [(*place, place[-1].clone()) for place in buffers_of(objective.model)]
-            after = self._random_states()
-            before.restore()
-            try:
+            with untouched(objective.model):
+                before.restore()
                 yield
-            finally:
-                after.restore()
-                for owner, name, buffer, kept in buffers:
-                    owner[name] = buffer.copy_(kept)
 
         def evaluate() -> float:
             with again():

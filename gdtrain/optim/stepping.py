@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from gdtrain.generators import RandomStates, same_after
 from gdtrain.optim.gathering import Gathering
 from gdtrain.step_sizes import Context, Evaluations, Memory, StepSize, automatic
 
@@ -29,8 +30,8 @@ class _Closure:
 
     def __init__(self, closure: Callable[[], Any], params: list[Tensor], again: bool) -> None:
         self._closure = closure
-        self._devices = {p.device for p in params if p.is_cuda}
-        self._before = self._random_states() if again else []
+        self._devices = {p.device for p in params}
+        self._before = RandomStates.now(self._devices) if again else None
 
     def __call__(self) -> Any:
         """The loss; the gradients are left in p.grad."""
@@ -39,21 +40,10 @@ class _Closure:
 
     def again(self) -> Any:
         """As the first time, wherever the parameters are now."""
-        after = self._random_states()
-        self._set_random_states(self._before)
-        try:
+        assert self._before is not None, "made with again"
+        with same_after(self._devices):
+            self._before.restore()
             return self()
-        finally:
-            self._set_random_states(after)
-
-    def _random_states(self) -> list[Tensor]:
-        on_devices = [torch.cuda.get_rng_state(device) for device in self._devices]
-        return [torch.get_rng_state(), *on_devices]
-
-    def _set_random_states(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for device, state in zip(self._devices, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
 
 
 class _Given:

@@ -27,6 +27,7 @@ from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.lightning.strategy import alone_in
 from gdtrain.objective import Objective
+from gdtrain.penalised import weight_decays
 from gdtrain.ranges import Interval
 from gdtrain.runs.build import USER_ERRORS, build, message, options_of, plain_containers
 from gdtrain.runs.checkpoints import Trained, check_fits, load_trained
@@ -555,10 +556,7 @@ def _weight_decay(trained: Trained) -> list[float]:
     try:
         saved = (state.get("optimizer_states") or [{}])[0].get("param_groups", [])
         own = parameter_groups(model, state["gdtrain"]["settings"]["decay_biases"] == "True")
-        decays: dict[int, float] = {}
-        for group, then in zip(own, saved, strict=False):
-            decay = 0.0 if then.get("decoupled_weight_decay") else then.get("weight_decay", 0.0)
-            decays.update({id(p): float(decay) for p in group["params"]})
+        groups = [{**then, "params": g["params"]} for g, then in zip(own, saved, strict=False)]
+        return weight_decays((p for p in model.parameters() if p.requires_grad), groups)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError("The checkpoint does not say which weight decay it had.") from error
-    return [decays.get(id(p), 0.0) for p in model.parameters() if p.requires_grad]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdtrain._compat import torch_foreach as foreach
+from gdtrain.penalised import with_decay
 from gdtrain.step_sizes.memory import NUMBERS
 from gdtrain.step_sizes.vectors import squared_norm
 
@@ -210,10 +211,7 @@ class Context:
 
         def there() -> list[Tensor]:
             gradient()
-            return [
-                (torch.zeros_like(p) if p.grad is None else p.grad) + decay * p
-                for p, decay in zip(self.params, self.decays, strict=True)
-            ]
+            return with_decay([p.grad for p in self.params], self.params, self.decays)
 
         return self._elsewhere(lambda: foreach.add_(self.params, displacement), there)
 
