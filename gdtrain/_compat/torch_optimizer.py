@@ -57,7 +57,7 @@ def with_hooks_if_there_are_any(step: Callable[..., Any]) -> Any:
             or _profiler_enabled()
             or is_compiling()
         ):
-            watched = unhooked if self._hooks_run_outside else hooked
+            watched = unhooked if type(self).step is self._watched_step else hooked
             return watched(self, *args, **kwargs)
         before = is_grad_enabled()
         _set_grad_enabled(self.defaults["differentiable"])
@@ -78,11 +78,11 @@ class LightOptimizer(Optimizer):
         True
     """
 
-    # Whether torch has put its own wrapper, which runs the hooks, around the step of a subclass.
-    _hooks_run_outside: ClassVar[bool] = False
+    # The step of a subclass with torch's own wrapper around it, which runs the hooks.
+    _watched_step: ClassVar[Any] = None
 
     def _patch_step_function(self) -> None:
         before = type(self).step
         super()._patch_step_function()
         if type(self).step is not before:
-            type(self)._hooks_run_outside = True
+            type(self)._watched_step = type(self).step

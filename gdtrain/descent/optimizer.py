@@ -74,6 +74,7 @@ def make_optimizer(
 
     Example:
         >>> from functools import partial
+        >>> from gdtrain import GD, SGD
         >>> from gdtrain.losses import SquaredError
         >>> made = make_optimizer(partial(SGD, lr=0.1), nn.Linear(2, 1), SquaredError())
         >>> [group["initial_lr"] for group in made.param_groups]
@@ -118,6 +119,7 @@ def check_step_size(
         ValueError: It is no rule, or the optimizer is made already.
 
     Example:
+        >>> from gdtrain import SGD
         >>> check_step_size("auto", SGD)
     """
     if not (step_size is None or step_size == "auto" or isinstance(step_size, StepSize)):
@@ -156,6 +158,7 @@ def automatic_schedule(optimizer: Optimizer) -> Schedule:
         optimizer: Of the run.
 
     Example:
+        >>> from gdtrain import SGD
         >>> type(automatic_schedule(SGD(nn.Linear(1, 1).parameters(), lr=0.1))).__name__
         'WarmupStableDecay'
     """

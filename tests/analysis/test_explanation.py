@@ -312,7 +312,7 @@ def test_an_update_of_a_run_is_that_of_the_run(engine, update):
     found = explained(module, data, update)
     assert found.gap < 1e-6
     again, data = make(rule, 1, schedule=Cosine(), engine=engine)
-    again.rate_factors = module.rate_factors  # of the whole run, not of the shortened one
+    again.state.rate_factors = module.state.rate_factors  # of the whole run, not of the short one
     fit(again, data, max_steps=update + 1)
     for p, made in zip(module.model.parameters(), again.model.parameters(), strict=True):
         assert torch.equal(p, made)  # the run makes it as it would have without

@@ -9,6 +9,7 @@ from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 from known_runs import leave_run
 
 from gdtrain import cli
@@ -19,6 +20,12 @@ from gdtrain.reporting.text import Report
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PAGE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _no_processes_are_left():
+    yield
+    get_reusable_executor().shutdown(wait=True)  # joblib's wait for more work otherwise
 
 
 def command(words, monkeypatch):

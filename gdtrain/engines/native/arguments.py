@@ -6,6 +6,7 @@ are W_1, b_1, W_2, …; a layer without bias has a place for it that is not used
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -36,6 +37,8 @@ __all__ = [
     "Rule",
     "has_kernel",
 ]
+
+_FAR = 4096  # numbers
 
 (SQUARED_ERROR, HUBER, CROSS_ENTROPY, LOGISTIC, HINGE, SQUARED_HINGE, ONE_HOT) = range(7)
 # The slope of the logistic loss, and the margin s·p in place of its value: the loss, a logarithm,
@@ -311,8 +314,17 @@ class Arguments:
         Args:
             shape: Of the array.
         """
-        made: NDArray[Any] = torch.zeros(shape, dtype=self.dtype).numpy()
+        made: NDArray[Any] = self._apart(math.prod(shape)).view(shape).numpy()
         return made
+
+    def _apart(self, count: int) -> Tensor:
+        """(count,) zeros, far from all other memory.
+
+        Compiled loops look whether their arrays overlap, by bounds that exceed them, and if so add
+        up in another order: what is near by chance would decide on the last bits.
+        """
+        margin = -(-min(count, _FAR) // 16) * 16 + 16  # keeps the alignment
+        return torch.zeros(count + 2 * margin, dtype=self.dtype)[margin : margin + count]
 
     def rates(self, factors: Tensor) -> Rates:
         """The schedule's factors, and η₀ of each tensor.
@@ -372,10 +384,10 @@ class Arguments:
             for i, p in enumerate(self.tensors)
         ]
         if not len(self._theta):
-            self._theta = torch.zeros(sum(sizes), dtype=self.dtype)
+            self._theta = self._apart(sum(sizes))
         moving = any(map(self.has_momentum, self.tensors, self.group_of))
         if moving and self._buffers is None:
-            self._buffers = torch.zeros(sum(sizes), dtype=self.dtype)
+            self._buffers = self._apart(sum(sizes))
         buffers = self._buffers if moving else None
         own: Any = [None] * len(sizes) if buffers is None else buffers.split(sizes)
         self._views = list(zip(self._theta.split(sizes), own, strict=True))

@@ -49,6 +49,7 @@ class Native:
         NotApplicableError: The model, loss, optimizer or data is something else.
 
     Example:
+        >>> from gdtrain import SGD
         >>> from gdtrain.losses import SquaredError
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> _ = torch.nn.init.zeros_(model.weight)

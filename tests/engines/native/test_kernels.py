@@ -1,17 +1,24 @@
 """What the compiled loops restate, against its homes: losses, activations, the update rule."""
 
+import itertools
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from gdtrain import SGD
+from gdtrain.descent.optimizer import make_optimizer
 from gdtrain.engines.native import kernels
-from gdtrain.engines.native.arguments import ACTIVATION, LOSS, LossKernel, Rule
+from gdtrain.engines.native.arguments import ACTIVATION, LOSS, Arguments, LossKernel, Rule
 from gdtrain.engines.native.kernels import activate, descend, loss_and_slope, slope_of
-from gdtrain.losses import Loss
+from gdtrain.losses import CrossEntropy, Loss
+from gdtrain.models import MLP
 from gdtrain.models.activations import ACTIVATIONS
+from gdtrain.models.structure import dense_layers
+from gdtrain.objective import Objective
 from gdtrain.rules import descend_
 
 
@@ -126,3 +133,16 @@ def test_the_rule_is_that_of_the_rules(momentum, dampening, nesterov, maximize, 
         )  # fmt: skip
         descend(own, b, 0.5, x.numpy(), 0.1, rule, update == 0)
         np.testing.assert_allclose(own, theta, rtol=1e-13)
+
+
+def test_arrays_of_the_loops_are_far_from_each_other():
+    """Or a loop that takes them for overlapping adds up in another order, as chance has it."""
+    model = MLP((64,), 10, hidden=(16,))
+    objective = Objective(model, CrossEntropy(), torch.rand(9, 64), torch.arange(9))
+    optimizer = make_optimizer(partial(SGD, lr=0.05), model, CrossEntropy())
+    arguments = Arguments(objective, optimizer, dense_layers(model))
+    arrays = [arguments.empty(26) for _ in range(20)] + [arguments.gather().theta]
+    arrays.sort(key=lambda a: a.ctypes.data)
+    for a, b in itertools.pairwise(arrays):
+        assert b.ctypes.data - (a.ctypes.data + a.nbytes) >= min(a.nbytes, b.nbytes)
+    assert all(a.ctypes.data % 64 == 0 for a in arrays)
