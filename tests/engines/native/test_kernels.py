@@ -141,7 +141,8 @@ def test_arrays_of_the_loops_are_far_from_each_other():
     objective = Objective(model, CrossEntropy(), torch.rand(9, 64), torch.arange(9))
     optimizer = make_optimizer(partial(SGD, lr=0.05), model, CrossEntropy())
     arguments = Arguments(objective, optimizer, dense_layers(model))
-    arrays = [arguments.empty(26) for _ in range(20)] + [arguments.gather().theta]
+    with torch.no_grad():
+        arrays = [arguments.empty(26) for _ in range(20)] + [arguments.gather().theta]
     arrays.sort(key=lambda a: a.ctypes.data)
     for a, b in itertools.pairwise(arrays):
         assert b.ctypes.data - (a.ctypes.data + a.nbytes) >= min(a.nbytes, b.nbytes)
