@@ -1,6 +1,5 @@
 """What the compiled loops restate, against its homes: losses, activations, the update rule."""
 
-import itertools
 import math
 import os
 from functools import partial
@@ -143,7 +142,11 @@ def test_arrays_of_the_loops_are_far_from_each_other():
     arguments = Arguments(objective, optimizer, dense_layers(model))
     with torch.no_grad():
         arrays = [arguments.empty(26) for _ in range(20)] + [arguments.gather().theta]
-    arrays.sort(key=lambda a: a.ctypes.data)
-    for a, b in itertools.pairwise(arrays):
-        assert b.ctypes.data - (a.ctypes.data + a.nbytes) >= min(a.nbytes, b.nbytes)
-    assert all(a.ctypes.data % 64 == 0 for a in arrays)
+    for array in arrays:
+        tensor = array.base  # which holds the memory
+        while not isinstance(tensor, torch.Tensor):
+            tensor = tensor.base
+        start, size = tensor.storage_offset(), tensor.untyped_storage().nbytes()
+        margins = start, size // 4 - start - array.size
+        assert min(margins) >= min(array.size, 1000)
+        assert array.ctypes.data % 64 == 0
