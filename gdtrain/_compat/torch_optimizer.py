@@ -57,7 +57,7 @@ def with_hooks_if_there_are_any(step: Callable[..., Any]) -> Any:
             or _profiler_enabled()
             or is_compiling()
         ):
-            watched = unhooked if type(self).step is self._watched_step else hooked
+            watched = unhooked if type(self).step is type(self)._watched_step else hooked
             return watched(self, *args, **kwargs)
         before = is_grad_enabled()
         _set_grad_enabled(self.defaults["differentiable"])

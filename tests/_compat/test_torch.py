@@ -58,7 +58,7 @@ def test_the_profiler_is_seen():
     assert "Optimizer.step#Still.step" in {e.key for e in profiler.key_averages()}
 
 
-def test_torch_wraps_the_step_of_a_subclass_and_not_the_light_one():
+def test_torch_wraps_the_step_of_a_subclass_and_not_the_light_one(monkeypatch):
     class Own(Still):
         def step(self, closure=None):
             return super().step()
@@ -67,11 +67,18 @@ def test_torch_wraps_the_step_of_a_subclass_and_not_the_light_one():
     Still()
     assert Still.step is light
     seen, optimizer = [], Own()
-    assert Own._hooks_run_outside
-    assert not Still._hooks_run_outside
+    assert Own._watched_step is Own.step
+    assert Still._watched_step is None
     optimizer.register_step_pre_hook(lambda *_: seen.append(1))
     optimizer.step()
     assert seen == [1]
+    with monkeypatch.context() as patch:  # a step that torch wraps, and that goes again
+        patch.setattr(Still, "step", lambda self, closure=None: None)
+        Still()
+    again = Still()
+    again.register_step_pre_hook(lambda *_: seen.append(2))
+    again.step()
+    assert seen == [1, 2]
 
 
 def test_the_fused_check_refuses_integers():
