@@ -1,4 +1,8 @@
-"""What an optimizer with weight decay descends on, f = J + ½ Σ λ‖θ‖²: only here does λ meet J."""
+"""What an optimizer with weight decay descends on, f = J + ½ Σ λ‖θ‖².
+
+Update rules, kernels and the closed forms of `gdtrain.convex` restate it, and so do step-size rules
+whose parameters are shared by ranks; everybody else asks here.
+"""
 
 from __future__ import annotations
 

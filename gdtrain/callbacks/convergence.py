@@ -168,7 +168,7 @@ class Convergence(Callback):
         self._test = Stationarity(self.tolerance, self.confidence)
         self._validations = Patience(self.patience or 1)
         self._certifies = _Certifies(self.gap, self.every is None)
-        self._gradient_turn = _Turn()
+        self._gradient_turn = _LastCheck()
         self._spent = 0.0  # seconds
         self._ready = False
 
@@ -396,7 +396,7 @@ class Convergence(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._test.load_state_dict(state_dict)
-        self._gradient_turn = _Turn(**state_dict["gradient_turn"])
+        self._gradient_turn = _LastCheck(**state_dict["gradient_turn"])
         self._certifies.load_state_dict(state_dict)
         self._spent = state_dict["spent"]
         self._validations.best = state_dict["best_loss"]
@@ -404,7 +404,7 @@ class Convergence(Callback):
 
 
 @dataclasses.dataclass
-class _Turn:
+class _LastCheck:
     """Examples that were seen at the last check of a kind, and those that the next will pass."""
 
     examples: int = 0
@@ -421,7 +421,7 @@ class _Certifies:
 
     def __init__(self, gap: float | None, bounded: bool) -> None:
         self.gap, self.bounded = gap, bounded
-        self.turn = _Turn()
+        self.turn = _LastCheck()
         self.lower = 0.0
         self.problem: LinearProblem | None = None
         self.last: tuple[int, Certificate] | None = None  # after which update, and what
@@ -515,7 +515,7 @@ class _Certifies:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; other entries are left alone."""
-        self.turn = _Turn(**state["gap_turn"])
+        self.turn = _LastCheck(**state["gap_turn"])
         self.lower, self._state = state["lower"], state["problem"]
 
 

@@ -1,7 +1,8 @@
 """Everything that updates change, so that updates which are only tried leave no trace.
 
-This is the only place that changes a run and puts it back: θ, buffers, the optimizer's state and
-groups (a step-size rule keeps what it knows there), gradients, and every generator.
+A trial puts back θ, buffers, the optimizer's state and groups (a step-size rule keeps what it knows
+there), gradients, and every generator. What only evaluates J, and steps nothing, needs less:
+`gdtrain.objective.untouched`. States that outlive a sweep are kept by `gdtrain.descent.recovery`.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class _Closure:
             return self()
 
 
-class _Given:
+class _Evaluated:
     """Value and gradients that are there already, in the place of a closure."""
 
     def __init__(
@@ -242,7 +242,7 @@ class Stepping(Gathering):
         """
         if self.step_size is None:
             raise ValueError("step_by_rule() needs a rule: construct the optimizer with step_size=")
-        self.step(_Given(value, evaluate, gradient))  # type: ignore[call-overload]
+        self.step(_Evaluated(value, evaluate, gradient))  # type: ignore[call-overload]
 
     def _step_by(self, rule: StepSize, closure: Any, num_samples: int | None) -> Any:
         gathers = self.examples is not None
@@ -255,7 +255,7 @@ class Stepping(Gathering):
         except ValueError:
             self._forget_scaler()
             raise
-        if isinstance(closure, _Given):
+        if isinstance(closure, _Evaluated):
             loss = closure.value
             evaluations = Evaluations(closure.evaluate, closure.gradient)
         else:
@@ -299,7 +299,8 @@ class Stepping(Gathering):
                 f"{name} does not go with a GradScaler, which gives no closure. Use bfloat16, "
                 f"which needs no loss scale."
             )
-        if num_samples is not None or (self.examples is not None and type(closure) is not _Given):
+        partial = self.examples is not None and type(closure) is not _Evaluated
+        if num_samples is not None or partial:
             raise ValueError(
                 f"{name} needs the loss of the whole batch, and step() of micro-batches does not "
                 f"give it. Let the closure go over all of the batch's examples, without "

@@ -158,7 +158,10 @@ def fit(
     if not built.training:  # as a loaded model is
         built.train()
     if lr != "auto":
-        _RATE.check("lr", lr)
+        try:
+            _RATE.check("lr", lr)
+        except ValueError as error:
+            raise ValueError(f"{error} Or set lr='auto'.") from None
     if lr != "auto" and step_size is not None and not step_size.needs.lr:
         raise ValueError(
             f"step_size={step_size!r} computes the step size, and lr sets it: give one of them. "

@@ -478,7 +478,7 @@ def test_fit_trains_on_several_targets():
         ({"variant": "sgd", "batch_size": 32}, "Use variant='minibatch'"),
         ({"variant": "gd", "batch_size": 32}, "averages all examples"),
         ({"variant": "minibatch", "batch_size": 500}, "at most 105"),
-        ({"lr": 0.0}, r"lr must be a number in \(0, ∞\)"),
+        ({"lr": 0.0}, r"lr must be a number in \(0, ∞\).*Or set lr='auto'"),
         ({"lr": float("nan")}, r"lr must be a number in \(0, ∞\)"),
         ({"epochs": 0}, "epochs must be"),
         ({"model": "transformer"}, "model must be one of"),
