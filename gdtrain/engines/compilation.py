@@ -18,15 +18,7 @@ __all__ = ["compiled_for", "flat"]
 
 
 def flat(carried: Sequence[Any]) -> list[Tensor]:
-    """The tensors in tensors and lists of them.
-
-    Args:
-        carried: What a compiled function takes and gives.
-
-    Example:
-        >>> len(flat([torch.ones(1), [torch.ones(2), torch.ones(3)]]))
-        3
-    """
+    """The tensors in tensors and lists of them."""
     return [t for c in carried for t in (c if isinstance(c, (list, tuple)) else [c])]
 
 
@@ -37,19 +29,6 @@ def compiled_for(
 
     On CPU with host code in C++, where that can be had: a small update spends as long there as in
     its kernels.
-
-    Args:
-        function: Of tensors, and lists of them.
-        arguments: Of the shapes that it will be called with.
-        single_threaded: Loops on one thread; libraries use theirs all the same.
-
-    Raises:
-        NotApplicableError: It cannot be compiled; the text says why.
-
-    Example:
-        >>> double = compiled_for(lambda x: 2 * x, (torch.ones(2),))
-        >>> double(torch.tensor([1.0, 2.0]))
-        tensor([2., 4.])
     """
     backend_failed, tracing_failed, too_many = compiler_errors()
     on_cpu = flat(arguments)[0].device.type == "cpu"
@@ -102,10 +81,6 @@ def _backend(in_cpp: bool, single_threaded: bool) -> Callable[..., Any]:
 
     For one example, the product W x and the gradient, an outer product, then read or write each
     weight once, together with the rule; library calls pass over memory three times as often.
-
-    Args:
-        in_cpp: Host code in C++.
-        single_threaded: Loops on one thread; libraries use theirs all the same.
     """
     aten, in_memory = torch.ops.aten, with_strides()
     table = decompositions()

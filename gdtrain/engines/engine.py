@@ -78,22 +78,7 @@ class Engine(Protocol):
 
 
 def rates_by_schedule(optimizer: Optimizer, factors: Tensor) -> Tensor:
-    """η of the first group at each update, where a schedule alone decides.
-
-    Args:
-        optimizer: Its groups have "initial_lr".
-        factors: (K,).
-
-    Returns:
-        (K,), float64, on CPU.
-
-    Example:
-        >>> import torch
-        >>> p = torch.nn.Parameter(torch.zeros(1))
-        >>> optimizer = torch.optim.SGD([{"params": [p], "initial_lr": 0.5}])
-        >>> rates_by_schedule(optimizer, torch.tensor([1.0, 0.5]))
-        tensor([0.5000, 0.2500], dtype=torch.float64)
-    """
+    """η of the first group at each update, where a schedule alone decides."""
     return factors.to("cpu", torch.float64) * float(optimizer.param_groups[0]["initial_lr"])
 
 
@@ -103,15 +88,6 @@ class LookAhead:
     A rule that tests a point before it goes there (Armijo, Barzilai and Borwein) needs the value
     there; the next full-batch update needs value and gradient at the same point. So the first test
     of an update makes both, unless the update before needed more than one.
-
-    Example:
-        >>> ahead, theta, rows = LookAhead(), torch.zeros(2), torch.arange(3)
-        >>> ahead.begin([theta], rows), ahead.wanted()
-        (None, True)
-        >>> ahead.keep([theta + 1], rows, "value and gradient")
-        >>> theta += 1
-        >>> ahead.begin([theta], rows)
-        'value and gradient'
     """
 
     def __init__(self) -> None:
@@ -119,15 +95,7 @@ class LookAhead:
         self._tests, self._hopeful, self._asked, self._useless = 0, True, False, False
 
     def begin(self, params: Sequence[Tensor], rows: Tensor) -> Any:
-        """An update begins.
-
-        Args:
-            params: θ.
-            rows: (B,), its examples.
-
-        Returns:
-            What was kept at this very θ and these examples, or None.
-        """
+        """An update begins: what was kept at this very θ and these examples (B,), or None."""
         kept, self._kept = self._kept, None
         self._useless = self._useless or (self._asked and kept is None)  # it draws, say
         self._tests, self._hopeful, self._asked = 0, self._tests <= 1, False
@@ -143,28 +111,13 @@ class LookAhead:
         return self._asked and self._tests == 1
 
     def keep(self, params: Sequence[Tensor], rows: Tensor, answer: Any) -> None:
-        """For the next `begin`.
-
-        Args:
-            params: θ where the search is, copied.
-            rows: (B,).
-            answer: What it shall return.
-        """
+        """Keep the answer of the next `begin`, if that is at this θ."""
         self._kept = [p.detach().clone() for p in params], rows, answer
 
 
 @contextmanager
 def single_threaded(multiplications: int) -> Iterator[None]:
-    """Within it, torch computes on one thread if an update has too little work for more.
-
-    Args:
-        multiplications: Of an update.
-
-    Example:
-        >>> with single_threaded(1000):
-        ...     torch.get_num_threads()
-        1
-    """
+    """Within it, torch computes on one thread if an update has too little work for more."""
     threads = torch.get_num_threads()
     if threads == 1 or multiplications >= WORTH_SHARING:
         yield
@@ -177,42 +130,13 @@ def single_threaded(multiplications: int) -> Iterator[None]:
 
 
 def last_share(shares: Tensor, before: float = 0.0) -> float:
-    """The last share of η₀ that is above 0, from which a smoothed bound goes on.
-
-    Args:
-        shares: (K,), of `StochasticPolyak`.
-        before: What there was before, if none of them is.
-
-    Example:
-        >>> last_share(torch.tensor([0.5, 0.25, 0.0]))
-        0.25
-    """
+    """The last share of η₀ above 0, from which a smoothed bound goes on; else that of before."""
     positive = shares[shares > 0]
     return float(positive[-1]) if len(positive) else before
 
 
 def check_hooks(objective: Objective, optimizer: Optimizer) -> None:
-    """Refuse what only the eager engine runs: hooks of the user's, on modules or on the step.
-
-    Args:
-        objective: J.
-        optimizer: Of its parameters.
-
-    Raises:
-        NotApplicableError: There are hooks, or several processes.
-
-    Example:
-        >>> import torch
-        >>> from gdtrain import SGD
-        >>> from gdtrain.losses import SquaredError
-        >>> model = torch.nn.Linear(1, 1)
-        >>> _ = model.register_forward_hook(lambda module, inputs, output: None)
-        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.ones(1))
-        >>> check_hooks(objective, SGD(model.parameters()))
-        Traceback (most recent call last):
-        ...
-        gdtrain.engines.engine.NotApplicableError: Linear has hooks, which ...
-    """
+    """Refuse what only the eager engine runs: hooks of the user's, and several processes."""
     modules: list[Any] = [*objective.model.modules(), objective.loss]
     for module in modules:
         if has_hooks(module):

@@ -69,169 +69,74 @@ ACTIVATION: dict[type[Activation], int] = {
 
 
 class LossKernel(NamedTuple):
-    """Which loss.
+    """Which loss."""
 
-    Args:
-        code: A value of `LOSS`, or MARGIN or OWN.
-        parameter: Huber's δ, of the type of the parameters.
-        address: Of the compiled kernel of an OWN loss; else 0.
-
-    Example:
-        >>> LossKernel(LOSS[losses.Huber], parameter=0.5).code
-        1
-    """
-
-    code: int
-    parameter: Any = 0.0
-    address: int = 0
+    code: int  # a value of `LOSS`, or MARGIN or OWN
+    parameter: Any = 0.0  # Huber's δ, of the type of the parameters
+    address: int = 0  # of the compiled kernel of an OWN loss
 
 
 class Network(NamedTuple):
-    """Which layers.
+    """Which layers."""
 
-    Args:
-        widths: (L+1,) n_0 … n_L.
-        activations: (L,) values of `ACTIVATION`, or OWN.
-        parameters: (L,) of the activations: slope of leaky_relu, α of elu.
-        values: (L,) addresses of a(z) of OWN activations.
-        slopes: (L,) addresses of a′(z, h).
-
-    Example:
-        >>> none = np.zeros(1, np.int64)
-        >>> Network(np.array([4, 3]), np.array([RELU]), np.zeros(1), none, none).widths
-        array([4, 3])
-    """
-
-    widths: NDArray[np.int64]
-    activations: NDArray[np.int64]
-    parameters: NDArray[Any]
-    values: NDArray[np.int64]
-    slopes: NDArray[np.int64]
+    widths: NDArray[np.int64]  # (L+1,), n_0 … n_L
+    activations: NDArray[np.int64]  # (L,), values of `ACTIVATION`, or OWN
+    parameters: NDArray[Any]  # (L,), slope of leaky_relu, α of elu
+    values: NDArray[np.int64]  # (L,), addresses of a(z) of OWN activations
+    slopes: NDArray[np.int64]  # (L,), addresses of a′(z, h)
 
 
 class Rule(NamedTuple):
-    """The update rule of all tensors, as arrays (2L,); or of one, as numbers.
+    """The update rule of all tensors, as arrays (2L,); or of one, as numbers."""
 
-    Args:
-        present: Whether there is such a tensor.
-        momentum: μ; 0: none.
-        keep: 1 − dampening.
-        weight_decay: λ.
-        nesterov: Whether the step looks ahead.
-        sign: −1 to climb, +1 to descend.
-        fresh: Whether the momentum buffer is made at the first update, as a copy of the gradient.
-
-    Example:
-        >>> Rule(True, momentum=0.9, keep=1.0, weight_decay=0.0, nesterov=False).sign
-        1.0
-    """
-
-    present: Any = True
-    momentum: Any = 0.0
-    keep: Any = 1.0
-    weight_decay: Any = 0.0
+    present: Any = True  # whether there is such a tensor
+    momentum: Any = 0.0  # μ; 0: none
+    keep: Any = 1.0  # 1 − dampening
+    weight_decay: Any = 0.0  # λ
     nesterov: Any = False
-    sign: Any = 1.0
-    fresh: Any = False
+    sign: Any = 1.0  # −1 to climb, +1 to descend
+    fresh: Any = False  # the momentum buffer is made at the first update, as a copy of the gradient
 
     @classmethod
     def plain(cls, tensors: int) -> Rule:
-        """θ ← θ − ηg for each of them.
-
-        Args:
-            tensors: 2L.
-
-        Example:
-            >>> Rule.plain(2).momentum
-            array([0., 0.])
-        """
+        """θ ← θ − ηg for each of them."""
         return cls(*(np.full(tensors, value) for value in cls()))
 
 
 class Rates(NamedTuple):
-    """η = η₀ · factor, float64.
+    """η = η₀ · factor, float64."""
 
-    Args:
-        factors: (K,), the schedule's factor at each update.
-        peaks: (2L,), η₀ of each tensor.
-
-    Example:
-        >>> Rates(np.ones(3), peaks=np.full(2, 0.1)).peaks
-        array([0.1, 0.1])
-    """
-
-    factors: NDArray[np.float64]
-    peaks: NDArray[np.float64]
+    factors: NDArray[np.float64]  # (K,), the schedule's
+    peaks: NDArray[np.float64]  # (2L,), η₀ of each tensor
 
 
 class Bound(NamedTuple):
-    """A bound on the step: η ≤ η₀ · (f − f*) / (c ‖g‖² η₀), and at most `most` of η₀.
+    """A bound on the step: η ≤ η₀ · (f − f*) / (c ‖g‖² η₀), and at most `most` of η₀."""
 
-    Args:
-        inverse: 1/c; 0: there is no bound.
-        least: f*.
-        growth: By what the share of η₀ may grow from one update to the next; 0: `most` is fixed.
-        most: The largest share at the first update.
-
-    Example:
-        >>> Bound().inverse
-        0.0
-    """
-
-    inverse: float = 0.0
-    least: float = 0.0
-    growth: float = 0.0
-    most: float = 1.0
+    inverse: float = 0.0  # 1/c; 0: there is no bound
+    least: float = 0.0  # f*
+    growth: float = 0.0  # of the share of η₀ from update to update, at most; 0: `most` is fixed
+    most: float = 1.0  # the largest share at the first update
 
 
 class Examples(NamedTuple):
-    """Dense examples.
+    """Dense examples."""
 
-    Args:
-        inputs: (N, D).
-        labels: (N,) class numbers, or (1,) in a regression.
-        targets: (N, C) numbers, or (1, C) of classes.
-        squares: (N,), ‖x‖² of each, float64; (0,) without a bound on the step.
-
-    Example:
-        >>> Examples(np.ones((1, 2)), np.zeros(1, np.int64), np.ones((1, 1)), np.zeros(0)).inputs
-        array([[1., 1.]])
-    """
-
-    inputs: NDArray[Any]
-    labels: NDArray[np.int64]
-    targets: NDArray[Any]
-    squares: NDArray[np.float64]
+    inputs: NDArray[Any]  # (N, D)
+    labels: NDArray[np.int64]  # (N,) class numbers, or (1,) in a regression
+    targets: NDArray[Any]  # (N, C) numbers, or (1, C) of classes
+    squares: NDArray[np.float64]  # (N,), ‖x‖² of each; (0,) without a bound on the step
 
 
 class Parameters(NamedTuple):
-    """θ and its momentum, each in one piece: W_1 (n_1·n_0), b_1 (n_1), W_2 …
+    """θ and its momentum, each in one piece, in place: W_1 (n_1·n_0), b_1 (n_1), W_2 …"""
 
-    Args:
-        theta: (P,), in place.
-        buffers: (P,), in place; (0,) where no tensor has momentum.
-
-    Example:
-        >>> Parameters(np.zeros(2), np.zeros(0)).theta
-        array([0., 0.])
-    """
-
-    theta: NDArray[Any]
-    buffers: NDArray[Any]
+    theta: NDArray[Any]  # (P,)
+    buffers: NDArray[Any]  # (P,); (0,) where no tensor has momentum
 
 
 class Room(NamedTuple):
-    """Room for one example on its way forward and back, (Σ n_l,) each.
-
-    Args:
-        z: z_l, l = 1 … L.
-        h: h_l.
-        delta: δ_l.
-
-    Example:
-        >>> Room(*np.zeros((3, 2))).z
-        array([0., 0.])
-    """
+    """Room for z, h and δ of one example on its way forward and back, (Σ n_l,) each."""
 
     z: NDArray[Any]
     h: NDArray[Any]
@@ -239,56 +144,20 @@ class Room(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a sweep tells, one number for each update.
+    """What a sweep tells, one number for each update."""
 
-    Args:
-        losses: (K,).
-        shares: (K,), which share of η₀ each update took; written where there is a bound. Float64.
-
-    Example:
-        >>> Made(np.zeros(1), np.ones(1)).shares
-        array([1.])
-    """
-
-    losses: NDArray[Any]
-    shares: NDArray[np.float64]
+    losses: NDArray[Any]  # (K,)
+    shares: NDArray[np.float64]  # (K,), of η₀ that were taken; written where there is a bound
 
 
 def has_kernel(part: losses.Loss | Activation) -> bool:
-    """Whether the loops know a loss or an activation, or it brings a kernel of its own.
-
-    Args:
-        part: Of the very class that states it; what a subclass changes is not known.
-
-    Example:
-        >>> class Mine(losses.SquaredError):
-        ...     pass
-        >>> has_kernel(losses.SquaredError()), has_kernel(Mine())
-        (True, False)
-    """
+    """Whether the loops know this very class, no subclass, or it brings a kernel of its own."""
     known: Any = LOSS if isinstance(part, losses.Loss) else ACTIVATION
     return type(part) in known or ("native" in vars(type(part)) and part.native() is not None)
 
 
 class Arguments:
-    """A run's arrays, as the loops take them.
-
-    Args:
-        objective: J.
-        optimizer: Of its parameters; its groups have "initial_lr".
-        layers: Of its model.
-
-    Example:
-        >>> from gdtrain import SGD
-        >>> from gdtrain.models.structure import dense_layers
-        >>> model = torch.nn.Linear(2, 1)
-        >>> y = torch.ones(1)
-        >>> objective = Objective(model, losses.SquaredError(), torch.ones(1, 2), y)
-        >>> optimizer = SGD([{"params": model.parameters(), "initial_lr": 0.1}])
-        >>> arguments = Arguments(objective, optimizer, dense_layers(model))
-        >>> arguments.rule().momentum, arguments.rates(torch.ones(1)).peaks
-        (array([0., 0.], dtype=float32), array([0.1, 0.1]))
-    """
+    """A run's arrays, as the loops take them."""
 
     def __init__(self, objective: Objective, optimizer: Optimizer, layers: list[Layer]) -> None:
         self.objective, self.optimizer, self.layers = objective, optimizer, layers
@@ -309,11 +178,7 @@ class Arguments:
         self._own: dict[Any, Any] = {}
 
     def empty(self, *shape: int) -> NDArray[Any]:
-        """Zeros of the type of the parameters.
-
-        Args:
-            shape: Of the array.
-        """
+        """Zeros of the type of the parameters."""
         made: NDArray[Any] = self._apart(math.prod(shape)).view(shape).numpy()
         return made
 
@@ -327,11 +192,7 @@ class Arguments:
         return torch.zeros(count + 2 * margin, dtype=self.dtype)[margin : margin + count]
 
     def rates(self, factors: Tensor) -> Rates:
-        """The schedule's factors, and η₀ of each tensor.
-
-        Args:
-            factors: (K,).
-        """
+        """The schedule's factors, and η₀ of each tensor."""
         groups = self.optimizer.param_groups
         peaks = [float(groups[i]["initial_lr"]) for i in self.group_of]
         return Rates(factors.to("cpu", torch.float64).numpy(), np.array(peaks))
@@ -351,30 +212,17 @@ class Arguments:
         )
 
     def bound(self, batch: int) -> Bound:
-        """Of the step.
-
-        Args:
-            batch: B.
-        """
+        """Of the step."""
         if self.polyak is None:
             return Bound()
         return Bound(*map(float, self.polyak.bounds(self.optimizer, batch)))
 
     def buffer(self, p: Tensor) -> Tensor | None:
-        """The momentum buffer of a parameter, as the optimizer has it.
-
-        Args:
-            p: One of the parameters.
-        """
+        """The momentum buffer of a parameter, as the optimizer has it."""
         return self.optimizer.state[p].get("momentum_buffer") if p in self.optimizer.state else None
 
     def has_momentum(self, p: Tensor | None, group: int) -> bool:
-        """Whether a tensor is there and moves with momentum.
-
-        Args:
-            p: One of the tensors.
-            group: Its group's number.
-        """
+        """Whether a tensor is there and moves with momentum."""
         return p is not None and self.optimizer.param_groups[group]["momentum"] != 0
 
     def gather(self) -> Parameters:
@@ -426,19 +274,11 @@ class Arguments:
         return self._targets
 
     def gives_margins(self, batch: int) -> bool:
-        """Whether the loops give margins for the logistic loss, which is then computed at once.
-
-        Args:
-            batch: B.
-        """
+        """Whether the loops give margins for the logistic loss, which is then computed at once."""
         return batch == 1 and self.polyak is None and type(self.loss) is losses.Logistic
 
     def loss_kernel(self, batch: int) -> LossKernel:
-        """Which loss the loops compute.
-
-        Args:
-            batch: B.
-        """
+        """Which loss the loops compute."""
         parameter = torch.tensor(getattr(self.loss, "delta", 0.0), dtype=self.dtype).numpy()[()]
         code = MARGIN if self.gives_margins(batch) else LOSS.get(type(self.loss), OWN)
         address = 0

@@ -47,16 +47,6 @@ def logistic_losses(margins: Tensor) -> Tensor:
 
     What does not fill a vector of the processor may be computed in another way: so it is filled up.
     (NumPy is several times as fast here as torch's softplus, which this equals to rounding.)
-
-    Args:
-        margins: (K,).
-
-    Returns:
-        (K,).
-
-    Example:
-        >>> logistic_losses(torch.tensor([0.0, 2.0]))
-        tensor([0.6931, 0.1269])
     """
     count = len(margins)
     m = np.pad(margins.numpy(), (0, -count % 64))
@@ -138,33 +128,7 @@ def _times_slope(network, layer, z, h, delta):  # type: ignore[no-untyped-def]
 
 @compiled
 def sweep(examples, rows, rates, parameters, network, rules, loss, bound, room, made):  # type: ignore[no-untyped-def]
-    """Make K updates in place.
-
-    Args:
-        examples: `Examples`.
-        rows: (K,), which example makes which update.
-        rates: `Rates`.
-        parameters: `Parameters`, in place.
-        network: `Network`.
-        rules: `Rule` of arrays.
-        loss: `LossKernel`.
-        bound: `Bound`.
-        room: `Room`.
-        made: `Made`, written.
-
-    Example:
-        >>> from gdtrain.engines.native import arguments as the
-        >>> one, none = np.zeros(1, np.int64), np.zeros(0)
-        >>> examples = the.Examples(
-        ...     np.array([[1.0], [3.0]]), one, np.array([[2.0], [4.0]]), squares=none)
-        >>> parameters, made = the.Parameters(np.zeros(2), none), the.Made(np.zeros(2), np.ones(2))
-        >>> network = the.Network(np.array([1, 1]), one, np.zeros(1), one, one)
-        >>> sweep(examples, np.array([0, 1]), the.Rates(np.ones(2), np.full(2, 0.1)), parameters,
-        ...     network, the.Rule.plain(2), the.LossKernel(the.SQUARED_ERROR), the.Bound(),
-        ...     the.Room(*np.zeros((3, 1))), made)
-        >>> made.losses, parameters.theta  # ½·2², then W = b = 0.2 and ½(0.8 − 4)²
-        (array([2.  , 5.12]), array([1.16, 0.52]))
-    """
+    """Make K updates in place, of the `rows` (K,) of the examples."""
     inputs, labels, targets = examples.inputs, examples.labels, examples.targets
     factors, peaks, widths = rates.factors, rates.peaks, network.widths
     theta, buffers = parameters.theta, parameters.buffers
@@ -301,26 +265,7 @@ def sweep(examples, rows, rates, parameters, network, rules, loss, bound, room, 
 
 
 class Dense:
-    """Updates by one dense example each.
-
-    Args:
-        arguments: Of the run.
-
-    Example:
-        >>> from gdtrain import SGD
-        >>> from gdtrain.losses import SquaredError
-        >>> from gdtrain.models.structure import dense_layers
-        >>> from gdtrain.objective import Objective
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.zeros_(model.weight)
-        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.ones(1))
-        >>> optimizer = SGD([{"params": model.parameters(), "initial_lr": 0.5}])
-        >>> dense = Dense(Arguments(objective, optimizer, dense_layers(model)))
-        >>> factors = torch.ones(2, dtype=torch.float64)
-        >>> with torch.no_grad():
-        ...     dense(torch.zeros(2, 1, dtype=torch.int64), factors, factors.clone())
-        tensor([0.5000, 0.1250])
-    """
+    """Updates by one dense example each."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -330,13 +275,7 @@ class Dense:
         self._examples: Examples | None = None
 
     def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
-        """(K, 1) example numbers and (K,) factors to (K,) losses.
-
-        Args:
-            indices: (K, 1).
-            factors: (K,).
-            shares: (K,), of η₀, written where the step is bounded.
-        """
+        """(K, 1) example numbers, (K,) factors to (K,) losses; bounds write `shares` (K,) of η₀."""
         arguments, inputs = self.arguments, self.arguments.objective.inputs
         rows, bound = indices.reshape(-1).cpu(), arguments.bound(1)
         if isinstance(inputs, Tensor):

@@ -59,16 +59,7 @@ __all__ = [
 def compiled(function: Callable[..., Any] | None = None, *, reassoc: bool = True) -> Any:
     """Compile for this processor, and keep it on disk for the next process where that can be.
 
-    Args:
-        function: In Numba's part of Python; None: returns the decorator.
-        reassoc: Whether sums may be formed in another order, in vector registers.
-
-    Returns:
-        The compiled function.
-
-    Example:
-        >>> compiled(lambda x: x + 1)(2)
-        3
+    With `reassoc`, sums may be formed in another order, in vector registers.
     """
     if function is None:
         return partial(compiled, reassoc=reassoc)
@@ -173,23 +164,7 @@ call_loss: Any = intrinsic(_call_loss)
 
 
 def own_loss(kernel: Callable[..., Any], dtype: Any) -> Any:
-    """Compile a user's loss, so that the loops can call it.
-
-    Args:
-        kernel: As `gdtrain.losses.Loss.native` gives it.
-        dtype: Of the parameters, torch's.
-
-    Returns:
-        A function of C's with an `address`.
-
-    Example:
-        >>> import torch
-        >>> def squared(p, label, y, slope):
-        ...     slope[0] = p[0] - y[0]
-        ...     return 0.5 * slope[0] ** 2
-        >>> own_loss(squared, torch.float64).address > 0
-        True
-    """
+    """A user's loss (`gdtrain.losses.Loss.native`) as a function of C's with an `address`."""
     number = _number(dtype)
     pointer, inner = types.CPointer(number), numba.njit(error_model="numpy", nogil=True)(kernel)
 
@@ -201,23 +176,7 @@ def own_loss(kernel: Callable[..., Any], dtype: Any) -> Any:
 
 
 def own_activation(value: Callable[..., Any], slope: Callable[..., Any], dtype: Any) -> Any:
-    """Compile a user's activation, so that the loops can call it.
-
-    Args:
-        value: a(z).
-        slope: a′(z, h), as `gdtrain.models.activations.Activation.native` gives both.
-        dtype: Of the parameters, torch's.
-
-    Returns:
-        Two functions of C's, each with an `address`.
-
-    Example:
-        >>> import math, torch
-        >>> sine, slope = lambda z: math.sin(z), lambda z, h: math.cos(z)
-        >>> made = own_activation(sine, slope, torch.float64)
-        >>> [each.address > 0 for each in made]
-        [True, True]
-    """
+    """A user's a(z) and a′(z, h) as two functions of C's, each with an `address`."""
     number = _number(dtype)
     options: dict[str, Any] = {"error_model": "numpy", "nogil": True}
     a, s = (numba.njit(**options)(function) for function in (value, slope))
@@ -239,17 +198,7 @@ def _number(dtype: Any) -> Any:
 
 @compiled
 def activate(code, parameter, z):  # type: ignore[no-untyped-def]
-    """a(z). A NaN stays one: comparisons are written so that it takes the way through.
-
-    Args:
-        code: A value of `gdtrain.engines.native.arguments.ACTIVATION`.
-        parameter: Slope of leaky_relu, α of elu.
-        z: A number.
-
-    Example:
-        >>> activate(RELU, 0.0, 2.0)
-        2.0
-    """
+    """a(z). A NaN stays one: comparisons are written so that it takes the way through."""
     if code == RELU:
         return z * 0 if z <= 0 else z
     if code == TANH:
@@ -271,18 +220,7 @@ def activate(code, parameter, z):  # type: ignore[no-untyped-def]
 
 @compiled
 def slope_of(code, parameter, z, h):  # type: ignore[no-untyped-def]
-    """a′(z), from z and h = a(z).
-
-    Args:
-        code: As for `activate`.
-        parameter: As for `activate`.
-        z: A number.
-        h: a(z).
-
-    Example:
-        >>> slope_of(TANH, 0.0, 0.0, 0.0)
-        1.0
-    """
+    """a′(z), from z and h = a(z)."""
     one = z * 0 + 1
     if code == RELU:
         return one * 0 if z <= 0 else one
@@ -318,22 +256,7 @@ def _log1p(x, one):  # type: ignore[no-untyped-def]
 
 @compiled
 def loss_of_margin(code, margin, zero, one):  # type: ignore[no-untyped-def]
-    """A loss for two classes and its slope, as functions of the margin m = s·p.
-
-    Args:
-        code: A value of `gdtrain.engines.native.arguments.LOSS`.
-        margin: m.
-        zero: 0, of the type of m.
-        one: Likewise.
-
-    Returns:
-        ℓ and ∂ℓ/∂m.
-
-    Example:
-        >>> from gdtrain.engines.native.arguments import SQUARED_HINGE
-        >>> loss_of_margin(SQUARED_HINGE, 0.5, 0.0, 1.0)
-        (0.25, -1.0)
-    """
+    """ℓ and ∂ℓ/∂m of a loss for two classes; `zero` and `one` have the type of m = s·p."""
     if code in (LOGISTIC, MARGIN):
         e = math.exp(-abs(margin))
         # log(1 + exp(−m)), and −σ(−m), without overflow on either side
@@ -354,27 +277,6 @@ def loss_and_slope(loss, p, label, targets, i, slopes, n):  # type: ignore[no-un
     """ℓ, and ∂ℓ/∂p into a row of `slopes`: as in `gdtrain.losses`, for one example.
 
     Rows of arrays are named by number: to make a view of each would take longer than the rest.
-
-    Args:
-        loss: A `LossKernel`.
-        p: (C,).
-        label: Class number.
-        targets: (N, C), of a regression.
-        i: Which row of `targets`.
-        slopes: (M, C).
-        n: Which row of `slopes`, written.
-
-    Returns:
-        ℓ.
-
-    Example:
-        >>> import numpy as np
-        >>> from gdtrain.engines.native.arguments import LossKernel
-        >>> slopes, targets, loss = np.zeros((1, 2)), np.ones((1, 2)), LossKernel(SQUARED_ERROR)
-        >>> loss_and_slope(loss, np.array([3.0, 1.0]), 0, targets, 0, slopes, 0)
-        2.0
-        >>> slopes
-        array([[2., 0.]])
     """
     code, parameter, zero = loss.code, loss.parameter, p.dtype.type(0)
     total = zero
@@ -418,28 +320,7 @@ def loss_and_slope(loss, p, label, targets, i, slopes, n):  # type: ignore[no-un
 
 @compiled
 def losses_and_slopes(loss, predictions, labels, targets, rows, slopes):  # type: ignore[no-untyped-def]
-    """`loss_and_slope` of each example of a batch.
-
-    Args:
-        loss: A `LossKernel`.
-        predictions: (M, C).
-        labels: (N,) class numbers, or (1,) in a regression.
-        targets: (N, C) numbers, or (1, C) of classes.
-        rows: (M,), which examples.
-        slopes: (M, C), written.
-
-    Returns:
-        The sum of ℓ, in float64.
-
-    Example:
-        >>> import numpy as np
-        >>> p, none, slopes = np.zeros((2, 1)), np.zeros((1, 1)), np.zeros((2, 1))
-        >>> from gdtrain.engines.native.arguments import LossKernel
-        >>> labels, rows = np.array([1, 0]), np.array([0, 1])
-        >>> total = losses_and_slopes(LossKernel(LOGISTIC), p, labels, none, rows, slopes)
-        >>> round(total, 4), slopes.ravel()  # 2 log 2
-        (1.3863, array([-0.5,  0.5]))
-    """
+    """The float64 sum of `loss_and_slope` of the M examples `rows`; writes `slopes` (M, C)."""
     total = 0.0
     for m in range(rows.size):
         i = rows[m]
@@ -452,16 +333,7 @@ def losses_and_slopes(loss, predictions, labels, targets, rows, slopes):  # type
 
 @compiled
 def rule_of(rules, at):  # type: ignore[no-untyped-def]
-    """The rule of one tensor.
-
-    Args:
-        rules: A `Rule` of arrays.
-        at: Which.
-
-    Example:
-        >>> rule_of(Rule.plain(2), 1).keep
-        1.0
-    """
+    """Of one tensor, from a `Rule` of arrays."""
     return Rule(
         rules.present[at], rules.momentum[at], rules.keep[at], rules.weight_decay[at],
         rules.nesterov[at], rules.sign[at], rules.fresh[at],
@@ -470,23 +342,9 @@ def rule_of(rules, at):  # type: ignore[no-untyped-def]
 
 @compiled
 def descend(theta, b, g, x, lr, rule, first):  # type: ignore[no-untyped-def]
-    """The update rule on one row θ of parameters, whose gradient is g·x.
+    """The update rule on one row θ (D,) of parameters, whose gradient is g·x; b is its momentum.
 
-    Args:
-        theta: (D,), in place.
-        b: (D,), its momentum buffer, in place; not used without momentum.
-        g: A number.
-        x: (D,).
-        lr: η.
-        rule: A `Rule` of numbers.
-        first: Whether this is the first update of the sweep.
-
-    Example:
-        >>> import numpy as np
-        >>> theta, x = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 6.0, 7.0, 2.0])
-        >>> descend(theta, theta, 1.0, x, 0.5, Rule(), False)
-        >>> theta
-        array([ 0.5, -1. , -0.5,  3. ])
+    `first`: of the sweep, where a fresh buffer is made.
     """
     momentum, keep, weight_decay = rule.momentum, rule.keep, rule.weight_decay
     g = g * rule.sign
@@ -515,23 +373,7 @@ def descend(theta, b, g, x, lr, rule, first):  # type: ignore[no-untyped-def]
 
 @compiled
 def polyak_share(value, square, peak, most, bound):  # type: ignore[no-untyped-def]
-    """η / η₀ of a bounded step: min(most, (f − f*) / (c ‖g‖² η₀)).
-
-    Args:
-        value: f, the objective with its penalty on the examples of the update.
-        square: ‖g‖².
-        peak: η₀.
-        most: The largest share.
-        bound: A `Bound`.
-
-    Returns:
-        The share; NaN where f or g is.
-
-    Example:
-        >>> from gdtrain.engines.native.arguments import Bound
-        >>> polyak_share(3.0, 4.0, 1.0, 1.0, Bound(inverse=0.5, least=1.0))  # ½ (3 − 1) / 4
-        0.25
-    """
+    """η / η₀ of a bounded step: min(most, (f − f*) / (c ‖g‖² η₀))."""
     if square == 0:
         return most
     share = bound.inverse * max(value - bound.least, 0.0 * value) / (square * peak)

@@ -32,28 +32,10 @@ _CACHED = 4 * 2**20  # bytes of one pass
 
 
 class Backpropagation:
-    """Updates W_l and b_l in place, from mini-batches.
+    """Updates W_l (n_l, n_{l−1}) and b_l (n_l,) or None in place, from mini-batches.
 
-    Args:
-        weights: W_l, (n_l, n_{l−1}).
-        biases: b_l, (n_l,), or None.
-        activations: a of each layer.
-        loss: From predictions (M, C) and the numbers of the examples to the sum of their losses;
-            it writes ∂ℓ/∂P into its third argument (M, C).
-
-    Example:
-        >>> def squared_error(p, rows, slope):
-        ...     torch.sub(p, torch.tensor([[1.0], [3.0]])[rows], out=slope)
-        ...     return 0.5 * float(slope.square().sum())
-        >>> from gdtrain.models.activations import ACTIVATIONS
-        >>> weight = torch.zeros(1, 1)
-        >>> network = Backpropagation([weight], [None], [ACTIVATIONS["identity"]()], squared_error)
-        >>> rule = dict(momentum=0, dampening=0, weight_decay=0, nesterov=False, maximize=False)
-        >>> network.update(torch.tensor([[1.0], [1.0]]), torch.arange(2), 2,
-        ...     [(0.5, rule)] * 2, [None] * 2)
-        2.5
-        >>> weight  # 0.5 times the mean of 1 and 3
-        tensor([[1.]])
+    `loss` gets predictions (M, C) and the numbers of the examples, returns the sum of their losses
+    and writes ∂ℓ/∂P into its third argument (M, C).
     """
 
     def __init__(
@@ -86,15 +68,7 @@ class Backpropagation:
         return self._rooms[size]
 
     def gathered(self, inputs: Any, rows: Tensor) -> Tensor:
-        """The examples, as one matrix.
-
-        Args:
-            inputs: (N, …), a tensor or rows that are indexed.
-            rows: (M,).
-
-        Returns:
-            (M, D); valid until the next call of this size.
-        """
+        """The examples as one matrix (M, D), valid until the next call of this size."""
         if not isinstance(inputs, Tensor):
             return inputs[rows].reshape(len(rows), -1)
         first, last = int(rows[0]), int(rows[-1])
@@ -111,19 +85,10 @@ class Backpropagation:
         buffers: list[Tensor | None],
         share: Callable[[float, float], float] | None = None,
     ) -> float:
-        """Make one update.
+        """Make one update by the examples `rows` (B,), `size` of them in a pass; J before it.
 
-        Args:
-            inputs: (N, D), a tensor or rows that are indexed.
-            rows: (B,), which of them.
-            size: M, range [1, ∞).
-            rules: η and the other arguments of `gdtrain.rules.descend_`, for W_1, b_1, W_2, …;
-                those of a bias that is None are not used.
-            buffers: Momentum of W_1, b_1, …; a None is filled where there is momentum.
-            share: From f and ‖g‖², both with the penalty, to a factor on η; None: 1.
-
-        Returns:
-            J before the update.
+        `rules` has η and the arguments of `gdtrain.rules.descend_` for W_1, b_1, W_2, …, `buffers`
+        their momentum, where a None is filled. `share` makes a factor on η of f and ‖g‖².
         """
         count = len(rows)
         total = 0.0
@@ -148,16 +113,7 @@ class Backpropagation:
     def value_and_grad(
         self, inputs: Any, rows: Tensor, size: int
     ) -> tuple[float, list[Tensor | None]]:
-        """J and its gradient; nothing is updated.
-
-        Args:
-            inputs: As for `update`.
-            rows: As for `update`.
-            size: As for `update`.
-
-        Returns:
-            J, and ∂J/∂W_1, ∂J/∂b_1, …, valid until the next call; None for a bias that is None.
-        """
+        """J and ∂J/∂W_1, ∂J/∂b_1, …, valid until the next call; nothing is updated."""
         total = 0.0
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -169,13 +125,7 @@ class Backpropagation:
         return total / len(rows), self._gradients
 
     def value(self, inputs: Any, rows: Tensor, size: int) -> float:
-        """J alone.
-
-        Args:
-            inputs: As for `update`.
-            rows: As for `update`.
-            size: As for `update`.
-        """
+        """J alone."""
         total = 0.0
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
@@ -316,35 +266,10 @@ class _Passes:
 
 
 class Matrix(_Passes):
-    """Updates by B > 1 examples, whose step sizes a schedule gives.
-
-    Args:
-        arguments: Of the run.
-
-    Example:
-        >>> from gdtrain import GD
-        >>> from gdtrain.losses import SquaredError
-        >>> from gdtrain.models.structure import dense_layers
-        >>> from gdtrain.objective import Objective
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.zeros_(model.weight)
-        >>> objective = Objective(model, SquaredError(), torch.ones(2, 1), torch.ones(2))
-        >>> optimizer = GD([{"params": model.parameters(), "initial_lr": 0.5}])
-        >>> matrix = Matrix(Arguments(objective, optimizer, dense_layers(model)))
-        >>> factors = torch.ones(2, dtype=torch.float64)
-        >>> with torch.no_grad():
-        ...     matrix(torch.tensor([[0, 1], [0, 1]]), factors, factors.clone())
-        tensor([0.5000, 0.1250])
-    """
+    """Updates by B > 1 examples, whose step sizes a schedule gives."""
 
     def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
-        """(K, B) example numbers and (K,) factors to (K,) losses.
-
-        Args:
-            indices: (K, B).
-            factors: (K,).
-            shares: (K,), of η₀, written where the step is bounded.
-        """
+        """(K, B) example numbers, (K,) factors to (K,) losses; bounds write `shares` (K,) of η₀."""
         arguments, groups = self.arguments, self.arguments.optimizer.param_groups
         own = [{name: group[name] for name in _RULE} for group in groups]
         rules = [own[i] for i in arguments.group_of]
@@ -379,27 +304,7 @@ class Matrix(_Passes):
 
 
 class ByRule(_Passes):
-    """Updates whose step sizes the optimizer's own rule gives; value and gradient are ours.
-
-    Args:
-        arguments: Of the run, whose optimizer has a rule.
-
-    Example:
-        >>> from gdtrain import GD
-        >>> from gdtrain.losses import SquaredError
-        >>> from gdtrain.models.structure import dense_layers
-        >>> from gdtrain.objective import Objective
-        >>> from gdtrain.step_sizes import Armijo
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.zeros_(model.weight)
-        >>> objective = Objective(model, SquaredError(), torch.ones(2, 1), torch.ones(2))
-        >>> groups = [{"params": model.parameters(), "initial_lr": 1.0}]
-        >>> optimizer = GD(groups, step_size=Armijo())
-        >>> by_rule = ByRule(Arguments(objective, optimizer, dense_layers(model)))
-        >>> with torch.no_grad():
-        ...     by_rule(torch.tensor([[0, 1]]), torch.ones(1))
-        tensor([0.5000])
-    """
+    """Updates whose step sizes the optimizer's own rule gives; value and gradient are ours."""
 
     def __init__(self, arguments: Arguments) -> None:
         super().__init__(arguments)
@@ -408,12 +313,7 @@ class ByRule(_Passes):
         self._ahead = LookAhead()
 
     def __call__(self, indices: Tensor, factors: Tensor) -> Tensor:
-        """(K, B) example numbers and (K,) factors to (K,) losses; `rates` are set.
-
-        Args:
-            indices: (K, B).
-            factors: (K,).
-        """
+        """(K, B) example numbers and (K,) factors to (K,) losses; `rates` are set."""
         arguments, network = self.arguments, self.network
         optimizer: Any = arguments.optimizer
         size = self.size(indices.shape[1])

@@ -35,43 +35,21 @@ __all__ = ["Rows", "Sparse", "SparseRoom", "sweep"]
 
 
 class Rows(NamedTuple):
-    """Sparse examples, CSR.
+    """Sparse examples, CSR."""
 
-    Args:
-        values: (nnz,).
-        columns: (nnz,), each in [0, D).
-        starts: (N+1,).
-        labels: (N,) class numbers, or (1,) in a regression.
-        targets: (N, C) numbers, or (1, C) of classes.
-
-    Example:
-        >>> Rows(np.ones(1), np.array([2]), np.array([0, 1]), np.zeros(1), np.ones((1, 1))).columns
-        array([2])
-    """
-
-    values: NDArray[Any]
-    columns: NDArray[Any]
-    starts: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    targets: NDArray[Any]
+    values: NDArray[Any]  # (nnz,)
+    columns: NDArray[Any]  # (nnz,), each in [0, D)
+    starts: NDArray[np.int64]  # (N+1,)
+    labels: NDArray[np.int64]  # (N,) class numbers, or (1,) in a regression
+    targets: NDArray[Any]  # (N, C) numbers, or (1, C) of classes
 
 
 class SparseRoom(NamedTuple):
-    """Room for an update.
+    """Room for an update."""
 
-    Args:
-        prediction: (C,).
-        slopes: (B, C).
-        gradient: (C, D) of zeros, and left so; room for what momentum needs.
-
-    Example:
-        >>> SparseRoom(np.zeros(1), np.zeros((2, 1)), np.zeros((1, 3))).gradient
-        array([[0., 0., 0.]])
-    """
-
-    prediction: NDArray[Any]
-    slopes: NDArray[Any]
-    gradient: NDArray[Any]
+    prediction: NDArray[Any]  # (C,)
+    slopes: NDArray[Any]  # (B, C)
+    gradient: NDArray[Any]  # (C, D) of zeros, and left so; for what momentum needs
 
 
 @compiled(reassoc=False)
@@ -124,31 +102,7 @@ def _single(examples, rows, rates, w, bias, rule, rule_bias, loss, bound, made):
 # Without reassoc: short sums of scattered terms are slower in vector registers.
 @compiled(reassoc=False)
 def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  # type: ignore[no-untyped-def]
-    """Make K updates in place.
-
-    Args:
-        examples: `Rows`.
-        rows: (K, B), which examples make which update.
-        rates: `gdtrain.engines.native.arguments.Rates`, of W and of b.
-        parameters: `Parameters` likewise: W (C·D), then b (C), in place.
-        rules: `Rule` of arrays (2,), of W and b.
-        loss: `LossKernel`.
-        bound: `Bound`.
-        room: `SparseRoom`.
-        made: `Made`, written.
-
-    Example:
-        >>> from gdtrain.engines.native import arguments as the
-        >>> examples = Rows(np.array([2.0, 1.0]), np.array([1, 0], np.int32), np.array([0, 1, 2]),
-        ...     np.zeros(1, np.int64), np.array([[1.0], [3.0]]))
-        >>> parameters, made = the.Parameters(np.zeros(3), np.zeros(0)), Made(*np.zeros((2, 1)))
-        >>> room = SparseRoom(np.zeros(1), np.zeros((2, 1)), np.zeros((1, 2)))
-        >>> sweep(examples, np.array([[0, 1]]), the.Rates(np.ones(1), np.full(2, 0.5)), parameters,
-        ...     the.Rule.plain(2), the.LossKernel(the.SQUARED_ERROR), the.Bound(), room, made)
-        >>> # ¼(1² + 3²); the mean gradient is −(3, 2) for W, −4 for b, halved
-        >>> made.losses, parameters.theta
-        (array([2.5]), array([0.75, 0.5 , 1.  ]))
-    """
+    """Make K updates in place, of the `rows` (K, B) of the examples."""
     values, columns, starts = examples.values, examples.columns, examples.starts
     labels, targets, factors, peaks = examples.labels, examples.targets, rates.factors, rates.peaks
     theta, buffers, losses = parameters.theta, parameters.buffers, made.losses
@@ -262,28 +216,7 @@ def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  #
 
 
 class Sparse:
-    """Updates of a linear model by sparse examples, B each.
-
-    Args:
-        arguments: Of the run, whose inputs are sparse.
-
-    Example:
-        >>> from scipy.sparse import csr_array
-        >>> from gdtrain import SGD
-        >>> from gdtrain.losses import SquaredError
-        >>> from gdtrain.models.structure import dense_layers
-        >>> from gdtrain.objective import Objective
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.zeros_(model.weight)
-        >>> inputs = SparseInputs.from_scipy(csr_array(np.ones((1, 1), np.float32)))
-        >>> objective = Objective(model, SquaredError(), inputs, torch.ones(1))
-        >>> optimizer = SGD([{"params": model.parameters(), "initial_lr": 0.5}])
-        >>> sparse = Sparse(Arguments(objective, optimizer, dense_layers(model)))
-        >>> factors = torch.ones(2, dtype=torch.float64)
-        >>> with torch.no_grad():
-        ...     sparse(torch.zeros(2, 1, dtype=torch.int64), factors, factors.clone())
-        tensor([0.5000, 0.1250])
-    """
+    """Updates of a linear model by sparse examples, B each."""
 
     def __init__(self, arguments: Arguments) -> None:
         self.arguments = arguments
@@ -294,13 +227,7 @@ class Sparse:
         self._gradient = arguments.empty(linear.out_features, linear.in_features)
 
     def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
-        """(K, B) example numbers and (K,) factors to (K,) losses.
-
-        Args:
-            indices: (K, B).
-            factors: (K,).
-            shares: (K,), of η₀, written where the step is bounded.
-        """
+        """(K, B) example numbers, (K,) factors to (K,) losses; bounds write `shares` (K,) of η₀."""
         arguments, batch = self.arguments, indices.shape[1]
         losses = arguments.empty(len(indices))
         sweep(
