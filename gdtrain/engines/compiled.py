@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from gdtrain._compat.torch_compile import while_loop
 from gdtrain.engines.compilation import compiled_for, flat
+from gdtrain.engines.eager import Eager
 from gdtrain.engines.engine import (
     WORTH_SHARING,
     NotApplicableError,
@@ -30,7 +31,7 @@ from gdtrain.engines.engine import (
 from gdtrain.generators import RandomStates, same_after
 from gdtrain.models.dropout import Dropout, drawing, example_seeds
 from gdtrain.objective import Objective, prediction_of
-from gdtrain.optim.protocol import gathers, step_size_of, update_rules
+from gdtrain.optim.protocol import gathers, own_rule, step_size_of, update_rules
 from gdtrain.step_sizes import StochasticPolyak
 
 __all__ = ["Compiled"]
@@ -46,6 +47,7 @@ class _Rule(NamedTuple):
     weight_decay: float
     nesterov: bool
     maximize: bool
+    dampening: float = 0.0
 
 
 def _descend(
@@ -65,6 +67,47 @@ def _descend(
     return theta - rate * d, b
 
 
+_Descend = Callable[..., list[tuple[Tensor, Tensor | None]]]
+
+
+def _descents(rules: tuple[_Rule, ...]) -> _Descend:
+    """Gradient descent, parameter by parameter."""
+
+    def descend(theta: Any, gradient: Any, buffers: Any, rate: Tensor, share: Tensor) -> Any:
+        return [
+            _descend(p, g, b, rate[k].to(p.dtype), share[k].to(p.dtype), rules[k])
+            for k, (p, g, b) in enumerate(zip(theta, gradient, buffers, strict=True))
+        ]
+
+    return descend
+
+
+def _own(
+    rule: Callable[..., None], rules: tuple[_Rule, ...], parts: dict[int, list[int]]
+) -> _Descend:
+    """A user's rule, group by group, on copies: it changes its tensors in place."""
+
+    def descend(theta: Any, gradient: Any, buffers: Any, rate: Tensor, share: Tensor) -> Any:
+        made = [p.clone() for p in theta]
+        moved = [None if b is None else b.clone() for b in buffers]
+        for part in parts.values():
+            first, own = part[0], [moved[k] for k in part]
+            options = rules[first]._asdict()
+            lr = rate[first].to(made[first].dtype)
+            rule(
+                [made[k] for k in part],
+                [gradient[k] for k in part],
+                own if options["momentum"] != 0 else [],
+                lr=lr,
+                **options,
+            )
+            for k, b in zip(part, own, strict=True):
+                moved[k] = b
+        return list(zip(made, moved, strict=True))
+
+    return descend
+
+
 class Compiled:
     """Makes K updates, as `gdtrain.engines.engine.Engine` says, of any module that compiles.
 
@@ -79,8 +122,8 @@ class Compiled:
 
     Args:
         objective: J.
-        optimizer: `SGD`, `GD`, `MiniBatchSGD` or `torch.optim.SGD`, of the objective's parameters;
-            its groups have "initial_lr".
+        optimizer: `SGD`, `GD`, `MiniBatchSGD`, a subclass with a rule of its own, or
+            `torch.optim.SGD`, of the objective's parameters; its groups have "initial_lr".
 
     Raises:
         NotApplicableError: This engine cannot make these updates; the text says why. What only a
@@ -95,7 +138,7 @@ class Compiled:
         >>> Compiled(Objective(model, SquaredError(), x, y), optimizer)
         Traceback (most recent call last):
         ...
-        gdtrain.engines.engine.NotApplicableError: the rule of Adam is not compiled, ...
+        gdtrain.engines.engine.NotApplicableError: the step of Adam is not compiled, ...
     """
 
     name: ClassVar[str] = "compiled"
@@ -120,6 +163,11 @@ class Compiled:
                 f"{type(rule).__name__} looks at more than the loss and the gradient's norm"
             )
         self._bound: StochasticPolyak | None = rule
+        self._own = own_rule(optimizer)
+        if self._own is not None and rule is not None:
+            raise NotApplicableError(
+                f"{type(rule).__name__} is compiled with the rule of gradient descent alone"
+            )
         self._programs: dict[Any, _Program] = {}
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
@@ -154,6 +202,8 @@ class Compiled:
         state = self.optimizer.state
         moving = [p for p, rule in zip(params, program.rules, strict=True) if rule.momentum != 0]
         fresh = {p for p in moving if state.get(p, {}).get("momentum_buffer") is None}
+        if self._own is not None and fresh:
+            return self._begin(indices, factors, draw)
         shares = torch.tensor([1.0 - group["dampening"] for group in own], dtype=torch.float64)
         shares = shares.repeat(len(indices), 1)
         shares[0, [p in fresh for p in params]] = 1.0  # momentum starts undampened
@@ -196,15 +246,37 @@ class Compiled:
             self._bound.remember(self.optimizer, indices.shape[1], last_share(taken))
         return losses
 
+    def _begin(self, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
+        """Let a user's rule make its momentum buffers, which no graph can; then go on."""
+        objective, state = self.objective, self.optimizer.state
+        changing = [*objective.params, *objective.model.buffers()]
+        before = [t.detach().clone() for t in changing]
+        known: dict[Tensor, Any] = {p: dict(state[p]) for p in objective.params if p in state}
+        eager = Eager(objective, self.optimizer)
+        try:
+            losses, rates = eager(indices[:1], factors[:1], draw), eager.rates
+            if any(state[p].get("momentum_buffer") is None for p in objective.params):
+                raise NotApplicableError("its rule has momentum, and keeps no buffer of it")
+            if len(indices) > 1:
+                losses = torch.cat([losses, self(indices[1:], factors[1:], draw + 1)])
+                rates = torch.cat([rates, self.rates])
+        except BaseException:
+            with torch.no_grad():
+                for tensor, old in zip(changing, before, strict=True):
+                    tensor.copy_(old)
+            for p in objective.params:
+                state.pop(p, None)
+            state.update(known)
+            raise
+        self.rates = rates
+        return losses
+
     def _program(self, indices: Tensor, own: Sequence[dict[str, Any]], draw: int) -> _Program:
         """The compiled graph for such updates."""
         objective = self.objective
         for hyperparameters in own:
             _check_hyperparameters(hyperparameters)
-        rules = tuple(
-            _Rule(*(group[name] for name in ("momentum", "weight_decay", "nesterov", "maximize")))
-            for group in own
-        )
+        rules = tuple(_Rule(*(group[name] for name in _Rule._fields)) for group in own)
         size = indices.shape[1]
         modes = tuple(module.training for module in objective.model.modules())
         device = objective.params[0].device.type
@@ -220,7 +292,12 @@ class Compiled:
                     f"an update of {size} examples is gathered from micro-batches of {micro}"
                 )
             _rehearse(objective, indices[0], draw)
-            program = _Program(objective, rules, size, self._bound)
+            owners = {id(group): at for at, group in enumerate(self.optimizer.param_groups)}
+            parts: dict[int, list[int]] = {}
+            for k, group in enumerate(own):
+                parts.setdefault(owners[id(group)], []).append(k)
+            descend = _descents(rules) if self._own is None else _own(self._own, rules, parts)
+            program = _Program(objective, rules, size, self._bound, descend)
             self._programs[size, rules, modes] = program
         return program
 
@@ -229,10 +306,10 @@ class Compiled:
 
 
 def _check_optimizer(objective: Objective, optimizer: Optimizer) -> None:
-    if update_rules(optimizer) is None:
+    if update_rules(optimizer) is None and own_rule(optimizer) is None:
         raise NotApplicableError(
-            f"the rule of {type(optimizer).__name__} is not compiled, only that of SGD, GD, "
-            f"MiniBatchSGD and torch.optim.SGD"
+            f"the step of {type(optimizer).__name__} is not compiled, only the rule of SGD, GD, "
+            f"MiniBatchSGD and torch.optim.SGD, and that of a subclass of the first three"
         )
     if gathers(optimizer):
         raise NotApplicableError("the optimizer gathers micro-batches")
@@ -286,6 +363,7 @@ class _Program:
         rules: tuple[_Rule, ...],
         size: int,
         bound: StochasticPolyak | None,
+        descend: _Descend,
     ) -> None:
         self.objective, self.rules = objective, rules
         model = objective.model
@@ -312,7 +390,7 @@ class _Program:
         self.layers = torch.tensor([m.layer for m in dropouts], dtype=torch.int64)
         self.positions = torch.arange(size)
         self.seeds = torch.zeros(self.length, len(dropouts), size, dtype=torch.int64, device=device)
-        update = _update(objective, rules, self.buffers, bound)
+        update = _update(objective, rules, self.buffers, bound, descend)
         weights = sum(p.numel() for p in objective.params)
         self._run = (
             _replayed(update)
@@ -393,6 +471,7 @@ def _update(
     rules: tuple[_Rule, ...],
     buffer_names: list[str],
     bound: StochasticPolyak | None,
+    descend: _Descend,
 ) -> _Update:
     """Update number i of a chunk, as a pure function of tensors."""
     model, loss = objective.model, objective.loss
@@ -431,10 +510,7 @@ def _update(
             past = None if bound.smoothing is None else (losses[1], i)
             taken = _polyak_share(value, theta, gradient, rules, polyak, past)
             rate = rate * taken
-        updated = [
-            _descend(p, g, b, rate[k].to(p.dtype), share[k].to(p.dtype), rules[k])
-            for k, (p, g, b) in enumerate(zip(theta, gradient, buffers, strict=True))
-        ]
+        updated = descend(theta, gradient, buffers, rate, share)
         here = torch.arange(losses.shape[1], device=losses.device) == i
         found = torch.stack([value.to(losses.dtype), taken.to(losses.dtype)])
         return (

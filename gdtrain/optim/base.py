@@ -204,10 +204,18 @@ class Descent(Stepping):
 
         None: `step` makes another update, as that of a subclass may.
         """
-        own_step = inspect.unwrap(type(self).step) is not inspect.unwrap(Descent.step)
-        if own_step or self.rule is not descend_:
+        if self._has_own_step or self.rule is not descend_:
             return None
         return tuple(UpdateRule.of(group) for group in self.param_groups)
+
+    @property
+    def own_rule(self) -> Callable[..., None] | None:
+        """The rule of a subclass that `step` applies in the place of `gdtrain.rules.descend_`."""
+        return None if self._has_own_step or self.rule is descend_ else self.rule
+
+    @property
+    def _has_own_step(self) -> bool:
+        return inspect.unwrap(type(self).step) is not inspect.unwrap(Descent.step)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

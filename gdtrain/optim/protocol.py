@@ -1,13 +1,14 @@
 """What engines, callbacks and analyses ask of an optimizer, gdtrain's own or another's.
 
-An optimizer answers in attributes: `update_rules`, `step_size`, `is_full_batch`, `examples`. One
-that lacks them, as torch's do, has no rule for the step size, gathers nothing and promises nothing
-of what its gradients average. So whoever asks here needs no list of classes.
+An optimizer answers in attributes: `update_rules`, `own_rule`, `step_size`, `is_full_batch`,
+`examples`. One that lacks them, as torch's do, has no rule for the step size, gathers nothing and
+promises nothing of what its gradients average. So whoever asks here needs no list of classes.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from torch.optim import Optimizer
@@ -15,7 +16,14 @@ from torch.optim import Optimizer
 from gdtrain.rules import UpdateRule
 from gdtrain.step_sizes import StepSize
 
-__all__ = ["gathers", "is_full_batch", "step_size_of", "takes_step_size", "update_rules"]
+__all__ = [
+    "gathers",
+    "is_full_batch",
+    "own_rule",
+    "step_size_of",
+    "takes_step_size",
+    "update_rules",
+]
 
 
 def update_rules(optimizer: Optimizer) -> tuple[UpdateRule, ...] | None:
@@ -40,6 +48,11 @@ def update_rules(optimizer: Optimizer) -> tuple[UpdateRule, ...] | None:
     if step is not inspect.unwrap(torch.optim.SGD.step):
         return None
     return tuple(UpdateRule.of(group) for group in optimizer.param_groups)
+
+
+def own_rule(optimizer: Optimizer) -> Callable[..., None] | None:
+    """Another rule with the arguments of `gdtrain.rules.descend_`, if `step` applies one."""
+    return getattr(optimizer, "own_rule", None)
 
 
 def step_size_of(optimizer: object) -> StepSize | None:

@@ -178,6 +178,53 @@ def test_a_thousand_single_example_updates_of_a_custom_layer(one_by_one):
     assert losses[-100:].mean() < 0.9 * losses[:100].mean()
 
 
+class Lion(MiniBatchSGD):
+    """A user's rule, whose buffer is no sum of gradients (Chen et al., 2023)."""
+
+    @staticmethod
+    def rule(params, grads, buffers, *, lr, momentum, weight_decay, **others):
+        for k, (p, g) in enumerate(zip(params, grads, strict=True)):
+            d = g if buffers[k] is None else 0.9 * buffers[k] + 0.1 * g
+            if buffers[k] is None:
+                buffers[k] = g.clone()
+            else:
+                buffers[k].mul_(momentum).add_(g, alpha=1 - momentum)
+            p -= lr * (d.sign() + weight_decay * p)
+
+
+@pytest.mark.slow
+def test_a_rule_of_ones_own_however_its_updates_are_cut():
+    problem = Problem(mlp(), (5,), Lion, momentum=0.99, weight_decay=0.01)
+    indices, eta = problem.indices(300, 4), factors(300)
+    theirs = problem.eager(indices, eta)
+    for cuts in ([300], [1, 299], [150, 150]):
+        problem.engine.objective.model.load_state_dict(problem.start)
+        problem.optimizer.state.clear()
+        ours = [
+            problem.engine(*part) for part in zip(indices.split(cuts), eta.split(cuts), strict=True)
+        ]
+        torch.testing.assert_close(torch.cat(ours), theirs, rtol=1e-12, atol=1e-12)
+        problem.assert_same(1e-12)
+    assert problem.engine.rates.tolist() == (0.05 * eta[150:]).tolist()
+
+
+@pytest.mark.slow
+def test_a_rule_of_ones_own_that_cannot_be_compiled_changes_nothing():
+    class Branching(Lion):
+        @staticmethod
+        def rule(params, grads, buffers, **options):
+            Lion.rule(params, grads, buffers, **options)
+            if params[0].sum() > 0:
+                params[0].mul_(0.5)
+
+    problem = Problem(mlp(), (5,), Branching, momentum=0.99)
+    with pytest.raises(NotApplicableError, match="Detected data-dependent"):
+        problem.engine(problem.indices(4, 2), factors(4))
+    assert not problem.optimizer.state
+    for name, value in problem.model.state_dict().items():
+        assert torch.equal(value, problem.start[name])
+
+
 @pytest.mark.slow
 def test_parameters_stay_where_they_are_and_keep_no_gradient(one_by_one):
     one_by_one.restart()
@@ -308,8 +355,8 @@ def linear(optimizer=None, model=None, micro=None, loss=None, **rule):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: linear(torch.optim.Adam), "the rule of Adam"),
-        (lambda: linear(type("Mine", (SGD,), {"step": lambda self: None})), "the rule of Mine"),
+        (lambda: linear(torch.optim.Adam), "the step of Adam"),
+        (lambda: linear(type("Mine", (SGD,), {"step": lambda self: None})), "the step of Mine"),
         (lambda: linear(GD, num_samples=10), "gathers micro-batches"),
         (lambda: linear(differentiable=True), "differentiable"),
         (lambda: linear(weight_decay=torch.tensor(0.1)), "weight_decay is a tensor"),
