@@ -13,9 +13,10 @@ from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from gdtrain import GD, SGD, MiniBatchSGD
-from gdtrain.engines.compiled import Compiled, _descend, _Rule
+from gdtrain.engines.compiled import Compiled
 from gdtrain.engines.eager import Eager
 from gdtrain.engines.engine import NotApplicableError
+from gdtrain.engines.program import GraphRule, descend
 from gdtrain.losses import CrossEntropy, Loss
 from gdtrain.models import CNN, MLP
 from gdtrain.objective import Objective
@@ -159,7 +160,7 @@ def test_the_rule_is_that_of_rules(rule):
         descend_(want, [g], buffers, lr=0.1 / (t + 1), **rule)
         share = 1.0 if t == 0 else 1 - rule.get("dampening", 0.0)
         rate, share = torch.tensor([0.1 / (t + 1), share], dtype=torch.float64)
-        theta, b = _descend(theta, g, b, rate, share, _Rule(**constant))
+        theta, b = descend(theta, g, b, rate, share, GraphRule(**constant))
         torch.testing.assert_close(theta, want[0], rtol=1e-12, atol=0)
 
 
