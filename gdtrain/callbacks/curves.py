@@ -19,6 +19,8 @@ from gdtrain.reporting.tensorboard import BAND, LAYOUT, SPEED, described
 
 __all__ = ["History", "LossCurves"]
 
+_BLOCK = 1024  # losses that are added up at once
+
 
 @dataclass
 class History:
@@ -155,7 +157,7 @@ class LossCurves(Callback):
         each = outputs["seconds"] / len(losses)
         now = self.seconds
         for start, end in _pieces(first, last, lambda done: self.every(module, done)):
-            self._point.add(losses[start - first : end - first], size, each)
+            self._point.add(losses[start - first : end - first], 1, each)
             if end % self.every(module, start) == 0 or end == total:
                 point, self._point = self._point, _Point()
                 row = {
@@ -163,7 +165,7 @@ class LossCurves(Callback):
                     "examples": module.examples_seen - (last - end) * size,
                     "epoch": end / module.updates_per_epoch,
                     "seconds": now - (last - end) * each,
-                    "loss": point.sum / point.updates,
+                    "loss": point.mean,
                     "min": point.min,
                     "max": point.max,
                     "lr": float(rates[end - 1 - first]),
@@ -185,7 +187,7 @@ class LossCurves(Callback):
             self._epoch.add(losses[start - first : end - first], size, each)
             if end % whole(start) == 0 or (end == total and end % per_epoch == 0):
                 epoch, self._epoch = self._epoch, _Point()
-                values = {"by_epoch/loss/train": epoch.weighted / epoch.examples}
+                values = {"by_epoch/loss/train": epoch.mean}
                 self._write(trainer, {end // per_epoch: values}, now - (last - end) * each)
         self._keep(trainer)
 
@@ -277,30 +279,33 @@ class LossCurves(Callback):
 
 @dataclass
 class _Point:
-    """Losses of updates, as they come in: added one by one, so that no sum depends on sweeps."""
+    """Losses of updates, as they come in: summed in whole blocks, however sweeps are cut."""
 
     updates: int = 0
-    examples: int = 0
-    sum: float = 0.0
-    weighted: float = 0.0  # each loss times its update's examples
+    weights: int = 0
+    sum: float = 0.0  # of the blocks that are full
+    rest: list[float] = field(default_factory=list)
     min: float = math.inf
     max: float = -math.inf
     seconds: float = 0.0
 
-    def add(self, losses: NDArray[np.float64], size: int, seconds: float) -> None:
-        """`size` examples and `seconds` for each of the losses."""
+    def add(self, losses: NDArray[np.float64], weight: int, seconds: float) -> None:
+        """Each loss has the weight, and its update took the seconds."""
+        series = np.concatenate([self.rest, losses * weight])
+        full = len(series) // _BLOCK * _BLOCK
+        for block in series[:full].reshape(-1, _BLOCK):
+            self.sum += float(block.sum())
+        self.rest = series[full:].tolist()
         self.updates += len(losses)
-        self.examples += len(losses) * size
-        self.sum = _added(self.sum, losses)
-        self.weighted = _added(self.weighted, losses * size)
+        self.weights += len(losses) * weight
         self.min = float(np.minimum(self.min, losses.min()))
         self.max = float(np.maximum(self.max, losses.max()))
         self.seconds += len(losses) * seconds
 
-
-def _added(total: float, values: NDArray[np.float64]) -> float:
-    """Plus one value after the other: `sum` adds in another order, which rounds otherwise."""
-    return float(np.add.accumulate(np.append(total, values))[-1])
+    @property
+    def mean(self) -> float:
+        """Of the losses, by weight."""
+        return (self.sum + float(np.sum(self.rest))) / self.weights
 
 
 def _pieces(first: int, last: int, every: Callable[[int], int]) -> Iterator[tuple[int, int]]:
