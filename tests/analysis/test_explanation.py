@@ -2,14 +2,15 @@
 
 import copy
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from commands import command
 from lightning import Trainer
 from torch import nn
+from torch.nn.utils import vector_to_parameters
 
 from gdtrain import GD, SGD, MiniBatchSGD
 from gdtrain.analysis.explanation import explain, explain_made
@@ -27,7 +28,7 @@ from gdtrain.losses import (
     SquaredError,
     SquaredHinge,
 )
-from gdtrain.models import CNN, MLP, Linear
+from gdtrain.models import MLP, Linear
 from gdtrain.models.activations import ACTIVATIONS
 from gdtrain.objective import Objective
 from gdtrain.schedules import Cosine
@@ -119,13 +120,8 @@ def test_error_signals_are_the_gradients_of_the_loss_in_z():
     first, second = found.layers
     z = first.z.clone().requires_grad_()
     p = nn.functional.gelu(z) @ second.weight.T + second.bias
-    z_grad, p_grad = torch.autograd.grad(CrossEntropy()(p, y).sum(), (z, p))
-    torch.testing.assert_close(first.signal, z_grad)
-    torch.testing.assert_close(second.signal, p_grad)
-    by_example = torch.stack(
-        [torch.outer(first.signal[k], first.inputs[k]) for k in range(len(x))]
-    ).mean(0)
-    torch.testing.assert_close(first.weight_gradient, by_example)
+    gradients = torch.autograd.grad(CrossEntropy()(p, y).sum(), (z, p))
+    torch.testing.assert_close((first.signal, second.signal), gradients)
 
 
 def test_nothing_is_changed():
@@ -173,13 +169,8 @@ NUMBER = r"-?\d+(?:\.\d+)?(?:e-?\d+)?"
 def small():
     x = torch.tensor([[2.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
     model = MLP((2,), 1, hidden=[2], activation="relu").double()
-    with torch.no_grad():
-        for p, values in zip(
-            model.parameters(),
-            ([[1.0, -1.0], [0.5, 0.5]], [0.0, -2.0], [[2.0, 1.0]], [0.5]),
-            strict=True,
-        ):
-            p.copy_(torch.tensor(values))
+    flat = torch.tensor([1, -1, 0.5, 0.5, 0, -2, 2, 1, 0.5], dtype=torch.float64)
+    vector_to_parameters(flat, model.parameters())  # W₁, b₁, W₂, b₂
     return Objective(model, SquaredError(), x, torch.tensor([1.0, 2.0], dtype=torch.float64))
 
 
@@ -278,15 +269,9 @@ def test_options_out_of_range(options, message):
 
 
 def fit(module, data, *callbacks, **options):
-    trainer = Trainer(
-        **{"max_epochs": 2, "accelerator": "cpu", **options},
-        logger=False,
-        callbacks=[*callbacks],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, datamodule=data)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    options = {"max_epochs": 2, "accelerator": "cpu", **dict.fromkeys(quiet, False), **options}
+    Trainer(callbacks=[*callbacks], **options).fit(module, datamodule=data)
 
 
 def explained(module, data, update, **options):
@@ -356,15 +341,11 @@ def test_a_rate_that_a_rule_computes_is_the_one_shown():
     ("changes", "update", "message"),
     [
         ({}, 210, r"update must be one of the run's 210.*\[0, 209\]. Received: update=210"),
-        ({}, -1, "update must be a whole number of at least 0. Received: update=-1"),
-        ({"optimizer": partial(torch.optim.Adam, lr=0.1)}, 0, "GD, SGD and MiniBatchSGD.*Adam"),
-        ({"model": partial(CNN, (1, 8, 8), 3)}, 0, "gdtrain's Linear and MLP.*Received: CNN"),
-        ({"model": partial(nn.Linear, 4, 3)}, 0, "Received: Linear"),
+        ({"model": partial(nn.Linear, 4, 3)}, 0, "gdtrain's Linear and MLP.*Received: Linear"),
     ],
 )
 def test_what_cannot_be_explained_is_said(changes, update, message):
-    options = {"optimizer": partial(SGD, lr=0.1), "batch_size": 1, **changes}
-    module, data = make(**options)
+    module, data = make(partial(SGD, lr=0.1), 1, **changes)
     with pytest.raises(ValueError, match=message):
         explained(module, data, update)
 
@@ -382,46 +363,33 @@ def test_a_loss_of_ones_own_is_refused():
 # ---------------------------------------------------------------------- the command
 
 
-def command(monkeypatch, folder, words):
-    from gdtrain import cli
-
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["explain.py", *words.split()])
-    try:
-        cli.explain_main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
-
-
-def test_without_words_it_is_small_enough_to_read(monkeypatch, capsys, tmp_path):
-    assert command(monkeypatch, tmp_path, "") == 0
-    said = capsys.readouterr().out
-    assert said.startswith("Update 0 of sgd on iris, linear\n")
-    assert "η = 0.1\n" in said
-    assert len(said.splitlines()) < 60
+def test_without_words_it_is_small_enough_to_read(tmp_path):
+    done = command(tmp_path, "explain")
+    assert done.returncode == 0
+    assert done.stdout.startswith("Update 0 of sgd on iris, linear\n")
+    assert "η = 0.1\n" in done.stdout
+    assert len(done.stdout.splitlines()) < 60
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_page_shows_what_the_command_prints(monkeypatch, capsys, tmp_path):
+def test_the_page_shows_what_the_command_prints(capsys, tmp_path):
     page = (Path(__file__).parent.parent.parent / "docs" / "explain.md").read_text(encoding="utf-8")
     (words,) = re.findall(r"^python scripts/explain.py (.*)$", page, re.MULTILINE)
-    assert command(monkeypatch, tmp_path, words) == 0
-    said = capsys.readouterr().out
+    done = command(tmp_path, "explain", *words.split())
+    assert done.returncode == 0
     (shown,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
-    assert said.splitlines()[:-1] == shown.splitlines()[:-1]  # the last line tells of rounding
+    assert done.stdout.splitlines()[:-1] == shown.splitlines()[:-1]  # the last tells of rounding
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(code, {})
     assert "Example 1 (2 of 3), y = 4" in capsys.readouterr().out
 
 
-def test_words_are_those_of_training(monkeypatch, capsys, tmp_path):
+def test_words_are_those_of_training(tmp_path):
     words = (
         "model.hidden=[2] optimizer=minibatch optimizer.momentum=0.9 optimizer.lr=0.05 "
         "optimizer.weight_decay=0.01 update=5 examples=3 digits=3"
     )
-    assert command(monkeypatch, tmp_path, words) == 0
-    said = capsys.readouterr().out
+    said = command(tmp_path, "explain", *words.split()).stdout
     assert said.startswith("Update 5 of minibatch on iris, mlp\n")
     assert "η = 0.05,   μ = 0.9,   λ = 0.01 (not on b₁, b₂)\n" in said
     assert said.count("Example ") == 3
@@ -433,12 +401,9 @@ def test_words_are_those_of_training(monkeypatch, capsys, tmp_path):
     ("words", "message"),
     [
         ("update=first", "update must be a whole number of at least 0. Received: update=first"),
-        ("update=-1", "update must be a whole number of at least 0"),
         ("update=2100", "range [0, 2099]"),
-        ("digits=0", "digits must be a whole number from 1 to 12"),
         ("model=cnn data=digits", "model=linear, model=mlp). Received: CNN."),
         ("optimizer=adam", "(optimizer=gd, sgd or minibatch)"),
-        ("optimizer=sdg", "Did you mean sgd?"),
         ("hidden=[2]", "Unknown key hidden."),
         ("-m optimizer=gd,sgd", "one update at a time"),
         (f"ckpt_path={__file__}", f"Received: ckpt_path={__file__}. Leave it out"),
@@ -446,11 +411,10 @@ def test_words_are_those_of_training(monkeypatch, capsys, tmp_path):
         ("data=iris model=linear step_size=schedule_free update=40", "Set step_size=none."),
     ],
 )
-def test_bad_words_end_with_one_message_and_code_2(monkeypatch, capsys, tmp_path, words, message):
-    assert command(monkeypatch, tmp_path, words) == 2
-    said = capsys.readouterr()
-    assert message in said.err
-    assert said.err.startswith("error")
-    assert said.err.count("\n") == 1
-    assert said.out == ""
+def test_bad_words_end_with_one_message_and_code_2(tmp_path, words, message):
+    done = command(tmp_path, "explain", *words.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert done.stderr.startswith("error")
+    assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
