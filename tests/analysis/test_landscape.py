@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 import torch
 from commands import called, command, loaded
-from hydra import compose, initialize_config_dir
 from sklearn.decomposition import PCA
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.nn.utils import vector_to_parameters
 
 from gdtrain.analysis.landscape import Landscape, Surface, directions
 from gdtrain.analysis.landscape_figure import Grid, Line, save
 from gdtrain.analysis.trajectory import Snapshots, plane_of
+from gdtrain.cli.composition import compose
 from gdtrain.losses import CrossEntropy, Hinge, Logistic, SquaredError
 from gdtrain.models import MLP, Linear
 from gdtrain.objective import Objective
-from gdtrain.runs.configuration import conf_directory
 from gdtrain.runs.tools import landscape
 from gdtrain.runs.train import train
 
@@ -64,19 +64,14 @@ def odd():
 def test_each_filter_of_a_direction_is_as_long_as_that_of_the_weights_and_the_rest_is_0():
     model, _ = odd()
     d, e = directions(model, 2, seed=3)
-    trained = [(n, p.detach()) for n, p in model.named_parameters() if p.requires_grad]
-    parts = dict(
-        zip([n for n, _ in trained], d.split([p.numel() for _, p in trained]), strict=True)
-    )
-    assert set(parts) == {f"{m}.{k}" for m in ("conv", "batch", "norm", "last")
-                          for k in ("weight", "bias")}  # fmt: skip
-    for name, weights in trained:
-        part = parts[name].view(weights.shape)
+    parts = iter(d.split([p.numel() for p in model.parameters() if p.requires_grad]))
+    for name, p in model.named_parameters():
         if name in ("conv.weight", "last.weight"):
-            for own, filter_ in zip(part, weights, strict=True):
+            for own, filter_ in zip(next(parts).view(p.shape), p.detach(), strict=True):
                 assert float(own.norm()) == pytest.approx(float(filter_.norm()), rel=1e-5)
-        else:
-            assert not part.any()
+        elif p.requires_grad:
+            assert not next(parts).any()
+    assert next(parts, None) is None
     assert abs(float(d @ e)) < 0.5 * float(d.norm() * e.norm())
     assert torch.equal(d, directions(model, 1, seed=3)[0])
     assert not torch.equal(d, directions(model, 1, seed=4)[0])
@@ -113,8 +108,15 @@ def test_buffers_and_generators_are_put_back_and_values_repeat():
     before = torch.get_rng_state()
     here = landscape.position
     assert len({landscape.value(), landscape.value(), *landscape.values([here, here])}) == 1
+    still = Snapshots(np.arange(2), torch.stack([here, here]).numpy())  # has no plane
+    assert set(landscape.pictures(still, points=3)) == {"landscape-1d", "landscape-2d"}
     assert model.count == 0
     assert torch.equal(torch.get_rng_state(), before)
+    landscape.objective.loss = None
+    with pytest.raises(TypeError, match="not callable"):
+        landscape.slice_2d(points=3)
+    assert torch.equal(vector(model), here)
+    assert model.training
 
 
 # ------------------------------------------------------------------ values
@@ -141,17 +143,11 @@ def test_values_are_those_of_a_loop_in_float64_and_everything_is_put_back():
 
     @torch.no_grad()
     def value(theta):
-        done = 0
-        for p in params:
-            p.data = theta[done : done + p.numel()].view(p.shape)
-            done += p.numel()
-        total = 0.0
-        for i in made.indices.tolist():
-            x, label = objective.inputs[i : i + 1].double(), int(objective.targets[i])
-            p = oracle(x)[0].softmax(0)
-            total -= float(p[label].log()) / 12
-        own = zip(decay, params, strict=True)
-        return total + sum(0.5 * k * float((p**2).sum()) for k, p in own)
+        vector_to_parameters(theta, params)
+        prediction = oracle(objective.inputs[made.indices].double())
+        loss = nn.functional.cross_entropy(prediction, objective.targets[made.indices])
+        squares = [float((p**2).sum()) for p in params]
+        return float(loss) + sum(0.5 * k * s for k, s in zip(decay, squares, strict=True))
 
     for j, b in enumerate(grid.y):
         for i, a in enumerate(grid.x):
@@ -170,20 +166,6 @@ def test_a_small_pass_gives_the_same_values(monkeypatch):
     other = Landscape(objective)
     assert other.value() == pytest.approx(expected, rel=1e-6)
     assert 1 <= other._pass < 20 <= made._pass
-
-
-def test_an_error_in_between_puts_the_parameters_back():
-    model, objective = odd()
-    made, before = Landscape(objective), vector(model)
-
-    def broken(prediction, target):
-        raise RuntimeError("broken")
-
-    made.value()
-    objective.loss = broken
-    with pytest.raises(RuntimeError, match="broken"):
-        made.slice_2d(points=3)
-    assert torch.equal(vector(model), before)
 
 
 @pytest.mark.parametrize(
@@ -249,15 +231,6 @@ def test_a_path_on_a_line_has_one_component_and_no_path_has_none():
         plane_of([[1.0, 2.0]], [1.0, 2.0])
 
 
-def test_of_a_run_that_has_not_moved_the_slices_are_drawn():
-    torch.manual_seed(0)
-    model = nn.Linear(3, 1)
-    objective = Objective(model, SquaredError(), torch.randn(5, 3), torch.randn(5))
-    theta = vector(model).numpy()
-    still = Snapshots(np.arange(2), np.stack([theta, theta]))
-    assert set(Landscape(objective).pictures(still, points=3)) == {"landscape-1d", "landscape-2d"}
-
-
 def test_the_picture_of_a_path_has_j_in_the_plane_and_at_the_points():
     torch.manual_seed(0)
     model = MLP((3,), 2, hidden=[4]).double()
@@ -292,11 +265,9 @@ def test_snapshots_are_read_as_they_were_written_and_a_wrong_file_is_said(tmp_pa
     assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
     found = Snapshots.load(tmp_path / "t.npz")
     found.check(model, "t.npz")
-    until = found.until(9)
-    assert until.updates.tolist() == [0, 9]
+    until, ended = found.until(9), found.until(10, torch.tensor([5.0, 5.0, 5.0]))
+    assert (until.updates.tolist(), ended.updates.tolist()) == ([0, 9], [0, 9, 10])
     assert until.parameters.tolist() == [[1, 2, 3], [7, 8, 9]]
-    ended = found.until(10, torch.tensor([5.0, 5.0, 5.0]))
-    assert ended.updates.tolist() == [0, 9, 10]
     assert ended.parameters[-1].tolist() == [5, 5, 5]
     with pytest.raises(ValueError, match=r"t.npz is the path of another model: expected 4 .* 3 in"):
         found.check(Linear((3,), 1), "t.npz")
@@ -433,9 +404,7 @@ def test_what_is_drawn_says_what_it_is(tmp_path):
 
 
 def trained(folder, *words):
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        config = compose("train", ["logger=none", *words])
-    return train(config, folder)
+    return train(compose(["logger=none", *words], None), folder)
 
 
 @pytest.fixture(scope="module")
@@ -515,24 +484,19 @@ def test_wrong_words_are_told_in_one_message_and_leave_nothing(run, tmp_path):
     Snapshots(np.arange(2), np.zeros((2, 3), np.float32), ["w"], [3]).save(
         tmp_path / "other" / "trajectory.npz"
     )
-    changed(
-        run, tmp_path / "m.ckpt", lambda state: state["description"]["model"].update(hidden=[7])
-    )
+    other = {"hidden": [7]}
+    changed(run, tmp_path / "m.ckpt", lambda state: state["description"]["model"].update(other))
     for words, message in [
         ([place, "ckpt_path=x"], "Received: ckpt_path and run"),
-        (["run=nowhere"], "There is no folder nowhere"),
         (["run=empty"], "empty holds no run: expected checkpoints/last.ckpt"),
-        (["ckpt_path=no.ckpt"], "There is no checkpoint no.ckpt"),
         (["ckpt_path=text.ckpt"], "cannot be read as a checkpoint"),
         (["ckpt_path=m.ckpt"], "does not match the model"),
         (["run=other"], "trajectory.npz is the path of another model"),
         ([place, "points=few"], "from 3 to 1000. Received: points=few"),
         ([place, "span=1e300"], "span must be a number in (0, 1e+06]. Received: span=1e300"),
-        ([place, "examples=0"], "examples must be a whole number of at least 1"),
         ([place, "seed=-1"], "seed must be a whole number from 0 to 4294967295"),
         ([place, "megabytes=0"], "megabytes must be a number in (0, ∞)"),
         ([place, "megabytes=1"], "Pictures of 43 parameters take about 64 MB of memory, more than"),
-        ([place, "megabytes=0.001"], "more than megabytes=0.001."),
         ([place, "output="], "output must be a folder for the pictures"),
         ([place, f"output={folder}"], "exists already; choose another output="),
         ([place, "data.test_fraction=0.4"], "trained on another split"),
@@ -548,11 +512,8 @@ def test_wrong_words_are_told_in_one_message_and_leave_nothing(run, tmp_path):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_run_with_one_or_two_parameters_is_drawn_on_its_exact_surface(tmp_path, bias):
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=80)
-    y = 3 * x + 1 + 0.1 * rng.normal(size=80)
-    lines = ["x,y", *(f"{a},{b}" for a, b in zip(x, y, strict=True))]
-    (tmp_path / "table.csv").write_text("\n".join(lines))
+    rows = np.random.default_rng(0).normal(size=(80, 2)) @ [[1, 3], [0, 0.1]] + [0, 1]
+    np.savetxt(tmp_path / "table.csv", rows, delimiter=",", header="x,y", comments="")
     result = trained(
         tmp_path / "run", "data=csv", f"data.path={tmp_path / 'table.csv'}", "data.target=y",
         "optimizer=gd", "model=linear", f"model.bias={str(bias).lower()}", "optimizer.lr=0.3",
@@ -566,14 +527,9 @@ def test_a_run_with_one_or_two_parameters_is_drawn_on_its_exact_surface(tmp_path
     design = np.column_stack([inputs, np.ones(len(inputs))]) if bias else inputs
     answer = np.linalg.lstsq(design, targets.reshape(-1), rcond=None)[0]
     assert picture.minimum == pytest.approx(answer, abs=1e-6)
-    # The steps are those of descent, θ ← θ − η ∇J, in float32.
-    theta = picture.path[0]
-    for k in range(50):
+    for theta, value in zip(picture.path[:51], picture.path_values[:51], strict=True):
         residual = design @ theta - targets.reshape(-1)
-        theta = theta - 0.3 * design.T @ residual / len(design)
-        assert picture.path[k + 1] == pytest.approx(theta, abs=1e-5)
-        value = 0.5 * np.mean((design @ picture.path[k] - targets.reshape(-1)) ** 2)
-        assert picture.path_values[k] == pytest.approx(value, rel=1e-10)
+        assert value == pytest.approx(0.5 * np.mean(residual**2), rel=1e-10)
     with pytest.raises(ValueError, match=r"drawn on its exact surface. Received: span=2"):
         landscape(tmp_path / "run" / "checkpoints" / "last.ckpt", span=2)
 
@@ -593,32 +549,19 @@ def test_the_demonstration_draws_and_prints_what_the_page_shows(tmp_path):
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) == 8
     assert all(row in page for row in rows)
-
-
-def test_the_demonstration_descends_as_the_theory_says(tmp_path):
     for found in json.loads(called(demo.main, tmp_path, "--json").stdout):
         values = np.array(found["values"]) - found["least"]
-        ratio, name = found["lr"] * found["curvature"], found["name"]
         if len(found["columns"]) == 1:  # J − J_min shrinks by (1 − ηλ)² at each update
-            expected = values[0] * (1 - ratio) ** (2 * np.arange(len(values)))
+            share = (1 - found["lr"] * found["curvature"]) ** 2
+            expected = values[0] * share ** np.arange(len(values))
             assert values == pytest.approx(expected, abs=1e-12, rel=1e-9)
-        if name == "too small":
-            assert (np.diff(values) < 0).all()
-        if name == "right":
-            assert found["to_one_percent"] in (1, 22)
-            assert values[-1] < 0.01 * values[0]
-        if name == "too large":
-            assert found["to_one_percent"] is None
-            assert values[-1] > values[0]
 
 
 def test_the_commands_and_the_example_of_the_page_work(tmp_path, monkeypatch):
     page = (ROOT / "docs" / "landscape.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=40)
-    rows = [f"{a},{2 * a + 1}" for a in x]
-    Path("table.csv").write_text("\n".join(["x,y", *rows]))
+    rows = np.random.default_rng(0).normal(size=(40, 1)) * [1, 2] + [0, 1]
+    np.savetxt("table.csv", rows, delimiter=",", header="x,y", comments="")
     blocks = re.findall(r"```\n(.*?)```", page, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if line]
     assert lines[0] == "python scripts/demo_landscape.py"

@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,20 +12,19 @@ import numpy as np
 import pytest
 import torch
 from commands import command
-from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import Dataset
 
 from gdtrain import GD, SGD, MiniBatchSGD
 from gdtrain.analysis.rate_finder import _smooth, find_lr, suggest
+from gdtrain.cli.composition import compose
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.models import MLP
 from gdtrain.models.dropout import Dropout
 from gdtrain.objective import Objective
 from gdtrain.runs import tools
-from gdtrain.runs.configuration import conf_directory
 from gdtrain.step_sizes import Armijo
 
 
@@ -57,18 +57,15 @@ def zero_model(features=3):
 # ---------------------------------------------------------------------- the curve
 
 
-def test_smoothing_keeps_a_quadratic_and_its_slope():
-    x = np.linspace(-3, 1, 40)
-    value, slope = _smooth(x, 2 - x + 0.5 * x**2, np.ones(40))
-    # Within the bounds of what it smooths: the values at the ends are themselves such bounds.
-    assert value == pytest.approx(2 - x + 0.5 * x**2, abs=1e-10)
-    assert slope == pytest.approx(-1 + x, abs=1e-9)
-
-
-def test_weights_take_a_noisy_point_out():
-    x, y, weights = np.linspace(0, 1, 21), np.ones(21), np.ones(21)
-    y[10], weights[10] = 100.0, 1e-12
-    assert _smooth(x, y, weights)[0] == pytest.approx(np.ones(21), abs=1e-6)
+def test_smoothing_keeps_a_quadratic_and_its_slope_and_weights_take_a_noisy_point_out():
+    x, alike = np.linspace(-3, 1, 40), np.ones(40)
+    y = 2 - x + 0.5 * x**2
+    noisy, unsure = np.where(x == x[10], 100.0, y), np.where(x == x[10], 1e-12, alike)
+    for values, weights in ((y, alike), (noisy, unsure)):
+        value, slope = _smooth(x, values, weights)
+        # Within the bounds of what it smooths: the values at the ends are themselves such bounds.
+        assert value == pytest.approx(y, abs=1e-9)
+        assert slope == pytest.approx(-1 + x, abs=1e-8)
 
 
 RATES = np.geomspace(1e-3, 1e3, 61)
@@ -76,14 +73,25 @@ RATES = np.geomspace(1e-3, 1e3, 61)
 LOSSES = np.where(RATES < 1, 2 - np.log10(RATES), 2 + 3 * np.log10(RATES))
 
 
-def test_suggestion_by_hand():
-    for full, divisor in ((True, 4), (False, 2)):
-        curve = suggest(RATES, LOSSES, 6.0, full_batch=full)
-        # Rounding the corner moves the lowest point a little.
-        assert curve.turn == pytest.approx(1, rel=0.3)
-        assert curve.suggestion == pytest.approx(curve.turn / divisor, rel=0.06)
+@pytest.mark.parametrize(
+    ("losses", "start", "full", "turn", "words"),
+    [
+        (LOSSES, 6.0, True, 1, "the turn divided by 4"),
+        (LOSSES, 6.0, False, 1, "the turn divided by 2"),
+        # A lucky place, far beyond.
+        (np.where(RATES > 300, 0.1, LOSSES), 6.0, True, 1, "the turn divided by 4"),
+        (1 / (1 + 1000 * RATES), 1.0, True, 0.1, "below 1% of that"),  # at η = 0.099
+        (1 - 5e-4 * RATES, 1.0, True, 1e3, "raise max_lr"),
+    ],
+    ids=["full batch", "mini-batch", "only the first turn", "gone", "not turned"],
+)
+def test_suggestion_by_hand(losses, start, full, turn, words):
+    curve = suggest(RATES, losses, start, full_batch=full)
+    assert curve.turn == pytest.approx(turn, rel=0.3)  # rounding a corner moves it a little
+    assert words in curve.basis
+    if "divided" in words:
+        assert curve.suggestion == pytest.approx(curve.turn / int(words[-1]), rel=0.06)
         assert curve.slopes[5] == pytest.approx(-1)
-        assert f"the turn divided by {divisor}" in curve.basis
 
 
 def test_a_steep_fall_close_to_the_turn_bounds_the_suggestion_from_below():
@@ -105,24 +113,6 @@ def test_noise_moves_the_suggestion_by_less_than_a_factor_of_three(full_batch):
         curve = suggest(rates, clean + noise, 1.0, errors=np.full(100, 0.05), full_batch=full_batch)
         found.append(curve.suggestion)
     assert exact / 3 < min(found) <= max(found) < 3 * exact
-
-
-def test_what_comes_after_the_first_turn_does_not_count():
-    losses = np.where(RATES > 300, 0.1, LOSSES)  # a lucky place, far beyond
-    assert suggest(RATES, losses, 6.0).turn == pytest.approx(1, rel=0.3)
-
-
-def test_a_loss_that_is_gone_ends_the_search():
-    curve = suggest(RATES, 1 / (1 + 1000 * RATES), 1.0)  # falls for ever: 1% at η = 0.099
-    assert curve.turn == pytest.approx(0.1, rel=0.3)
-    assert "below 1% of that" in curve.basis
-
-
-def test_a_loss_that_has_not_turned_says_so():
-    rates = np.geomspace(1e-6, 1e-2, 50)
-    curve = suggest(rates, 1 - 10 * rates, 1.0)
-    assert curve.turn == rates[-1]
-    assert "raise max_lr" in curve.basis
 
 
 def test_no_fall_no_suggestion():
@@ -154,8 +144,9 @@ def test_too_few_points_are_refused():
 # ---------------------------------------------------------------------- known problems
 
 
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize(
+    ("momentum", "nesterov", "scale"), [(0.0, False, 1), (0.9, False, 30), (0.9, True, 30)]
+)
 def test_a_quadratic_turns_at_its_limit(momentum, nesterov, scale):
     data, largest = regression(scales=(scale, 0.5 * scale, 0.2 * scale))
     make = partial(GD, lr=1.0, momentum=momentum, nesterov=nesterov)
@@ -172,8 +163,7 @@ def test_a_quadratic_turns_at_its_limit(momentum, nesterov, scale):
 
 def test_weight_decay_belongs_to_the_limit():
     data, largest = regression()
-    make = partial(GD, lr=1.0, weight_decay=2.0)
-    curve = find(zero_model(), SquaredError(), make, data)
+    curve = find(zero_model(), SquaredError(), partial(GD, lr=1.0, weight_decay=2.0), data)
     assert curve.limit == pytest.approx(2 / (largest + 2), rel=0.01)
 
 
@@ -201,22 +191,13 @@ def test_orders_and_weights_move_the_suggestion_by_less_than_a_factor_of_three(s
     assert max(found) < 3 * min(found)
 
 
-def test_the_lr_of_the_optimizer_is_only_a_unit():
-    data, _ = regression()
-    curves = [
-        find(zero_model(), SquaredError(), partial(GD, lr=lr), data)
-        for lr in (1.0, 0.25)  # powers of two: the same rates to the last bit
-    ]
-    assert curves[0].losses.tolist() == curves[1].losses.tolist()
-
-
-def test_equal_calls_are_equal():
+def test_equal_calls_are_equal_and_the_lr_of_the_optimizer_is_only_a_unit():
     data, _ = regression(batch_size=4)
-    first, second = (
-        find(zero_model(), SquaredError(), partial(MiniBatchSGD, lr=1.0), data, updates=100)
-        for _ in range(2)
+    first, *others = (
+        find(zero_model(), SquaredError(), partial(MiniBatchSGD, lr=lr), data, updates=100)
+        for lr in (1.0, 1.0, 0.25)  # powers of two: the same rates to the last bit
     )
-    assert first.to_dict() == second.to_dict()
+    assert all(first.to_dict() == other.to_dict() for other in others)
 
 
 def test_an_overflow_ends_the_test_and_not_the_suggestion():
@@ -237,26 +218,32 @@ def test_an_overflow_ends_the_test_and_not_the_suggestion():
 class Busy(nn.Module):
     """Buffers that passes change, and layers that draw from each generator."""
 
-    def __init__(self):
+    def __init__(self, bears):
         super().__init__()
         self.first = nn.Linear(3, 8)
         self.norm = nn.BatchNorm1d(8)
         self.own, self.torchs = Dropout(0.2), nn.Dropout(0.2)
         self.last = nn.Linear(8, 1)
         self.register_buffer("passes", torch.zeros(()))
+        self.bears = bears
 
     def forward(self, x):
         self.passes += 1
+        if self.passes > self.bears:
+            raise KeyboardInterrupt
         shift = random.random() + np.random.rand()  # noqa: NPY002
         return self.last(self.torchs(self.own(self.norm(self.first(x))))) + 0.01 * shift
 
 
-@pytest.mark.parametrize(("size", "training"), [("full", True), (8, True), (8, False)])
-def test_everything_is_as_it_was(size, training):
+@pytest.mark.parametrize(
+    ("size", "training", "bears"),
+    [("full", True, 1e9), (8, True, 1e9), (8, False, 1e9), (8, True, 20)],
+)
+def test_everything_is_as_it_was(size, training, bears):
     data, _ = regression(batch_size=size)
     data.dtype = torch.float32
     data.setup()
-    model = Busy().train(training)
+    model = Busy(bears).train(training)
     optimizer = MiniBatchSGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.randn(5, 3)).sum().backward()
     optimizer.step()
@@ -278,31 +265,10 @@ def test_everything_is_as_it_was(size, training):
         }
 
     before = state()
-    curve = find(model, SquaredError(), optimizer, data, updates=100)
-    after = state()
-    assert curve.losses[-1] != curve.start  # something was done
-    torch.testing.assert_close(after, before, rtol=0, atol=0)
-
-
-def test_an_error_leaves_the_random_states_alone():
-    class Fails(nn.Linear):
-        calls = 0
-
-        def forward(self, x):
-            torch.rand(1)
-            type(self).calls += 1
-            if self.calls > 10:
-                raise KeyboardInterrupt
-            return super().forward(x)
-
-    data, _ = regression()
-    model = Fails(3, 1).double()
-    before = torch.get_rng_state()
-    weight = model.weight.clone()
-    with pytest.raises(KeyboardInterrupt):
-        find(model, SquaredError(), partial(GD, lr=1.0), data)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(model.weight, weight)
+    with pytest.raises(KeyboardInterrupt) if bears == 20 else nullcontext():
+        curve = find(model, SquaredError(), optimizer, data, updates=100)
+        assert curve.losses[-1] != curve.start  # something was done
+    torch.testing.assert_close(state(), before, rtol=0, atol=0)
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -313,12 +279,8 @@ def test_an_error_leaves_the_random_states_alone():
     [
         ({"min_lr": 0}, r"min_lr must be a number in \(0, ∞\)\. Received: min_lr=0\."),
         ({"max_lr": math.inf}, r"max_lr must be a number in .*\. Received: max_lr=inf\."),
-        ({"max_lr": True}, "max_lr must be a number"),
-        ({"min_lr": math.nan}, "min_lr must be a number"),
         ({"min_lr": 1.0, "max_lr": 0.1}, "min_lr must be below max_lr. Received: min_lr=1, max"),
         ({"updates": 19}, "updates must be a whole number of at least 20. Received: updates=19"),
-        ({"updates": 1e3}, "updates must be a whole number"),
-        ({"repetitions": 0}, "repetitions must be a whole number of at least 1"),
     ],
 )
 def test_bad_options(options, message):
@@ -347,34 +309,15 @@ def test_what_cannot_be_tested_is_told(features, weight, trains, options, messag
         find(model, SquaredError(), optimizer, data)
 
 
-def test_the_automatic_rate_can_be_compared_with_a_found_one(tmp_path):
-    curves = [
-        find_configured(tmp_path / str(i), f"data=diabetes model=linear optimizer=gd {lr}")
-        for i, lr in enumerate(("", "optimizer.lr=1.0"))
-    ]
-    assert curves[0].suggestion == curves[1].suggestion > 0
+def test_a_layer_without_second_derivative_costs_the_limit_only(monkeypatch):
+    def refuse(objective, **options):
+        raise ValueError("It bends nowhere.")
 
-
-def test_a_layer_without_second_derivative_costs_the_limit_only():
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g):
-            return g
-
-    class Model(nn.Linear):
-        def forward(self, x):
-            return Once.apply(super().forward(x)) ** 1
-
+    monkeypatch.setattr("gdtrain.analysis.rate_finder.sharpness", refuse)
     data, _ = regression()
-    model = Model(3, 1, bias=False, dtype=torch.float64)
-    curve = find(model, SquaredError(), partial(GD, lr=1.0), data)
-    assert curve.limit is None
-    assert "No stability limit" in curve.basis
+    curve = find(zero_model(), SquaredError(), partial(GD, lr=1.0), data)
+    assert curve.limit is curve.sharpness is None
+    assert curve.basis.endswith(" No stability limit: It bends nowhere.")
     assert curve.suggestion > 0
 
 
@@ -382,8 +325,7 @@ def test_a_layer_without_second_derivative_costs_the_limit_only():
 
 
 def find_configured(folder, words, **options):
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        return tools.find_lr(compose("train", words.split()), folder, **options)
+    return tools.find_lr(compose(words.split(), None), folder, **options)
 
 
 class Lines(Dataset):
@@ -447,8 +389,6 @@ def test_the_command_takes_a_folder_and_refuses_a_full_one(tmp_path):
         ("updates=1.5", "from 20 to 1000000000. Received: updates=1.5"),
         ("output=", "output must be a folder"),
         ("min_lr=1 max_lr=0.1", "min_lr must be below max_lr"),
-        ("optimizer=sgd data.batch_size=4", "data.batch_size must be 1"),
-        ("data=csv data.path=nothing.csv", "data.path must name a file"),
         ("loss=hinge", "Hinge is a loss for two classes"),
         ("trainer.devices=2", "one device"),
         ("-m optimizer=gd,sgd", "one test at a time"),
