@@ -25,8 +25,8 @@ from sklearn.datasets import load_diabetes
 from sklearn.preprocessing import StandardScaler
 
 import gdtrain
+from gdtrain.analysis.landscape import Surface
 from gdtrain.analysis.landscape_figure import Grid, Line
-from gdtrain.analysis.surface import Surface
 from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.losses import SquaredError
 from gdtrain.models import Linear

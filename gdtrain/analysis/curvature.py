@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gdtrain.analysis.gradients import apart, dot, flat
 from gdtrain.data.order import Order
 from gdtrain.objective import Objective, untouched
 from gdtrain.optim.protocol import update_rules
@@ -44,36 +45,21 @@ _SETTLED = 4
 
 
 class NotFiniteError(ValueError):
-    """There is no curvature to measure: the parameters have diverged.
-
-    Example:
-        >>> issubclass(NotFiniteError, ValueError)
-        True
-    """
+    """There is no curvature to measure: the parameters have diverged."""
 
 
 @dataclass(frozen=True)
 class Sharpness:
-    """A measured curvature.
+    """A measured curvature, in loss per squared unit of parameter.
 
-    Args:
-        value: Loss per squared unit of parameter: the largest eigenvalue, or the mean curvature
-            along the gradients of batches.
-        error: Of an eigenvalue the residual ‖H v − value·v‖ at the unit vector v that was found:
-            no further away is an eigenvalue of H, and the largest is no lower than the value. Of
-            batches one standard error.
-        examples: How many the value is of.
-        iterations: Hessian-vector products that were made.
-
-    Example:
-        >>> Sharpness(value=6.7, error=0.01, examples=1258, iterations=12).value
-        6.7
+    The error of an eigenvalue is the residual ‖H v − value·v‖ at the unit vector v that was found:
+    no further away is an eigenvalue of H, and the largest is no lower than the value.
     """
 
-    value: float
-    error: float
-    examples: int
-    iterations: int
+    value: float  # the largest eigenvalue, or the mean curvature along the gradients of batches
+    error: float  # of batches one standard error
+    examples: int  # that the value is of
+    iterations: int  # Hessian-vector products that were made
 
 
 def sharpness(
@@ -91,19 +77,17 @@ def sharpness(
         w = H q_j,  w ← w − Q Qᵀ w,  q_{j+1} = w/‖w‖;  λ ≈ the largest eigenvalue of Qᵀ H Q
 
     Each w is made orthogonal to all vectors so far; when they are too many, the Ritz vectors of the
-    largest eigenvalues stand for them. q_1 is drawn from a private generator, so that equal calls
-    give equal results. The model stays in the mode that it is in (`Objective.hessian_vector` says
-    what that means for BatchNorm and dropout); parameters, buffers, `.grad` and generators stay as
-    they are. A pass takes two to three times the memory of a gradient's: `micro_batch_size` of the
-    objective bounds it.
+    largest eigenvalues stand for them. Equal calls give equal results. The model stays as it is, in
+    its mode (see `Objective.hessian_vector`). A pass takes two to three times the memory of a
+    gradient's: `micro_batch_size` of the objective bounds it.
 
     Args:
         objective: J.
         examples: None: all N; a number in [1, N]: that many, drawn without replacement by `seed`;
             or their indices, int64.
         optimizer: Whose parameter groups' weight_decay belongs to f; None: none.
-        tolerance: At which error / |value| is small enough, range (0, 1). The largest eigenvalue
-            is then, as a rule, closer to the value than that.
+        tolerance: At which error / |value| is small enough, range (0, 1). The value itself is then,
+            as a rule, closer than that.
         max_iterations: Products that are made at most, range [1, ∞); then the error is larger.
         seed: Of the first vector and of the sample, range [0, ∞).
         draw: Names the random numbers of gdtrain's dropout.
@@ -144,8 +128,8 @@ def sharpness(
     hessian = objective.hessian(indices, draw)
 
     def product(v: Tensor) -> Tensor:
-        parts = _apart(v, params)
-        return _flat(with_decay(hessian(parts), parts, decays)).to(dtype)
+        parts = apart(v, params)
+        return flat(with_decay(hessian(parts), parts, decays)).to(dtype)
 
     with torch.no_grad():
         value, error, iterations = _largest(product, start, tolerance, max_iterations)
@@ -164,38 +148,12 @@ def batch_sharpness(
         E_B[ g_Bᵀ H_B g_B ] / E_B[ ‖g_B‖² ],  g_B and H_B of the batch's mean loss and weight decay
 
     Stochastic descent without momentum settles where this is near 2/η ("edge of stochastic
-    stability"); there the largest eigenvalue λ is lower, and 2/λ is no limit. The model stays in
-    the mode that it is in; parameters, buffers, `.grad` and generators stay as they are.
+    stability"); there the largest eigenvalue λ is lower, and 2/λ is no limit. `batches` are (K, B),
+    or K tensors; the error, over them, is infinite for one. The model stays as it is. The first
+    batch has the random numbers of `draw`, the next those of the next.
 
-    Args:
-        objective: J.
-        batches: Indices of the examples of each batch, int64: (K, B), or K tensors.
-        optimizer: Whose parameter groups' weight_decay belongs to f; None: none.
-        draw: Names the random numbers of gdtrain's dropout in the first batch; the next has the
-            next.
-
-    Returns:
-        The ratio, with its standard error over the batches (infinite for one).
-
-    Raises:
-        ValueError: There is no batch, the optimizer maximises, or the model cannot be
-            differentiated twice.
-        NotFiniteError: A product is not finite.
-
-    Example:
-        >>> from torch import nn
-        >>> from gdtrain.losses import SquaredError
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> _ = nn.init.ones_(model.weight)
-        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.zeros(2)
-        >>> objective = Objective(model, SquaredError(), x, y)
-        >>> found = batch_sharpness(objective, torch.tensor([[0], [1]]))
-        >>> round(found.value, 4)  # g = x²w, H = x²: (1·1 + 4·16) / (1 + 16)
-        3.8235
-
-    References:
-        Andreyev and Beneventano, Edge of stochastic stability: revisiting the edge of stability for
-        SGD, arXiv 2412.20553.
+    Andreyev and Beneventano, Edge of stochastic stability: revisiting the edge of stability for
+    SGD, arXiv 2412.20553.
     """
     decays = _decays(objective, optimizer)
     bends, squares, examples = [], [], 0
@@ -205,22 +163,23 @@ def batch_sharpness(
             _, gradient = objective.value_and_grad(indices, draw + k)
         g = with_decay(gradient, objective.params, decays)
         product = with_decay(objective.hessian_vector(indices, g, draw + k), g, decays)
-        bends.append(sum(_dot(part, h) for part, h in zip(g, product, strict=True)))
-        squares.append(sum(_dot(part, part) for part in g))
+        bends.append(dot(g, product))
+        squares.append(dot(g, g))
         examples += len(indices)
     if not bends:
         raise ValueError("batch_sharpness needs at least one batch. Received: none.")
     a, b = np.array(bends), np.array(squares)
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not np.isfinite([a, b]).all():
         raise NotFiniteError(
             "A gradient, or the Hessian along it, is not finite: the parameters have diverged. Go "
             "back to an earlier state, and take a smaller lr."
         )
     count = len(a)
-    value = float(a.sum() / b.sum()) if b.sum() != 0 else math.nan
+    if b.sum() == 0:
+        return Sharpness(math.nan, math.nan, examples, count)
+    value = float(a.sum() / b.sum())
     spread = math.sqrt(((a - value * b) ** 2).sum() / (count - 1)) if count > 1 else math.inf
-    error = spread / math.sqrt(count) / float(b.mean()) if b.sum() != 0 else math.nan
-    return Sharpness(value, error, examples, count)
+    return Sharpness(value, spread / math.sqrt(count) / float(b.mean()), examples, count)
 
 
 def stability_limit(
@@ -279,58 +238,22 @@ def stability_limit(
 def limit_of(sharpness: Sharpness, optimizer: Optimizer) -> float | None:
     """The smallest `stability_limit` of an optimizer's groups.
 
-    Args:
-        sharpness: λ.
-        optimizer: With the momentum of each group.
-
-    Returns:
-        In units of η; None where λ ≤ 0, or the optimizer is no gradient descent.
-
-    Example:
-        >>> p = torch.nn.Parameter(torch.zeros(1))
-        >>> limit_of(Sharpness(4.0, 0.0, 1, 1), torch.optim.SGD([p], lr=0.1, momentum=0.5))
-        0.75
+    None where λ ≤ 0, or the optimizer is no gradient descent.
     """
-    if update_rules(optimizer) is None or not sharpness.value > 0:
+    rules = update_rules(optimizer)
+    if rules is None or not sharpness.value > 0:
         return None
-    return min(
-        stability_limit(
-            sharpness,
-            float(group["momentum"]),
-            bool(group["nesterov"]),
-            float(group["dampening"]),
-        )
-        for group in optimizer.param_groups
-    )
+    return min(stability_limit(sharpness, r.momentum, r.nesterov, r.dampening) for r in rules)
 
 
-def draw_batches(
-    num_examples: int, batch_size: int, count: int, seed: Sequence[int] = (0,)
-) -> Tensor:
-    """Batches in an order of their own; no example twice, where there are enough.
-
-    Args:
-        num_examples: N.
-        batch_size: B, range [1, N].
-        count: How many, range [1, ∞).
-        seed: Of the order.
-
-    Returns:
-        (count, B), int64.
-
-    Example:
-        >>> sorted(draw_batches(6, 2, count=3).flatten().tolist())
-        [0, 1, 2, 3, 4, 5]
-    """
+def draw_batches(num_examples: int, batch_size: int, count: int, seed: Sequence[int]) -> Tensor:
+    """Batches in an order of their own, (count, B); no example twice, where there are enough."""
     at_once = min(num_examples // batch_size, count)
     drawn = [
         torch.from_numpy(Order(num_examples, (*seed, k))(0, at_once * batch_size))
         for k in range(-(-count // at_once))
     ]
     return torch.cat(drawn).view(-1, batch_size)[:count]
-
-
-# ------------------------------------------------------------------ the eigenvalue
 
 
 def _largest(
@@ -386,22 +309,6 @@ def _largest(
             t[range(known), range(known)] = values[-known:]
             expected = rest * vectors[-1, -known:]
         q[known] = w / rest
-
-
-# ------------------------------------------------------------------ vectors of all parameters
-
-
-def _flat(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
-
-
-def _apart(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    parts = v.split([p.numel() for p in like])
-    return [part.view(p.shape) for part, p in zip(parts, like, strict=True)]
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return torch.sum(a * b, dtype=torch.float64).item()
 
 
 def _decays(objective: Objective, optimizer: Optimizer | None) -> list[float]:

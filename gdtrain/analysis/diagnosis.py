@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gdtrain.analysis.curvature import limit_of, sharpness
+from gdtrain.analysis.gradients import dot
 from gdtrain.descent.monitors import FINITE, WINDOW, Cause, Failure, Health
 from gdtrain.descent.trial import staying
 from gdtrain.models.activations import activation_of
@@ -45,17 +47,9 @@ _LIMIT_EXAMPLES, _LIMIT_PARAMETERS = 2048, 10**7  # of the search for λ
 
 @dataclass(frozen=True)
 class Finding:
-    """A cause, in words and in numbers.
+    """A cause, in words (a clause) and in plain numbers, strings and lists of them.
 
-    Args:
-        cause: Which.
-        message: What was found, as a clause.
-        numbers: Plain numbers, strings and lists of them: "examples" (positions in the batch),
-            "features", "parameters", …
-
-    Example:
-        >>> Finding(Cause.STEP, "layers.1.weight overflowed in the step").cause.value
-        'STEP'
+    "examples" of the numbers, and `{example:0}` in the words, are positions in the batch.
     """
 
     cause: Cause
@@ -63,16 +57,7 @@ class Finding:
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def told(self, name: Callable[[str, int], str]) -> str:
-        """The message, with examples, features and targets by the names that the user knows.
-
-        Args:
-            name: From "example", "feature" or "target" and a position to its name.
-
-        Example:
-            >>> finding = Finding(Cause.INPUT, "{feature:2} of {example:0} is nan")
-            >>> finding.told(lambda kind, position: f"{kind} {position}")
-            'feature 2 of example 0 is nan'
-        """
+        """The message, with examples, features and targets by the names that the user knows."""
         return re.sub(
             r"\{(example|feature|target):(\d+)\}",
             lambda match: name(match[1], int(match[2])),
@@ -82,23 +67,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Names:
-    """How the user knows the examples of an update, its features and targets.
+    """How the user knows the examples of an update, its features and targets; None: not known."""
 
-    Args:
-        rows: Number in the training part of each of the update's examples; None: not known.
-        source: Row of the data by number in the training part; None: not known.
-        features: Names of the features; None: they have none.
-
-    Example:
-        >>> names = Names([7, 4], range(100, 110), ["age", "height"])
-        >>> names("feature", 1), names("example", 0)
-        ('feature 1 (height)', 'training example 7 (row 107 of the data)')
-        >>> Names()("example", 0), Names()("target", 0)
-        ('example 0 of the batch', 'the target')
-    """
-
-    rows: Sequence[int] | None = None
-    source: Sequence[int] | None = None
+    rows: Sequence[int] | None = None  # of the update's examples, in the training part
+    source: Sequence[int] | None = None  # row of the data by number in the training part
     features: Sequence[str] | None = None
 
     def __call__(self, kind: str, i: int) -> str:
@@ -114,11 +86,7 @@ class Names:
         return f"training example {self.rows[i]}{row}"
 
     def numbers(self, finding: Finding) -> dict[str, list[int]]:
-        """Its examples in the training part, and their rows in the data.
-
-        Args:
-            finding: Its "examples" are positions in the update.
-        """
+        """Its examples in the training part, and their rows in the data."""
         positions = finding.numbers.get("examples", [])
         if self.rows is None or not positions:
             return {}
@@ -128,9 +96,6 @@ class Names:
         return {"examples": examples, "rows": [int(self.source[i]) for i in examples]}
 
 
-# ------------------------------------------------------------------ one update
-
-
 @torch.no_grad()
 def examine(
     objective: Objective,
@@ -138,28 +103,10 @@ def examine(
     draw: int = 0,
     watched: Mapping[str, Tensor] | None = None,
 ) -> Finding | None:
-    """Find what is infinite or not a number in an update, before it is made.
+    """What is infinite or not a number in an update, before it is made; None: nothing.
 
-    Looks in the order in which one thing makes the next: parameters, inputs, targets, the loss of
-    each example, the gradient.
-
-    Args:
-        objective: J, at the parameters before the update.
-        indices: (B,), the update's examples.
-        draw: Names the update's random numbers.
-        watched: The parameters and buffers that should be finite, by name; None: all.
-
-    Returns:
-        The first cause; None: all is finite, up to the gradient. "examples" in its numbers are
-        positions in `indices`.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> model = nn.Linear(2, 1)
-        >>> x, y = torch.ones(3, 2), torch.zeros(3)
-        >>> x[1, 0] = torch.nan
-        >>> examine(Objective(model, SquaredError(), x, y), torch.tensor([0, 1])).numbers
-        {'examples': [1], 'features': [0], 'values': ['nan']}
+    Looks in the order in which one thing makes the next: parameters and buffers (`watched`; None:
+    all), inputs, targets, the loss of each example, the gradient.
     """
     model = objective.model
     if watched is None:
@@ -197,59 +144,44 @@ def examine(
         losses = objective.losses(indices, draw)
     bad = (~torch.isfinite(losses)).nonzero().flatten().tolist()
     if bad:
-        named = _list([f"{{example:{i}}}" for i in bad[:_NAMED]])
+        named = _list([f"{{example:{i}}}" for i in bad])
         what = f"the loss of {named} is {float(losses[bad[0]])}"
         if len(bad) > _NAMED:
             what = f"the loss of {len(bad)} of its {len(indices)} examples is not finite"
         return Finding(Cause.LOSS, what, {"examples": bad[: 4 * _NAMED]})
-    gradient = _gradient(objective, indices, draw)
-    parameters = {
-        name: count for name, g in gradient.items() if g is not None and (count := _bad(g))
-    }
+    parameters = _spoilt(objective, indices, draw)
     if not parameters:
         return None
-    guilty: list[int] = []
+    guilty = [0] if len(indices) == 1 else []
     if objective.ranks == 1 and 1 < len(indices) <= _ONE_BY_ONE:
-        for i in range(len(indices)):
-            own = _gradient(objective, indices[i : i + 1], draw).values()
-            if any(g is not None and _bad(g) for g in own):
-                guilty.append(i)
-    elif len(indices) == 1:
-        guilty = [0]
-    of = (
-        _list([f"{{example:{i}}}" for i in guilty[:_NAMED]], len(guilty)) if guilty else "the batch"
-    )
+        each = enumerate(indices.split(1))
+        guilty = [i for i, index in each if _spoilt(objective, index, draw)]
+    of = _list([f"{{example:{i}}}" for i in guilty]) if guilty else "the batch"
     return Finding(
         Cause.GRADIENT,
-        f"the loss is finite, but the gradient of {of} with respect to {_list(list(parameters))} "
-        f"is not",
-        {"examples": guilty[: 4 * _NAMED], "parameters": list(parameters)},
+        f"the loss is finite, but the gradient of {of} with respect to {_list(parameters)} is not",
+        {"examples": guilty[: 4 * _NAMED], "parameters": parameters},
     )
 
 
-def _gradient(objective: Objective, indices: Tensor, draw: int) -> dict[str, Tensor | None]:
+def _spoilt(objective: Objective, indices: Tensor, draw: int) -> list[str]:
+    """Parameters in which the gradient is not finite."""
     names = {id(p): name for name, p in objective.model.named_parameters()}
     with torch.enable_grad(), untouched(objective.model):
-        _, made = objective.value_and_grad(indices, draw)
-    return {names[id(p)]: g for p, g in zip(objective.params, made, strict=True)}
+        _, gradient = objective.value_and_grad(indices, draw)
+    pairs = zip(objective.params, gradient, strict=True)
+    return [names[id(p)] for p, g in pairs if g is not None and _bad(g)]
 
 
 def _bad(tensor: Tensor) -> int:
-    if not (tensor.is_floating_point() or tensor.is_complex()):
-        return 0
     return int((~torch.isfinite(tensor)).sum())
 
 
-def _list(words: Sequence[str], count: int | None = None) -> str:
+def _list(words: Sequence[str]) -> str:
     """The first few words, and how many more there are."""
-    count = len(words) if count is None else count
-    shown = list(words[:_NAMED])
-    if count > len(shown):
-        return f"{', '.join(shown)} and {count - len(shown)} more"
-    return " and ".join(filter(None, (", ".join(shown[:-1]), shown[-1])))
-
-
-# ------------------------------------------------------------------ the units
+    if len(words) > _NAMED:
+        return f"{', '.join(words[:_NAMED])} and {len(words) - _NAMED} more"
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 @torch.no_grad()
@@ -257,22 +189,7 @@ def health(objective: Objective, indices: Tensor, draw: int = 0) -> Health:
     """Look at the hidden units on a probe of examples, in one pass that leaves no trace.
 
     Seen are layers that are modules (`nn.ReLU`, `nn.Tanh`, …), in the mode that the model is in.
-
-    Args:
-        objective: J, at the parameters to look at.
-        indices: (P,), the probe, at least two examples to tell whether predictions are constant.
-        draw: Names the random numbers.
-
-    Returns:
-        J on the probe, and the shares of dead and saturated units.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> model = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 1))
-        >>> _ = nn.init.constant_(model[0].bias, -100.0)
-        >>> x = torch.linspace(-1, 1, 8)[:, None]
-        >>> health(Objective(model, SquaredError(), x, x[:, 0]), torch.arange(8)).died
-        True
+    Whether predictions are constant shows on two examples or more.
     """
     alive: dict[str, Tensor] = {}
     ends: dict[str, list[float]] = {}
@@ -334,56 +251,23 @@ def health(objective: Objective, indices: Tensor, draw: int = 0) -> Health:
     )
 
 
-# ------------------------------------------------------------------ the step size
-
-
 def step_limit(objective: Objective, optimizer: Optimizer) -> tuple[float, float] | None:
-    """λ and the step size beyond which full-batch descent is unstable, at the parameters as given.
+    """λ, and the step size beyond which full-batch descent is unstable (`stability_limit`).
 
-    Args:
-        objective: J.
-        optimizer: Of its parameters.
-
-    Returns:
-        λ and 2/λ (with momentum, `gdtrain.analysis.curvature.stability_limit`); None where they
-        cannot be had: the steps are not along −g, or the model cannot be differentiated twice, is
-        very large, or is shared by processes.
-
-    Example:
-        >>> from gdtrain import GD
-        >>> from gdtrain.losses import SquaredError
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> x = torch.tensor([[2.0], [0.0]])
-        >>> objective = Objective(model, SquaredError(), x, x[:, 0])  # λ = 4/2
-        >>> step_limit(objective, GD(model.parameters(), lr=0.1))
-        (2.0, 1.0)
+    None where they cannot be had: the steps are not along −g, λ ≤ 0, or the model cannot be
+    differentiated twice, is very large, or is shared by processes.
     """
-    from gdtrain.analysis.curvature import sharpness, stability_limit
-
-    if objective.ranks > 1 or sum(p.numel() for p in objective.params) > _LIMIT_PARAMETERS:
+    size = sum(p.numel() for p in objective.params)
+    if objective.ranks > 1 or size > _LIMIT_PARAMETERS or update_rules(optimizer) is None:
         return None
-    if update_rules(optimizer) is None:
-        return None
-    count = len(objective.targets)
-    group = optimizer.param_groups[0]
+    examples = min(len(objective.targets), _LIMIT_EXAMPLES)
+    options: dict[str, Any] = {"optimizer": optimizer, "tolerance": 0.05, "max_iterations": 60}
     try:
-        with untouched(objective.model):
-            found = sharpness(
-                objective,
-                None if count <= _LIMIT_EXAMPLES else _LIMIT_EXAMPLES,
-                optimizer=optimizer,
-                tolerance=0.05,
-                max_iterations=60,
-            )
-        limit = stability_limit(
-            found,
-            float(group.get("momentum", 0.0)),
-            bool(group.get("nesterov", False)),
-            float(group.get("dampening", 0.0)),
-        )
+        found = sharpness(objective, examples, **options)
+        limit = limit_of(found, optimizer)
     except (ValueError, RuntimeError):
         return None
-    return (found.value, limit) if math.isfinite(limit) else None
+    return None if limit is None else (found.value, limit)
 
 
 def overshoot(objective: Objective, indices: Tensor, rate: float) -> float | None:
@@ -392,22 +276,8 @@ def overshoot(objective: Objective, indices: Tensor, rate: float) -> float | Non
         g = ∇J(θ),  g' = ∇J(θ − η g):  η λ_g = 1 − ⟨g, g'⟩/‖g‖²
 
     Below 1 the next gradient points the same way; between 1 and 2 it points back, and the
-    parameters bounce from wall to wall; above 2 it is longer than before.
-
-    Args:
-        objective: J; θ is put back.
-        indices: (B,), the examples of the gradient.
-        rate: η.
-
-    Returns:
-        η λ_g; None where the gradient is 0 or not finite.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.zeros(1))
-        >>> round(overshoot(objective, torch.tensor([0]), rate=1.5), 4)  # λ = 1
-        1.5
+    parameters bounce from wall to wall; above 2 it is longer than before. None where the gradient
+    is 0 or not finite.
     """
     with untouched(objective.model):
         _, before = objective.value_and_grad(indices)
@@ -417,31 +287,16 @@ def overshoot(objective: Objective, indices: Tensor, rate: float) -> float | Non
                     if g is not None:
                         p.sub_(g, alpha=rate)
             _, after = objective.value_and_grad(indices)
-    square = sum(float((g.double() ** 2).sum()) for g in before if g is not None)
-    product = sum(
-        float((g.double() * h.double()).sum())
-        for g, h in zip(before, after, strict=True)
-        if g is not None and h is not None
-    )
+    square, product = dot(before, before), dot(before, after)
     if not 0 < square < math.inf or not math.isfinite(product):
         return None
     return 1 - product / square
 
 
-# ------------------------------------------------------------------ in words
-
-
 def explain(failure: Failure, start: float, growth: float) -> Finding:
-    """What losses, and the units of a probe, have shown of a failure.
+    """What losses, and the units of a probe, have shown of a failure whose cause is known.
 
-    Args:
-        failure: Its cause is known.
-        start: The probe's loss at the start.
-        growth: Bound on the loss, in units of that.
-
-    Example:
-        >>> explain(Failure(15, Cause.GROWTH), start=0.5, growth=1e4).message
-        "the mean loss of 16 updates is above 1e+04 times the start's, 0.5"
+    `start` is the probe's loss at the start, `growth` the bound on the loss, in units of that.
     """
     cause, units = failure.cause, failure.units
     assert cause is not None
@@ -477,20 +332,9 @@ def sentence(
     loss: float | None,
     limit: tuple[float, float] | None,
 ) -> str:
-    """What happened, for the user.
+    """What happened, for the user: at an update with step size `rate` and loss `loss`.
 
-    Args:
-        finding: What failed.
-        told: Its message, by `Finding.told`.
-        update: Which update.
-        rate: η there.
-        loss: J there; None: not known.
-        limit: λ and the largest stable η, by `step_limit`; None: not known.
-
-    Example:
-        >>> sentence(Finding(Cause.GROWTH, ""), "the loss grew", 15, 30.0, 1e9, (1.0, 2.0))
-        'The run diverged at update 15 (counted from 0) with lr=30: the loss grew. Full-batch \
-descent is stable below lr=2 at the last good state (sharpness 1).'
+    `told` is by `Finding.told`, `limit` by `step_limit`.
     """
     if finding.cause in FINITE:
         what = "The run diverged"
@@ -498,27 +342,17 @@ descent is stable below lr=2 at the last good state (sharpness 1).'
         what = f"The loss was {loss}"
     else:
         what = "The parameters became infinite or not a number"
-    stable = (
-        ""
-        if limit is None
-        else (
+    said = f"{what} at update {update} (counted from 0) with lr={rate:.4g}: {told}."
+    if limit is not None:
+        said += (
             f" Full-batch descent is stable below lr={limit[1]:.3g} at the last good state "
             f"(sharpness {limit[0]:.3g})."
         )
-    )
-    return f"{what} at update {update} (counted from 0) with lr={rate:.4g}: {told}.{stable}"
+    return said
 
 
 def what_helps(cause: Cause) -> str:
-    """The next thing to try where no step size helps; "": nothing is known.
-
-    Args:
-        cause: Of a failure that the last good parameters have, too.
-
-    Example:
-        >>> what_helps(Cause.INPUT)
-        'Correct or leave out that example: no step size helps.'
-    """
+    """The next thing to try where the last good parameters fail too; "": nothing is known."""
     return {
         Cause.INPUT: "Correct or leave out that example: no step size helps.",
         Cause.TARGET: "Correct or leave out that example: no step size helps.",
@@ -531,19 +365,9 @@ def what_helps(cause: Cause) -> str:
 
 
 def oscillation(bounce: float, rate: float, losses: Any) -> tuple[str, str, dict[str, Any]]:
-    """Message, advice and numbers where the steps go beyond the floor of the valley.
+    """Message, advice and numbers where `overshoot`, with step size `rate`, is above 1.
 
-    Args:
-        bounce: η times the curvature along the gradient, by `overshoot`, range (1, ∞).
-        rate: η.
-        losses: (n,), the last ones.
-
-    Example:
-        >>> message, advice, numbers = oscillation(1.5, 0.3, [1.0, 0.9, 1.0, 0.9])
-        >>> advice
-        'lr=0.2 would step onto the floor; a schedule that decays settles there too.'
-        >>> numbers["turns"]
-        2
+    `losses` are the last ones.
     """
     changes = torch.as_tensor(losses, dtype=torch.float64).diff().sign()
     turns = int((changes[1:] * changes[:-1] < 0).sum())

@@ -2,7 +2,7 @@
 
 θ parameters, J objective, g = ∇J on the B examples of an update, s the step that it made, N
 training examples, G = ∇J on all of them, Σ the covariance of the gradients of single examples.
-Sums are in float64, whatever the model's precision.
+A vector comes in parts, one for each parameter; None is 0. Sums are in float64.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ __all__ = [
     "NoiseScale",
     "StepTrial",
     "StepVerdict",
+    "apart",
     "cosine",
     "dot",
+    "flat",
     "gram",
     "judge",
     "layers",
@@ -36,18 +38,9 @@ _FEWEST_STEPS = 6  # with fewer, equal signs may be chance
 
 
 def layers(model: nn.Module) -> dict[str, list[int]]:
-    """Which of a model's trainable parameters belong to one layer: to the same module.
+    """Places in `Objective.params` of each layer's parameters: those of the same module.
 
-    Args:
-        model: Any module.
-
-    Returns:
-        By the layer's name (a parameter of the model itself: its own name), the places in
-        `gdtrain.objective.Objective.params`.
-
-    Example:
-        >>> layers(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
-        {'0': [0, 1], '2': [2, 3]}
+    A parameter of the model itself is a layer of its own name.
     """
     found: dict[str, list[int]] = {}
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -56,74 +49,40 @@ def layers(model: nn.Module) -> dict[str, list[int]]:
     return found
 
 
+def flat(parts: Sequence[Tensor]) -> Tensor:
+    """A vector in parts as one tensor, (P,)."""
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+def apart(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A vector (P,) in parts that are shaped like others."""
+    parts = v.split([p.numel() for p in like])
+    return [part.view(p.shape) for part, p in zip(parts, like, strict=True)]
+
+
 def norms(
     tensors: Sequence[Tensor | None], groups: dict[str, list[int]]
 ) -> tuple[float, dict[str, float]]:
-    """‖v‖ of a vector in parts, and of each layer's part.
-
-    Args:
-        tensors: The parts; None is 0.
-        groups: From `layers`.
-
-    Returns:
-        The norm of all, and each layer's.
-
-    Example:
-        >>> norms([torch.tensor([3.0]), None, torch.tensor([4.0])], {"a": [0, 1], "b": [2]})
-        (5.0, {'a': 3.0, 'b': 4.0})
-    """
-    own = [0.0 if t is None else dot([t], [t]) for t in tensors]
+    """‖v‖, and that of the part of each of the `layers`."""
+    own = [dot([t], [t]) for t in tensors]
     by_layer = {name: math.sqrt(sum(own[i] for i in places)) for name, places in groups.items()}
     return math.sqrt(sum(own)), by_layer
 
 
 def dot(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
-    """⟨a, b⟩ of two vectors in parts; None is 0.
-
-    Args:
-        a: The parts of one.
-        b: Of the other.
-
-    Example:
-        >>> dot([torch.tensor([1.0, 2.0]), None], [torch.tensor([3.0, 4.0]), torch.ones(1)])
-        11.0
-    """
+    """⟨a, b⟩."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
     return sum(float(torch.dot(x.flatten().double(), y.flatten().double())) for x, y in pairs)
 
 
 def cosine(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float | None:
-    """⟨a, b⟩ / (‖a‖ ‖b‖), range [−1, 1]; None where one of them is 0.
-
-    Args:
-        a: One gradient, in parts.
-        b: The next.
-
-    Example:
-        >>> cosine([torch.tensor([1.0, 0.0])], [torch.tensor([-2.0, 0.0])])
-        -1.0
-    """
+    """⟨a, b⟩ / (‖a‖ ‖b‖); None where one of them is 0."""
     length = math.sqrt(dot(a, a)) * math.sqrt(dot(b, b))
     return dot(a, b) / length if length > 0 else None
 
 
-# ---------------------------------------------------------------------- gradient noise
-
-
 def gram(gradients: Sequence[Sequence[Tensor | None]]) -> NDArray[np.float64]:
-    """⟨g_k, g_l⟩ of K gradients.
-
-    Args:
-        gradients: K times the parts of one.
-
-    Returns:
-        (K, K).
-
-    Example:
-        >>> gram([[torch.tensor([1.0, 2.0])], [torch.tensor([0.0, 1.0])]])
-        array([[5., 2.],
-               [2., 1.]])
-    """
+    """⟨g_k, g_l⟩ of K gradients, (K, K)."""
     total = np.zeros((len(gradients), len(gradients)))
     for parts in zip(*gradients, strict=True):
         like = next((p for p in parts if p is not None), None)
@@ -136,54 +95,27 @@ def gram(gradients: Sequence[Sequence[Tensor | None]]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class NoiseEstimate:
-    """Unbiased estimates from one sample, and how far they may be off.
+    """Unbiased estimates of tr Σ and ‖G‖² from one sample, and how far they may be off."""
 
-    Args:
-        variance: Of tr Σ, the variance of one example's gradient.
-        square: Of ‖G‖²; may be below 0.
-        error: (var(variance), cov(variance, square), var(square)) of the two estimates.
-        degrees: Of freedom, of `error`.
-
-    Example:
-        >>> NoiseEstimate(2.0, 1.0, (0.0, 0.0, 0.0), 15).variance
-        2.0
-    """
-
-    variance: float
-    square: float
-    error: tuple[float, float, float]
-    degrees: int
+    variance: float  # of tr Σ, the variance of one example's gradient
+    square: float  # of ‖G‖²; may be below 0
+    error: tuple[float, float, float]  # var(variance), cov(variance, square), var(square)
+    degrees: int  # of freedom, of `error`
 
 
-def noise(products: NDArray[np.float64], group: int, population: int) -> NoiseEstimate:
-    """tr Σ and ‖G‖² from K gradients, each the mean over a group of b examples of its own.
+def noise(products: NDArray[np.float64], group: int, population: float) -> NoiseEstimate:
+    """tr Σ and ‖G‖² from the `gram` of K ≥ 3 gradients, each the mean over b examples of its own.
 
         U = Σ_{k≠l} ⟨g_k, g_l⟩ / (K(K−1))
         tr Σ ≈ b (Σ_k ‖g_k‖²/K − U),    ‖G‖² ≈ U + tr Σ/N
 
-    Both are unbiased where the Kb examples are drawn from the N without replacement (two groups are
-    then not independent, which the last term makes good); tr Σ is with N − 1. BatchNorm in training
-    mixes the examples of a group: Σ is then b times the covariance of such a group's gradient.
-    Errors are by the jackknife over groups.
+    Both are unbiased where the Kb examples are drawn from the N (or infinitely many) without
+    replacement: two groups are then not independent, which the last term makes good. tr Σ is with
+    N − 1. BatchNorm in training mixes the examples of a group: Σ is then b times the covariance of
+    such a group's gradient. Errors are by the jackknife over groups.
 
-    Args:
-        products: (K, K), from `gram`, K ≥ 3.
-        group: b, range [1, ∞).
-        population: N; math.inf is allowed: G is then that of the distribution.
-
-    Returns:
-        The estimates.
-
-    Example:
-        >>> g = torch.tensor([1.0, 2.0, 6.0])  # all there are: G = 3, Σ = (4 + 1 + 9)/2
-        >>> found = noise(gram([[x] for x in g]), group=1, population=3)
-        >>> round(found.variance, 9), round(found.square, 9)
-        (7.0, 9.0)
-
-    References:
-        McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv 1812.06162,
-        appendix A.1.
-        Efron and Stein, The Jackknife Estimate of Variance, 1981.
+    McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv 1812.06162, A.1.
+    Efron and Stein, The Jackknife Estimate of Variance, 1981.
     """
     count = len(products)
     own = np.diag(products)
@@ -194,43 +126,29 @@ def noise(products: NDArray[np.float64], group: int, population: int) -> NoiseEs
         variance = group * (np.asarray(own_sum) / k - between)
         return np.stack([variance, between + variance / population])
 
-    variance, square = estimates(trace, total, count)
+    variance, square = estimates(trace, total, count).tolist()
     left = estimates(trace - own, total - 2 * products.sum(axis=1) + own, count - 1)
     off = left - left.mean(axis=1, keepdims=True)
-    error = (count - 1) / count * off @ off.T
-    spread = (float(error[0, 0]), float(error[0, 1]), float(error[1, 1]))
-    return NoiseEstimate(float(variance), float(square), spread, count - 1)
+    (first, both), (_, second) = ((count - 1) / count * off @ off.T).tolist()
+    return NoiseEstimate(variance, square, (first, both, second), count - 1)
 
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """The simple noise scale, over one or more samples.
+    """The simple noise scale tr Σ/‖G‖², over one or more samples."""
 
-    Args:
-        value: tr Σ/‖G‖², examples; None where ‖G‖² is not significantly above 0.
-        low: Lower end of the interval; None as `value`.
-        high: Upper end.
-        variance: Mean of the estimates of tr Σ.
-        square: Mean of those of ‖G‖².
-        samples: How many there were.
-
-    Example:
-        >>> print(NoiseScale(None, None, None, 2.0, -0.1, 1).words)
-        The simple noise scale is undefined: over 1 look, ‖G‖² is not significantly above 0.
-    """
-
-    value: float | None
-    low: float | None
+    value: float | None  # in examples; None where ‖G‖² is not significantly above 0
+    low: float | None  # the interval; None as `value`
     high: float | None
-    variance: float
-    square: float
+    variance: float  # mean of the estimates of tr Σ
+    square: float  # and of ‖G‖²
     samples: int
 
     @property
     def words(self) -> str:
         """One sentence."""
         looks = f"{self.samples} look{'s' * (self.samples != 1)}"
-        if self.value is None or self.low is None or self.high is None:
+        if self.value is None:
             return (
                 f"The simple noise scale is undefined: over {looks}, ‖G‖² is not significantly "
                 f"above 0."
@@ -250,19 +168,7 @@ def noise_scale(estimates: Sequence[NoiseEstimate]) -> NoiseScale:
     undefined. B_simple is a heuristic: it takes Σ and the Hessian to be alike in all directions,
     and one η for all batch sizes.
 
-    Args:
-        estimates: Of independent samples, at least one.
-
-    Returns:
-        The scale.
-
-    Example:
-        >>> sure = NoiseEstimate(variance=6.0, square=2.0, error=(0.0, 0.0, 0.0), degrees=15)
-        >>> noise_scale([sure]).value, noise_scale([sure]).low
-        (3.0, 3.0)
-
-    References:
-        Fieller, Some Problems in Interval Estimation, 1954.
+    Fieller, Some Problems in Interval Estimation, 1954.
     """
     from scipy.special import stdtrit
 
@@ -280,26 +186,15 @@ def noise_scale(estimates: Sequence[NoiseEstimate]) -> NoiseScale:
     return NoiseScale(top / bottom, low, high, top, bottom, count)
 
 
-# ---------------------------------------------------------------------- the step test
-
-
 @dataclass(frozen=True)
 class StepTrial:
     """The slopes of J along one step, at both of its ends, on the same examples.
 
     The parabola with these slopes has its minimum at the share start/(start − end) of the step.
-
-    Args:
-        start: ⟨∇J(θ), s⟩; below 0 where the step begins downhill.
-        end: ⟨∇J(θ + s), s⟩.
-
-    Example:
-        >>> StepTrial(start=-2.0, end=0.0).alpha, StepTrial(start=-2.0, end=2.0).alpha
-        (0.0, 1.0)
     """
 
-    start: float
-    end: float
+    start: float  # ⟨∇J(θ), s⟩; below 0 where the step begins downhill
+    end: float  # ⟨∇J(θ + s), s⟩
 
     @property
     def alpha(self) -> float | None:
@@ -318,34 +213,17 @@ class StepTrial:
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What some steps of a run say about its step size.
+    """What some steps of a run say about its step size."""
 
-    Args:
-        state: "stable", "unstable", "undecided" or "too few".
-        steps: How many were looked at.
-        higher: How many ended higher than they began.
-        uphill: How many began uphill: they have no α.
-        median: Of α; None where there is none.
-        quartiles: Of α; None likewise.
-
-    Example:
-        >>> print(StepVerdict("too few", 2, 0, 0, None, None).words(256))
-        Too few steps were looked at for a verdict: 2, and 6 are the least.
-    """
-
-    state: str
+    state: str  # "stable", "unstable", "undecided" or "too few"
     steps: int
-    higher: int
-    uphill: int
-    median: float | None
+    higher: int  # how many ended higher than they began
+    uphill: int  # how many began uphill: they have no α
+    median: float | None  # of α; None where there is none
     quartiles: tuple[float, float] | None
 
     def words(self, probe: int) -> str:
-        """One sentence.
-
-        Args:
-            probe: Examples on which both ends were looked at.
-        """
+        """One sentence, of steps whose ends were looked at on so many examples."""
         if self.state == "too few":
             return (
                 f"Too few steps were looked at for a verdict: {self.steps}, and {_FEWEST_STEPS} "
@@ -371,20 +249,8 @@ def judge(trials: Sequence[StepTrial]) -> StepVerdict:
     or too long for the steps that follow. What decides is whether the steps end lower than they
     began: Wilcoxon's signed-rank test of their rises, at 95%, which no single large rise decides.
 
-    Args:
-        trials: In the order of the run.
-
-    Returns:
-        The verdict.
-
-    Example:
-        >>> judge([StepTrial(-1.0, -0.5)] * 8).state, judge([StepTrial(-1.0, 3.0)] * 8).state
-        ('stable', 'unstable')
-
-    References:
-        Schneider et al., Cockpit: A Practical Debugging Tool for the Training of Deep Neural
-        Networks, 2021, arXiv 2102.06604 (α).
-        Wilcoxon, Individual Comparisons by Ranking Methods, 1945.
+    Schneider et al., Cockpit: A Practical Debugging Tool for the Training of Deep Neural Networks,
+    2021, arXiv 2102.06604 (α). Wilcoxon, Individual Comparisons by Ranking Methods, 1945.
     """
     alphas = [t.alpha for t in trials if t.alpha is not None]
     rises = np.array([t.rise for t in trials])
@@ -395,12 +261,9 @@ def judge(trials: Sequence[StepTrial]) -> StepVerdict:
         ranks = np.array([(sizes < r).sum() + ((sizes == r).sum() + 1) / 2 for r in sizes])
         z = float((np.sign(rises) * ranks).sum() / math.sqrt((ranks**2).sum()))
         state = "stable" if z < -_SIGNIFICANT else "unstable" if z > _SIGNIFICANT else "undecided"
-    low, middle, high = np.quantile(alphas, [0.25, 0.5, 0.75]) if alphas else (None, None, None)
-    return StepVerdict(
-        state,
-        len(trials),
-        int((rises > 0).sum()),
-        len(trials) - len(alphas),
-        None if middle is None else float(middle),
-        None if low is None or high is None else (float(low), float(high)),
-    )
+    median, quartiles = None, None
+    if alphas:
+        low, median, high = np.quantile(alphas, [0.25, 0.5, 0.75]).tolist()
+        quartiles = low, high
+    uphill = len(trials) - len(alphas)
+    return StepVerdict(state, len(trials), int((rises > 0).sum()), uphill, median, quartiles)

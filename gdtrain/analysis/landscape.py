@@ -2,16 +2,17 @@
 
 θ parameters (P of them, flat), θ* those in the middle of a picture, J the objective with weight
 decay. A picture shows J(θ* + αd) or J(θ* + αd + βe) on a grid of α and β. For a model with one or
-two parameters, `gdtrain.analysis.surface` shows the whole truth.
+two parameters, `Surface` shows the whole truth.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
+import timeit
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -19,34 +20,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_layers import (
-    BatchNorm,
-    Dropout,
-    NormWithStatistics,
-    TransposedConvolution,
-)
+from gdtrain._compat.torch_layers import TransposedConvolution
+from gdtrain._compat.torch_modules import BATCH_NORMS, DROPOUTS, NORMS
+from gdtrain.analysis.gradients import apart, flat
 from gdtrain.analysis.landscape_figure import Grid, Line
 from gdtrain.analysis.trajectory import Snapshots, as_snapshot, plane_of
 from gdtrain.descent.trial import staying
 from gdtrain.objective import Objective, evaluating, untouched
-from gdtrain.penalised import penalty
+from gdtrain.penalised import penalty, with_decay
 from gdtrain.ranges import Interval, Whole
 
-__all__ = ["POINTS", "SPAN", "Landscape", "axis_around", "directions"]
+__all__ = ["Landscape", "Surface", "directions"]
 
 _log = logging.getLogger("gdtrain")
 
-SPAN = Interval(0, 10**6, closed="right")  # lengths of the weights
-POINTS = Whole(3, 1000)  # of an axis: a million values of J
+_SPAN = Interval(0, 10**6, closed="right")  # lengths of the weights
+_POINTS = Whole(3, 1000)  # of an axis: a million values of J
 _AXIS = Whole(3)  # points of an axis that a user draws
 _PASS = 64 * 2**20  # bytes that the outputs of the layers may take in one pass
 _WORTH_SAYING = 5.0  # seconds
-_TRIALS = 3  # by which the time of the pictures is foretold
-_NORMS = (NormWithStatistics, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+@torch.no_grad()
 def directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[Tensor]:
-    """Random directions, filter by filter as long as the weights.
+    """Random directions (P,), filter by filter as long as the weights; the same on every device.
 
         d_f ← d_f ‖θ_f‖ / ‖d_f‖,  d ~ N(0, I)
 
@@ -55,66 +52,44 @@ def directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[Tensor]:
     filter by α times its length, whatever the scale of the layer, and pictures of different
     networks can be compared.
 
-    Args:
-        model: Its trainable parameters count, in their order.
-        count: How many, range [1, ∞).
-        seed: Of the directions; the numbers are the same on every device.
-
-    Returns:
-        `count` flat tensors (P,), of the dtype and on the device of the parameters.
-
-    Raises:
-        ValueError: There is no weight, or all weights are 0, so that nothing has a length.
-
-    Example:
-        >>> layer = nn.Linear(3, 2)
-        >>> (d,) = directions(layer, count=1)
-        >>> rows = d[:6].view(2, 3)
-        >>> torch.allclose(rows.norm(dim=1), layer.weight.norm(dim=1)), d[6:].tolist()
-        (True, [0.0, 0.0])
-
-    References:
-        Li, Xu, Taylor, Studer and Goldstein, Visualizing the loss landscape of neural nets, 2018,
-        arXiv 1712.09913.
+    Li, Xu, Taylor, Studer and Goldstein, Visualizing the loss landscape of neural nets, 2018,
+    arXiv 1712.09913.
     """
     of_norms = {
-        id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)
+        p for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)
     }
     params = [p for p in model.parameters() if p.requires_grad]
-    weights = [p.ndim > 1 and id(p) not in of_norms for p in params]
-    if not any(bool(p.any()) for p, is_weight in zip(params, weights, strict=True) if is_weight):
+    weights = {p for p in params if p.ndim > 1} - of_norms
+    if not any(bool(p.any()) for p in weights):
         raise ValueError(
             "Directions are as long as the weights, filter by filter. Received: a model without a "
             "weight other than 0."
         )
-    groups = {
-        id(m.weight): m.groups for m in model.modules() if isinstance(m, TransposedConvolution)
-    }
+    transposed = [m for m in model.modules() if isinstance(m, TransposedConvolution)]
+    groups: dict[Tensor, int] = {m.weight: m.groups for m in transposed}
     generator = torch.Generator().manual_seed(seed)
     made = []
     for _ in range(count):
         parts = []
-        for p, is_weight in zip(params, weights, strict=True):
-            if not is_weight:
-                parts.append(torch.zeros_like(p.detach()).flatten())
-                continue
-            d = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
-            ratio = _filters(p.detach(), groups.get(id(p))) / _filters(d, groups.get(id(p)))
-            parts.append((d * ratio).flatten())
-        made.append(torch.cat(parts))
+        for p in params:
+            d = torch.zeros_like(p)
+            if p in weights:
+                d = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
+                d = d * (_lengths(p, groups.get(p)) / _lengths(d, groups.get(p)))
+            parts.append(d)
+        made.append(flat(parts))
     return made
 
 
-def _filters(weight: Tensor, groups: int | None) -> Tensor:
-    """The length of each number's filter, as the weight; `groups` of a transposed convolution.
+def _lengths(weight: Tensor, groups: int | None) -> Tensor:
+    """Of the filters, to be multiplied with the weight; `groups` of a transposed convolution.
 
     Such a one has its inputs first, and then the outputs of a group.
     """
     if groups is None:
-        return weight.flatten(1).norm(dim=1).view(-1, *[1] * (weight.ndim - 1)).expand_as(weight)
+        return torch.linalg.vector_norm(weight, dim=[*range(1, weight.ndim)], keepdim=True)
     parts = weight.unflatten(0, (groups, -1)).flatten(3)  # (G, inputs, outputs, places)
-    length = parts.norm(dim=(1, 3), keepdim=True).expand_as(parts)
-    return length.reshape(weight.shape)
+    return parts.norm(dim=(1, 3), keepdim=True).expand_as(parts).reshape(weight.shape)
 
 
 class Landscape:
@@ -160,15 +135,15 @@ class Landscape:
         params = objective.params
         if not params:
             raise ValueError("A landscape needs parameters that train. Received: none.")
-        decay = (
-            [weight_decay] * len(params) if isinstance(weight_decay, float | int) else weight_decay
+        decays = (
+            weight_decay if isinstance(weight_decay, Sequence) else [weight_decay] * len(params)
         )
-        if len(decay) != len(params):
+        if len(decays) != len(params):
             raise ValueError(
                 f"weight_decay must be one number, or one for each of {len(params)} parameters. "
-                f"Received: {len(decay)}."
+                f"Received: {len(decays)}."
             )
-        self.weight_decay = [float(d) for d in decay]
+        self.weight_decay = [float(d) for d in decays]
         self.count = sum(p.numel() for p in params)
         here = len(objective.targets)
         self.total = here if total is None else total
@@ -177,7 +152,6 @@ class Landscape:
             generator = torch.Generator().manual_seed(seed)
             drawn = torch.randperm(here, generator=generator)[:examples].sort().values
         self.indices = drawn.to(objective.targets.device)
-        self._pass = 0  # examples
 
     @property
     def said(self) -> str:
@@ -188,8 +162,8 @@ class Landscape:
         parts = [f"J over {which} training examples"]
         if decays:
             parts.append(f"weight decay {', '.join(f'{d:g}' for d in decays)}")
-        layers = [*self.objective.model.modules()]
-        kinds = (BatchNorm, Dropout)
+        kinds = (BATCH_NORMS, DROPOUTS)
+        layers = self.objective.model.modules()
         if any(isinstance(m, kinds) or "Dropout" in type(m).__name__ for m in layers):
             parts.append("evaluation mode")
         return ", ".join(parts)
@@ -197,97 +171,24 @@ class Landscape:
     @property
     def position(self) -> Tensor:
         """θ*, a flat copy (P,)."""
-        return torch.cat([p.detach().flatten() for p in self.objective.params])
+        return flat([p.detach() for p in self.objective.params])
 
     @staticmethod
     def bytes_needed(parameters: int, itemsize: int) -> int:
         """Memory of the pictures: the model, θ* twice, two directions, two points, and a pass.
 
         The examples, and the path where there is one, come on top.
-
-        Args:
-            parameters: P.
-            itemsize: Bytes of each.
         """
         return parameters * 7 * itemsize + _PASS
 
-    @contextmanager
-    def _trial(self) -> Iterator[None]:
-        """The model in evaluation mode; in the end parameters, buffers and modes are as before."""
-        model = self.objective.model
-        with staying(self.objective.params), evaluating(model), untouched(model), torch.no_grad():
-            yield
-
-    def _put(self, theta: Tensor) -> None:
-        done = 0
-        for p in self.objective.params:
-            p.copy_(theta[done : done + p.numel()].view(p.shape))
-            done += p.numel()
-
-    def _here(self) -> float:
-        if not self._pass:
-            with untouched(self.objective.model):
-                self._pass = self._examples_at_once()
-        with untouched(self.objective.model):  # the same random numbers at all points
-            return self._mean()
-
-    def _mean(self) -> float:
-        total, size = 0.0, self._pass
-        while len(self.indices) % size == 1 and 1 < size < len(self.indices):
-            size += 1  # normalisation by the pass's own statistics takes no single example
-        for part in self.indices.split(size):
-            total += float(self.objective.losses(part).double().sum())
-        return total / len(self.indices) + penalty(self.objective.params, self.weight_decay)
-
-    def _examples_at_once(self) -> int:
-        """As many as the outputs of all layers, and the inputs, take 64 MB for."""
-        taken = [0]
-
-        def note(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                taken[0] += output.numel() * output.element_size()
-
-        layers = [m for m in self.objective.model.modules() if not list(m.children())]
-        hooks = [m.register_forward_hook(note) for m in layers]
-        try:
-            few = self.indices[:2]
-            x = self.objective.inputs[few]
-            self.objective.losses(few)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        each = (2 * taken[0] + x.numel() * x.element_size()) // len(few)
-        return max(min(2, len(few)), _PASS // each)
-
     def value(self, theta: Tensor | None = None) -> float:
-        """J.
-
-        Args:
-            theta: (P,); None: θ*.
-        """
-        with self._trial():
-            if theta is not None:
-                self._put(theta)
-            return self._here()
+        """J at θ, flat (P,); None: at θ*."""
+        return float(self.values([self.position if theta is None else theta])[0])
 
     def values(self, thetas: Any) -> NDArray[np.float64]:
-        """J at several points.
-
-        Args:
-            thetas: (K, P).
-
-        Returns:
-            (K,).
-        """
+        """J at several points, (K, P)."""
         with self._trial():
             return np.array([self._at(torch.as_tensor(theta)) for theta in thetas])
-
-    def _at(self, theta: Tensor) -> float:
-        self._put(theta)
-        return self._here()
-
-    def _along(self, x: NDArray[np.float64], origin: Tensor, d: Tensor) -> NDArray[np.float64]:
-        return np.array([self._at(torch.add(origin, d, alpha=float(a))) for a in x])
 
     def slice_1d(self, lines: int = 2, *, span: float = 1.0, points: int = 51) -> Line:
         """J(θ* + αd) along random directions, filter-normalised (see `directions`).
@@ -303,9 +204,7 @@ class Landscape:
         Raises:
             ValueError: An argument is out of range, or all weights are 0.
         """
-        SPAN.check("span", span)
-        _AXIS.check("points", points)
-        origin, x = self.position, np.linspace(-span, span, points)
+        x, origin = _axis(span, points), self.position
         made = directions(self.objective.model, lines, self.seed)
         with self._trial():
             values = np.array([self._along(x, origin, d) for d in made])
@@ -330,9 +229,7 @@ class Landscape:
         Raises:
             ValueError: An argument is out of range, or all weights are 0.
         """
-        SPAN.check("span", span)
-        _AXIS.check("points", points)
-        x = np.linspace(-span, span, points)
+        x = _axis(span, points)
         first, second = directions(self.objective.model, 2, self.seed)
         return Grid(
             x=x,
@@ -342,19 +239,6 @@ class Landscape:
             ylabel="β",
             title=f"The objective around the end, filter-normalised\n{self.said}",
         )
-
-    def _on(
-        self,
-        x: NDArray[np.float64],
-        y: NDArray[np.float64],
-        origin: Tensor,
-        first: Tensor,
-        second: Tensor,
-    ) -> NDArray[np.float64]:
-        with self._trial():
-            return np.array(
-                [self._along(x, torch.add(origin, second, alpha=float(b)), first) for b in y]
-            )
 
     def plane(self, snapshots: Snapshots, *, points: int = 31, margin: float = 0.25) -> Grid:
         """J in the plane of a path's two principal components through θ*, and the path.
@@ -381,11 +265,11 @@ class Landscape:
             )
         found = plane_of(snapshots.parameters[:-1], end)
         path = np.vstack([found.coordinates, np.zeros((1, 2))])
-        x, y = (axis_around(path[:, k], points, margin, path) for k in range(2))
-        along = [
+        x, y = (_axis_around(path[:, k], points, margin, path) for k in range(2))
+        xlabel, ylabel = (
             f"principal component {k + 1} of the path (units of θ; {share:.1%} of its variance)"
             for k, share in enumerate(found.shares)
-        ]
+        )
         return Grid(
             x=x,
             y=y,
@@ -393,8 +277,8 @@ class Landscape:
             path=path,
             path_values=self.values(snapshots.parameters),
             path_updates=snapshots.updates,
-            xlabel=along[0],
-            ylabel=along[1],
+            xlabel=xlabel,
+            ylabel=ylabel,
             shares=found.shares,
             title=f"The path of the run in its plane\n{self.said}",
         )
@@ -406,36 +290,26 @@ class Landscape:
         span: float | None = None,
         points: int | None = None,
     ) -> Mapping[str, Line | Grid]:
-        """All that there are of a model.
+        """All that there are of a model: "landscape-1d", "landscape-2d" and "trajectory".
 
         Args:
-            snapshots: The path of the run, with θ* as its last point; None: not known.
+            snapshots: The path of the run, with θ* as its last point; None: not known. A path that
+                moves has a "trajectory".
             span: Of random directions, range (0, 10⁶]; None: 1.
             points: Of each axis of a plane, range [3, 1000]; None: 31.
-
-        Returns:
-            "landscape-1d", "landscape-2d" and, with a path that moves, "trajectory".
 
         Raises:
             ValueError: An argument is out of range, or all weights are 0.
         """
-        span, points = 1.0 if span is None else span, 31 if points is None else points
-        SPAN.check("span", span)
-        POINTS.check("points", points)
-        self.value()  # warms up
-        started = time.perf_counter()
-        with self._trial():
-            for _ in range(_TRIALS):
-                self._here()
-        seconds = (time.perf_counter() - started) / _TRIALS
+        span = 1.0 if span is None else span
+        points = _POINTS.check("points", 31 if points is None else points)
         moves = snapshots is not None and bool(
             (snapshots.parameters != snapshots.parameters[-1:]).any()
         )
         evaluations = points**2 * (2 if moves else 1)
-        if evaluations * seconds > _WORTH_SAYING:
-            _log.info(
-                "landscape: %s values of J, about %.0f s", f"{evaluations:,}", evaluations * seconds
-            )
+        seconds = evaluations * min(timeit.repeat(self.value, number=1, repeat=3))
+        if seconds > _WORTH_SAYING:
+            _log.info("landscape: %s values of J, about %.0f s", f"{evaluations:,}", seconds)
         found: dict[str, Line | Grid] = {
             "landscape-1d": self.slice_1d(span=span, points=2 * (points // 2 * 2) + 1),
             "landscape-2d": self.slice_2d(span=span, points=points),
@@ -444,30 +318,225 @@ class Landscape:
             found["trajectory"] = self.plane(snapshots, points=points)
         return found
 
+    @contextmanager
+    def _trial(self) -> Iterator[None]:
+        """The model in evaluation mode; in the end parameters, buffers and modes are as before."""
+        model = self.objective.model
+        with staying(self.objective.params), evaluating(model), untouched(model), torch.no_grad():
+            yield
 
-def axis_around(
+    def _at(self, theta: Tensor) -> float:
+        """J, within a trial."""
+        params = self.objective.params
+        for p, part in zip(params, apart(theta, params), strict=True):
+            p.copy_(part)
+        total, size = 0.0, self._pass
+        while len(self.indices) % size == 1 and 1 < size < len(self.indices):
+            size += 1  # normalisation by the pass's own statistics takes no single example
+        with untouched(self.objective.model):  # the same random numbers at all points
+            for part in self.indices.split(size):
+                total += float(self.objective.losses(part).double().sum())
+        return total / len(self.indices) + penalty(params, self.weight_decay)
+
+    def _along(self, x: NDArray[np.float64], origin: Tensor, d: Tensor) -> NDArray[np.float64]:
+        return np.array([self._at(torch.add(origin, d, alpha=float(a))) for a in x])
+
+    def _on(
+        self,
+        x: NDArray[np.float64],
+        y: NDArray[np.float64],
+        origin: Tensor,
+        first: Tensor,
+        second: Tensor,
+    ) -> NDArray[np.float64]:
+        with self._trial():
+            return np.array(
+                [self._along(x, torch.add(origin, second, alpha=float(b)), first) for b in y]
+            )
+
+    @cached_property
+    def _pass(self) -> int:
+        """Examples for which the outputs of all layers, and the inputs, take 64 MB."""
+        taken = 0
+
+        def note(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal taken
+            if isinstance(output, Tensor):
+                taken += output.numel() * output.element_size()
+
+        layers = [m for m in self.objective.model.modules() if not list(m.children())]
+        hooks = [m.register_forward_hook(note) for m in layers]
+        try:
+            few = self.indices[:2]
+            x = self.objective.inputs[few]
+            with untouched(self.objective.model):
+                self.objective.losses(few)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        each = (2 * taken + x.numel() * x.element_size()) // len(few)
+        return max(min(2, len(few)), _PASS // each)
+
+
+class Surface(Landscape):
+    """J of a model with one or two parameters: its exact surface, and its minimum."""
+
+    def __init__(self, objective: Objective, **options: Any) -> None:
+        super().__init__(objective, **options)
+        if self.count > 2:
+            raise ValueError(
+                f"A surface has one or two parameters as its axes. Received: a model with "
+                f"{self.count:,}. Landscape shows slices of more."
+            )
+
+    def pictures(
+        self,
+        snapshots: Snapshots | None = None,
+        *,
+        span: float | None = None,
+        points: int | None = None,
+    ) -> Mapping[str, Line | Grid]:
+        """The only one, "surface"; it has no random directions with a span."""
+        if span is not None:
+            raise ValueError(
+                f"span is of random directions, and a model with {self.count} parameters is drawn "
+                f"on its exact surface. Received: span={span:g}. Leave it out."
+            )
+        return {"surface": self.picture(snapshots, points=61 if points is None else points)}
+
+    def picture(
+        self,
+        snapshots: Snapshots | None = None,
+        *,
+        points: int = 61,
+        box: Sequence[tuple[float, float]] | None = None,
+        names: Sequence[str] = (),
+    ) -> Line | Grid:
+        """J, as much of it as the run has come by; the path, and the minimum if there is one.
+
+        `box` has the lowest and highest value of each parameter; None: what holds the start, the
+        minimum, and the path as far as three times the start's distance from the minimum. `names`
+        are of the parameters; empty: the model's.
+        """
+        _POINTS.check("points", points)
+        end = self.position.double().cpu().numpy()
+        path = end[None] if snapshots is None else snapshots.parameters.astype(np.float64)
+        updates = np.zeros(1, np.int64) if snapshots is None else snapshots.updates
+        minimum = self.minimum()
+        shown = path if minimum is None else _near(path, minimum)
+        if box is None:
+            axes = [_axis_around(shown[:, k], points, 0.25, shown) for k in range(self.count)]
+        else:
+            axes = [np.linspace(low, high, points) for low, high in box]
+        origin = torch.zeros_like(self.position)
+        units = torch.eye(self.count).to(origin)
+        labels = [f"parameter {n}" for n in names or self._names()]
+        common: dict[str, Any] = {
+            "x": axes[0],
+            "xlabel": labels[0],
+            "title": f"The exact surface and the path of the run\n{self.said}",
+            "path": path,
+            "path_values": self.values(torch.from_numpy(path)),
+            "path_updates": updates,
+            "minimum": minimum,
+        }
+        if self.count == 1:
+            with self._trial():
+                return Line(values=self._along(axes[0], origin, units[0])[None], **common)
+        values = self._on(axes[0], axes[1], origin, units[0], units[1])
+        return Grid(y=axes[1], ylabel=labels[1], values=values, **common)
+
+    def minimum(self) -> NDArray[np.float64] | None:
+        """Where J is least, (P,), found from θ* by L-BFGS.
+
+        None where the search did not end at a point that Newton's step would leave by less than a
+        thousandth of the way there: J is flat, has a kink, or falls for ever.
+        """
+        params, start = self.objective.params, self.position.double()
+        grads = [p.grad for p in params]
+        search = torch.optim.LBFGS(
+            params,
+            max_iter=500,
+            tolerance_grad=1e-12,
+            tolerance_change=1e-15,
+            line_search_fn="strong_wolfe",
+        )
+
+        def closure() -> float:
+            value, gradient = self._value_and_gradient()
+            for p, g in zip(params, gradient, strict=True):
+                p.grad = g
+            return value
+
+        with self._trial(), torch.enable_grad():
+            try:
+                search.step(closure)
+            finally:
+                for p, g in zip(params, grads, strict=True):
+                    p.grad = g
+            found = self.position.double()
+            gradient = flat(self._value_and_gradient()[1]).double()
+            hessian = torch.stack([self._hessian_column(k) for k in range(self.count)]).double()
+        if not bool(torch.cat([found, gradient, hessian.flatten()]).isfinite().all()):
+            return None
+        curvatures = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
+        if not float(curvatures[0]) > 1e-12 * max(float(curvatures[-1]), 1e-300):
+            return None
+        left = float(torch.linalg.solve(hessian, gradient).norm())
+        way = float((found - start).norm())
+        if left > 1e-3 * max(way, 1e-3 * max(1.0, float(found.norm()))):
+            return None
+        return found.cpu().numpy()
+
+    def _value_and_gradient(self) -> tuple[float, list[Tensor]]:
+        value, made = self.objective.value_and_grad(self.indices)
+        params, decays = self.objective.params, self.weight_decay
+        return float(value) + penalty(params, decays), with_decay(made, params, decays)
+
+    def _hessian_column(self, k: int) -> Tensor:
+        unit = torch.zeros_like(self.position)
+        unit[k] = 1.0
+        v = apart(unit, self.objective.params)
+        try:
+            product = self.objective.hessian_vector(self.indices, v)
+        except ValueError:  # a kink has none
+            return torch.full_like(unit, math.nan)
+        return flat(with_decay(product, v, self.weight_decay))
+
+    def _names(self) -> list[str]:
+        """Of each single parameter, such as linear.weight[0, 1]."""
+        names = []
+        for name, p in self.objective.model.named_parameters():
+            if p.requires_grad:
+                for place in np.ndindex(*p.shape):
+                    where = f"[{', '.join(map(str, place))}]" if p.numel() > 1 else ""
+                    names.append(f"{name}{where}")
+        return names
+
+
+def _near(path: NDArray[np.float64], minimum: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The points that a picture must hold: of a run that has left, not those far outside."""
+    distance = np.linalg.norm(path - minimum, axis=1)
+    return np.vstack([path[distance <= 3 * distance[0]], minimum])
+
+
+def _axis(span: float, points: int) -> NDArray[np.float64]:
+    _SPAN.check("span", span)
+    _AXIS.check("points", points)
+    return np.linspace(-span, span, points)
+
+
+def _axis_around(
     values: NDArray[np.float64], points: int, margin: float, all_values: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """An axis that holds the values and some room; as wide as a fifth of the widest at least.
+    """An axis that holds the values (K,), and room of so many times its width on either side.
 
-    Args:
-        values: (K,), along this axis.
-        points: Of it.
-        margin: Room on either side, in units of its width.
-        all_values: (K, A), along all axes.
-
-    Returns:
-        (points,).
-
-    Example:
-        >>> axis_around(np.array([0.0, 2.0]), 3, 0.5, np.array([[0.0], [2.0]])).tolist()
-        [-1.0, 1.0, 3.0]
+    It is as wide as a fifth of the widest of all axes (K, A) at least.
     """
     low, high = float(values.min()), float(values.max())
     widest = float(np.ptp(all_values, axis=0).max())
     if widest == 0:
         widest = max(1.0, float(np.abs(all_values).max()))
-    width = max(high - low, 0.2 * widest)
+    half = max(high - low, 0.2 * widest) * (0.5 + margin)
     middle = (low + high) / 2
-    half = width * (0.5 + margin)
     return np.linspace(middle - half, middle + half, points)

@@ -18,15 +18,18 @@ _DPI = 120
 _DECADES = 10.0  # ratio of the highest to the lowest value, from which contours are logarithmic
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Picture:
-    """What all pictures have."""
+    """What all pictures have: values of J, the path of a run among them, and where J is least."""
 
+    x: NDArray[np.float64]  # (A,), coordinates
+    values: NDArray[np.float64]  # J, see below
     title: str = ""
-    path: NDArray[np.float64] | None = None
-    path_values: NDArray[np.float64] | None = None
-    path_updates: NDArray[np.int64] | None = None
-    minimum: NDArray[np.float64] | None = None
+    xlabel: str = "α"
+    path: NDArray[np.float64] | None = None  # (K, axes), points of the run
+    path_values: NDArray[np.float64] | None = None  # (K,), J there; it may lie off a plane
+    path_updates: NDArray[np.int64] | None = None  # (K,), after how many updates
+    minimum: NDArray[np.float64] | None = None  # (axes,)
 
     def numbers(self) -> dict[str, NDArray[Any]]:
         """All arrays, by name."""
@@ -37,11 +40,7 @@ class _Picture:
         }
 
     def plot(self) -> Any:
-        """The picture.
-
-        Returns:
-            A matplotlib figure; `.savefig(path)` keeps it.
-        """
+        """The picture, as a figure of matplotlib's."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6.4, 5.2), layout="constrained")
@@ -49,6 +48,7 @@ class _Picture:
         return figure
 
     def draw(self, axes: Any) -> None:
+        """Draw into axes of matplotlib's that are there."""
         raise NotImplementedError
 
     def _marks(self, axes: Any, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
@@ -65,39 +65,22 @@ class _Picture:
         name = f"end (update {int(updates[-1]):,})"
         axes.plot(x[-1], y[-1], "*", color="#d55e00", markersize=15, label=name, **same)
 
+    def _frame(self, axes: Any, **options: Any) -> None:
+        """Words and bounds, and a legend where there is something to tell apart."""
+        bounds = (self.x.min(), self.x.max())
+        axes.set(xlabel=self.xlabel, title=self.title, xlim=bounds, **options)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, framealpha=0.9)
 
-@dataclass
+
+@dataclass(kw_only=True)
 class Line(_Picture):
-    """J along lines. A points each, R lines.
+    """J along R lines; its values are (R, A)."""
 
-    Args:
-        title: Of the picture.
-        path: (K, 1), points of the run on the line; None: none.
-        path_values: (K,), J there.
-        path_updates: (K,), after how many updates.
-        minimum: (1,), where J is least; None: not known.
-        x: (A,), the coordinate.
-        values: (R, A), J.
-        xlabel: What the coordinate is.
-        labels: Of the R lines; empty: one that needs none.
-
-    Example:
-        >>> line = Line(x=np.array([-1.0, 0.0, 1.0]), values=np.array([[1.0, 0.0, 1.0]]))
-        >>> line.plot().axes[0].get_ylabel()
-        'objective J'
-    """
-
-    x: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    values: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
-    xlabel: str = "α"
-    labels: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)  # of the lines; empty: one that needs none
 
     def draw(self, axes: Any) -> None:
-        """Draw into axes that are there.
-
-        Args:
-            axes: Of matplotlib.
-        """
+        """Draw into axes of matplotlib's that are there."""
         styles = ("-", "--", "-.", ":")
         colors = ("#0072b2", "#e69f00", "#009e73", "#cc79a7")
         shown = np.where(np.isfinite(self.values), self.values, np.nan)
@@ -116,57 +99,23 @@ class Line(_Picture):
             axes.axvline(
                 self.minimum[0], color="0.4", linewidth=1, linestyle=":", label="minimum", zorder=0
             )
-        if self.path is not None and self.path_values is not None and len(self.path):
+        if self.path is not None and self.path_values is not None:
             self._marks(axes, self.path[:, 0], self.path_values)
         elif self.minimum is None:
             axes.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-        axes.set(
-            xlabel=self.xlabel,
-            ylabel="objective J",
-            title=self.title,
-            xlim=(self.x.min(), self.x.max()),
-        )
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8)
+        self._frame(axes, ylabel="objective J")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Grid(_Picture):
-    """J on a plane. A by B points.
+    """J on a plane; its values are (B, A)."""
 
-    Args:
-        title: Of the picture.
-        path: (K, 2), points of the run in the plane; None: none.
-        path_values: (K,), J at the run's points, which may lie off the plane.
-        path_updates: (K,), after how many updates.
-        minimum: (2,), where J is least; None: not known.
-        x: (A,), coordinates.
-        y: (B,), coordinates.
-        values: (B, A), J.
-        xlabel: What x is.
-        ylabel: What y is.
-        shares: Of the path's variance that the axes have; None: no components.
-
-    Example:
-        >>> x = np.linspace(-1, 1, 5)
-        >>> grid = Grid(x=x, y=x, values=x[None] ** 2 + x[:, None] ** 2)
-        >>> grid.levels()[:3].round(6).tolist()
-        [0.2, 0.4, 0.6]
-    """
-
-    x: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    y: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    values: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
-    xlabel: str = "α"
+    y: NDArray[np.float64]  # (B,), coordinates
     ylabel: str = "β"
-    shares: tuple[float, float] | None = None
+    shares: tuple[float, float] | None = None  # of the path's variance that the axes have
 
     def levels(self) -> NDArray[np.float64]:
-        """The contours: round numbers, logarithmic where J spans more than a decade.
-
-        Returns:
-            Ascending; none where J is constant.
-        """
+        """The contours: round numbers, logarithmic where J spans more than a decade."""
         low, high = _range(self.values)
         if not high > low:
             return np.zeros(0)
@@ -185,11 +134,7 @@ class Grid(_Picture):
         return ticks[(low < ticks) & (ticks < high)]
 
     def draw(self, axes: Any) -> None:
-        """Draw into axes that are there.
-
-        Args:
-            axes: Of matplotlib.
-        """
+        """Draw into axes of matplotlib's that are there."""
         shown = np.ma.masked_invalid(self.values)
         levels = self.levels()
         if len(levels):
@@ -198,7 +143,6 @@ class Grid(_Picture):
             low, high = _range(self.values)
             logarithmic = low > 0 and high / low >= _DECADES
             norm = LogNorm(max(low, 1e-6 * high), high) if logarithmic else Normalize(low, high)
-            dx, dy = self.x[1] - self.x[0], self.y[1] - self.y[0]
             axes.imshow(
                 shown,
                 cmap="cividis",
@@ -207,12 +151,7 @@ class Grid(_Picture):
                 origin="lower",
                 aspect="auto",
                 interpolation="bilinear",
-                extent=(
-                    self.x[0] - dx / 2,
-                    self.x[-1] + dx / 2,
-                    self.y[0] - dy / 2,
-                    self.y[-1] + dy / 2,
-                ),
+                extent=(*_edges(self.x), *_edges(self.y)),
             )
             lines = axes.contour(self.x, self.y, shown, levels, colors="0.15", linewidths=0.7)
             axes.clabel(lines, fontsize=7, fmt="%.4g")
@@ -230,21 +169,19 @@ class Grid(_Picture):
                 label="minimum",
                 zorder=5,
             )
-        if self.path is not None and len(self.path):
+        if self.path is not None:
             self._marks(axes, self.path[:, 0], self.path[:, 1])
         elif self.minimum is None:
             axes.plot(
                 0, 0, "*", color="#d55e00", markeredgecolor="black", markersize=15, label="end"
             )
-        axes.set(
-            xlabel=self.xlabel,
-            ylabel=self.ylabel,
-            title=self.title,
-            xlim=(self.x.min(), self.x.max()),
-            ylim=(self.y.min(), self.y.max()),
-        )
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8, framealpha=0.9)
+        self._frame(axes, ylabel=self.ylabel, ylim=(self.y.min(), self.y.max()))
+
+
+def _edges(x: NDArray[np.float64]) -> tuple[float, float]:
+    """Of the cells around evenly spaced points."""
+    half = (x[1] - x[0]) / 2
+    return x[0] - half, x[-1] + half
 
 
 def _range(values: NDArray[np.float64]) -> tuple[float, float]:
@@ -253,21 +190,7 @@ def _range(values: NDArray[np.float64]) -> tuple[float, float]:
 
 
 def save(pictures: Mapping[str, Line | Grid], folder: str | Path, update: int = 0) -> None:
-    """Write `<name>.png`, all numbers as `landscape.npz`, and the PNGs as TensorBoard's images.
-
-    Args:
-        pictures: By name.
-        folder: Made if it is not there.
-        update: Step of the images.
-
-    Example:
-        >>> import tempfile
-        >>> line = Line(x=np.array([-1.0, 0.0, 1.0]), values=np.array([[1.0, 0.0, 1.0]]))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save({"line": line}, folder)
-        ...     np.load(Path(folder) / "landscape.npz")["line/values"].tolist()
-        [[1.0, 0.0, 1.0]]
-    """
+    """Write `<name>.png`, all numbers as `landscape.npz`, and the PNGs as TensorBoard's images."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import SummaryWriter
 

@@ -10,28 +10,32 @@ the choice of a batch. Where B < N the test is made several times in different o
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch.optim import Optimizer
 
-from gdtrain.analysis.curvature import sharpness, stability_limit
-from gdtrain.analysis.rate_curve import RateCurve, suggest
+from gdtrain.analysis.curvature import limit_of, sharpness
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.sparse import SparseInputs
-from gdtrain.descent.trial import Snapshot
+from gdtrain.descent.trial import Snapshot, trial
 from gdtrain.engines import EngineName, choose
 from gdtrain.generators import RandomStates
 from gdtrain.objective import Objective, evaluating, prediction_of
 from gdtrain.optim.protocol import step_size_of, update_rules
 from gdtrain.ranges import Interval, Whole
 
-__all__ = ["find_lr"]
+__all__ = ["RateCurve", "find_lr", "suggest"]
 
 _log = logging.getLogger("gdtrain")
 
@@ -40,6 +44,120 @@ _SAMPLE = 4096  # examples on which it is read, at most
 _PASS = 1024  # of them in one forward pass
 _EXPLODED = 4  # times the start's loss, above the best
 _POSITIVE = Interval(0, math.inf)
+_BANDWIDTH = 0.35  # decades, of the local polynomial
+_GONE = 0.01  # of the start's loss: below it there is nothing left to turn
+_FALL = 0.001  # of the start's loss: the least that counts as a fall
+# The turn is divided by it. Full batch: the loss reacts late, since what grows beyond the limit
+# starts from nearly nothing. B < N: noise turns the curve before any limit does.
+_MARGIN_FULL, _MARGIN_BATCH = 4.0, 2.0
+
+
+@dataclass
+class RateCurve:
+    """What a range test found at P points: J against a growing η, smoothed, read and drawn."""
+
+    rates: NDArray[np.float64]  # η, (P,), growing
+    losses: NDArray[np.float64]  # J after the update with that η, mean over the repetitions
+    errors: NDArray[np.float64]  # standard error of that mean; 0 for one repetition
+    smoothed: NDArray[np.float64]  # J by local quadratic regression on log₁₀ η
+    slopes: NDArray[np.float64]  # dJ/d log₁₀ η of it, loss per decade
+    start: float  # J before any update
+    suggestion: float | None = None  # η; None, as the next two: the loss nowhere falls
+    basis: str = ""  # why that one, in words and numbers
+    steepest: float | None = None  # η at which the smoothed loss falls fastest
+    turn: float | None = None  # the largest η before the loss turns
+    limit: float | None = None  # of stability at the start; None where there is none
+    sharpness: float | None = None  # λ at the start; None where `limit` is
+    details: dict[str, Any] | None = None  # updates, repetitions, engine and the like
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, in plain containers; None for what is not finite."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+    def rows(self) -> dict[int, str]:
+        """Points for a table, about two in each decade, and words for what is near some of them."""
+        last = len(self.rates) - 1
+        decades = math.log10(self.rates[-1] / self.rates[0])
+        step = max(1, round(last / max(2 * decades, 1)))
+        found: dict[int, list[str]] = {i: [] for i in range(last, -1, -step)}
+        for name in ("steepest", "turn", "limit", "suggestion"):
+            value = getattr(self, name)
+            if value is not None:
+                nearest = int(np.abs(np.log(self.rates / value)).argmin())
+                found.setdefault(nearest, []).append(name)
+        return {i: ", ".join(words) for i, words in sorted(found.items())}
+
+    def plot(self) -> Any:
+        """Loss and its slope against η, as a figure of matplotlib's."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 5.5), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+        low, high = self.rates[[0, -1]]
+        above.axhline(self.start, color="0.75", linewidth=0.8, label="before any update")
+        above.fill_between(
+            self.rates, self.losses - self.errors, self.losses + self.errors, color="0.88"
+        )
+        above.plot(self.rates, self.losses, ".", color="0.55", markersize=4, label="measured")
+        above.plot(self.rates, self.smoothed, "-", color="black", linewidth=1.6, label="smoothed")
+        below.axhline(0, color="0.75", linewidth=0.8)
+        below.plot(self.rates, self.slopes, "-", color="black", linewidth=1.2)
+        for value, style, color, name in (
+            (self.steepest, ":", "0.25", "steepest descent"),
+            (self.turn, "--", "0.25", "largest before the turn"),
+            (self.limit, "-.", "0.45", "stability limit at the start"),
+            (self.suggestion, "-", "C3", "suggestion"),
+        ):
+            if value is not None:
+                label = f"{name}: {value:.2g}"
+                for axes in (above, below):
+                    axes.axvline(value, linestyle=style, color=color, linewidth=1.6, label=label)
+                low, high = min(low, value), max(high, value)
+        bottom = float(min(self.smoothed.min(), self.losses.min()))
+        room = 0.15 * max(self.start - bottom, 1e-3 * abs(self.start), 1e-12)
+        above.set(
+            ylabel="mean training loss",
+            ylim=(bottom - room, self.start + 3 * room),
+            title=self._title(),
+        )
+        within = self.slopes[self.smoothed <= self.start + 3 * room]
+        if len(within) and within.min() < 0:
+            below.set_ylim(1.3 * within.min(), -0.7 * within.min())
+        below.set(
+            xlabel="step size η (lr; no unit, logarithmic)",
+            ylabel="slope\n(loss per decade)",
+            xscale="log",
+            xlim=(0.8 * low, 1.25 * high),
+        )
+        above.legend(fontsize=8, loc="lower left")
+        return figure
+
+    def _title(self) -> str:
+        details = self.details or {}
+        parts = [details.get("name") or "learning rate range test"]
+        if "updates" in details:
+            parts += [f"B = {details['batch_size']}", f"{details['updates']:,} updates"]
+            if details["repetitions"] > 1:
+                parts.append(f"mean of {details['repetitions']} orders")
+        return ", ".join(parts)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `find_lr.json`, `find_lr.png` and TensorBoard events into a folder."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        (path / "find_lr.json").write_text(text, encoding="utf-8")
+        figure = self.plot()
+        figure.savefig(path / "find_lr.png", dpi=120)
+        with SummaryWriter(str(path)) as writer:
+            columns = {"loss": self.losses, "smoothed": self.smoothed, "lr": self.rates}
+            for name, values in columns.items():
+                for index, value in enumerate(values.tolist()):
+                    writer.add_scalar(f"find_lr/{name}", value, index)
+            writer.add_text("find_lr/suggestion", self.basis)
+            writer.add_figure("find_lr/curve", figure)
 
 
 def find_lr(
@@ -57,15 +175,13 @@ def find_lr(
 ) -> RateCurve:
     """Range test of a model and an optimizer, which leaves both as they were.
 
-    Parameters, buffers, gradients, the optimizer's state and the generators are put back. A test
-    ends early where the loss is no longer finite, or 4 times the start's loss above the best.
+    A test ends early where the loss is no longer finite, or 4 times the start's above the best.
 
     Args:
         objective: J on the training examples.
         optimizer: Of its parameters; its lr is not used (with several groups: their ratios).
         plan: Which examples make which update: N, B, sampling and seed.
-        engine: As for `gdtrain.engines.choose`; "compiled" is taken for "auto", since a compiler
-            would take longer than these few updates.
+        engine: As for `gdtrain.engines.choose`; "compiled" is taken for "auto": it takes too long.
         min_lr: η_min, range (0, max_lr).
         max_lr: η_max, range (min_lr, ∞).
         updates: Of one test, range [20, ∞); None: 200 for B = N, else 5000/B, at least 1000.
@@ -74,7 +190,7 @@ def find_lr(
         total: N, where the objective has only some of the training examples.
 
     Returns:
-        The curve, with the suggestion (see `gdtrain.analysis.rate_curve.suggest`) and its basis.
+        The curve, with the suggestion and its basis, by the rule of `suggest`.
 
     Raises:
         ValueError: An argument is out of range; the optimizer computes η by itself; the loss is
@@ -111,17 +227,22 @@ def find_lr(
     rates = np.geomspace(min_lr, max_lr, updates)
     cuts = np.unique(np.linspace(0, updates, min(_POINTS, updates) + 1).round().astype(int))[1:]
     _refuse_what_has_no_rate(objective, optimizer)
-    test = _RangeTest(objective, optimizer, plan, "auto" if engine == "compiled" else engine)
-    with test.training():
+    with _training(objective.model), trial(objective, optimizer) as before:
+        test = _RangeTest(objective, optimizer, plan, before)
         _check_fit(objective)
-        start = test.value_at_start()
-        runs = [test.run(rates, cuts, start, number) for number in range(repetitions)]
-        largest, limit, words = test.limit() if curvature and full else (None, None, "")
-    points = max(len(run) for run in runs)
-    losses, errors = _average(runs, points, start)
-    curve = suggest(rates[cuts[:points] - 1], losses, start, errors=errors, full_batch=full)
-    curve.limit, curve.sharpness = limit, largest
-    curve.basis += words
+        start = test.value()
+        if not math.isfinite(start):
+            raise ValueError(
+                f"The mean training loss must be finite before any update. Received: {start}. "
+                f"Look for such numbers in the data and the model's weights."
+            )
+        asked: EngineName = "auto" if engine == "compiled" else engine
+        runs = [test.run(asked, rates, cuts, start, number) for number in range(repetitions)]
+        points = max(len(run) for run in runs)
+        losses, errors = _average(runs, points, start)
+        curve = suggest(rates[cuts[:points] - 1], losses, start, errors=errors, full_batch=full)
+        if curvature and full:
+            test.add_limit(curve)
     curve.details = {
         "updates": updates,
         "updates_made": int(sum(cuts[len(run) - 1] for run in runs)),
@@ -166,35 +287,31 @@ def _check_fit(objective: Objective) -> None:
         objective.loss.check(prediction_of(output), targets[extremes])  # type: ignore[attr-defined]
 
 
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in training mode; after it, each layer is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        if not model.training:
+            model.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 class _RangeTest:
     """Descents from one start with a growing η, and J on the examples that it is read on."""
 
     def __init__(
-        self, objective: Objective, optimizer: Optimizer, plan: IndexLoader, engine: EngineName
+        self, objective: Objective, optimizer: Optimizer, plan: IndexLoader, start: Snapshot
     ) -> None:
-        self.objective, self.optimizer, self.plan = objective, optimizer, plan
+        self.objective, self.optimizer, self.plan, self.start = objective, optimizer, plan, start
         self.device = objective.targets.device
         generator = np.random.default_rng(plan.seed)
         picked = generator.permutation(plan.num_examples)[:_SAMPLE]
         self.sample = torch.from_numpy(np.sort(picked)).to(self.device)
-        self.engine: str = ""  # its name, once there is one
-        self._asked = engine
-        self._start: Snapshot
-
-    @contextmanager
-    def training(self) -> Iterator[None]:
-        """The model in training mode; in the end all that a test changes is as it was."""
-        model = self.objective.model
-        modes = [(module, module.training) for module in model.modules()]
-        self._start = Snapshot(self.objective, self.optimizer)
-        try:
-            if not model.training:
-                model.train()
-            yield
-        finally:
-            self._start.give_back()
-            for module, mode in modes:
-                module.training = mode
+        self.engine = ""  # its name, once there is one
 
     def value(self) -> float:
         """J on the sample, with the same random numbers each time."""
@@ -206,21 +323,17 @@ class _RangeTest:
             total += float(self.objective.losses(part, draw=self.plan.seed & (2**30 - 1)).sum())
         return total / len(self.sample)
 
-    def value_at_start(self) -> float:
-        value = self.value()
-        if not math.isfinite(value):
-            raise ValueError(
-                f"The mean training loss must be finite before any update. Received: {value}. "
-                f"Look for such numbers in the data and the model's weights."
-            )
-        return value
-
     def run(
-        self, rates: NDArray[np.float64], cuts: NDArray[np.int64], start: float, number: int
+        self,
+        asked: EngineName,
+        rates: NDArray[np.float64],
+        cuts: NDArray[np.int64],
+        start: float,
+        number: int,
     ) -> list[float]:
         """J after the updates before each cut, up to the first that exploded, which is included."""
         self._back_to_start()
-        engine, why = choose(self._asked, self.objective, self.optimizer, len(rates))
+        engine, why = choose(asked, self.objective, self.optimizer, len(rates))
         if not self.engine:
             self.engine = engine.name
             _log.info("engine: %s (%s)", engine.name, why)
@@ -247,39 +360,35 @@ class _RangeTest:
     def _back_to_start(self) -> None:
         """But for the generators: repetitions differ in what layers draw, too."""
         states = RandomStates.now([self.objective.params[0].device])
-        self._start.give_back()
+        self.start.give_back()
         states.restore()
         for p in self.objective.params:
             p.grad = None
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
 
-    def limit(self) -> tuple[float | None, float | None, str]:
-        """λ and the limit of the rule at hand, in words; None where there is none."""
+    def add_limit(self, curve: RateCurve) -> None:
+        """λ and the limit of the rule at hand, where there is one, and words for it."""
         self._back_to_start()
         groups = self.optimizer.param_groups
-        group = groups[0]
         same = ("initial_lr", "momentum", "dampening", "nesterov")
         if (
             update_rules(self.optimizer) is None
             or any(g["maximize"] for g in groups)
-            or any(g[name] != group[name] for g in groups for name in same)
+            or any(g[name] != groups[0][name] for g in groups for name in same)
         ):
-            return None, None, ""
+            return
         try:
             found = sharpness(self.objective, optimizer=self.optimizer)
         except ValueError as error:  # such as a layer without a second derivative
-            return None, None, f" No stability limit: {error}"
-        limit = stability_limit(
-            found, *(float(group["momentum"]), bool(group["nesterov"]), float(group["dampening"]))
-        )
-        if not math.isfinite(limit):
-            return None, None, f" No stability limit: λ = {found.value:.3g} at the start."
-        return (
-            found.value,
-            limit,
-            f" Stability limit {limit:.3g}, from λ = {found.value:.3g} at the start.",
-        )
+            curve.basis += f" No stability limit: {error}"
+            return
+        limit = limit_of(found, self.optimizer)
+        if limit is None:
+            curve.basis += f" No stability limit: λ = {found.value:.3g} at the start."
+            return
+        curve.limit, curve.sharpness = limit, found.value
+        curve.basis += f" Stability limit {limit:.3g}, from λ = {found.value:.3g} at the start."
 
 
 def _average(
@@ -293,3 +402,115 @@ def _average(
     if len(runs) == 1:
         return np.asarray(runs[0], dtype=np.float64), np.zeros(points)
     return table.mean(0), table.std(0, ddof=1) / math.sqrt(len(runs))
+
+
+def suggest(
+    rates: NDArray[np.float64],
+    losses: NDArray[np.float64],
+    start: float,
+    *,
+    errors: NDArray[np.float64] | None = None,
+    full_batch: bool = True,
+) -> RateCurve:
+    """The rule that reads a curve of a range test; J₀ = `start`, P ≥ 10 points.
+
+    The loss, cut off above J₀ + |J₀|, is smoothed by a quadratic in log₁₀ η, fitted at each point
+    with tricube weights over 0.35 decades to both sides, times 1/(s² + median s²) for standard
+    errors s (Cleveland, 1979). Then
+
+        turn     = the η of the lowest smoothed loss, before it has first risen again by half of
+                   its fall; or the first η with J < 0.01 J₀ if that comes before (there is nothing
+                   left then that could turn)
+        steepest = the η up to the turn at which dJ/d log₁₀ η is lowest
+        η        = max(turn/c, min(steepest, turn/2)),  c = 4 for B = N, 2 for B < N.
+
+    The turn is a property of the problem. The steepest point, which other finders suggest, is one
+    of the test (twice the updates halve it), and serves as a lower bound only. A fall counts from
+    0.001 |J₀| on, and from three times the noise, which is the larger of median s and 1.48 times
+    the median distance of the losses from the smoothed ones; without one there is no suggestion.
+    """
+    s = np.zeros(len(losses)) if errors is None else np.asarray(errors, dtype=np.float64)
+    if not len(rates) == len(losses) == len(s) or len(rates) < 10:
+        raise ValueError(
+            f"A curve needs at least 10 points, with a rate, a loss and an error each. Received: "
+            f"{len(rates)} rates, {len(losses)} losses, {len(s)} errors. If the test ended too "
+            f"early, lower min_lr or raise updates."
+        )
+    top = start + max(abs(start), 1e-12)
+    cut = np.minimum(np.where(np.isfinite(losses), losses, top), top)
+    middle = float(np.median(s))
+    weights = 1 / (s**2 + middle**2) if middle > 0 else np.ones_like(s)
+    smoothed, slopes = _smooth(np.log10(rates), cut, weights / weights.max())
+    curve = RateCurve(rates, losses, s, smoothed, slopes, start)
+    least = np.minimum.accumulate(smoothed)
+    noise = max(middle, 1.48 * float(np.median(np.abs(cut - smoothed))))
+    enough = max(_FALL * abs(start), 3 * noise)
+    risen = (start - least >= enough) & (smoothed > (start + least) / 2)
+    end = int(risen.argmax()) if risen.any() else len(rates)
+    lowest = int(smoothed[:end].argmin())
+    fall = start - float(smoothed[lowest])
+    clear = bool((start - smoothed > 3 * s).any())
+    if lowest == 0 or fall < enough or not clear:
+        curve.basis = (
+            f"No suggestion: between {rates[0]:.2g} and {rates[-1]:.2g} the loss does not fall "
+            f"from its start, {start:.4g} (its lowest, smoothed: {smoothed[lowest]:.4g})."
+            + (" It rises from the first rates on: lower min_lr." if slopes[0] > 0 else "")
+        )
+        return curve
+    gone = np.flatnonzero(cut < _GONE * start)
+    why = "turned" if lowest < len(rates) - 1 else "range"
+    if len(gone) and gone[0] < lowest:
+        lowest, why = max(int(gone[0]), 1), "gone"
+    steepest = int(slopes[: lowest + 1].argmin())
+    margin = _MARGIN_FULL if full_batch else _MARGIN_BATCH
+    turn, fastest = float(rates[lowest]), float(rates[steepest])
+    bound = min(fastest, turn / 2)
+    curve.turn, curve.steepest = turn, fastest
+    curve.suggestion = float(f"{max(turn / margin, bound):.1e}")
+    curve.basis = (
+        f"{curve.suggestion:.2g}, which is "
+        + (
+            f"the turn divided by {margin:g} ({'B = N' if full_batch else 'B < N'})"
+            if turn / margin >= bound
+            else f"where the loss falls fastest (more than the turn divided by {margin:g})"
+            if bound == fastest
+            else "half of the turn (the loss falls fastest close to it)"
+        )
+        + f". The loss falls from {start:.4g}, fastest at η = {fastest:.2g} "
+        + f"({slopes[steepest]:.3g} per decade), "
+        + {
+            "turned": f"and turns at η = {turn:.2g} ({smoothed[lowest]:.4g}).",
+            "gone": f"and is below {_GONE:.0%} of that from η = {turn:.2g} on: what happens beyond "
+            f"says nothing.",
+            "range": f"and has not turned at η = {turn:.2g} ({smoothed[lowest]:.4g}), where the "
+            f"test ends: raise max_lr to see more.",
+        }[why]
+    )
+    return curve
+
+
+def _smooth(
+    x: NDArray[np.float64], y: NDArray[np.float64], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Value and slope at each x of the quadratic that fits its neighbours best, (P,) each."""
+    fitted = np.empty((len(x), 2))
+    for i, centre in enumerate(x):
+        distance = x - centre
+        # At least 6 points: more decades where they lie wide.
+        radius = max(_BANDWIDTH, np.sort(np.abs(distance))[6] * 1.001)
+        near = np.abs(distance) < radius
+        d = distance[near]
+        root = np.sqrt((1 - np.abs(d / radius) ** 3) ** 3 * weights[near])
+        design = np.stack([np.ones_like(d), d, d * d], 1)
+        fitted[i] = np.linalg.lstsq(design * root[:, None], y[near] * root, rcond=None)[0][:2]
+        # No lower and no higher than what it smooths: at the ends a quadratic would be.
+        fitted[i, 0] = fitted[i, 0].clip(y[near].min(), y[near].max())
+    return fitted[:, 0], fitted[:, 1]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_plain(v) for v in value.tolist()]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -6,8 +6,7 @@ from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
-from gdtrain.analysis.explanation import check_explainable, explain_made
-from gdtrain.analysis.explanation_text import Explanation
+from gdtrain.analysis.explanation import Explanation, check_explainable, explain_made
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.ranges import Whole
 

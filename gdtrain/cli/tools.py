@@ -18,7 +18,7 @@ from gdtrain.ranges import Interval, Whole
 from gdtrain.runs.configuration import checked
 
 if TYPE_CHECKING:
-    from gdtrain.analysis.rate_curve import RateCurve
+    from gdtrain.analysis.rate_finder import RateCurve
 
 __all__ = ["EVALUATE", "EXPLAIN", "FIND_LR", "LANDSCAPE", "PREDICT"]
 

@@ -39,7 +39,7 @@ from gdtrain.runs.run import quiet_libraries
 
 if TYPE_CHECKING:
     from gdtrain.analysis.landscape_figure import Grid, Line
-    from gdtrain.analysis.rate_curve import RateCurve
+    from gdtrain.analysis.rate_finder import RateCurve
 
 __all__ = ["evaluate", "explain", "find_lr", "landscape", "predict_file"]
 
@@ -353,7 +353,7 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
     Args:
         config: Composed from `conf/train.yaml`.
         update: Which, range [0, T).
-        **options: As for `gdtrain.analysis.explanation_text.Explanation.text`.
+        **options: As for `gdtrain.analysis.explanation.Explanation.text`.
 
     Returns:
         The text.
@@ -444,9 +444,8 @@ def landscape(
         ...
         FileNotFoundError: There is no checkpoint missing.ckpt. ...
     """
-    from gdtrain.analysis.landscape import Landscape
+    from gdtrain.analysis.landscape import Landscape, Surface
     from gdtrain.analysis.landscape_figure import save
-    from gdtrain.analysis.surface import Surface
     from gdtrain.analysis.trajectory import Snapshots
 
     path = Path(path)

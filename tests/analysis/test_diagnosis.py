@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gdtrain import GD
-from gdtrain.analysis.diagnosis import Finding, examine, health, overshoot, step_limit
+from gdtrain.analysis.diagnosis import examine, health, overshoot, step_limit
 from gdtrain.descent.monitors import Cause
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.objective import Objective
@@ -187,7 +187,3 @@ def test_overshoot_on_a_quadratic():
     assert objective.params[0].tolist() == [[1.0, 1.0]]
     nn.init.zeros_(objective.params[0])
     assert overshoot(objective, torch.arange(2), 0.2) is None
-
-
-def test_a_finding_without_names():
-    assert Finding(Cause.STEP, "it overflowed").told(lambda kind, i: "?") == "it overflowed"

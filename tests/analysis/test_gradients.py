@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -23,7 +22,7 @@ from gdtrain.analysis.gradients import (
     noise_scale,
     norms,
 )
-from gdtrain.runs.configuration import conf_directory
+from gdtrain.cli.composition import compose
 from gdtrain.runs.train import train
 
 
@@ -49,16 +48,14 @@ def test_norms_are_those_of_numpy():
     parts = [rng.normal(size=s) for s in ((3, 2), (4,), (1, 2, 2))]
     tensors = [torch.from_numpy(p) for p in parts]
     whole, by_layer = norms([*tensors, None], {"a": [0, 2], "b": [1], "c": [3]})
-    flat = np.concatenate([p.ravel() for p in parts])
-    assert whole == pytest.approx(np.linalg.norm(flat), rel=1e-14)
+    assert whole == pytest.approx(math.hypot(*(np.linalg.norm(p) for p in parts)), rel=1e-14)
     assert by_layer["a"] == pytest.approx(math.hypot(*parts[0].ravel(), *parts[2].ravel()))
     assert (by_layer["b"], by_layer["c"]) == (pytest.approx(np.linalg.norm(parts[1])), 0.0)
 
 
 def test_the_cosine_is_that_of_numpy_and_none_where_a_gradient_is_zero():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(2, 7))
-    split = [[torch.from_numpy(v[:3]), torch.from_numpy(v[3:])] for v in (a, b)]
+    a, b = np.random.default_rng(0).normal(size=(2, 7))
+    split = [torch.from_numpy(v).split([3, 4]) for v in (a, b)]
     expected = a @ b / np.sqrt(a @ a) / np.sqrt(b @ b)
     assert cosine(*split) == pytest.approx(expected, rel=1e-14)
     assert cosine(split[0], [torch.zeros(3), None]) is None
@@ -110,26 +107,6 @@ def test_on_a_distribution_with_known_variance_the_interval_covers_the_noise_sca
     assert variance == pytest.approx(d * sigma**2, rel=0.01)
     assert square == pytest.approx(mean @ mean, rel=0.03)
     assert inside / 400 == pytest.approx(0.95, abs=0.03)
-
-
-def test_averaged_apart_the_interval_narrows_and_stays_true():
-    rng, d, groups, size = np.random.default_rng(2), 40, 16, 8
-    mean = np.full(d, 0.05)  # one look is not enough: ‖G‖² = 0.1 beside tr Σ/128 = 0.3
-    inside, defined, widths = 0, [0, 0], [[], []]
-    for _ in range(300):
-        looks = [
-            noise(products(mean + rng.normal(size=(groups, d)) / math.sqrt(size)), size, math.inf)
-            for _ in range(16)
-        ]
-        for i, scale in enumerate((noise_scale(looks[:4]), noise_scale(looks))):
-            if scale.value is not None:
-                defined[i] += 1
-                widths[i].append(scale.high - scale.low)
-        inside += scale.value is not None and scale.low <= 400 <= scale.high
-    assert defined[0] < defined[1]
-    assert defined[1] > 240
-    assert np.median(widths[1]) < np.median(widths[0])
-    assert inside / defined[1] > 0.92
 
 
 def test_without_a_gradient_the_scale_is_undefined_and_not_infinite():
@@ -189,12 +166,8 @@ def test_alpha_on_a_quadratic(share, alpha):
     assert trial.alpha == pytest.approx(alpha, abs=1e-12)
     height = 0.5 * (h * (theta + step) ** 2).sum() - 0.5 * (h * theta**2).sum()
     assert trial.rise == pytest.approx(height, rel=1e-9)
-
-
-def test_alpha_is_exactly_zero_at_the_minimum_along_the_step():
-    # J = ½θ², from 3 to 0: no rounding at all.
-    assert StepTrial(start=-9.0, end=0.0).alpha == 0.0
-    assert math.copysign(1, StepTrial(start=-9.0, end=0.0).alpha) == 1
+    lowest = StepTrial(start=-9.0, end=0.0).alpha
+    assert math.copysign(1, lowest) == 1  # 0, and not −0
 
 
 def test_a_step_that_begins_uphill_has_no_alpha_but_counts():
@@ -210,7 +183,8 @@ def test_the_verdict_rests_on_stability_and_not_on_alpha():
         assert judge([trial] * 10).state == "stable"
     assert judge([StepTrial(-1.0, 1.1)] * 10).state == "unstable"
     assert judge([long, StepTrial(-1.0, 1.1)] * 5).state == "undecided"
-    assert judge([short] * 5).state == "too few"
+    assert judge([short] * 20 + [StepTrial(-1.0, 1e6)]).state == "stable"  # no single one decides
+    assert judge([short] * 5).words(64).endswith("for a verdict: 5, and 6 are the least.")
     assert "is too large" in judge([StepTrial(-1.0, 1.1)] * 10).words(64)
     assert "64 probe examples 0 of the last 10" in judge([short] * 10).words(64)
 
@@ -222,11 +196,6 @@ def test_the_verdict_is_wilcoxons():
         p = stats.wilcoxon(rises, correction=False, method="asymptotic").pvalue
         state = judge([StepTrial(-1.0, 1.0 + 2 * r) for r in rises]).state
         assert (state == "undecided") == (p > 0.05)
-
-
-def test_no_single_step_decides():
-    steps = [StepTrial(-1.0, -0.5)] * 20 + [StepTrial(-1.0, 1e6)]
-    assert judge(steps).state == "stable"
 
 
 # ------------------------------------------------------------------ the page
@@ -253,9 +222,7 @@ COMMANDS = re.findall(r"^python scripts/train\.py (.*)$", PAGE.read_text("utf-8"
 @pytest.mark.parametrize("words", COMMANDS)
 def test_the_pages_commands_run(words, tmp_path):
     short = ["trainer.max_epochs=3", "callbacks=none", "data=iris"]
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        config = compose("train", [*words.split(), *short])
-    result = train(config, tmp_path / "run")
+    result = train(compose([*words.split(), *short], None), tmp_path / "run")
     assert result.summary["stop_reason"] == "BUDGET"
     written = EventAccumulator(str(tmp_path / "run")).Reload().Tags()
     assert ("gradient/norm" in written["scalars"]) == ("instruments=off" not in words)
