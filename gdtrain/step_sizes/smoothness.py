@@ -8,10 +8,8 @@ import torch
 
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain.ranges import Whole
-from gdtrain.step_sizes.base import Needs, StepSize
-from gdtrain.step_sizes.context import Context
-from gdtrain.step_sizes.memory import Memory
-from gdtrain.step_sizes.options import option, optional
+from gdtrain.step_sizes.base import Needs, StepSize, option, optional
+from gdtrain.step_sizes.context import Context, Memory
 from gdtrain.step_sizes.vectors import at_least_single, squared_norm
 
 __all__ = ["InverseSmoothness"]

@@ -1,12 +1,12 @@
 """The optimizers with a step-size rule: closures, random numbers, state, schedules, refusals."""
 
 import copy
-import io
 import math
 import pickle
 
 import pytest
 import torch
+from optimizers import EVERY, through_a_file
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
@@ -25,7 +25,6 @@ from gdtrain.step_sizes import (
     StochasticPolyak,
 )
 
-EVERY = pytest.mark.parametrize("optimizer", [GD, SGD, MiniBatchSGD])
 RULES = {
     "Armijo": Armijo(),
     "BB": BarzilaiBorwein(),
@@ -39,11 +38,6 @@ RULES = {
     "schedule-free BB": ScheduleFree(BarzilaiBorwein()),
     "schedule-free DoWG": ScheduleFree(DoWG()),
 }
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 class Fixed(StepSize):
@@ -92,23 +86,6 @@ def test_auto_is_barzilai_borwein_for_gd_and_dowg_for_the_others():
         assert made.param_groups[0]["lr"] == 1.0
         with pytest.raises(ValueError, match="needs total_updates"):
             optimizer([theta], lr="auto")
-
-
-def test_auto_solves_least_squares_without_a_number_from_the_user():
-    x = torch.randn(50, 3, dtype=torch.float64) * torch.tensor([1.0, 10.0, 0.1])
-    y = x @ torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
-    model = nn.Linear(3, 1, bias=False, dtype=torch.float64)
-    optimizer = GD(model.parameters(), lr="auto")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = 0.5 * ((model(x) - y) ** 2).mean()
-        loss.backward()
-        return loss
-
-    for _ in range(120):
-        optimizer.step(closure)
-    assert closure().item() < 1e-10
 
 
 # ------------------------------------------------------------ refusals
@@ -452,13 +429,6 @@ class Training:
 
     def tensors(self):
         return [p.detach().clone() for p in self.model.parameters()]
-
-
-def through_a_file(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -85,7 +85,10 @@ class Native:
                 f"{type(loss).__name__} is no loss of gdtrain's, and has no native kernel"
             )
         if update_rules(optimizer) is None:
-            raise NotApplicableError(f"{type(optimizer).__name__} is no gradient descent")
+            raise NotApplicableError(
+                f"the native engine has the rule of SGD, GD, MiniBatchSGD and torch.optim.SGD "
+                f"alone, and engine=eager takes that of {type(optimizer).__name__}"
+            )
         if gathers(optimizer):
             raise NotApplicableError("the optimizer gathers micro-batches by itself")
         if torch.is_autocast_enabled("cpu"):
