@@ -223,9 +223,6 @@ def fused_descend_(
     """
     weight_decay = _read(weight_decay)
     rule = UpdateRule(lr, momentum, dampening, weight_decay, nesterov, maximize)._asdict()
-    fresh = momentum != 0 and any(b is None for b in buffers)
-    if fresh and found_inf is not None and found_inf.item():
-        return  # else a buffer would be made for a gradient that overflowed
     new, old, plain = [], [], []
     for i, p in enumerate(params):
         if not torch_kernels.is_dense(p):
@@ -234,6 +231,8 @@ def fused_descend_(
             new.append(i)
         else:
             old.append(i)
+    if (new or plain) and found_inf is not None and found_inf.item():
+        return  # the kernel knows, but it finds buffers made, and the rest is `descend_`'s
     for part, first in [(part, part is new) for part in (new, old) if part]:
         ps = [params[i] for i in part]
         gs = [_laid_out_as(params[i], grads[i]) for i in part]
@@ -250,8 +249,6 @@ def fused_descend_(
             for i, b in zip(part, bs, strict=True):
                 buffers[i] = b
     if plain:
-        if found_inf is not None and bool(found_inf.item()):
-            return
         gs = [grads[i] if grad_scale is None else grads[i] / grad_scale for i in plain]
         bs_plain = [buffers[i] for i in plain] if momentum != 0 else []
         descend_([params[i] for i in plain], gs, bs_plain, **rule)

@@ -136,7 +136,9 @@ class Gathering(Updating):
             ValueError: As for `step`.
         """
         self._gather(self.check_gatherable(num_samples))
-        return self._is_complete and self._hand_over()
+        if self._is_complete:
+            self._hand_over()
+        return self._is_complete
 
     def close(self) -> bool:
         """Finish the update with the examples that are in, though fewer than B.
@@ -151,7 +153,7 @@ class Gathering(Updating):
             return False
         if not self._is_complete:
             self._close()
-            return self._hand_over()
+            self._hand_over()
         return True
 
     def discard(self) -> int:
@@ -175,10 +177,8 @@ class Gathering(Updating):
         Returns:
             Whether there were any, and so an update (unless an overflow cancelled it).
         """
-        if self.examples is None or self.gathered == 0:
+        if not self.close():
             return False
-        if not self._is_complete:
-            self._close()
         cancelled = self.param_groups[0][_OVERFLOW]
         self.step()
         return not cancelled
@@ -303,13 +303,12 @@ class Gathering(Updating):
         self.gathered = self.examples or 0
 
     @torch.no_grad()
-    def _hand_over(self) -> bool:
+    def _hand_over(self) -> None:
         """Keep the means in the state while they are the user's to clip, until step()."""
         for p in self._parameters():
             if p.grad is not None:
                 entries = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
                 self.state[p].update({_MEAN: p.grad, _FINITE: torch.isfinite(entries).all()})
-        return True
 
 
 def _count(name: str, value: Any) -> int:

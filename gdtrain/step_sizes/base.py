@@ -117,13 +117,6 @@ class StepSize:
     ) -> None:
         """Refuse, with the reason, an optimizer for which the rule does not hold.
 
-        Args:
-            full_batch: Whether each update averages all N examples.
-            momentum: μ.
-            nesterov: Whether it is Nesterov's.
-            maximize: Whether the optimizer climbs.
-            total_updates: T, range [1, ∞), or None.
-
         Raises:
             ValueError: It does not hold, or T is needed and absent.
         """

@@ -100,12 +100,10 @@ class InverseSmoothness(StepSize):
         if v is None:
             generator = torch.Generator().manual_seed(self.seed)
             v = [
-                torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                torch.randn(p.shape, generator=generator, dtype=torch.float64).to(
+                    p.device, at_least_single(p.dtype)
+                )
                 for p in context.params
-            ]
-            v = [
-                t.to(p.device, at_least_single(p.dtype))
-                for t, p in zip(v, context.params, strict=True)
             ]
             foreach.div_(v, sqrt(squared_norm(v)))
         epsilon = sqrt(context.precision) * (1 + sqrt(squared_norm(context.params)))

@@ -240,43 +240,23 @@ def test_integers_of_numpy_and_torch_are_counts(make, integer):
     through_a_file(optimizer.state_dict())
 
 
-@EITHER
-@pytest.mark.parametrize("already", [0, 2])
-@pytest.mark.parametrize("count", COUNTS, ids=repr)
-@pytest.mark.parametrize("method", ["step", "gather"])
-def test_num_samples_that_is_no_count_is_refused_and_nothing_changes(make, already, count, method):
-    p = parameter(1.0, grad=[1.0])
-    optimizer = make([p], 5, momentum=0.9)
-    if already:
-        optimizer.step(num_samples=already)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="num_samples"):
-        getattr(optimizer, method)(num_samples=count)
-    assert_unchanged(optimizer, before)
-    optimizer.step(num_samples=5 - already)
-    assert p.item() != 1
-
-
-@EITHER
-def test_a_step_without_num_samples_is_refused_and_says_what_is_missing(make):
-    optimizer = make([parameter(1.0, grad=[1.0])], 5)
-    optimizer.step(num_samples=2)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"needs num_samples.* 5 .*2 are in"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
+REFUSED = [(already, count, "num_samples") for already in (0, 2) for count in COUNTS]
+REFUSED += [(2, None, "needs num_samples.* 5 .*2 are in"), (2, 4, "at most 3: 2 .*Received: 4")]
+REFUSED += [(0, 6, "at most 5: 0 .*Received: 6"), (4, 5, "at most 1: 4 .*Received: 5")]
 
 
 @EITHER
 @pytest.mark.parametrize("method", ["step", "gather"])
-@pytest.mark.parametrize(("already", "count"), [(0, 6), (2, 4), (4, 2), (4, 5)])
-def test_overshooting_is_refused_and_says_what_is_left(make, method, already, count):
+@pytest.mark.parametrize(("already", "count", "message"), REFUSED, ids=repr)
+def test_what_cannot_be_taken_in_is_refused_and_nothing_changes(
+    make, method, already, count, message
+):
     p = parameter(1.0, grad=[1.0])
-    optimizer = make([p], 5, lr=1.0)
+    optimizer = make([p], 5, lr=1.0, momentum=0.9)
     if already:
         optimizer.step(num_samples=already)
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=f"at most {5 - already}.*Received: {count}"):
+    with pytest.raises(ValueError, match=message):
         getattr(optimizer, method)(num_samples=count)
     assert_unchanged(optimizer, before)
     optimizer.step(num_samples=5 - already)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -416,14 +417,9 @@ def test_each_group_has_its_own_penalty():
     a, b = (nn.Parameter(torch.ones(1, dtype=torch.float64)) for _ in range(2))
     groups = [{"params": [a], "weight_decay": 1.0}, {"params": [b], "weight_decay": 3.0}]
     optimizer = GD(groups, step_size=Polyak(c=1.0))
-
-    def closure():
-        optimizer.zero_grad()
-        loss = (a**2 + 0.5 * b**2).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
+    loss = (a**2 + 0.5 * b**2).sum()
+    loss.backward()
+    optimizer.step_by_rule(loss, lambda: loss)
     # d = (2 + 1, 1 + 3), ‖d‖² = 25, f = 1 + ½ + ½ + 3/2 = 3.5
     assert optimizer.last_rate == pytest.approx(3.5 / 25)
 
@@ -563,12 +559,9 @@ def test_every_rule_of_the_module_is_in_these_tests():
 
 
 def test_schedule_free_asks_and_allows_what_its_rule_does():
-    inner = BarzilaiBorwein()
-    outer = ScheduleFree(inner)
-    for name in ("values", "gradients", "smooth", "full_batch", "lr"):
-        assert getattr(outer.needs, name) == getattr(inner.needs, name)
-    assert ScheduleFree(DoWG(decay="linear")).needs.total_updates
-    assert ScheduleFree(InverseSmoothness()).needs.gradients
+    for inner in (BarzilaiBorwein(), DoWG(decay="linear"), InverseSmoothness()):
+        own = {"no_momentum": "the averaging is momentum (β) already", "no_nesterov": None}
+        assert ScheduleFree(inner).needs == replace(inner.needs, **own)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -646,13 +639,11 @@ def test_the_part_of_the_data_in_an_update_is_asked_for_by_name():
         run = Run(parabola(1), [4.0], rule, MiniBatchSGD)
         with pytest.raises(ValueError, match="batch_fraction=B/N"):
             run.step(2)
-        with pytest.raises(ValueError, match="batch_fraction=B/N"):
-            StochasticPolyak(smoothing=2.0).bounds(
-                SGD([{"params": [run.theta], "initial_lr": 1.0}]), 1
-            )
-        run = Run(parabola(1), [4.0], rule, MiniBatchSGD)
         run.optimizer.batch_fraction = 0.5
         run.step(2)
+    plain = SGD([{"params": [run.theta], "initial_lr": 1.0}])
+    with pytest.raises(ValueError, match="batch_fraction=B/N"):
+        StochasticPolyak(smoothing=2.0).bounds(plain, 1)
 
 
 # ------------------------------------------------------------- what a look elsewhere leaves behind
@@ -712,15 +703,9 @@ def test_the_trial_point_is_where_the_update_leads():
 def test_sparse_gradients_are_refused():
     table = nn.Embedding(4, 2, sparse=True)
     optimizer = SGD(table.parameters(), step_size=DoWG())
-
-    def closure():
-        optimizer.zero_grad()
-        loss = table(torch.tensor([1])).sum()
-        loss.backward()
-        return loss
-
+    table(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="needs dense gradients"):
-        optimizer.step(closure)
+        optimizer.step_by_rule(1.0, lambda: 1.0)
 
 
 def test_barzilai_borwein_does_not_end_a_planned_run_on_a_rise():
