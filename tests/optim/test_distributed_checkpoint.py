@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.penalised import penalty
 from gdtrain.step_sizes import (
     Armijo,
     BarzilaiBorwein,
@@ -303,6 +304,10 @@ def on_a_rank(rank, port, folder):
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    divided, decays = network(), [0.5] * 4
+    fully_shard(divided, mesh=mesh)
+    whole = penalty(network().parameters(), decays)
+    assert penalty(divided.parameters(), decays) == pytest.approx(whole, rel=1e-12)
     for name in ("GD", "DoG averaged", "in the middle"):
         runs = []
         for _ in range(3):
