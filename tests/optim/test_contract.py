@@ -392,10 +392,9 @@ def test_dtypes_may_be_mixed_in_a_group(mode):
 
 
 @EVERY_MODE
-@pytest.mark.parametrize("gap", [False, True])
-def test_a_parameter_may_be_a_view_with_strides(mode, gap):
+def test_a_parameter_may_be_a_view_with_gaps(mode):
     memory = torch.randn(4, 6)
-    view = memory[:, ::2] if gap else memory.t()
+    view = memory[:, ::2]
     p, twin = torch.nn.Parameter(view), torch.nn.Parameter(view.contiguous().clone())
     outside = memory[:, 1::2].clone()
     optimizer, other = SGD([p], **RULE, **mode), SGD([twin], **RULE)
@@ -404,8 +403,7 @@ def test_a_parameter_may_be_a_view_with_strides(mode, gap):
         optimizer.step()
         other.step()
     assert_close(p, twin)
-    if gap:
-        assert torch.equal(memory[:, 1::2], outside)
+    assert torch.equal(memory[:, 1::2], outside)
 
 
 # ------------------------------------------------------------ differentiable
