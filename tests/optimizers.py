@@ -18,10 +18,8 @@ EVERY_MODE = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 RULES = {
     "plain": {},
     "decay": {"weight_decay": 0.1},
-    "maximize": {"maximize": True},
     "maximize, decay": {"maximize": True, "weight_decay": 0.1},
     "momentum": {"momentum": 0.9},
-    "momentum, decay": {"momentum": 0.9, "weight_decay": 0.1},
     "dampening": {"momentum": 0.9, "dampening": 0.3},
     "dampening, decay": {"momentum": 0.5, "dampening": 0.5, "weight_decay": 0.1, "maximize": True},
     "nesterov": {"momentum": 0.9, "nesterov": True},
