@@ -1,7 +1,6 @@
 """What an optimizer with weight decay descends on, f = J + ½ Σ λ‖θ‖².
 
-Update rules, kernels and the closed forms of `gdtrain.convex` restate it, and so do step-size rules
-whose parameters are shared by ranks; everybody else asks here.
+Update rules, kernels and the closed forms of `gdtrain.convex` restate it; everybody else asks here.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ def weight_decays(params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]])
 
     Example:
         >>> a, b = torch.ones(2), torch.ones(1)
-        >>> optimizer = torch.optim.SGD([{"params": [a], "weight_decay": 0.1}], lr=1.0)
-        >>> weight_decays([a, b], optimizer.param_groups)
+        >>> weight_decays([a, b], [{"params": [a], "weight_decay": 0.1}])
         [0.1, 0.0]
     """
     by_parameter = {
@@ -45,21 +43,17 @@ def penalty(params: Iterable[Tensor], decays: Iterable[float]) -> float:
     """½ Σ λ‖θ‖², in double precision.
 
     Args:
-        params: θ, in parts.
+        params: θ, in parts, of any devices; DTensors with all of their parts.
         decays: λ, one for each.
 
     Example:
         >>> penalty([torch.tensor([2.0]), torch.tensor([3.0])], [0.5, 0.0])
         1.0
     """
-    return sum(
-        (
-            0.5 * decay * float(p.double().square().sum())
-            for p, decay in zip(params, decays, strict=True)
-            if decay
-        ),
-        start=0.0,
-    )
+    parts = [
+        0.5 * decay * _squared_norm(p) for p, decay in zip(params, decays, strict=True) if decay
+    ]
+    return float(sum(part.to(parts[0].device) for part in parts))  # the host waits once
 
 
 @torch.no_grad()
@@ -80,5 +74,13 @@ def with_decay(
     made = []
     for g, p, decay in zip(gradient, params, decays, strict=True):
         g = torch.zeros_like(p) if g is None else g
-        made.append(decay * p + g if decay else g)  # in this order g may be sparse
+        if decay:  # rounded as in the update rule, which refuses sparse gradients here
+            g = decay * p + g if g.is_sparse else torch.add(g, p, alpha=decay)
+        made.append(g)
     return made
+
+
+def _squared_norm(p: Tensor) -> Tensor:
+    square = (torch.view_as_real(p) if p.is_complex() else p).double().square().sum()
+    # All of it, where a parameter is divided between ranks (DTensor).
+    return square.full_tensor() if hasattr(square, "full_tensor") else square

@@ -20,12 +20,7 @@ class Interval:
         closed: Which of the two ends belong to it. An infinite end never does.
 
     Example:
-        >>> step = Interval(0, math.inf, closed="left")
-        >>> print(step)
-        [0, ∞)
-        >>> step.check("lr", 1)
-        1.0
-        >>> step.check("lr", -0.5)
+        >>> Interval(0, math.inf, closed="left").check("lr", -0.5)
         Traceback (most recent call last):
         ...
         ValueError: lr must be a number in [0, ∞). Received: lr=-0.5.
@@ -48,14 +43,11 @@ class Interval:
         return math.isfinite(value) and above and below
 
     def check(self, name: str, value: Any) -> float:
-        """The number, if it lies in the interval.
+        """The number as a float, if it is a real one (of Python or NumPy; no bool, no text) in it.
 
         Args:
             name: Of the argument, for the message.
-            value: What was given: a real number, of Python or of NumPy; no bool, no text.
-
-        Returns:
-            It, as a float.
+            value: What was given.
 
         Raises:
             ValueError: It is no number, or lies outside.
@@ -75,10 +67,6 @@ class Whole:
         high: The greatest; None: there is none.
 
     Example:
-        >>> print(Whole(1))
-        a whole number of at least 1
-        >>> Whole(1).check("patience", 3)
-        3
         >>> Whole(0, 9).check("digit", True)
         Traceback (most recent call last):
         ...
@@ -95,14 +83,11 @@ class Whole:
         return f"a whole number from {self.low} to {self.high}"
 
     def check(self, name: str, value: Any) -> int:
-        """The number, if it is a whole one in the range.
+        """The number as an int, if it is a whole one (of Python or NumPy; no bool) in the range.
 
         Args:
             name: Of the argument, for the message.
-            value: What was given: an integer, of Python or of NumPy; no bool.
-
-        Returns:
-            It, as an int.
+            value: What was given.
 
         Raises:
             ValueError: It is no integer, or lies outside.

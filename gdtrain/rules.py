@@ -39,14 +39,6 @@ VECTOR = 16
 class UpdateRule(NamedTuple):
     """The rule of a parameter group as data: the arguments of `descend_`.
 
-    Args:
-        lr: η, at the time.
-        momentum: μ.
-        dampening: τ.
-        weight_decay: λ.
-        nesterov: Look ahead along the new buffer.
-        maximize: Climb instead of descend.
-
     Example:
         >>> group = torch.optim.SGD([torch.ones(1)], lr=0.1, momentum=0.9).param_groups[0]
         >>> UpdateRule.of(group).momentum
@@ -172,11 +164,7 @@ def _accumulate_(
 
 
 def scale_(tensors: list[Tensor], factor: float) -> None:
-    """t ← factor · t, each entry rounded once.
-
-    Args:
-        tensors: t, changed in place.
-        factor: A number.
+    """t ← factor · t for each tensor, in place, each entry rounded once.
 
     Example:
         >>> t = [torch.tensor([1.0, 2.0]), torch.tensor(3.0)]
@@ -224,19 +212,8 @@ def fused_descend_(
     gradients are first laid out as their parameters, parameters with gaps or overlaps go to
     `descend_`, and new buffers go in a call of their own.
 
-    Args:
-        params: θ, changed in place.
-        grads: g. Not written into, unless `grad_scale` is given: the kernel then unscales those
-            that are laid out as their parameters.
-        buffers: b; a `None` becomes a buffer, unless `found_inf` says that the update is skipped.
-        lr: η, range [0, ∞).
-        momentum: μ, range [0, ∞).
-        dampening: τ.
-        weight_decay: λ, range [0, ∞).
-        nesterov: Look ahead along the new buffer.
-        maximize: Climb instead of descend.
-        grad_scale: A scaler's factor, by which the kernel divides the gradients.
-        found_inf: 1 where a scaler saw an overflow: nothing is then changed.
+    Of a GradScaler: `grad_scale`, by which the kernel divides the gradients, in place where they
+    are laid out as their parameters; and `found_inf`, 1 where nothing is to be changed.
 
     Example:
         >>> theta = [torch.tensor([1.0, 2.0])]
@@ -244,17 +221,8 @@ def fused_descend_(
         >>> theta
         [tensor([ 0.5000, -1.0000])]
     """
-    rule: dict[str, Any] = {
-        "lr": lr,
-        "momentum": momentum,
-        "dampening": dampening,
-        "weight_decay": _read(weight_decay),
-        "nesterov": nesterov,
-        "maximize": maximize,
-    }
-    fresh = momentum != 0 and any(b is None for b in buffers)
-    if fresh and found_inf is not None and found_inf.item():
-        return  # else a buffer would be made for a gradient that overflowed
+    weight_decay = _read(weight_decay)
+    rule = UpdateRule(lr, momentum, dampening, weight_decay, nesterov, maximize)._asdict()
     new, old, plain = [], [], []
     for i, p in enumerate(params):
         if not torch_kernels.is_dense(p):
@@ -263,9 +231,9 @@ def fused_descend_(
             new.append(i)
         else:
             old.append(i)
-    for part, first in ((new, True), (old, False)):
-        if not part:
-            continue
+    if (new or plain) and found_inf is not None and found_inf.item():
+        return  # the kernel knows, but it finds buffers made, and the rest is `descend_`'s
+    for part, first in [(part, part is new) for part in (new, old) if part]:
         ps = [params[i] for i in part]
         gs = [_laid_out_as(params[i], grads[i]) for i in part]
         if first:
@@ -281,8 +249,6 @@ def fused_descend_(
             for i, b in zip(part, bs, strict=True):
                 buffers[i] = b
     if plain:
-        if found_inf is not None and bool(found_inf.item()):
-            return
         gs = [grads[i] if grad_scale is None else grads[i] / grad_scale for i in plain]
         bs_plain = [buffers[i] for i in plain] if momentum != 0 else []
         descend_([params[i] for i in plain], gs, bs_plain, **rule)
@@ -299,42 +265,28 @@ def fused_is_exact(dtype: torch.dtype) -> bool:
     processor and on how torch was built, so it is tried, once in a process. In half precision the
     two never agree.
 
-    Args:
-        dtype: Of the parameters.
-
     Example:
         >>> fused_is_exact(torch.bfloat16)
         False
     """
     if dtype not in (torch.float32, torch.float64):
         return False
-    for momentum, weight_decay, maximize in itertools.product(
-        (0.0, 0.9), (0.0, 0.1), (False, True)
-    ):
+    cases = itertools.product(
+        (0.0, 0.9), ((0.0, False), (0.3, False), (0.0, True)), (0.0, 0.1), (False, True)
+    )
+    for momentum, (dampening, nesterov), weight_decay, maximize in cases:
+        rule = UpdateRule(0.0317, momentum, dampening, weight_decay, nesterov, maximize)._asdict()
         size = 67 * VECTOR + (5 if momentum == 0 else 0)
-        for dampening, nesterov in ((0.0, False), (0.3, False), (0.0, True)):
-            golden = (
-                torch.arange(1.0, 3 * size + 1, dtype=torch.float64, device="cpu") * 0.6180339887
-            )
-            start = (golden % 1 - 0.5).to(dtype).split(size)
-            results = []
-            for rule in (descend_, fused_descend_):
-                theta, g, b = (t.clone() for t in start)
-                with torch.no_grad():
-                    rule(
-                        [theta],
-                        [g],
-                        [b],
-                        lr=0.0317,
-                        momentum=momentum,
-                        dampening=dampening,
-                        weight_decay=weight_decay,
-                        nesterov=nesterov,
-                        maximize=maximize,
-                    )
-                results.append(torch.stack((theta, b)))
-            if not torch.equal(*results):
-                return False
+        golden = torch.arange(1.0, 3 * size + 1, dtype=torch.float64, device="cpu") * 0.6180339887
+        start = (golden % 1 - 0.5).to(dtype).split(size)
+        results = []
+        for update_ in (descend_, fused_descend_):
+            theta, g, b = (t.clone() for t in start)
+            with torch.no_grad():
+                update_([theta], [g], [b], **rule)
+            results.append(torch.stack((theta, b)))
+        if not torch.equal(*results):
+            return False
     return True
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,26 +42,6 @@ __all__ = [
     "Step",
     "WarmupStableDecay",
 ]
-
-
-def _check(name: str, value: float, low: float, high: float = math.inf, closed: str = "[)") -> None:
-    """Raise unless value lies in the interval from low to high."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    above = number and (value > low or (closed[0] == "[" and value == low))
-    below = number and (value < high or (closed[1] == "]" and value == high))
-    if not (above and below):
-        raise ValueError(
-            f"{name} must lie in {closed[0]}{low}, {high}{closed[1]}. Received: {name}={value!r}."
-        )
-
-
-def _check_duration(name: str, value: float, low: float = 0) -> None:
-    _check(name, value, low)
-    if value >= 1 and value != int(value):
-        raise ValueError(
-            f"{name} must be a whole number of updates, or a fraction of the total below 1. "
-            f"Received: {name}={value!r}."
-        )
 
 
 def _duration(value: float, total: int) -> int:
@@ -92,15 +72,40 @@ class Schedule:
     warmup: float = 0
     per: Literal["update", "epoch"] = "update"
 
+    durations: ClassVar[tuple[str, ...]] = ("warmup",)
+    """Arguments in updates, or a fraction of the total."""
+    ranges: ClassVar[tuple[tuple[str, float, float, str], ...]] = ()
+    """Names of the others, each with its interval: from, to, which ends belong to it."""
+
     def __post_init__(self) -> None:
         if type(self).shape is Schedule.shape:
             raise ValueError(
                 f"A schedule must define shape(t, total), as Cosine and Step do. Received: "
                 f"{type(self).__name__}, without it."
             )
-        _check_duration("warmup", self.warmup)
+        for name in self.durations:
+            self._check(name, 0, math.inf, "[)")
+            duration = getattr(self, name)
+            if duration >= 1 and duration != int(duration):
+                raise ValueError(
+                    f"{name} must be a whole number of updates, or a fraction of the total below "
+                    f"1. Received: {name}={duration!r}."
+                )
+        for interval in self.ranges:
+            self._check(*interval)
         if self.per not in ("update", "epoch"):
             raise ValueError(f"per must be 'update' or 'epoch'. Received: per={self.per!r}.")
+
+    def _check(self, name: str, low: float, high: float, closed: str) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        above = number and (value > low or (closed[0] == "[" and value == low))
+        below = number and (value < high or (closed[1] == "]" and value == high))
+        if not (above and below):
+            raise ValueError(
+                f"{name} must lie in {closed[0]}{low}, {high}{closed[1]}. "
+                f"Received: {name}={value!r}."
+            )
 
     def __call__(
         self, t: int | Sequence[int] | Tensor, total: int, updates_per_epoch: int = 1
@@ -143,29 +148,12 @@ class Schedule:
 
         Returns:
             A scheduler whose `state_dict` holds plain numbers.
-
-        Example:
-            >>> from gdtrain import SGD
-            >>> optimizer = SGD([torch.nn.Parameter(torch.ones(1))], lr=0.4)
-            >>> scheduler = Polynomial().scheduler(optimizer, total=4)
-            >>> rates = []
-            >>> for t in range(4):
-            ...     rates.append(optimizer.param_groups[0]["lr"])
-            ...     optimizer.step(); scheduler.step()
-            >>> [round(rate, 2) for rate in rates]
-            [0.4, 0.3, 0.2, 0.1]
         """
         return ScheduleLR(optimizer, self, total, updates_per_epoch)
 
 
 class ScheduleLR(LRScheduler):
-    """A `Schedule` as a torch scheduler. Made by `Schedule.scheduler`.
-
-    Args:
-        optimizer: Whose `lr` it sets.
-        schedule: s(t).
-        total: T, planned updates.
-        updates_per_epoch: Used with `per="epoch"`.
+    """A `Schedule` as a torch scheduler. Made by `Schedule.scheduler`, which has its arguments.
 
     Example:
         >>> from gdtrain import SGD
@@ -196,11 +184,7 @@ class ScheduleLR(LRScheduler):
 
 @dataclass(kw_only=True)
 class Constant(Schedule):
-    """s(t) = 1.
-
-    Args:
-        warmup: Updates of linear warm-up, range [0, ∞).
-        per: What t counts: "update" or "epoch".
+    """s(t) = 1; `warmup` and `per` as for `Schedule`, here and in all that follow.
 
     Example:
         >>> Constant()(torch.arange(3), total=3).tolist()
@@ -219,8 +203,6 @@ class Step(Schedule):
     Args:
         every: Updates between two drops, or a fraction of what follows the warm-up, range (0, ∞).
         gamma: γ, range (0, 1].
-        warmup: Updates of linear warm-up, range [0, ∞).
-        per: What t counts: "update" or "epoch".
 
     Example:
         >>> Step(every=2, gamma=0.5)(torch.arange(6), total=6).tolist()
@@ -230,11 +212,8 @@ class Step(Schedule):
     every: float = 0.25
     gamma: float = 0.5
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_duration("every", self.every)
-        _check("every", self.every, 0, closed="()")
-        _check("gamma", self.gamma, 0, 1, "(]")
+    durations = ("warmup", "every")
+    ranges = (("every", 0, math.inf, "()"), ("gamma", 0, 1, "(]"))
 
     def shape(self, t: Tensor, total: int) -> Tensor:
         """γ^⌊t / every⌋."""
@@ -247,8 +226,6 @@ class Exponential(Schedule):
 
     Args:
         final: s(T), range (0, 1].
-        warmup: Updates of linear warm-up, range [0, ∞).
-        per: What t counts: "update" or "epoch".
 
     Example:
         >>> [round(s, 3) for s in Exponential(final=0.0625)(torch.arange(4), total=4).tolist()]
@@ -257,9 +234,7 @@ class Exponential(Schedule):
 
     final: float = 0.01
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("final", self.final, 0, 1, "(]")
+    ranges = (("final", 0, 1, "(]"),)
 
     def shape(self, t: Tensor, total: int) -> Tensor:
         """final^(t/T)."""
@@ -273,8 +248,6 @@ class Polynomial(Schedule):
     Args:
         power: Range (0, ∞).
         final: s(T), range [0, 1].
-        warmup: Updates of linear warm-up, range [0, ∞).
-        per: What t counts: "update" or "epoch".
 
     Example:
         >>> Polynomial(warmup=2)(torch.arange(6), total=6).tolist()
@@ -284,10 +257,7 @@ class Polynomial(Schedule):
     power: float = 1.0
     final: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("power", self.power, 0, closed="()")
-        _check("final", self.final, 0, 1, "[]")
+    ranges = (("power", 0, math.inf, "()"), ("final", 0, 1, "[]"))
 
     def shape(self, t: Tensor, total: int) -> Tensor:
         """final + (1 − final)(1 − t/T)^power."""
@@ -300,8 +270,6 @@ class Cosine(Schedule):
 
     Args:
         final: s(T), range [0, 1].
-        warmup: Updates of linear warm-up, range [0, ∞).
-        per: What t counts: "update" or "epoch".
 
     Example:
         >>> [round(s, 3) for s in Cosine()(torch.arange(4), total=4).tolist()]
@@ -313,9 +281,7 @@ class Cosine(Schedule):
 
     final: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("final", self.final, 0, 1, "[]")
+    ranges = (("final", 0, 1, "[]"),)
 
     def shape(self, t: Tensor, total: int) -> Tensor:
         """final + (1 − final)(1 + cos(π t/T))/2."""
@@ -333,11 +299,9 @@ class OneCycle(Schedule):
         s(t) = final + (1 − final)(1 + cos(π (t − r)/(T − r)))/2    else
 
     Args:
-        rise: Updates of rise, or a fraction of T, range [0, ∞).
+        rise: Updates of rise, or a fraction of T, range [0, ∞). `warmup` must be 0.
         start: s(0), range [0, 1].
         final: s(T), range [0, 1].
-        warmup: Must be 0: the rise is the warm-up.
-        per: What t counts: "update" or "epoch".
 
     Example:
         >>> [round(s, 2) for s in OneCycle(rise=2, start=0.2)(torch.arange(6), total=6).tolist()]
@@ -351,11 +315,11 @@ class OneCycle(Schedule):
     start: float = 0.04
     final: float = 0.0001
 
+    durations = ("warmup", "rise")
+    ranges = (("start", 0, 1, "[]"), ("final", 0, 1, "[]"))
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_duration("rise", self.rise)
-        _check("start", self.start, 0, 1, "[]")
-        _check("final", self.final, 0, 1, "[]")
         if self.warmup:
             raise ValueError(
                 f"one-cycle rises by itself: set rise instead of warmup. "
@@ -377,8 +341,6 @@ class InverseTime(Schedule):
 
     Args:
         k: Decay per update, range [0, ∞).
-        warmup: Updates of linear warm-up, range [0, ∞).
-        per: What t counts: "update" or "epoch".
 
     Example:
         >>> InverseTime(k=1.0)(torch.arange(4), total=4).tolist()
@@ -390,9 +352,7 @@ class InverseTime(Schedule):
 
     k: float = 0.001
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("k", self.k, 0)
+    ranges = (("k", 0, math.inf, "[)"),)
 
     def shape(self, t: Tensor, total: int) -> Tensor:
         """1/(1 + kt)."""
@@ -407,8 +367,6 @@ class InverseSquareRoot(Schedule):
 
     Args:
         k: Decay per update, range [0, ∞).
-        warmup: Updates of linear warm-up, range [0, ∞).
-        per: What t counts: "update" or "epoch".
 
     Example:
         >>> InverseSquareRoot(k=1.0)(torch.tensor([0, 3, 8]), total=9).tolist()
@@ -420,9 +378,7 @@ class InverseSquareRoot(Schedule):
 
     k: float = 0.001
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("k", self.k, 0)
+    ranges = (("k", 0, math.inf, "[)"),)
 
     def shape(self, t: Tensor, total: int) -> Tensor:
         """1/√(1 + kt)."""
@@ -436,10 +392,9 @@ class WarmupStableDecay(Schedule):
         s(t) = 1 before T − d, then final + (1 − final)(T − t)/d
 
     Args:
+        warmup: As for `Schedule`, by default a twentieth of T.
         decay: d, updates of decay, or a fraction of what follows the warm-up, range [0, ∞).
         final: s(T), range [0, 1].
-        warmup: Updates of linear warm-up, or a fraction of T, range [0, ∞).
-        per: What t counts: "update" or "epoch".
 
     Example:
         >>> WarmupStableDecay(warmup=2, decay=2)(torch.arange(6), total=6).tolist()
@@ -453,10 +408,8 @@ class WarmupStableDecay(Schedule):
     decay: float = 0.2
     final: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_duration("decay", self.decay)
-        _check("final", self.final, 0, 1, "[]")
+    durations = ("warmup", "decay")
+    ranges = (("final", 0, 1, "[]"),)
 
     def shape(self, t: Tensor, total: int) -> Tensor:
         """1, then linear to `final`."""
@@ -477,8 +430,6 @@ class ReduceOnPlateau(Schedule):
         patience: Looks without a fall that are borne, range [0, ∞).
         threshold: Relative fall that counts, range [0, 1).
         floor: The factor never goes below, range [0, 1].
-        warmup: Updates of linear warm-up, range [0, ∞).
-        per: What t counts in the warm-up: "update" or "epoch".
 
     Example:
         >>> schedule = ReduceOnPlateau(gamma=0.5, patience=1)
@@ -496,19 +447,15 @@ class ReduceOnPlateau(Schedule):
     best: float = field(default=math.inf, init=False, repr=False)
     bad_looks: int = field(default=0, init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check("gamma", self.gamma, 0, 1, "()")
-        _check("patience", self.patience, 0)
-        _check("threshold", self.threshold, 0, 1)
-        _check("floor", self.floor, 0, 1, "[]")
+    ranges = (
+        ("gamma", 0, 1, "()"),
+        ("patience", 0, math.inf, "[)"),
+        ("threshold", 0, 1, "[)"),
+        ("floor", 0, 1, "[]"),
+    )
 
     def observe(self, value: float) -> None:
-        """Take note of a validation loss.
-
-        Args:
-            value: The loss; lower is better.
-        """
+        """Take note of a validation loss; lower is better."""
         margin = 0.0 if math.isinf(self.best) else self.threshold * abs(self.best)
         if value < self.best - margin:
             self.best, self.bad_looks = value, 0
@@ -534,11 +481,6 @@ class ReduceOnPlateau(Schedule):
         self, optimizer: Optimizer, total: int, updates_per_epoch: int = 1
     ) -> ReduceLROnPlateau:
         """PyTorch's own scheduler with these settings; its `step` takes the validation loss.
-
-        Args:
-            optimizer: Any torch optimizer.
-            total: Not used: a metric drives this one.
-            updates_per_epoch: Not used.
 
         Raises:
             ValueError: There is a warm-up, which that scheduler does not have.

@@ -35,7 +35,8 @@ def test_each_recipe_does_what_it_says(tmp_path):
     done = run(["-c", "\n\n".join(blocks("python"))], tmp_path)
     assert done.returncode == 0, done.stderr
     (native,) = [line for line in done.stdout.splitlines() if "SignDescent" in line]
-    assert native.startswith("engine=native does not apply: SignDescent is no gradient descent.")
+    refusal = "the native engine has the rule of SGD, GD, MiniBatchSGD and torch.optim.SGD alone"
+    assert native.startswith(f"engine=native does not apply: {refusal}; that of SignDescent is for")
 
 
 @pytest.mark.slow
@@ -53,7 +54,7 @@ def test_an_optimizer_of_ones_own_is_one_file_and_one_choice(tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text("utf-8"))
     assert summary["variant"] == "sign_descent"
     assert summary["updates"] == 80  # 20 epochs of ⌈105/32⌉
-    assert "not native: SignDescent is no gradient descent" in summary["engine_reason"]
+    assert "not native: the native engine has the rule of SGD" in summary["engine_reason"]
     refused = run([*words, "engine=native"], tmp_path)
     assert refused.returncode == 2
-    assert "engine=native does not apply: SignDescent is no gradient descent." in refused.stderr
+    assert "that of SignDescent is for engine=eager and compiled." in refused.stderr

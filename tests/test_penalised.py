@@ -30,6 +30,10 @@ def test_the_penalty_is_each_groups_own():
     assert penalty(objective.params, decays) == 1.0  # ½·0.5·2²
 
 
+def test_the_penalty_of_a_complex_parameter_has_both_of_its_parts():
+    assert penalty([torch.tensor([3 + 4j])], [0.5]) == 0.25 * 25
+
+
 def test_the_gradient_is_the_direction_of_the_optimizer():
     objective, optimizer = weighted()
     _, gradient = objective.value_and_grad(torch.arange(1))

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from optimizers import EVERY_RULE, WITH_MOMENTUM, twin_of
 from problems import vector
 from torch.testing import assert_close
 
@@ -11,134 +12,98 @@ def _seed():
     torch.manual_seed(0)
 
 
-BOTH = pytest.mark.parametrize("rule", [descend_, fused_descend_])
-
-RULES = [
-    {},
-    {"weight_decay": 0.1},
-    {"maximize": True},
-    {"weight_decay": 0.1, "maximize": True},
-    {"momentum": 0.9},
-    {"momentum": 0.9, "dampening": 0.3},
-    {"momentum": 0.9, "weight_decay": 0.1},
-    {"momentum": 0.9, "nesterov": True},
-    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
-]
-
-
-def after_each(rule, start, gradients, **arguments):
-    theta, buffers, path = vector(start), [None], []
-    for g in gradients:
-        rule([theta], [vector(g)], buffers, **arguments)
-        path.append(theta.item())
-    return path
+BOTH = pytest.mark.parametrize("update_", [descend_, fused_descend_])
+MOMENTUM = pytest.mark.parametrize("rule", WITH_MOMENTUM.values(), ids=WITH_MOMENTUM)
 
 
 @BOTH
-def test_gradient_descent_by_hand(rule):
+def test_gradient_descent_by_hand(update_):
     theta = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    rule([theta], [torch.tensor([1.0, 6.0, 7.0, 2.0])], [], lr=0.5)
+    update_([theta], [torch.tensor([1.0, 6.0, 7.0, 2.0])], [], lr=0.5)
     assert theta.tolist() == [0.5, -1.0, -0.5, 3.0]
 
 
-@BOTH
-def test_momentum_by_hand(rule):
+BY_HAND = {
     # b: 2, 0.5·2 + 4 = 5, 0.5·5 − 1 = 1.5
-    assert after_each(rule, 10, [2, 4, -1], lr=1, momentum=0.5) == [8, 3, 1.5]
-
-
-@BOTH
-def test_dampening_by_hand_leaves_the_first_gradient_whole(rule):
-    # b: 2, 0.5·2 + 0.25·4 = 2, 0.5·2 + 0.25·(−8) = −1
-    path = after_each(rule, 10, [2, 4, -8], lr=1, momentum=0.5, dampening=0.75)
-    assert path == [8, 6, 7]
-
-
-@BOTH
-def test_nesterov_by_hand(rule):
+    "momentum": (10, [2, 4, -1], {"momentum": 0.5}, [8, 3, 1.5]),
+    # The first gradient is whole. b: 2, 0.5·2 + 0.25·4 = 2, 0.5·2 + 0.25·(−8) = −1
+    "dampening": (10, [2, 4, -8], {"momentum": 0.5, "dampening": 0.75}, [8, 6, 7]),
     # b: 2, 5, 1.5; d + 0.5·b: 3, 6.5, −0.25
-    path = after_each(rule, 10, [2, 4, -1], lr=1, momentum=0.5, nesterov=True)
-    assert path == [7, 0.5, 0.75]
-
-
-@BOTH
-def test_weight_decay_by_hand(rule):
+    "nesterov": (10, [2, 4, -1], {"momentum": 0.5, "nesterov": True}, [7, 0.5, 0.75]),
     # d: 2 + 0.5·8 = 6, then −1 + 0.5·5 = 1.5
-    assert after_each(rule, 8, [2, -1], lr=0.5, weight_decay=0.5) == [5, 4.25]
-
-
-@BOTH
-def test_weight_decay_with_momentum_by_hand_decays_through_the_buffer(rule):
-    # d: 2 + 0.5·8 = 6, θ = 2; d: −1 + 0.5·2 = 0, b = 0.5·6 + 0 = 3, θ = −1
-    assert after_each(rule, 8, [2, -1], lr=1, weight_decay=0.5, momentum=0.5) == [2, -1]
-
-
-@BOTH
-def test_maximize_by_hand_climbs_and_still_decays(rule):
-    # d: −2 + 0.5·8 = 2, θ = 6; d: −4 + 0.5·6 = −1, θ = 7
-    assert after_each(rule, 8, [2, 4], lr=1, weight_decay=0.5, maximize=True) == [6, 7]
-
-
-@BOTH
-def test_maximize_with_momentum_by_hand(rule):
+    "decay": (8, [2, -1], {"lr": 0.5, "weight_decay": 0.5}, [5, 4.25]),
+    # It decays through the buffer. d: 2 + 0.5·8 = 6, θ = 2; d: −1 + 0.5·2 = 0, b = 0.5·6 + 0 = 3
+    "decay, momentum": (8, [2, -1], {"weight_decay": 0.5, "momentum": 0.5}, [2, -1]),
+    # It climbs and still decays. d: −2 + 0.5·8 = 2, θ = 6; d: −4 + 0.5·6 = −1, θ = 7
+    "maximize": (8, [2, 4], {"weight_decay": 0.5, "maximize": True}, [6, 7]),
     # b: −2, 0.5·(−2) − 4 = −5
-    assert after_each(rule, 0, [2, 4], lr=1, momentum=0.5, maximize=True) == [2, 7]
+    "maximize, momentum": (0, [2, 4], {"momentum": 0.5, "maximize": True}, [2, 7]),
+}
 
 
 @BOTH
-def test_no_parameters_are_no_error(rule):
+@pytest.mark.parametrize(("start", "gradients", "rule", "path"), BY_HAND.values(), ids=BY_HAND)
+def test_rules_by_hand(update_, start, gradients, rule, path):
+    theta, buffers = vector(start), [None]
+    for g, wanted in zip(gradients, path, strict=True):
+        update_([theta], [vector(g)], buffers, **{"lr": 1, **rule})
+        assert theta.item() == wanted
+
+
+@BOTH
+def test_no_parameters_are_no_error(update_):
     buffers = []
-    rule([], [], buffers, lr=0.1, momentum=0.9)
+    update_([], [], buffers, lr=0.1, momentum=0.9)
     assert buffers == []
 
 
 @BOTH
-@pytest.mark.parametrize("arguments", RULES, ids=str)
-def test_gradients_are_never_written_into(rule, arguments):
+@EVERY_RULE
+def test_gradients_are_never_written_into(update_, rule):
     gradients = [torch.randn(3, 4), torch.randn(5)]
     before = [g.clone() for g in gradients]
     theta, buffers = [torch.randn(3, 4), torch.randn(5)], [None, None]
     for _ in range(3):
-        rule(theta, gradients, buffers, lr=0.1, **arguments)
+        update_(theta, gradients, buffers, lr=0.1, **rule)
         for g, kept in zip(gradients, before, strict=True):
             assert torch.equal(g, kept)
 
 
 @BOTH
-def test_the_first_buffer_shares_no_memory_with_the_gradient(rule):
+def test_the_first_buffer_shares_no_memory_with_the_gradient(update_):
     g, buffers = torch.ones(3), [None]
-    rule([torch.zeros(3)], [g], buffers, lr=0.1, momentum=0.9)
+    update_([torch.zeros(3)], [g], buffers, lr=0.1, momentum=0.9)
     g.fill_(7)
     assert buffers[0].tolist() == [1, 1, 1]
 
 
 @BOTH
-def test_buffers_are_updated_where_they_are(rule):
+def test_buffers_are_updated_where_they_are(update_):
     theta, buffers = torch.zeros(3), [torch.ones(3)]
     mine = buffers[0]
-    rule([theta], [torch.ones(3)], buffers, lr=0.1, momentum=0.5)
+    update_([theta], [torch.ones(3)], buffers, lr=0.1, momentum=0.5)
     assert buffers[0] is mine
     assert mine.tolist() == [1.5, 1.5, 1.5]
 
 
 @BOTH
-@pytest.mark.parametrize("arguments", RULES[4:], ids=str)
-def test_a_late_buffer_starts_as_that_of_a_parameter_alone(rule, arguments):
+@MOMENTUM
+def test_a_late_buffer_starts_as_that_of_a_parameter_alone(update_, rule):
     early, late = torch.randn(4), torch.randn(4)
     alone, early_alone = late.clone(), early.clone()
     gradients = torch.randn(3, 2, 4)
 
     early_buffers, buffers = [None], [None, None]
-    rule([early], [gradients[0, 0]], early_buffers, lr=0.1, **arguments)
+    update_([early], [gradients[0, 0]], early_buffers, lr=0.1, **rule)
     buffers[0] = early_buffers[0]
     for g in gradients[1:]:
-        rule([early, late], list(g), buffers, lr=0.1, **arguments)
+        update_([early, late], list(g), buffers, lr=0.1, **rule)
 
     alone_buffers, early_alone_buffers = [None], [None]
     for g in gradients[1:, 1]:
-        descend_([alone], [g], alone_buffers, lr=0.1, **arguments)
+        descend_([alone], [g], alone_buffers, lr=0.1, **rule)
     for g in gradients[:, 0]:
-        descend_([early_alone], [g], early_alone_buffers, lr=0.1, **arguments)
+        descend_([early_alone], [g], early_alone_buffers, lr=0.1, **rule)
     assert_close(late, alone)
     assert_close(early, early_alone)
     assert_close(buffers, [early_alone_buffers[0], alone_buffers[0]])
@@ -157,15 +122,10 @@ LAYOUTS = {
 }
 
 
-def twin_of(tensor):
-    """A copy at the same strides, gaps included."""
-    return torch.empty_strided(tensor.shape, tensor.stride()).copy_(tensor)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gradient_as", ["parameter", "contiguous", "expanded"])
-@pytest.mark.parametrize("arguments", RULES, ids=str)
-def test_fused_equals_unfused_whatever_the_layout(layout, gradient_as, arguments):
+@EVERY_RULE
+def test_fused_equals_unfused_whatever_the_layout(layout, gradient_as, rule):
     theta = LAYOUTS[layout]()
     twin = twin_of(theta)
     buffers, twin_buffers = [None], [None]
@@ -177,8 +137,8 @@ def test_fused_equals_unfused_whatever_the_layout(layout, gradient_as, arguments
         else:
             g = twin_of(theta).normal_()
         kept = g.clone()
-        fused_descend_([theta], [g], buffers, lr=0.1, **arguments)
-        descend_([twin], [g], twin_buffers, lr=0.1, **arguments)
+        fused_descend_([theta], [g], buffers, lr=0.1, **rule)
+        descend_([twin], [g], twin_buffers, lr=0.1, **rule)
         assert torch.equal(g, kept)
         assert_close(theta, twin)
         assert_close(buffers, twin_buffers)
@@ -200,19 +160,19 @@ def test_fused_reads_an_expanded_gradient_within_its_bounds():
     assert torch.equal(theta, torch.full((100,), -0.5))
 
 
-@pytest.mark.parametrize("arguments", RULES[4:], ids=str)
-def test_fused_takes_layouts_and_late_gradients_in_one_call(arguments):
+@MOMENTUM
+def test_fused_takes_layouts_and_late_gradients_in_one_call(rule):
     theta = [make() for make in LAYOUTS.values()]
     twins = [twin_of(t) for t in theta]
     buffers, twin_buffers = [None] * len(theta), [None] * len(theta)
     for have in (range(0, len(theta), 2), range(len(theta)), range(len(theta))):
         gradients = [torch.randn(theta[i].shape) for i in have]
-        for rule, all_theta, all_buffers in (
+        for update_, all_theta, all_buffers in (
             (fused_descend_, theta, buffers),
             (descend_, twins, twin_buffers),
         ):
             part = [all_buffers[i] for i in have]
-            rule([all_theta[i] for i in have], gradients, part, lr=0.1, **arguments)
+            update_([all_theta[i] for i in have], gradients, part, lr=0.1, **rule)
             for i, buffer in zip(have, part, strict=True):
                 all_buffers[i] = buffer
         assert_close(theta, twins)
@@ -220,55 +180,30 @@ def test_fused_takes_layouts_and_late_gradients_in_one_call(arguments):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "every second column", "channels last"])
-@pytest.mark.parametrize("arguments", RULES, ids=str)
-def test_found_inf_on_the_first_step_changes_nothing(layout, arguments):
-    theta = LAYOUTS[layout]()
-    before, buffers = theta.clone(), [None]
-    g = torch.full(theta.shape, float("inf"))
-    one, scale = torch.tensor(1.0), torch.tensor(4.0)
-    fused_descend_([theta], [g], buffers, lr=0.1, grad_scale=scale, found_inf=one, **arguments)
-    assert torch.equal(theta, before)
-    assert buffers == [None]
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "every second column", "channels last"])
-@pytest.mark.parametrize("arguments", RULES, ids=str)
-def test_found_inf_on_a_later_step_changes_nothing(layout, arguments):
+@pytest.mark.parametrize("first", [True, False])
+@EVERY_RULE
+def test_where_an_overflow_was_found_nothing_changes(layout, first, rule):
     theta, buffers = LAYOUTS[layout](), [None]
-    fused_descend_([theta], [torch.randn(theta.shape)], buffers, lr=0.1, **arguments)
-    before = theta.clone()
-    buffer_before = None if buffers[0] is None else buffers[0].clone()
-    fused_descend_(
-        [theta],
-        [torch.full(theta.shape, float("nan"))],
-        buffers,
-        lr=0.1,
-        grad_scale=torch.tensor(4.0),
-        found_inf=torch.tensor(1.0),
-        **arguments,
-    )
-    assert torch.equal(theta, before)
-    assert_close(buffers, [buffer_before])
+    if not first:
+        fused_descend_([theta], [torch.randn(theta.shape)], buffers, lr=0.1, **rule)
+    before = theta.clone(), [None if b is None else b.clone() for b in buffers]
+    g = torch.full(theta.shape, float("inf" if first else "nan"))
+    scaler = {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(1.0)}
+    fused_descend_([theta], [g], buffers, lr=0.1, **scaler, **rule)
+    assert_close((theta, buffers), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "every second column", "channels last"])
-@pytest.mark.parametrize("arguments", RULES, ids=str)
-def test_grad_scale_divides_the_gradient(layout, arguments):
+@EVERY_RULE
+def test_grad_scale_divides_the_gradient(layout, rule):
     theta = LAYOUTS[layout]()
     twin = twin_of(theta)
     buffers, twin_buffers = [None], [None]
+    scaler = {"grad_scale": torch.tensor(1024.0), "found_inf": torch.tensor(0.0)}
     for _ in range(3):
         g = torch.randn(theta.shape)
-        descend_([twin], [g], twin_buffers, lr=0.1, **arguments)
-        fused_descend_(
-            [theta],
-            [g * 1024],
-            buffers,
-            lr=0.1,
-            grad_scale=torch.tensor(1024.0),
-            found_inf=torch.tensor(0.0),
-            **arguments,
-        )
+        descend_([twin], [g], twin_buffers, lr=0.1, **rule)
+        fused_descend_([theta], [g * 1024], buffers, lr=0.1, **scaler, **rule)
         assert_close(theta, twin)
         assert_close(buffers, twin_buffers)
 
@@ -288,9 +223,3 @@ def test_lr_may_be_a_tensor_of_one_element(shape, requires_grad):
     with torch.no_grad():
         descend_([theta], [torch.tensor([1.0, 6.0])], [], lr=lr)
     assert theta.tolist() == [0.5, -1.0]
-
-
-def test_weight_decay_may_be_a_tensor():
-    theta = torch.tensor([8.0])
-    descend_([theta], [torch.tensor([2.0])], [], lr=0.5, weight_decay=torch.tensor(0.5))
-    assert theta.tolist() == [5.0]

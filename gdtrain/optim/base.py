@@ -10,149 +10,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from math import isfinite
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
-from torch.optim.optimizer import ParamsT
 
 from gdtrain._compat.torch_optimizer import with_hooks_if_there_are_any
-from gdtrain.optim.stepping import DEFAULT_LR, Stepping
-from gdtrain.optim.updating import check_hyperparameters
+from gdtrain.optim.stepping import Stepping
 from gdtrain.rules import UpdateRule, descend_
-from gdtrain.step_sizes import StepSize
 
 __all__ = ["Descent"]
 
 
 class Descent(Stepping):
-    """Gradient descent, whatever the number of examples in an update.
-
-    Base of `GD`, `SGD` and `MiniBatchSGD`; use one of these. With a number of examples per update,
-    it gathers micro-batches until that many are in, and updates from their exact mean
-
-        g = (Σ m_i g_i) / B,    B = Σ m_i,    g_i the mean gradient of the i-th m_i examples.
-
-    The order of a loop that gathers; without what is in brackets, `step(num_samples=m)` stands for
-    `gather` and `step`:
-
-        zero_grad → backward → [scaler.unscale_] → gather → if it returned True: clip, step
-        → [scaler.update]
+    """Base of `GD`, `SGD` and `MiniBatchSGD`; use one of these.
 
     With a `torch.amp.GradScaler`, step through the scaler: `scaler.step(optimizer)` after `gather`,
     or `scaler.step(optimizer, num_samples=m)`. An overflow in one micro-batch cancels the whole
     update: its other micro-batches are still counted, so that the next update begins where it
     should, but nothing is changed, neither θ nor momentum.
-
-    Args:
-        params: Parameters, named parameters, or parameter groups.
-        lr: η, the length of a step, range [0, ∞); a float or a tensor with one element. "auto":
-            a step-size rule chooses it, see `gdtrain.step_sizes.automatic`.
-        momentum: μ, range [0, ∞).
-        dampening: τ.
-        weight_decay: λ, range [0, ∞).
-        nesterov: Nesterov momentum; needs momentum > 0 and dampening = 0.
-        examples: Examples per update, or None: then every `step()` is an update.
-        maximize: Climb instead of descend.
-        foreach: False applies the rule tensor by tensor, else to a whole group at once.
-        differentiable: Let autograd see the step.
-        fused: True takes PyTorch's fused kernel, which may round less often. None, with `foreach`
-            None: the fastest way that has the bits of torch's loop, tensor by tensor.
-        step_size: A rule that computes η at each `step(closure)`; lr is then left at its default
-            (or 1.0). A schedule that scales lr scales what the rule gives.
-        total_updates: T, for rules that decay over the run, range [1, ∞).
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or the rule does not hold here.
-        RuntimeError: `fused` with `differentiable`, with `foreach`, or with parameters that the
-            kernel does not take.
-
-    Example:
-        >>> theta = torch.nn.Parameter(torch.tensor([4.0]))
-        >>> optimizer = Descent([theta], lr=0.25)
-        >>> (theta**2).sum().backward()
-        >>> optimizer.step()
-        >>> theta.data
-        tensor([2.])
-
-        The order in full: ragged micro-batches, a loss scale, clipping of the whole mean.
-
-        >>> from gdtrain import GD
-        >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [4.0], [6.0]])
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> optimizer = GD(model.parameters(), lr=0.2, num_samples=len(x))
-        >>> scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        >>> for epoch in range(50):
-        ...     for x_m, y_m in zip(x.split(2), y.split(2)):
-        ...         optimizer.zero_grad()
-        ...         scaler.scale((0.5 * (model(x_m) - y_m) ** 2).mean()).backward()
-        ...         scaler.unscale_(optimizer)
-        ...         if optimizer.gather(num_samples=len(x_m)):
-        ...             _ = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=5.0)
-        ...             scaler.step(optimizer)
-        ...         scaler.update()
-        >>> round(model.weight.item(), 4)
-        2.0
     """
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor | Literal["auto"] = DEFAULT_LR,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        examples: int | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        step_size: StepSize | None = None,
-        total_updates: int | None = None,
-    ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, examples, step_size, total_updates)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, as `torch.optim.Optimizer.add_param_group`.
-
-        Args:
-            param_group: Its parameters under "params", and what differs from the defaults.
-
-        Raises:
-            ValueError: A hyperparameter is out of range, or micro-batches are being gathered.
-
-        Example:
-            >>> w, b = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(1))
-            >>> optimizer = Descent([w], lr=0.1, weight_decay=0.01)
-            >>> optimizer.add_param_group({"params": [b], "weight_decay": 0})
-        """
-        if isinstance(param_group, dict):
-            check_hyperparameters({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # reached from load_state_dict too, whose states may be old
-            group.setdefault("nesterov", False)
-            group.setdefault("maximize", False)
-            group.setdefault("foreach", None)
-            group.setdefault("differentiable", False)
-            group.setdefault("fused", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, of this class or of `torch.optim.SGD`.
@@ -166,14 +45,6 @@ class Descent(Stepping):
         Raises:
             ValueError: The groups do not match, the state was saved in the middle of gathering
                 another number of examples, or a part of it is missing.
-
-        Example:
-            >>> theta = torch.nn.Parameter(torch.ones(2))
-            >>> other = torch.optim.SGD([theta], lr=0.2, momentum=0.9)
-            >>> optimizer = Descent([theta])
-            >>> optimizer.load_state_dict(other.state_dict())
-            >>> optimizer.param_groups[0]["lr"]
-            0.2
         """
         loaded: dict[str, Any] = {}
 

@@ -5,7 +5,6 @@ N examples in the training set, B examples per update, m examples in one micro-b
 
 from __future__ import annotations
 
-import operator
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gdtrain.optim.updating import Updating
+from gdtrain.ranges import Whole
 
 __all__ = ["Gathering"]
 
@@ -27,21 +27,9 @@ _EXAMPLES_ARGUMENTS = ("num_samples", "batch_size")  # of the subclasses
 class Gathering(Updating):
     """An optimizer that gathers micro-batches, if it is told how many examples make an update.
 
-        g = (Σ m_i g_i) / B,    B = Σ m_i,    g_i the mean gradient of the i-th m_i examples.
+        g = (Σ m_i g_i) / B,    B = Σ m_i
 
-    Args:
-        params: Parameters, named parameters, or parameter groups.
-        defaults: The hyperparameters of a group that has none of its own.
-        examples: B, range [1, ∞); None: every `step()` is an update.
-
-    Raises:
-        ValueError: A hyperparameter is out of range.
-
-    Example:
-        >>> from gdtrain import GD
-        >>> optimizer = GD([torch.ones(1)], num_samples=5)
-        >>> optimizer.examples, optimizer.gathered
-        (5, 0)
+    g_i is the mean gradient of the i-th m_i examples.
     """
 
     examples_argument: ClassVar[str | None] = None
@@ -146,22 +134,11 @@ class Gathering(Updating):
 
         Raises:
             ValueError: As for `step`.
-
-        Example:
-            >>> from gdtrain import GD
-            >>> theta = torch.nn.Parameter(torch.tensor(0.0))
-            >>> optimizer = GD([theta], lr=1.0, num_samples=3)
-            >>> for x in torch.tensor([1.0, 2.0]), torch.tensor([6.0]):
-            ...     optimizer.zero_grad()
-            ...     (0.5 * (theta - x) ** 2).mean().backward()
-            ...     if optimizer.gather(num_samples=len(x)):
-            ...         _ = torch.nn.utils.clip_grad_norm_([theta], max_norm=10.0)
-            ...         optimizer.step()
-            >>> theta.item()  # the mean of 1, 2 and 6
-            3.0
         """
         self._gather(self.check_gatherable(num_samples))
-        return self._is_complete and self._hand_over()
+        if self._is_complete:
+            self._hand_over()
+        return self._is_complete
 
     def close(self) -> bool:
         """Finish the update with the examples that are in, though fewer than B.
@@ -171,23 +148,12 @@ class Gathering(Updating):
 
         Returns:
             True if examples are in: call `step()` next.
-
-        Example:
-            >>> from gdtrain import MiniBatchSGD
-            >>> theta = torch.nn.Parameter(torch.tensor(0.0))
-            >>> optimizer = MiniBatchSGD([theta], lr=1.0, batch_size=64)
-            >>> (0.5 * (theta - torch.tensor([1.0, 3.0])) ** 2).mean().backward()
-            >>> if optimizer.gather(num_samples=2) or optimizer.close():  # the epoch is over
-            ...     _ = torch.nn.utils.clip_grad_norm_([theta], max_norm=0.5)
-            ...     optimizer.step()
-            >>> round(theta.item(), 4)  # the mean was -2
-            0.5
         """
         if self.examples is None or self.gathered == 0:
             return False
         if not self._is_complete:
             self._close()
-            return self._hand_over()
+            self._hand_over()
         return True
 
     def discard(self) -> int:
@@ -195,15 +161,6 @@ class Gathering(Updating):
 
         Returns:
             How many examples were in.
-
-        Example:
-            >>> from gdtrain import MiniBatchSGD
-            >>> theta = torch.nn.Parameter(torch.tensor(0.0))
-            >>> optimizer = MiniBatchSGD([theta], lr=1.0, batch_size=64)
-            >>> (0.5 * (theta - torch.tensor([1.0, 3.0])) ** 2).mean().backward()
-            >>> optimizer.step(num_samples=2)
-            >>> optimizer.discard(), optimizer.flush(), theta.item()
-            (2, False, 0.0)
         """
         if self.examples is None:
             return 0
@@ -219,20 +176,9 @@ class Gathering(Updating):
 
         Returns:
             Whether there were any, and so an update (unless an overflow cancelled it).
-
-        Example:
-            >>> from gdtrain import MiniBatchSGD
-            >>> theta = torch.nn.Parameter(torch.tensor(0.0))
-            >>> optimizer = MiniBatchSGD([theta], lr=1.0, batch_size=64)
-            >>> (0.5 * (theta - torch.tensor([1.0, 3.0])) ** 2).mean().backward()
-            >>> optimizer.step(num_samples=2)
-            >>> optimizer.flush(), theta.item()
-            (True, 2.0)
         """
-        if self.examples is None or self.gathered == 0:
+        if not self.close():
             return False
-        if not self._is_complete:
-            self._close()
         cancelled = self.param_groups[0][_OVERFLOW]
         self.step()
         return not cancelled
@@ -258,17 +204,7 @@ class Gathering(Updating):
         return self.examples is None or self.gathered == self.examples
 
     def check_gatherable(self, num_samples: int | None) -> int:
-        """The size of a micro-batch that can be taken in.
-
-        Args:
-            num_samples: What was given.
-
-        Returns:
-            It, as an int.
-
-        Raises:
-            ValueError: As for `step`.
-        """
+        """The size of a micro-batch that can be taken in, as an int; else a `ValueError`."""
         if self.examples is None:
             name = self.examples_argument
             raise ValueError(
@@ -367,24 +303,19 @@ class Gathering(Updating):
         self.gathered = self.examples or 0
 
     @torch.no_grad()
-    def _hand_over(self) -> bool:
+    def _hand_over(self) -> None:
         """Keep the means in the state while they are the user's to clip, until step()."""
         for p in self._parameters():
             if p.grad is not None:
                 entries = p.grad.coalesce().values() if p.grad.is_sparse else p.grad
                 self.state[p].update({_MEAN: p.grad, _FINITE: torch.isfinite(entries).all()})
-        return True
 
 
 def _count(name: str, value: Any) -> int:
     """The number of examples that is meant: an int, or an integer of numpy's or of torch's."""
-    is_bool = isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool)
     try:
-        count = 0 if is_bool else operator.index(value)
-    except TypeError:
-        count = 0
-    if count < 1:
+        return Whole(1).check(name, value)
+    except ValueError:
         raise ValueError(
             f"{name} must be a whole number of examples, at least 1. Received: {value!r}."
-        )
-    return count
+        ) from None

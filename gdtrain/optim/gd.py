@@ -28,20 +28,10 @@ class GD(Descent):
         params: Parameters, named parameters, or parameter groups.
         lr: η, range [0, ∞); below 2/λ_max(∇²J) near a minimum, or the iteration diverges.
             "auto": `BarzilaiBorwein` chooses it; then step with a closure.
-        momentum: μ, range [0, ∞), customary 0.9.
-        dampening: τ, customary 0.
-        weight_decay: λ of the penalty ½λ‖θ‖², range [0, ∞).
-        nesterov: Nesterov momentum.
         num_samples: N, the examples whose mean gradient makes one update, range [1, ∞). None:
             every `step()` is an update, as in torch.
-        maximize: Climb instead of descend.
-        foreach: False applies the rule tensor by tensor.
-        differentiable: Let autograd see the step.
-        fused: True takes PyTorch's fused kernel, which may round less often. None, with `foreach`
-            None: the fastest way that has the bits of torch's loop, tensor by tensor.
-        step_size: A rule that computes η at each `step(closure)`: see `gdtrain.step_sizes`.
-            It takes the place of lr.
-        total_updates: T, the updates of the whole run, range [1, ∞), for rules that decay.
+        momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused,
+            step_size, total_updates: As for `SGD`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or the rule does not hold here.
@@ -53,16 +43,6 @@ class GD(Descent):
         >>> optimizer = GD(model.parameters(), lr=0.2, num_samples=len(x))
         >>> for epoch in range(50):
         ...     for part in (slice(0, 2), slice(2, 3)):  # micro-batches, ragged tail included
-        ...         optimizer.zero_grad()
-        ...         (0.5 * (model(x[part]) - y[part]) ** 2).mean().backward()
-        ...         optimizer.step(num_samples=len(x[part]))
-        >>> round(model.weight.item(), 4)
-        2.0
-
-        The same in full, with clipping of the whole mean:
-
-        >>> for epoch in range(50):
-        ...     for part in (slice(0, 2), slice(2, 3)):
         ...         optimizer.zero_grad()
         ...         (0.5 * (model(x[part]) - y[part]) ** 2).mean().backward()
         ...         if optimizer.gather(num_samples=len(x[part])):
@@ -96,18 +76,6 @@ class GD(Descent):
         step_size: StepSize | None = None,
         total_updates: int | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            examples=num_samples,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            step_size=step_size,
-            total_updates=total_updates,
-        )
+        rule = (lr, momentum, dampening, weight_decay, nesterov, maximize)
+        way = {"foreach": foreach, "differentiable": differentiable, "fused": fused}
+        super().__init__(params, rule, way, num_samples, step_size, total_updates)

@@ -20,29 +20,16 @@ class MiniBatchSGD(Descent):
 
     f_i is the loss of example i. ⌈N/B⌉ updates per pass over the data. A batch may come in
     micro-batches of any sizes that add up to B: see `step` and `gather`; `flush` closes the
-    smaller batch that an epoch may end with.
-
-    The order: `zero_grad`, `backward`, (`scaler.unscale_`), `gather`, and when it returns True:
-    clip, `step`; then (`scaler.update`). Without clipping, `step(num_samples=m)` does both.
+    smaller batch that an epoch may end with. The order of a loop is that of `GD`.
 
     Args:
         params: Parameters, named parameters, or parameter groups.
         lr: η, range [0, ∞). "auto": `DoWG`, with a cap and linear decay over total_updates,
             chooses it; then step with a closure.
-        momentum: μ, range [0, ∞), customary 0.9.
-        dampening: τ, customary 0.
-        weight_decay: λ of the penalty ½λ‖θ‖², range [0, ∞).
-        nesterov: Nesterov momentum.
         batch_size: B, the examples whose mean gradient makes one update, range [1, ∞). None:
             every `step()` is an update, as in torch.
-        maximize: Climb instead of descend.
-        foreach: False applies the rule tensor by tensor.
-        differentiable: Let autograd see the step.
-        fused: True takes PyTorch's fused kernel, which may round less often. None, with `foreach`
-            None: the fastest way that has the bits of torch's loop, tensor by tensor.
-        step_size: A rule that computes η at each `step(closure)`: see `gdtrain.step_sizes`.
-            It takes the place of lr.
-        total_updates: T, the updates of the whole run, range [1, ∞), for rules that decay.
+        momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused,
+            step_size, total_updates: As for `SGD`.
 
     Raises:
         ValueError: A hyperparameter is out of range, or the rule does not hold here.
@@ -57,17 +44,6 @@ class MiniBatchSGD(Descent):
         ...         optimizer.zero_grad()
         ...         (0.5 * (model(part) - 2 * part) ** 2).mean().backward()
         ...         optimizer.step(num_samples=len(part))
-        >>> round(model.weight.item(), 4)
-        2.0
-
-        The same in full, with clipping of each batch's mean:
-
-        >>> for part in x.split(2):
-        ...     optimizer.zero_grad()
-        ...     (0.5 * (model(part) - 2 * part) ** 2).mean().backward()
-        ...     if optimizer.gather(num_samples=len(part)):
-        ...         _ = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-        ...         optimizer.step()
         >>> round(model.weight.item(), 4)
         2.0
 
@@ -95,18 +71,6 @@ class MiniBatchSGD(Descent):
         step_size: StepSize | None = None,
         total_updates: int | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            examples=batch_size,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            step_size=step_size,
-            total_updates=total_updates,
-        )
+        rule = (lr, momentum, dampening, weight_decay, nesterov, maximize)
+        way = {"foreach": foreach, "differentiable": differentiable, "fused": fused}
+        super().__init__(params, rule, way, batch_size, step_size, total_updates)

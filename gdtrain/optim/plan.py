@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, get_num_threads, is_grad_enabled
 
 from gdtrain._compat import torch_kernels
-from gdtrain.rules import VECTOR, descend_, fused_is_exact, scale_
+from gdtrain.rules import VECTOR, UpdateRule, descend_, fused_is_exact, scale_
 
 __all__ = ["Plan"]
 
@@ -39,22 +39,8 @@ class Plan:
     """How the tensors of a group are updated, for as long as they stay what they are.
 
     A plan holds no tensor and remembers no value: whatever has replaced a parameter, a gradient or
-    a buffer is used, and where it is of another kind, the plan no longer holds.
-
-    Args:
-        group: A parameter group of an optimizer, its lr and weight_decay numbers.
-        state: The optimizer's state: with momentum, a buffer of each parameter with a gradient.
-
-    Example:
-        >>> theta = torch.ones(2)
-        >>> theta.grad = torch.tensor([1.0, 6.0])
-        >>> group = torch.optim.SGD([theta], lr=0.5).param_groups[0]
-        >>> plan = Plan(group, {})
-        >>> plan.descend_(group, {}), theta
-        (True, tensor([ 0.5000, -2.0000]))
-        >>> theta.grad = torch.ones(4)[::2]
-        >>> plan.descend_(group, {}), theta  # it no longer holds
-        (False, tensor([ 0.5000, -2.0000]))
+    a buffer is used, and where it is of another kind, the plan no longer holds. The group's lr and
+    weight_decay are numbers; with momentum, `state` has a buffer of each parameter with a gradient.
     """
 
     def __init__(self, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> None:
@@ -92,15 +78,7 @@ class Plan:
         self.takes_all = len(params) in (len(whole), len(ends))
 
     def descend_(self, group: Mapping[str, Any], state: Mapping[Tensor, Any]) -> bool:
-        """Update in place, if the plan still holds.
-
-        Args:
-            group: The parameter group, as for the constructor.
-            state: The state, which is not changed.
-
-        Returns:
-            Whether it holds; if not, nothing is changed.
-        """
+        """Update in place if the plan still holds, and say whether it does; else change nothing."""
         params = group["params"]
         grads = [p.grad for p in params]
         if self._some_lack_gradients:
@@ -133,8 +111,7 @@ class Plan:
         if self._guards is not None and not self._guards.check(*_of(tensors, whole + ends)):
             return False
         if left:  # first, for they may be refused: an error then changes nothing
-            rule = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
-            descend_(*_parts(tensors, left), **{name: group[name] for name in rule})
+            descend_(*_parts(tensors, left), **UpdateRule.of(group)._asdict())
         if whole:
             _fused_(*_parts(tensors, whole), group["momentum"], group)
         if ends:
@@ -163,9 +140,8 @@ def _fused_(
         maximize=group["maximize"],
         is_first_step=False,
     )
-    torch_kernels.increment_version(
-        params
-    )  # for autograd, which is to refuse what was saved of the old ones
+    # For autograd, which is to refuse what was saved of the old ones.
+    torch_kernels.increment_version(params)
 
 
 def _kind(params: list[Tensor], group: Mapping[str, Any]) -> tuple[Any, ...]:

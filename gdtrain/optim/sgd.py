@@ -45,14 +45,12 @@ class SGD(Descent):
 
     Example:
         >>> import torch
-        >>> x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[2.0], [4.0], [6.0]])
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> optimizer = SGD(model.parameters(), lr=0.1)
-        >>> for epoch in range(30):
-        ...     for i in range(3):
-        ...         optimizer.zero_grad()
-        ...         (0.5 * (model(x[i]) - y[i]) ** 2).sum().backward()
-        ...         optimizer.step()
+        >>> for x in [1.0, 2.0, 3.0] * 30:  # of y = 2x
+        ...     optimizer.zero_grad()
+        ...     (0.5 * (model(torch.tensor([x])) - 2 * x) ** 2).sum().backward()
+        ...     optimizer.step()
         >>> round(model.weight.item(), 4)
         2.0
 
@@ -78,17 +76,6 @@ class SGD(Descent):
         step_size: StepSize | None = None,
         total_updates: int | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
-            step_size=step_size,
-            total_updates=total_updates,
-        )
+        rule = (lr, momentum, dampening, weight_decay, nesterov, maximize)
+        way = {"foreach": foreach, "differentiable": differentiable, "fused": fused}
+        super().__init__(params, rule, way, None, step_size, total_updates)

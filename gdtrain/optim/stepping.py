@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import isfinite, nan
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,70 +12,28 @@ from torch.optim.optimizer import ParamsT
 
 from gdtrain.generators import RandomStates, same_after
 from gdtrain.optim.gathering import Gathering
+from gdtrain.optim.updating import check_hyperparameters
+from gdtrain.rules import UpdateRule
 from gdtrain.step_sizes import Context, Evaluations, Memory, StepSize, automatic
+from gdtrain.step_sizes.context import NUMBERS, PREFIX
 
 __all__ = ["DEFAULT_LR", "Stepping"]
 
-# With a step-size rule, in the first group: what it remembers in numbers. Its tensors are in
-# state[p], under names that begin so.
-_RULE, _RULE_TENSOR = "step_size", "step_size_"
 # In what state_dict() gives of a rule's numbers: all of them once more, as one list; and the names
 # of the tensors.
 _WHOLE, _TENSORS = "whole", "tensors"
 DEFAULT_LR = 1e-3
 
 
-class _Closure:
-    """A user's closure as a rule needs it: again at other points, on the same random numbers."""
-
-    def __init__(self, closure: Callable[[], Any], params: list[Tensor], again: bool) -> None:
-        self._closure = closure
-        self._devices = {p.device for p in params}
-        self._before = RandomStates.now(self._devices) if again else None
-
-    def __call__(self) -> Any:
-        """The loss; the gradients are left in p.grad."""
-        with torch.enable_grad():
-            return self._closure()
-
-    def again(self) -> Any:
-        """As the first time, wherever the parameters are now."""
-        assert self._before is not None, "made with again"
-        with same_after(self._devices):
-            self._before.restore()
-            return self()
-
-
-class _Evaluated:
+class _Evaluated(NamedTuple):
     """Value and gradients that are there already, in the place of a closure."""
 
-    def __init__(
-        self,
-        value: Tensor | float,
-        evaluate: Callable[[], Tensor | float],
-        gradient: Callable[[], object] | None,
-    ) -> None:
-        self.value, self.evaluate, self.gradient = value, evaluate, gradient
+    value: Tensor | float
+    elsewhere: Evaluations
 
 
 class Stepping(Gathering):
-    """An optimizer whose η is its lr, or what a step-size rule computes at each step.
-
-    Args:
-        params: Parameters, named parameters, or parameter groups.
-        defaults: The hyperparameters of a group that has none of its own; lr may be "auto".
-        examples: As for `Gathering`.
-        step_size: The rule, or None.
-        total_updates: T, range [1, ∞), for rules that decay over the run.
-
-    Raises:
-        ValueError: A hyperparameter is out of range, or the rule does not hold here.
-
-    Example:
-        >>> from gdtrain import GD
-        >>> GD([torch.ones(1)], lr=0.25).last_rate
-        0.25
-    """
+    """An optimizer whose η is its lr, or what a step-size rule computes at each step."""
 
     is_full_batch: ClassVar[bool] = False
     """Whether each update averages all N examples, so that no gradient is noisy."""
@@ -91,11 +49,13 @@ class Stepping(Gathering):
     def __init__(
         self,
         params: ParamsT,
-        defaults: dict[str, Any],
+        rule: tuple[Any, ...],
+        way: dict[str, bool | None],
         examples: int | None,
         step_size: StepSize | None,
         total_updates: int | None,
     ) -> None:
+        defaults = dict(zip(UpdateRule._fields, rule, strict=True)) | way
         if isinstance(defaults["lr"], str) or step_size is not None:
             defaults["lr"], step_size = self._peak(defaults["lr"], step_size)
         self.step_size = step_size
@@ -103,12 +63,22 @@ class Stepping(Gathering):
         self.batch_fraction = 1.0 if self.is_full_batch else None
         super().__init__(params, defaults, examples)
         if self.step_size is not None:
-            self.param_groups[0][_RULE] = {}
+            self.param_groups[0][NUMBERS] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters for which the rule holds."""
-        if self.step_size is not None and isinstance(param_group, dict):
-            self._check_rule({**self.defaults, **param_group})
+        """Add parameters, as `torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: Its parameters under "params", and what differs from the defaults.
+
+        Raises:
+            ValueError: A hyperparameter is out of range, or micro-batches are being gathered.
+        """
+        if isinstance(param_group, dict):
+            group = {**self.defaults, **param_group}
+            check_hyperparameters(group)
+            if self.step_size is not None:
+                self._check_rule(self.step_size, group)
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,19 +101,11 @@ class Stepping(Gathering):
         `torch.distributed.checkpoint` loads only what is in the state of the new optimizer. So that
         a new one asks for all that an old one saved, a rule's numbers are also given as one list,
         and tensors that the rule does not keep yet are filled with NaN.
-
-        Returns:
-            The state, to be saved and loaded.
-
-        Example:
-            >>> from gdtrain import SGD
-            >>> SGD([torch.ones(2)], momentum=0.9).state_dict()["state"]
-            {}
         """
         exported = super().state_dict()
         if self.step_size is None:
             return exported
-        keys = [_RULE_TENSOR + name for name in self.step_size.keeps]
+        keys = [PREFIX + name for name in self.step_size.keeps]
         places = (i for group in exported["param_groups"] for i in group["params"])
         names: set[str] = set()
         for p, i in zip(self._parameters(), places, strict=True):
@@ -152,10 +114,10 @@ class Stepping(Gathering):
                 state = {**{key: _blank(p) for key in keys}, **state}
             if state:
                 exported["state"][i] = state
-            names |= {name for name in state if str(name).startswith(_RULE_TENSOR)}
+            names |= {name for name in state if str(name).startswith(PREFIX)}
         group = exported["param_groups"][0]
-        whole = _as_list(group[_RULE])
-        group[_RULE] = {**group[_RULE], _WHOLE: whole, _TENSORS: sorted(names)}
+        saved = {_WHOLE: _as_list(group[NUMBERS]), _TENSORS: sorted(names)}
+        group[NUMBERS] = group[NUMBERS] | saved
         return exported
 
     def _check_loadable(self, state: dict[str, Any]) -> None:
@@ -172,7 +134,7 @@ class Stepping(Gathering):
     def _missing(self, state: dict[str, Any]) -> list[str]:
         if self.step_size is None:
             return super()._missing(state)
-        names = state["param_groups"][0].get(_RULE, {}).get(_TENSORS, [])
+        names = state["param_groups"][0].get(NUMBERS, {}).get(_TENSORS, [])
         states = state["state"].values()
         lost = [name for name in names if not any(name in own for own in states)]
         return super()._missing(state) + lost
@@ -180,7 +142,7 @@ class Stepping(Gathering):
     def _adopt(self, loaded: dict[str, Any]) -> None:
         super()._adopt(loaded)
         for p, saved in self._with_states(loaded):
-            for name in [name for name in saved if str(name).startswith(_RULE_TENSOR)]:
+            for name in [name for name in saved if str(name).startswith(PREFIX)]:
                 if self.step_size is None or _is_blank(saved[name]):
                     self._pop(p, name)
                 else:
@@ -191,11 +153,11 @@ class Stepping(Gathering):
         """A rule's numbers in the first group if there is a rule, else none."""
         if self.step_size is None:
             for group in self.param_groups:
-                group.pop(_RULE, None)
-        elif _RULE in saved[0]:
-            self.param_groups[0][_RULE] = _rule_numbers(saved[0])
+                group.pop(NUMBERS, None)
+        elif NUMBERS in saved[0]:
+            self.param_groups[0][NUMBERS] = _rule_numbers(saved[0])
         else:
-            self.param_groups[0][_RULE] = {}
+            self.param_groups[0][NUMBERS] = {}
             if not self.step_size.needs.lr:  # lr was η; what a schedule had made of it remains
                 for group in self.param_groups:
                     lr, initial = float(group["lr"]), float(group.get("initial_lr", group["lr"]))
@@ -207,7 +169,7 @@ class Stepping(Gathering):
     def last_rate(self) -> float:
         """η of the last update, of group 0; NaN where a rule made none. Without a rule, lr."""
         group = self.param_groups[0]
-        return float(group["lr"]) if self.step_size is None else group[_RULE].get("rate", nan)
+        return float(group["lr"]) if self.step_size is None else group[NUMBERS].get("rate", nan)
 
     def step_by_rule(
         self,
@@ -229,20 +191,11 @@ class Stepping(Gathering):
 
         Raises:
             ValueError: The optimizer has no rule, or examples of the update are missing.
-
-        Example:
-            >>> from gdtrain import GD
-            >>> from gdtrain.step_sizes import Armijo
-            >>> theta = torch.nn.Parameter(torch.tensor([1.0]))
-            >>> optimizer = GD([theta], step_size=Armijo())
-            >>> theta.grad = 4 * theta.detach()
-            >>> optimizer.step_by_rule(2.0, lambda: 2 * theta.item() ** 2)
-            >>> theta.item(), optimizer.last_rate
-            (0.0, 0.25)
         """
         if self.step_size is None:
             raise ValueError("step_by_rule() needs a rule: construct the optimizer with step_size=")
-        self.step(_Evaluated(value, evaluate, gradient))  # type: ignore[call-overload]
+        evaluated = _Evaluated(value, Evaluations(evaluate, gradient))
+        self.step(evaluated)  # type: ignore[call-overload]
 
     def _step_by(self, rule: StepSize, closure: Any, num_samples: int | None) -> Any:
         gathers = self.examples is not None
@@ -256,15 +209,14 @@ class Stepping(Gathering):
             self._forget_scaler()
             raise
         if isinstance(closure, _Evaluated):
-            loss = closure.value
-            evaluations = Evaluations(closure.evaluate, closure.gradient)
+            loss, evaluations = closure
         else:
-            closure = _Closure(closure, list(self._parameters()), rule.needs.elsewhere)
-            loss = closure()
-            evaluations = Evaluations(closure.again, closure.again)
+            again = _repeatable(closure, self._parameters()) if rule.needs.elsewhere else closure
+            with torch.enable_grad():
+                loss = closure()
+            evaluations = Evaluations(again, again)
         if gathers and not self._is_due(None):
             return loss
-        first = self.param_groups[0]
         context = Context.of(
             self.param_groups,
             loss,
@@ -287,7 +239,7 @@ class Stepping(Gathering):
                     group["lr"] = lr
             rule.follow(context, memory, rate)
         numbers = {"rule": type(rule).__name__, "updates": context.t + 1, "rate": rate}
-        first[_RULE] = {**memory.numbers, **numbers}
+        self.param_groups[0][NUMBERS] = memory.numbers | numbers
         if gathers:
             self.discard()
         return loss
@@ -318,7 +270,7 @@ class Stepping(Gathering):
                 f"{self.gathered} of the {self.examples} examples of this update are in: call "
                 f"gather(num_samples=m) until it returns True."
             )
-        if self.param_groups[0][_RULE].get("mode") == "eval":
+        if self.param_groups[0][NUMBERS].get("mode") == "eval":
             raise ValueError(
                 "The parameters hold the average: call optimizer.step_size.train(optimizer) "
                 "before training goes on."
@@ -362,10 +314,8 @@ class Stepping(Gathering):
             raise ValueError(_two_owners(rule, lr))
         return 1.0, rule
 
-    def _check_rule(self, group: dict[str, Any]) -> None:
+    def _check_rule(self, rule: StepSize, group: dict[str, Any]) -> None:
         """Whether the rule holds for a group."""
-        rule = self.step_size
-        assert rule is not None
         if group["differentiable"]:
             raise ValueError(f"{type(rule).__name__} does not go with differentiable=True.")
         lr = group["lr"]
@@ -381,6 +331,19 @@ class Stepping(Gathering):
             maximize=group["maximize"],
             total_updates=self.total_updates,
         )
+
+
+def _repeatable(closure: Callable[[], Any], params: Iterable[Tensor]) -> Callable[[], Any]:
+    """The closure on the random numbers of now, wherever the parameters are when it is called."""
+    devices = {p.device for p in params}
+    now = RandomStates.now(devices)
+
+    def again() -> Any:
+        with same_after(devices), torch.enable_grad():
+            now.restore()
+            return closure()
+
+    return again
 
 
 def _blank(p: Tensor) -> Tensor:
@@ -408,7 +371,7 @@ def _as_list(numbers: dict[str, Any]) -> list[Any]:
 
 def _rule_numbers(group: dict[str, Any]) -> dict[str, Any]:
     """A rule's numbers in a saved group."""
-    saved = group.get(_RULE, {})
+    saved = group.get(NUMBERS, {})
     if _WHOLE not in saved:
         return dict(saved)
     numbers: dict[str, Any] = {}

@@ -19,21 +19,7 @@ __all__ = ["Updating"]
 
 
 class Updating(LightOptimizer):
-    """An optimizer that applies the update rule of each group to its parameters.
-
-    Args:
-        params: Parameters, named parameters, or parameter groups.
-        defaults: The hyperparameters of a group that has none of its own.
-
-    Raises:
-        ValueError: A hyperparameter is out of range.
-        RuntimeError: `fused` with `differentiable` or with `foreach`.
-
-    Example:
-        >>> from gdtrain import SGD
-        >>> isinstance(SGD([torch.ones(1)]), Updating)
-        True
-    """
+    """An optimizer that applies the update rule of each group to its parameters."""
 
     rule: ClassVar[Callable[..., None]] = staticmethod(descend_)
     """The update rule, with the arguments of `gdtrain.rules.descend_`."""
@@ -46,6 +32,12 @@ class Updating(LightOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = {}
+        for group in self.param_groups:  # reached from load_state_dict too, whose states may be old
+            group.setdefault("nesterov", False)
+            group.setdefault("maximize", False)
+            group.setdefault("foreach", None)
+            group.setdefault("differentiable", False)
+            group.setdefault("fused", None)
 
     @property
     def _is_scaled(self) -> bool:
@@ -207,21 +199,7 @@ class Updating(LightOptimizer):
 
 
 def check_hyperparameters(group: dict[str, Any]) -> None:
-    """One message per range, opening with the words of torch.optim.
-
-    Args:
-        group: A parameter group, or the defaults of one.
-
-    Raises:
-        ValueError: A hyperparameter is out of range.
-        RuntimeError: `fused` with `differentiable` or with `foreach`.
-
-    Example:
-        >>> from gdtrain import SGD
-        >>> check_hyperparameters(SGD([torch.ones(1)]).defaults | {"lr": -1.0})
-        Traceback (most recent call last):
-        ValueError: Invalid learning rate: -1.0. Expected lr finite and >= 0.
-    """
+    """One message per range, opening with the words of torch.optim."""
     lr, momentum, weight_decay = (
         value.detach() if isinstance(value, Tensor) else value
         for value in (group["lr"], group["momentum"], group["weight_decay"])

@@ -28,10 +28,9 @@ from gdtrain.step_sizes.automatic import automatic
 from gdtrain.step_sizes.averaging import ScheduleFree
 from gdtrain.step_sizes.barzilai_borwein import BarzilaiBorwein
 from gdtrain.step_sizes.base import Needs, StepSize
-from gdtrain.step_sizes.context import Context, Evaluations
+from gdtrain.step_sizes.context import Context, Evaluations, Memory
 from gdtrain.step_sizes.distance import DoG, DoWG
 from gdtrain.step_sizes.line_search import Armijo, StochasticLineSearch
-from gdtrain.step_sizes.memory import Memory
 from gdtrain.step_sizes.polyak import Polyak, StochasticPolyak
 from gdtrain.step_sizes.smoothness import InverseSmoothness
 

@@ -12,12 +12,8 @@ __all__ = ["automatic"]
 def automatic(full_batch: bool) -> StepSize:
     """The rule that lr="auto" stands for.
 
-    Args:
-        full_batch: Whether each update averages all N examples.
-
-    Returns:
-        Full batch: `BarzilaiBorwein(memory=30)`. Else `DoWG(cap=2.0, decay="linear")`, which asks
-        the optimizer for total_updates.
+    `BarzilaiBorwein(memory=30)`; where updates average fewer than all examples,
+    `DoWG(cap=2.0, decay="linear")`, which asks the optimizer for total_updates.
 
     Example:
         >>> automatic(full_batch=True)

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gdtrain._compat import torch_foreach as foreach
-from gdtrain.step_sizes.base import Needs, StepSize
-from gdtrain.step_sizes.context import Context
-from gdtrain.step_sizes.memory import Memory
-from gdtrain.step_sizes.options import option
+from gdtrain.step_sizes.base import Needs, StepSize, option
+from gdtrain.step_sizes.context import Context, Memory
 from gdtrain.step_sizes.vectors import in_dtypes_of
 
 __all__ = ["ScheduleFree"]
@@ -39,16 +37,15 @@ class ScheduleFree(StepSize):
     Example:
         >>> import torch
         >>> from gdtrain import SGD
-        >>> from gdtrain.step_sizes import StochasticPolyak
         >>> theta = torch.nn.Parameter(torch.tensor([1.0]))
-        >>> optimizer = SGD([theta], step_size=ScheduleFree(StochasticPolyak(max_lr=0.5), beta=0.5))
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = 0.5 * (theta**2).sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> for _ in range(2):  # z = 1, .5, .25;  x = 1, .5, .375
-        ...     _ = optimizer.step(closure)
+        >>> optimizer = SGD([theta], lr=0.5, step_size=ScheduleFree(beta=0.5))
+        >>> for _ in range(2):  # z = 1, .5, .25;  x = 1, .5, .375;  y = 1, .5, .3125
+        ...     theta.grad = theta.detach().clone()  # of ½θ²
+        ...     optimizer.step_by_rule(0.5 * theta**2, lambda: 0.5 * theta**2)
+        >>> optimizer.step_size.eval(optimizer)
+        >>> theta.item()
+        0.375
+        >>> optimizer.step_size.train(optimizer)
         >>> theta.item()
         0.3125
 

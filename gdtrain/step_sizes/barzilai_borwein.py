@@ -7,11 +7,9 @@ from math import inf, isfinite, sqrt
 
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain.ranges import Whole
-from gdtrain.step_sizes.base import StepSize
-from gdtrain.step_sizes.context import Context
+from gdtrain.step_sizes.base import StepSize, option, optional
+from gdtrain.step_sizes.context import Context, Memory
 from gdtrain.step_sizes.line_search import LONGEST, SEARCH, backtracked
-from gdtrain.step_sizes.memory import Memory
-from gdtrain.step_sizes.options import option, optional
 from gdtrain.step_sizes.vectors import inner, squared_norm
 
 __all__ = ["BarzilaiBorwein"]
@@ -51,16 +49,13 @@ class BarzilaiBorwein(StepSize):
     Example:
         >>> import torch
         >>> from gdtrain import GD
-        >>> theta = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> scale = torch.tensor([1.0, 10.0])
+        >>> theta, scale = torch.nn.Parameter(torch.ones(2)), torch.tensor([1.0, 10.0])
         >>> optimizer = GD([theta], step_size=BarzilaiBorwein(initial=0.1))
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = 0.5 * (scale * theta**2).sum()
-        ...     loss.backward()
-        ...     return loss
+        >>> def loss():
+        ...     return 0.5 * (scale * theta.detach() ** 2).sum()
         >>> for _ in range(12):
-        ...     _ = optimizer.step(closure)
+        ...     theta.grad = scale * theta.detach()
+        ...     optimizer.step_by_rule(loss(), loss)
         >>> bool(theta.abs().max() < 1e-6)
         True
 

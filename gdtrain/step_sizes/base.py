@@ -1,19 +1,19 @@
-"""What a rule is, and what it needs of the optimizer and of the problem."""
+"""What a rule is, what it needs of the optimizer and of the problem, and its options' ranges."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdtrain.ranges import Whole
-from gdtrain.step_sizes.context import Context
-from gdtrain.step_sizes.memory import NUMBERS, PREFIX, Memory
+from gdtrain.ranges import Interval, Whole
+from gdtrain.step_sizes.context import NUMBERS, PREFIX, Context, Memory
 
-__all__ = ["Needs", "StepSize"]
+__all__ = ["Needs", "StepSize", "known_fraction", "option", "optional"]
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,9 @@ class StepSize:
         ...         return 0.5 / (1 + context.t)
         >>> theta = torch.nn.Parameter(torch.tensor([4.0]))
         >>> optimizer = GD([theta], step_size=Shrinking())
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = 0.5 * (theta**2).sum()
-        ...     loss.backward()
-        ...     return loss
         >>> for _ in range(2):
-        ...     _ = optimizer.step(closure)
+        ...     theta.grad = theta.detach().clone()  # of ½θ²
+        ...     optimizer.step_by_rule(0.5 * theta**2, lambda: 0.5 * theta**2)
         >>> theta.item(), optimizer.last_rate  # 4 − ½·4, then 2 − ¼·2
         (1.5, 0.25)
     """
@@ -121,13 +117,6 @@ class StepSize:
     ) -> None:
         """Refuse, with the reason, an optimizer for which the rule does not hold.
 
-        Args:
-            full_batch: Whether each update averages all N examples.
-            momentum: μ.
-            nesterov: Whether it is Nesterov's.
-            maximize: Whether the optimizer climbs.
-            total_updates: T, range [1, ∞), or None.
-
         Raises:
             ValueError: It does not hold, or T is needed and absent.
         """
@@ -158,22 +147,10 @@ class StepSize:
             )
 
     def check_loss(self, loss: object) -> None:
-        """Refuse a loss for which the rule does not hold.
-
-        Args:
-            loss: One with `smooth = False` has kinks.
+        """Refuse a loss with kinks (`smooth = False`), if the rule needs a smooth one.
 
         Raises:
             ValueError: It has kinks, and the rule needs a smooth one.
-
-        Example:
-            >>> from gdtrain.losses import Hinge
-            >>> from gdtrain.step_sizes import Armijo
-            >>> Armijo().check_loss(Hinge())
-            Traceback (most recent call last):
-            ValueError: Armijo needs a smooth loss: near a kink no step decreases f as the gradient
-            promises, and the steps shrink to 0 away from the minimum. Use SquaredHinge (or
-            Logistic) instead of Hinge, or the rule StochasticPolyak, DoG or DoWG.
         """
         why = self.needs.smooth
         if why is not None and not getattr(loss, "smooth", True):
@@ -194,25 +171,6 @@ class StepSize:
 
         Args:
             optimizer: The one whose rule this is.
-
-        Example:
-            >>> from gdtrain import SGD
-            >>> from gdtrain.step_sizes import ScheduleFree
-            >>> theta = torch.nn.Parameter(torch.tensor([1.0]))
-            >>> optimizer = SGD([theta], lr=0.5, step_size=ScheduleFree(beta=0.5))
-            >>> def closure():
-            ...     optimizer.zero_grad()
-            ...     loss = 0.5 * (theta**2).sum()
-            ...     loss.backward()
-            ...     return loss
-            >>> for _ in range(2):  # z = 1, .5, .25;  x = 1, .5, .375;  y = 1, .5, .3125
-            ...     _ = optimizer.step(closure)
-            >>> optimizer.step_size.eval(optimizer)
-            >>> theta.item()
-            0.375
-            >>> optimizer.step_size.train(optimizer)
-            >>> theta.item()
-            0.3125
         """
         group = optimizer.param_groups[0]
         numbers = group.get(NUMBERS, {})
@@ -226,11 +184,7 @@ class StepSize:
 
     @torch.no_grad()
     def train(self, optimizer: torch.optim.Optimizer) -> None:
-        """Put back into the parameters what `eval` took out.
-
-        Args:
-            optimizer: The one whose rule this is.
-        """
+        """Put back into the optimizer's parameters what `eval` took out."""
         group = optimizer.param_groups[0]
         numbers = group.get(NUMBERS, {})
         if numbers.get("mode") != "eval":
@@ -250,3 +204,29 @@ def _states(optimizer: torch.optim.Optimizer) -> Iterable[tuple[dict[str, Any], 
     """The state of each parameter that has one."""
     every = (p for group in optimizer.param_groups for p in group["params"])
     return ((optimizer.state[p], p) for p in every if p in optimizer.state)
+
+
+def option(
+    name: str, value: float, low: float, high: float = inf, closed: Any = "neither"
+) -> float:
+    """An option that lies in its interval; NumPy's numbers become Python's, an int stays one."""
+    number = Interval(low, high, closed).check(name, value)
+    return value if type(value) is int else number
+
+
+def optional(
+    name: str, value: float | None, low: float, high: float = inf, closed: Any = "neither"
+) -> float | None:
+    """An option, as `option`, that may be left out."""
+    return None if value is None else option(name, value, low, high, closed)
+
+
+def known_fraction(own: float | None, told: float | None) -> float:
+    """B/N: a rule's own option, or what the optimizer knows."""
+    fraction = told if own is None else own
+    if fraction is None:
+        raise ValueError(
+            "This rule needs to know B/N, the part of the data in one update. Construct it with "
+            "batch_fraction=B/N."
+        )
+    return fraction

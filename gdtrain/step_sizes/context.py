@@ -1,9 +1,9 @@
-"""What a rule sees at one update: θ, f, d, and f and d at other points where it needs them."""
+"""What a rule sees at one update, f and d at other points too, and what it remembers."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from gdtrain._compat import torch_foreach as foreach
-from gdtrain.penalised import with_decay
-from gdtrain.step_sizes.memory import NUMBERS
-from gdtrain.step_sizes.vectors import squared_norm
+from gdtrain.penalised import penalty, weight_decays, with_decay
+from gdtrain.step_sizes.vectors import at_least_single, squared_norm
 
-__all__ = ["Context", "Evaluations"]
+__all__ = ["NUMBERS", "PREFIX", "Context", "Evaluations", "Memory"]
+
+NUMBERS = "step_size"  # the name of a rule's numbers in the first group
+PREFIX = "step_size_"  # of its tensors in state[p]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,47 +91,27 @@ class Context:
         total_updates: int | None = None,
         batch_fraction: float | None = None,
     ) -> Context:
-        """Of an optimizer's groups, whose parameters hold their gradients.
-
-        Args:
-            groups: The parameter groups.
-            loss: J on the examples of the update, without the penalty.
-            evaluations: J elsewhere; None: for a rule that does not ask.
-            total_updates: T, or None.
-            batch_fraction: B/N, or None.
-
-        Raises:
-            ValueError: Gradients are sparse.
-        """
-        params: list[Tensor] = []
-        direction: list[Tensor] = []
-        decays: list[float] = []
-        for group in groups:
-            theta = [p for p in group["params"] if p.grad is not None]
-            grads: list[Tensor] = [p.grad for p in theta]
-            if any(g.is_sparse for g in grads):
-                raise ValueError(
-                    "A step-size rule needs dense gradients. Received: sparse ones. "
-                    "Construct the embedding with sparse=False."
-                )
-            decay = float(group["weight_decay"])
-            if decay != 0 and theta:
-                grads = list(foreach.add(grads, theta, alpha=decay))
-            params += theta
-            direction += grads
-            decays += [decay] * len(theta)
+        """Of an optimizer's groups, whose parameters hold their gradients; loss without penalty."""
+        owned = [p for group in groups for p in group["params"]]
+        params = [p for p in owned if p.grad is not None]
+        if any(p.grad.is_sparse for p in params):
+            raise ValueError(
+                "A step-size rule needs dense gradients. Received: sparse ones. "
+                "Construct the embedding with sparse=False."
+            )
+        decays = weight_decays(params, groups)
         return cls(
             params=params,
-            direction=direction,
+            direction=with_decay([p.grad for p in params], params, decays),
             loss=loss,
-            value=_number(loss) + _penalty(params, decays),
+            value=_number(loss) + penalty(params, decays),
             t=groups[0].get(NUMBERS, {}).get("updates", 0),
             lr=float(groups[0].get("initial_lr", groups[0]["lr"])),
             decays=decays,
             total_updates=total_updates,
             batch_fraction=batch_fraction,
             evaluations=evaluations,
-            owned=[p for group in groups for p in group["params"]],
+            owned=owned,
         )
 
     @cached_property
@@ -170,38 +152,21 @@ class Context:
 
     @torch.no_grad()
     def evaluate(self, rate: float) -> float:
-        """f at θ − η d, on the same examples with the same random numbers; θ is restored.
+        """f at θ − rate·d, penalty included; it may be infinite or NaN.
 
-        Args:
-            rate: η.
-
-        Returns:
-            f, with the penalty there; it may be infinite or NaN.
-
-        Raises:
-            ValueError: The rule has not said that it needs values.
+        The examples and the random numbers are those of the update; θ is restored.
         """
         if self.evaluations is None:
             raise ValueError("This rule evaluates f elsewhere: let it have Needs(values=True).")
         value = self.evaluations.value
         return self._elsewhere(
             lambda: foreach.add_(self.params, self.direction, alpha=-rate),
-            lambda: _number(value()) + _penalty(self.params, self.decays),
+            lambda: _number(value()) + penalty(self.params, self.decays),
         )
 
     @torch.no_grad()
     def direction_at(self, displacement: list[Tensor]) -> list[Tensor]:
-        """The gradient d at θ + v; θ is restored.
-
-        Args:
-            displacement: v, one for each of `params`.
-
-        Returns:
-            d there.
-
-        Raises:
-            ValueError: Whoever made the update gave its gradient only.
-        """
+        """The gradient d at θ + displacement, one for each of `params`; θ is restored."""
         gradient = None if self.evaluations is None else self.evaluations.gradient
         if gradient is None:
             raise ValueError(
@@ -233,14 +198,66 @@ class Context:
                 p.grad = g
 
 
-def _penalty(params: Sequence[Tensor], decays: Sequence[float]) -> float:
-    """½λ‖θ‖², summed over the groups."""
-    total = 0.0
-    for decay in {decay for decay in decays if decay != 0}:
-        own = [p for p, d in zip(params, decays, strict=True) if d == decay]
-        total += 0.5 * decay * squared_norm(own)
-    return total
+class Memory:
+    """What a rule remembers from update to update: the optimizer's state, saved with it.
+
+    Args:
+        numbers: By name; numbers, texts and lists of them. They are the rule's to change.
+        params: The parameters beside which tensors are kept.
+        state: The optimizer's state.
+
+    Example:
+        >>> theta = torch.nn.Parameter(torch.tensor([2.0]))
+        >>> memory = Memory({}, [theta], {theta: {}})
+        >>> memory.keep("start", [theta])
+        >>> memory.numbers["last"] = 0.5
+        >>> memory.tensors("start"), memory.tensors("average")
+        ([tensor([2.])], None)
+    """
+
+    def __init__(
+        self, numbers: Mapping[str, Any], params: Sequence[Tensor], state: Mapping[Tensor, Any]
+    ) -> None:
+        self.numbers: dict[str, Any] = dict(numbers)
+        self._params, self._state = params, state
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Memory:
+        """Of an optimizer, whose numbers change only when `numbers` is put back into its group."""
+        return cls(optimizer.param_groups[0].get(NUMBERS, {}), params, optimizer.state)
+
+    def inner(self) -> Memory:
+        """That of a rule within the rule: numbers of its own, the same tensors."""
+        inner = Memory(self.numbers.get("inner", {}), self._params, self._state)
+        self.numbers["inner"] = inner.numbers
+        return inner
+
+    def tensors(self, name: str) -> list[Tensor] | None:
+        """What `keep` has kept, to be changed in place; None: it is missing for some parameter."""
+        key = PREFIX + name
+        found = [self._state[p].get(key) if p in self._state else None for p in self._params]
+        return None if any(t is None for t in found) else found  # type: ignore[return-value]
+
+    def keep(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Keep copies in the optimizer's state, in single precision at least."""
+        old = self.tensors(name)
+        if old is not None:
+            foreach.copy_(old, list(tensors))
+            return
+        for p, t in zip(self._params, tensors, strict=True):
+            self._state[p][PREFIX + name] = _copy(t)
+
+    def keep_missing(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """As `keep`, only where nothing is kept yet."""
+        key = PREFIX + name
+        for p, t in zip(self._params, tensors, strict=True):
+            if key not in self._state[p]:
+                self._state[p][key] = _copy(t)
 
 
 def _number(value: Tensor | float) -> float:
     return float(value.detach()) if isinstance(value, Tensor) else float(value)
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().to(at_least_single(t.dtype), copy=True)

@@ -7,10 +7,8 @@ from math import inf, isfinite, sqrt
 from typing import Literal
 
 from gdtrain._compat import torch_foreach as foreach
-from gdtrain.step_sizes.base import Needs, StepSize
-from gdtrain.step_sizes.context import Context
-from gdtrain.step_sizes.memory import Memory
-from gdtrain.step_sizes.options import option, optional
+from gdtrain.step_sizes.base import Needs, StepSize, option, optional
+from gdtrain.step_sizes.context import Context, Memory
 from gdtrain.step_sizes.vectors import in_dtypes_of, squared_norm
 
 __all__ = ["DoG", "DoWG"]
@@ -40,12 +38,8 @@ class DoG(StepSize):
         >>> from gdtrain import SGD
         >>> theta = torch.nn.Parameter(torch.tensor([3.0]))
         >>> optimizer = SGD([theta], step_size=DoG(start=0.25))
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = 2 * theta.abs().sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> _ = optimizer.step(closure)
+        >>> theta.grad = torch.tensor([2.0])  # of 2|θ|
+        >>> optimizer.step_by_rule(6.0, lambda: 2 * theta.abs())
         >>> optimizer.last_rate, theta.item()  # r = ¼·4 = 1, over √4
         (0.5, 2.0)
 
@@ -114,19 +108,13 @@ class DoWG(StepSize):
     Example:
         >>> import torch
         >>> from gdtrain import SGD
-        >>> theta = torch.nn.Parameter(torch.tensor([3.0]))
-        >>> rule = DoWG(start=0.25, decay="linear")
-        >>> optimizer = SGD([theta], step_size=rule, total_updates=2)
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = 2 * theta.abs().sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> rates = []
+        >>> theta, rates = torch.nn.Parameter(torch.tensor([3.0])), []
+        >>> optimizer = SGD([theta], step_size=DoWG(start=0.25, decay="linear"), total_updates=2)
         >>> for _ in range(2):
-        ...     _ = optimizer.step(closure)
-        ...     rates.append(optimizer.last_rate)
-        >>> [round(rate, 4) for rate in rates]  # 1/√4, then ½ · 1/√8
+        ...     theta.grad = torch.tensor([2.0])  # of 2|θ|
+        ...     optimizer.step_by_rule(2 * theta.abs(), lambda: 2 * theta.abs())
+        ...     rates.append(round(optimizer.last_rate, 4))
+        >>> rates  # 1/√4, then ½ · 1/√8
         [0.5, 0.1768]
 
     References:

@@ -7,10 +7,8 @@ from math import isfinite
 from typing import Literal
 
 from gdtrain.ranges import Whole
-from gdtrain.step_sizes.base import Needs, StepSize
-from gdtrain.step_sizes.context import Context
-from gdtrain.step_sizes.memory import Memory
-from gdtrain.step_sizes.options import known_fraction, option, optional
+from gdtrain.step_sizes.base import Needs, StepSize, known_fraction, option, optional
+from gdtrain.step_sizes.context import Context, Memory
 
 __all__ = ["LONGEST", "SEARCH", "Armijo", "StochasticLineSearch", "backtracked"]
 
@@ -49,13 +47,9 @@ class Armijo(StepSize):
         >>> from gdtrain import GD
         >>> theta = torch.nn.Parameter(torch.tensor([1.0]))
         >>> optimizer = GD([theta], step_size=Armijo())
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = 2 * (theta**2).sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> _ = optimizer.step(closure)  # η = 1 leads to −3; the parabola is least at ¼
-        >>> optimizer.last_rate, theta.item()
+        >>> theta.grad = 4 * theta.detach()  # of 2θ²
+        >>> optimizer.step_by_rule(2.0, lambda: 2 * theta.item() ** 2)
+        >>> optimizer.last_rate, theta.item()  # η = 1 leads to −3; the parabola is least at ¼
         (0.25, 0.0)
 
     References:
@@ -117,20 +111,13 @@ class StochasticLineSearch(StepSize):
     Example:
         >>> import torch
         >>> from gdtrain import SGD
-        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([[2.0], [4.0]])
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> rule = StochasticLineSearch(batch_fraction=1 / 2)
-        >>> optimizer = SGD(model.parameters(), step_size=rule)
-        >>> for epoch in range(20):
-        ...     for i in range(2):
-        ...         def closure():
-        ...             optimizer.zero_grad()
-        ...             loss = (0.5 * (model(x[i]) - y[i]) ** 2).sum()
-        ...             loss.backward()
-        ...             return loss
-        ...         _ = optimizer.step(closure)
-        >>> round(model.weight.item(), 3)
-        2.0
+        >>> theta = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> rule = StochasticLineSearch(shrink=0.5, batch_fraction=1 / 2)
+        >>> optimizer = SGD([theta], step_size=rule)
+        >>> theta.grad = 4 * theta.detach()  # of 2θ²
+        >>> optimizer.step_by_rule(2.0, lambda: 2 * theta.item() ** 2)
+        >>> optimizer.last_rate, theta.item()
+        (0.25, 0.0)
 
     References:
         Vaswani et al., Painless Stochastic Gradient: Interpolation, Line-Search, and Convergence
@@ -178,27 +165,7 @@ def backtracked(
 ) -> tuple[float, float]:
     """The first η with f(θ − η d) ≤ reference − c η ‖d‖², or 0; and the last that was tried.
 
-    Args:
-        context: What there is to see.
-        start: The first η to try.
-        reference: What f is to come below.
-        c: How much of the decrease that the gradient promises is enough.
-        shrink: A factor; or "interpolate", as for `Armijo`.
-        most: Trials after the first.
-
-    Returns:
-        η, and the last that was tried.
-
-    Example:
-        >>> import torch
-        >>> from gdtrain.step_sizes import Evaluations
-        >>> theta = torch.tensor([1.0])
-        >>> theta.grad = 4 * theta
-        >>> evaluations = Evaluations(lambda: 2 * theta.item() ** 2)
-        >>> group = {"params": [theta], "lr": 1.0, "weight_decay": 0.0}
-        >>> context = Context.of([group], 2.0, evaluations)
-        >>> backtracked(context, 1.0, context.value, 1e-4, 0.5, 30)
-        (0.25, 0.25)
+    `start` is the first η to try, `most` the trials after it; `shrink` as for `Armijo`.
     """
     square, rate = context.squared_norm, start
     for trial in range(most + 1):

@@ -7,10 +7,8 @@ from typing import Literal
 
 import torch
 
-from gdtrain.step_sizes.base import Needs, StepSize
-from gdtrain.step_sizes.context import Context
-from gdtrain.step_sizes.memory import NUMBERS, Memory
-from gdtrain.step_sizes.options import known_fraction, option, optional
+from gdtrain.step_sizes.base import Needs, StepSize, known_fraction, option, optional
+from gdtrain.step_sizes.context import NUMBERS, Context, Memory
 
 __all__ = ["Polyak", "StochasticPolyak"]
 
@@ -40,12 +38,8 @@ class Polyak(StepSize):
         >>> from gdtrain import GD
         >>> theta = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = GD([theta], step_size=Polyak(f_star=0.0))
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = 0.5 * (theta**2).sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> _ = optimizer.step(closure)
+        >>> theta.grad = theta.detach().clone()  # of ½‖θ‖²
+        >>> optimizer.step_by_rule(12.5, lambda: 0.5 * (theta**2).sum())
         >>> optimizer.last_rate, theta.data  # 12.5 / 25
         (0.5, tensor([1.5000, 2.0000]))
 
@@ -127,12 +121,8 @@ class StochasticPolyak(StepSize):
         >>> from gdtrain import SGD
         >>> theta = torch.nn.Parameter(torch.tensor([2.0]))
         >>> optimizer = SGD([theta], step_size=StochasticPolyak(max_lr=0.75, c=1.0))
-        >>> def closure():
-        ...     optimizer.zero_grad()
-        ...     loss = 0.5 * (theta**2).sum()
-        ...     loss.backward()
-        ...     return loss
-        >>> _ = optimizer.step(closure)
+        >>> theta.grad = theta.detach().clone()  # of ½θ²
+        >>> optimizer.step_by_rule(2.0, lambda: 0.5 * theta**2)
         >>> optimizer.last_rate, theta.item()  # min(¾, 2 / 4)
         (0.5, 1.0)
 
@@ -179,24 +169,11 @@ class StochasticPolyak(StepSize):
     def bounds(
         self, optimizer: torch.optim.Optimizer, batch: int
     ) -> tuple[float, float, float, float]:
-        """What an engine that makes the updates by itself needs; a share is η/η₀, η₀ the lr.
-
-        Args:
-            optimizer: The one whose rule this is; its groups have "initial_lr".
-            batch: B.
+        """What an engine that makes the updates by itself needs; a share is η/η₀, η₀ "initial_lr".
 
         Returns:
             1/c; f*; γ^{B/N}, by what the share may grow, or 0 without smoothing; and the first
             bound on the share.
-
-        Raises:
-            ValueError: B/N is needed and not known.
-
-        Example:
-            >>> theta = torch.nn.Parameter(torch.tensor([2.0]))
-            >>> optimizer = torch.optim.SGD([{"params": [theta], "initial_lr": 0.5}])
-            >>> StochasticPolyak(max_lr=2.0).bounds(optimizer, 1)
-            (2.0, 0.0, 0.0, 4.0)
         """
         group = optimizer.param_groups[0]
         peak = float(group["initial_lr"])
@@ -214,21 +191,7 @@ class StochasticPolyak(StepSize):
         return 1 / self.c, self.f_star, growth, first
 
     def remember(self, optimizer: torch.optim.Optimizer, batch: int, share: float) -> None:
-        """Keep the last share, from which smoothing goes on, as `rate` would have.
-
-        Args:
-            optimizer: The one whose rule this is.
-            batch: B.
-            share: η/η₀ before the schedule's factor; one that is not above 0 is passed over.
-
-        Example:
-            >>> theta = torch.nn.Parameter(torch.tensor([2.0]))
-            >>> optimizer = torch.optim.SGD([{"params": [theta], "initial_lr": 0.5}])
-            >>> rule = StochasticPolyak(smoothing=4.0, batch_fraction=0.5)
-            >>> rule.remember(optimizer, 1, 0.25)
-            >>> rule.bounds(optimizer, 1)
-            (2.0, 0.0, 2.0, 0.5)
-        """
+        """Keep the last share, from which smoothing goes on, as `rate` would have; never 0."""
         group = optimizer.param_groups[0]
         if self.smoothing is not None and share > 0:
             last = share * float(group["initial_lr"])

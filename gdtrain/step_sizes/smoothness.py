@@ -8,10 +8,8 @@ import torch
 
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain.ranges import Whole
-from gdtrain.step_sizes.base import Needs, StepSize
-from gdtrain.step_sizes.context import Context
-from gdtrain.step_sizes.memory import Memory
-from gdtrain.step_sizes.options import option, optional
+from gdtrain.step_sizes.base import Needs, StepSize, option, optional
+from gdtrain.step_sizes.context import Context, Memory
 from gdtrain.step_sizes.vectors import at_least_single, squared_norm
 
 __all__ = ["InverseSmoothness"]
@@ -102,12 +100,10 @@ class InverseSmoothness(StepSize):
         if v is None:
             generator = torch.Generator().manual_seed(self.seed)
             v = [
-                torch.randn(p.shape, generator=generator, dtype=torch.float64)
+                torch.randn(p.shape, generator=generator, dtype=torch.float64).to(
+                    p.device, at_least_single(p.dtype)
+                )
                 for p in context.params
-            ]
-            v = [
-                t.to(p.device, at_least_single(p.dtype))
-                for t, p in zip(v, context.params, strict=True)
             ]
             foreach.div_(v, sqrt(squared_norm(v)))
         epsilon = sqrt(context.precision) * (1 + sqrt(squared_norm(context.params)))

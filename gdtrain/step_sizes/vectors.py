@@ -13,42 +13,17 @@ __all__ = ["at_least_single", "in_dtypes_of", "inner", "squared_norm"]
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    """The dtype, or float32 where it has fewer bits.
-
-    Args:
-        dtype: Any.
-
-    Example:
-        >>> at_least_single(torch.bfloat16), at_least_single(torch.float64)
-        (torch.float32, torch.float64)
-    """
+    """The dtype, or float32 where it has fewer bits."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def in_dtypes_of(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors, each in the dtype of another.
-
-    Args:
-        others: As many as `tensors`.
-        tensors: To be converted.
-
-    Example:
-        >>> in_dtypes_of([torch.ones(1)], [torch.tensor([2.0], dtype=torch.float64)])
-        [tensor([2.])]
-    """
+    """Tensors, each in the dtype of another."""
     return [t.to(other.dtype) for t, other in zip(tensors, others, strict=True)]
 
 
 def squared_norm(tensors: Sequence[Tensor]) -> float:
-    """Σ ‖t‖², added up in double precision.
-
-    Args:
-        tensors: Of any shapes and devices; DTensors with all of their parts.
-
-    Example:
-        >>> squared_norm([torch.tensor([3.0, 4.0]), torch.tensor(2.0)])
-        29.0
-    """
+    """Σ ‖t‖², added up in double precision, over all devices and all parts of DTensors."""
     if not tensors:
         return 0.0
     own = foreach.norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors])
@@ -59,16 +34,7 @@ def squared_norm(tensors: Sequence[Tensor]) -> float:
 
 
 def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """Σ ⟨a, b⟩, the real part where they are complex.
-
-    Args:
-        a: Tensors.
-        b: As many, of the same shapes.
-
-    Example:
-        >>> inner([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
-        11.0
-    """
+    """Σ ⟨a, b⟩, the real part where they are complex."""
     products = [
         _over_ranks((x.conj() * y).sum()).real
         if hasattr(x, "full_tensor")

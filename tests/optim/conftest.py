@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 # torch.testing._internal wants expecttest (which no test here does), and changes global flags:
 # so it is imported in a process of its own.
@@ -31,3 +32,13 @@ def conformance():
     """Inputs, error inputs and newer flags of torch's own tests of torch.optim.SGD."""
     done = subprocess.run([sys.executable, "-c", DUMP], capture_output=True, check=True)
     return pickle.loads(done.stdout)
+
+
+@pytest.fixture(autouse=True)
+def _one_seed_one_thread():
+    """The fused kernel wakes all threads for the smallest tensor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

@@ -1,13 +1,13 @@
 """What PyTorch's test_optim.py asks of an optimizer, for each of its inputs of SGD in each mode."""
 
 import copy
-import io
 import itertools
 import warnings
 import weakref
 
 import pytest
 import torch
+from optimizers import EVERY, through_a_file
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -16,9 +16,6 @@ from torch.optim.optimizer import (
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdtrain.optim import GD, SGD, MiniBatchSGD
-
-EVERY = pytest.mark.parametrize("optimizer", [SGD, GD, MiniBatchSGD])
 FLAGS = ("foreach", "differentiable", "fused")
 FUSED_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SCHEDULES = [
@@ -36,11 +33,6 @@ SCHEDULES = [
     [lambda o: lr_scheduler.ConstantLR(o, factor=0.4, total_iters=4)],
     [lambda o: lr_scheduler.PolynomialLR(o, power=0.9, total_iters=4)],
 ]
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -71,6 +63,14 @@ def quadratic(optimizer, params, x):
         return loss
 
     return closure
+
+
+def stepped(optimizer, arguments):
+    """An optimizer after one step."""
+    params = parameters()
+    opt = optimizer(params, **arguments)
+    opt.step(quadratic(opt, params, torch.randn(5)))
+    return opt
 
 
 def advance(schedules, loss):
@@ -332,9 +332,7 @@ def test_a_step_of_zero_gradients_or_none_changes_nothing(optimizer, flagged):
 @EVERY
 def test_no_state_is_empty(optimizer, inputs):
     for arguments in inputs:
-        params = parameters()
-        opt = optimizer(params, **arguments)
-        opt.step(quadratic(opt, params, torch.randn(5)))
+        opt = stepped(optimizer, arguments)
         assert all(len(state) > 0 for state in opt.state.values())
 
 
@@ -381,14 +379,13 @@ def test_a_loaded_state_goes_on_alike_with_names_or_without(optimizer, flagged, 
 def test_a_state_without_the_newer_flags_is_loaded_and_stepped(optimizer, flagged, conformance):
     newer = {*conformance[2], "num_samples", "batch_size", "gathered", "overflow"}
     for arguments in flagged:
-        params = parameters()
-        opt = optimizer(params, **arguments)
-        opt.step(quadratic(opt, params, torch.randn(5)))
+        opt = stepped(optimizer, arguments)
         state = copy.deepcopy(opt.state_dict())
         for group in state["param_groups"]:
             for flag in newer & group.keys():
                 del group[flag]
         opt.load_state_dict(state)
+        params = opt.param_groups[0]["params"]
         opt.step(quadratic(opt, params, torch.randn(5)))
         repr(opt)
 
@@ -396,21 +393,14 @@ def test_a_state_without_the_newer_flags_is_loaded_and_stepped(optimizer, flagge
 @EVERY
 def test_a_state_is_the_same_after_a_file(optimizer, flagged):
     for arguments in flagged:
-        params = parameters()
-        opt = optimizer(params, **arguments)
-        opt.step(quadratic(opt, params, torch.randn(5)))
-        file = io.BytesIO()
-        torch.save(opt.state_dict(), file)
-        file.seek(0)
-        assert_close(torch.load(file, weights_only=True), opt.state_dict(), rtol=0, atol=0)
+        opt = stepped(optimizer, arguments)
+        assert_close(through_a_file(opt.state_dict()), opt.state_dict(), rtol=0, atol=0)
 
 
 @EVERY
 def test_a_copy_has_all_public_attributes_and_is_printed_alike(optimizer, flagged):
     for arguments in flagged:
-        params = parameters()
-        opt = optimizer(params, **arguments)
-        opt.step(quadratic(opt, params, torch.randn(5)))
+        opt = stepped(optimizer, arguments)
         twin = copy.deepcopy(opt)
         public = [{k for k in vars(o) if not k.startswith("_")} for o in (opt, twin)]
         assert public[0] == public[1]

@@ -1,12 +1,12 @@
 """torch.distributed.checkpoint asks a new optimizer for its state by a step of length 0."""
 
 import copy
-import io
 import socket
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from optimizers import through_a_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.penalised import penalty
 from gdtrain.step_sizes import (
     Armijo,
     BarzilaiBorwein,
@@ -74,11 +75,17 @@ def network():
     return nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
 
 
+def runs(make, count=3):
+    """Models, each with its optimizer."""
+    models = [network() for _ in range(count)]
+    return [(model, make(model.parameters())) for model in models]
+
+
 def by_rule(name):
-    model = network()
+    """What makes an optimizer with a rule."""
     optimizer, rule = RULES[name]()
     lr = 1.0 if not rule.needs.lr else 0.05
-    return model, optimizer(model.parameters(), lr=lr, step_size=rule, total_updates=30)
+    return lambda p: optimizer(p, lr=lr, step_size=rule, total_updates=30)
 
 
 def train_by_rule(model, optimizer, times):
@@ -104,6 +111,10 @@ def train(model, optimizer, batches):
 
 def parameters(model):
     return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_alike(one, other):
+    assert all(map(torch.equal, parameters(one[0]), parameters(other[0])))
 
 
 def through_files(model, optimizer, new_model, new_optimizer, path, **options):
@@ -144,13 +155,13 @@ def test_a_new_optimizer_gives_the_state_that_torchs_would_and_nothing_else_chan
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_new_optimizer_with_a_rule_remembers_nothing_of_it(name):
-    asked, other = by_rule(name), by_rule(name)
+    asked, other = runs(by_rule(name), 2)
     get_optimizer_state_dict(*asked)
     assert asked[1].param_groups[0]["step_size"] == {}
     assert not asked[1].state
     for run in (asked, other):
         train_by_rule(*run, 4)
-    assert all(map(torch.equal, parameters(asked[0]), parameters(other[0])))
+    assert_alike(asked, other)
 
 
 def test_a_real_step_without_num_samples_or_closure_is_refused_as_before():
@@ -202,111 +213,79 @@ def test_an_overflowed_micro_batch_is_not_forgotten():
 @pytest.mark.parametrize("at", [0, 3, 4, 5], ids=lambda k: f"after {k}")
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_a_run_goes_on_to_the_last_bit_in_the_middle_of_an_update_too(make, at):
-    whole, half, resumed = network(), network(), network()
-    optimizers = [make(model.parameters()) for model in (whole, half, resumed)]
-    train(whole, optimizers[0], range(10))
-    train(half, optimizers[1], range(at))
-    for p in resumed.parameters():
+    whole, half, resumed = runs(make)
+    train(*whole, range(10))
+    train(*half, range(at))
+    for p in resumed[0].parameters():
         nn.init.zeros_(p)
-    states = copy.deepcopy(get_state_dict(half, optimizers[1]))
-    set_state_dict(resumed, optimizers[2], model_state_dict=states[0], optim_state_dict=states[1])
-    assert optimizers[2].param_groups[0]["lr"] == optimizers[0].param_groups[0]["lr"]
-    train(resumed, optimizers[2], range(at, 10))
-    assert all(map(torch.equal, parameters(resumed), parameters(whole)))
+    states = copy.deepcopy(get_state_dict(*half))
+    set_state_dict(*resumed, model_state_dict=states[0], optim_state_dict=states[1])
+    assert resumed[1].param_groups[0]["lr"] == whole[1].param_groups[0]["lr"]
+    train(*resumed, range(at, 10))
+    assert_alike(resumed, whole)
 
 
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_files_go_on_to_the_last_bit_between_updates(make, flatten, tmp_path):
-    whole, half, resumed = network(), network(), network()
-    optimizers = [make(model.parameters()) for model in (whole, half, resumed)]
-    train(whole, optimizers[0], range(9))
-    train(half, optimizers[1], range(6))
-    through_files(
-        half,
-        optimizers[1],
-        resumed,
-        optimizers[2],
-        tmp_path,
-        flatten_optimizer_state_dict=flatten,
-    )
-    train(resumed, optimizers[2], range(6, 9))
-    assert all(map(torch.equal, parameters(resumed), parameters(whole)))
+    whole, half, resumed = runs(make)
+    train(*whole, range(9))
+    train(*half, range(6))
+    through_files(*half, *resumed, tmp_path, flatten_optimizer_state_dict=flatten)
+    train(*resumed, range(6, 9))
+    assert_alike(resumed, whole)
 
 
 @pytest.mark.parametrize("at", [0, 5])
 @pytest.mark.parametrize("name", RULES)
 def test_files_of_a_rule_go_on_to_the_last_bit(name, at, tmp_path):
-    whole, half, resumed = by_rule(name), by_rule(name), by_rule(name)
+    whole, half, resumed = runs(by_rule(name))
     train_by_rule(*whole, 12)
     train_by_rule(*half, at)
     half[1].zero_grad()
     through_files(*half, *resumed, tmp_path)
     assert resumed[1].param_groups[0]["step_size"] == half[1].param_groups[0]["step_size"]
     train_by_rule(*resumed, 12 - at)
-    assert all(map(torch.equal, parameters(resumed[0]), parameters(whole[0])))
+    assert_alike(resumed, whole)
 
 
 @pytest.mark.parametrize("flatten", [False, True])
 def test_what_a_new_optimizer_cannot_ask_for_is_missed_and_not_made_up(flatten, tmp_path):
-    half, resumed = network(), network()
-    optimizers = [OPTIMIZERS["GD"](model.parameters()) for model in (half, resumed)]
-    train(half, optimizers[0], range(4))
+    half, resumed = runs(OPTIMIZERS["GD"], 2)
+    train(*half, range(4))
     with pytest.raises(ValueError, match="not whole: expected gathered_sum"):
-        through_files(
-            half,
-            optimizers[0],
-            resumed,
-            optimizers[1],
-            tmp_path,
-            flatten_optimizer_state_dict=flatten,
-        )
-    assert optimizers[1].param_groups[0]["lr"] == 0.1
+        through_files(*half, *resumed, tmp_path, flatten_optimizer_state_dict=flatten)
+    assert resumed[1].param_groups[0]["lr"] == 0.1
 
 
 def test_the_way_that_the_message_names_goes_on_in_the_middle_of_an_update(tmp_path):
-    whole, half, resumed = network(), network(), network()
-    optimizers = [OPTIMIZERS["GD"](model.parameters()) for model in (whole, half, resumed)]
-    train(whole, optimizers[0], range(7))
-    train(half, optimizers[1], range(4))
-    state = get_state_dict(half, optimizers[1])
+    whole, half, resumed = runs(OPTIMIZERS["GD"])
+    train(*whole, range(7))
+    train(*half, range(4))
+    state = get_state_dict(*half)
     dcp.save({"model": state[0], "optimizer": state[1]}, checkpoint_id=tmp_path / "parts")
     dcp_to_torch_save(tmp_path / "parts", tmp_path / "whole.pt")
     loaded = torch.load(tmp_path / "whole.pt", weights_only=True)
-    set_state_dict(
-        resumed,
-        optimizers[2],
-        model_state_dict=loaded["model"],
-        optim_state_dict=loaded["optimizer"],
-    )
-    train(resumed, optimizers[2], range(4, 7))
-    assert all(map(torch.equal, parameters(resumed), parameters(whole)))
+    states = {"model_state_dict": loaded["model"], "optim_state_dict": loaded["optimizer"]}
+    set_state_dict(*resumed, **states)
+    train(*resumed, range(4, 7))
+    assert_alike(resumed, whole)
 
 
 @pytest.mark.parametrize("case", ["not declared", "flattened", "average shown"])
 def test_a_tensor_of_a_rule_that_got_lost_is_missed(case, tmp_path):
-    models = [network(), network()]
     rule = {"not declared": OfTheUser, "flattened": DoG, "average shown": ScheduleFree}[case]
-    optimizers = [SGD(model.parameters(), lr=1.0, step_size=rule()) for model in models]
-    train_by_rule(models[0], optimizers[0], 3)
-    optimizers[0].step_size.eval(optimizers[0])
+    half, resumed = runs(lambda p: SGD(p, lr=1.0, step_size=rule()), 2)
+    train_by_rule(*half, 3)
+    half[1].step_size.eval(half[1])
+    flatten = case == "flattened"
     with pytest.raises(ValueError, match="not whole: expected step_size_"):
-        through_files(
-            models[0],
-            optimizers[0],
-            models[1],
-            optimizers[1],
-            tmp_path,
-            flatten_optimizer_state_dict=case == "flattened",
-        )
+        through_files(*half, *resumed, tmp_path, flatten_optimizer_state_dict=flatten)
 
 
 def test_a_state_through_torch_save_has_no_tensor_that_is_not_kept():
-    model, optimizer = by_rule("DoG averaged")
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    optimizer.load_state_dict(torch.load(file, weights_only=True))
+    ((model, optimizer),) = runs(by_rule("DoG averaged"), 1)
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
     assert not any(optimizer.state.values())
     assert optimizer.param_groups[0]["step_size"] == {}
     train_by_rule(model, optimizer, 1)
@@ -325,6 +304,10 @@ def on_a_rank(rank, port, folder):
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    divided, decays = network(), [0.5] * 4
+    fully_shard(divided, mesh=mesh)
+    whole = penalty(network().parameters(), decays)
+    assert penalty(divided.parameters(), decays) == pytest.approx(whole, rel=1e-12)
     for name in ("GD", "DoG averaged", "in the middle"):
         runs = []
         for _ in range(3):

@@ -1,5 +1,4 @@
 import copy
-import io
 import math
 import pickle
 import sys
@@ -9,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optimizers import EVERY, parameter, through_a_file
 from torch.testing import assert_close
 
 from gdtrain.optim import GD, SGD, MiniBatchSGD
@@ -20,11 +20,6 @@ GATHERERS = {
 EITHER = pytest.mark.parametrize("make", GATHERERS.values(), ids=GATHERERS)
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def data(N):
     generator = torch.Generator().manual_seed(N)
     return torch.randn(N, 3, generator=generator, dtype=torch.float64)
@@ -33,12 +28,6 @@ def data(N):
 def loss_of(theta, x):
     """A mean over examples, curved in θ."""
     return torch.log1p(torch.exp(-(x @ theta))).mean()
-
-
-def parameter(*values, grad=None, dtype=torch.float32):
-    p = torch.nn.Parameter(torch.tensor(values, dtype=dtype))
-    p.grad = None if grad is None else torch.tensor(grad, dtype=dtype)
-    return p
 
 
 def three():
@@ -67,22 +56,6 @@ def assert_unchanged(optimizer, before):
 
 
 # ------------------------------------------------------------ the exact mean
-
-
-@EITHER
-@pytest.mark.parametrize("N", [1, 2, 7, 13, 31])
-def test_the_gathered_gradient_is_that_of_the_whole_mean_for_every_micro_batch_size(make, N):
-    x, theta = data(N), three()
-    expected = full_gradient(theta, x)
-    for M in range(1, N + 1):
-        optimizer = make([theta], N)
-        seen = 0
-        for micro in x.split(M):
-            optimizer.zero_grad()
-            loss_of(theta, micro).backward()
-            seen += len(micro)
-            assert optimizer.gather(num_samples=len(micro)) is (seen == N)
-        assert_close(theta.grad, expected, rtol=1e-12, atol=1e-12)
 
 
 @EITHER
@@ -148,31 +121,6 @@ def test_zeroed_and_absent_gradients_are_both_a_clean_start(make, set_to_none):
         loss_of(whole, x).backward()
         sgd.step()
         assert_close(theta, whole, rtol=1e-12, atol=1e-12)
-
-
-@EITHER
-@pytest.mark.parametrize("mode", [{}, {"foreach": False}, {"fused": True}], ids=str)
-@pytest.mark.parametrize(
-    "rule",
-    [
-        {"momentum": 0.9},
-        {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
-        {"momentum": 0.9, "nesterov": True},
-        {"momentum": 0.9, "maximize": True},
-    ],
-    ids=str,
-)
-def test_momentum_sees_updates_and_not_micro_batches(make, rule, mode):
-    x, theta, whole = data(7), three(), three()
-    optimizer, sgd = make([theta], 7, lr=0.2, **rule, **mode), SGD([whole], lr=0.2, **rule)
-    for t in range(12):
-        for micro in x.split(1 + t % 6):
-            feed(optimizer, theta, micro)
-        sgd.zero_grad()
-        loss_of(whole, x).backward()
-        sgd.step()
-        assert_close(theta, whole, rtol=1e-12, atol=1e-12)
-    assert_close(optimizer.state[theta]["momentum_buffer"], sgd.state[whole]["momentum_buffer"])
 
 
 @EITHER
@@ -259,20 +207,6 @@ def test_a_parameter_without_any_gradient_is_left_alone(make, mode):
     assert set(optimizer.state) == {moving}
 
 
-@EITHER
-@pytest.mark.parametrize("mode", [{}, {"foreach": False}, {"fused": True}], ids=str)
-def test_a_parameter_unfrozen_later_starts_its_momentum_then(make, mode):
-    late, early = parameter(0.0), parameter(0.0)
-    optimizer = make([late, early], 4, lr=1.0, momentum=0.5, **mode)
-    for update in range(3):
-        for _ in range(2):
-            late.grad = None if update == 0 else torch.ones(1)
-            early.grad = torch.ones(1)
-            optimizer.step(num_samples=2)
-    assert early.item() == -(1 + 1.5 + 1.75)
-    assert late.item() == -(1 + 1.5)
-
-
 # ------------------------------------------------------------ what is refused
 
 COUNTS = [0, -1, True, False, 1.0, 2.5, math.nan, "3", None]
@@ -303,49 +237,26 @@ def test_integers_of_numpy_and_torch_are_counts(make, integer):
     group = optimizer.param_groups[0]
     own = next(group[name] for name in ("num_samples", "batch_size") if name in group)
     assert (type(own), type(group["gathered"])) == (int, int)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    torch.load(file, weights_only=True)
+    through_a_file(optimizer.state_dict())
 
 
-@EITHER
-@pytest.mark.parametrize("already", [0, 2])
-@pytest.mark.parametrize("count", COUNTS, ids=repr)
-@pytest.mark.parametrize("method", ["step", "gather"])
-def test_num_samples_that_is_no_count_is_refused_and_nothing_changes(make, already, count, method):
-    p = parameter(1.0, grad=[1.0])
-    optimizer = make([p], 5, momentum=0.9)
-    if already:
-        optimizer.step(num_samples=already)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match="num_samples"):
-        getattr(optimizer, method)(num_samples=count)
-    assert_unchanged(optimizer, before)
-    optimizer.step(num_samples=5 - already)
-    assert p.item() != 1
-
-
-@EITHER
-def test_a_step_without_num_samples_is_refused_and_says_what_is_missing(make):
-    optimizer = make([parameter(1.0, grad=[1.0])], 5)
-    optimizer.step(num_samples=2)
-    before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"needs num_samples.* 5 .*2 are in"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
+REFUSED = [(already, count, "num_samples") for already in (0, 2) for count in COUNTS]
+REFUSED += [(2, None, "needs num_samples.* 5 .*2 are in"), (2, 4, "at most 3: 2 .*Received: 4")]
+REFUSED += [(0, 6, "at most 5: 0 .*Received: 6"), (4, 5, "at most 1: 4 .*Received: 5")]
 
 
 @EITHER
 @pytest.mark.parametrize("method", ["step", "gather"])
-@pytest.mark.parametrize(("already", "count"), [(0, 6), (2, 4), (4, 2), (4, 5)])
-def test_overshooting_is_refused_and_says_what_is_left(make, method, already, count):
+@pytest.mark.parametrize(("already", "count", "message"), REFUSED, ids=repr)
+def test_what_cannot_be_taken_in_is_refused_and_nothing_changes(
+    make, method, already, count, message
+):
     p = parameter(1.0, grad=[1.0])
-    optimizer = make([p], 5, lr=1.0)
+    optimizer = make([p], 5, lr=1.0, momentum=0.9)
     if already:
         optimizer.step(num_samples=already)
     before = snapshot(optimizer)
-    with pytest.raises(ValueError, match=f"at most {5 - already}.*Received: {count}"):
+    with pytest.raises(ValueError, match=message):
         getattr(optimizer, method)(num_samples=count)
     assert_unchanged(optimizer, before)
     optimizer.step(num_samples=5 - already)
@@ -363,7 +274,7 @@ def test_gathering_on_before_the_update_is_made_is_refused(make):
     assert_unchanged(optimizer, before)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, GD, MiniBatchSGD])
+@EVERY
 @pytest.mark.parametrize("count", [1, 0, None])
 def test_an_optimizer_that_gathers_nothing_refuses_to(optimizer, count):
     opt = optimizer([parameter(1.0, grad=[1.0])])
@@ -376,14 +287,14 @@ def test_an_optimizer_that_gathers_nothing_refuses_to(optimizer, count):
     assert_unchanged(opt, before)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, GD, MiniBatchSGD])
+@EVERY
 def test_without_a_number_of_examples_every_step_is_an_update(optimizer):
     p = parameter(1.0, grad=[1.0])
     opt = optimizer([p], lr=0.25)
     opt.step()
     opt.step()
     assert p.item() == 0.5
-    assert opt.flush() is False
+    assert (opt.close(), opt.discard(), opt.flush()) == (False, 0, False)
     assert p.item() == 0.5
 
 
@@ -447,17 +358,24 @@ def test_a_closure_that_raises_takes_nothing_in(make):
 
 
 @EITHER
-def test_the_whole_mean_can_be_clipped_between_gather_and_step(make):
+@pytest.mark.parametrize("count", [4, 100])
+def test_the_whole_mean_and_that_of_a_smaller_last_batch_can_be_clipped(make, count):
     p = parameter(0.0, 0.0)
-    optimizer = make([p], 4, lr=1.0)
+    optimizer = make([p], count, lr=1.0)
+    assert optimizer.close() is False
     for g, m in (([0.0, 16.0], 1), ([4.0, 0.0], 3)):
         p.grad = torch.tensor(g)
-        if optimizer.gather(num_samples=m):
-            assert p.grad.tolist() == [3, 4]
-            torch.nn.utils.clip_grad_norm_([p], max_norm=1.0)
-            optimizer.step()
+        assert optimizer.gather(num_samples=m) is (count == 4 and m == 3)
+    for _ in range(2):
+        assert optimizer.close() is True
+    assert p.grad.tolist() == [3, 4]
+    torch.nn.utils.clip_grad_norm_([p], max_norm=1.0)
+    optimizer.step()
     assert_close(p.detach(), torch.tensor([-0.6, -0.8]))
-    optimizer.step(num_samples=3)  # the next update has begun
+    assert optimizer.close() is False
+    assert not optimizer.state
+    p.grad = torch.zeros(2)
+    assert optimizer.gather(num_samples=count)  # the next update has begun
 
 
 @EITHER
@@ -514,14 +432,11 @@ def test_an_epoch_of_batches_with_a_smaller_last_one(make):
 # ------------------------------------------------------------ saved in the middle
 
 
-def through_a_file(optimizer, theta, make, **more):
-    file = io.BytesIO()
-    torch.save({"theta": theta, "optimizer": optimizer.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    other = make([saved["theta"]], 7, **more)
-    other.load_state_dict(saved["optimizer"])
-    return other, saved["theta"]
+def reloaded(optimizer, theta, make, **more):
+    twin, state = through_a_file([theta, optimizer.state_dict()])
+    other = make([twin], 7, **more)
+    other.load_state_dict(state)
+    return other, twin
 
 
 def deep_copied(optimizer, theta, make, **more):
@@ -533,7 +448,7 @@ def pickled(optimizer, theta, make, **more):
 
 
 @EITHER
-@pytest.mark.parametrize("copied", [through_a_file, deep_copied, pickled])
+@pytest.mark.parametrize("copied", [reloaded, deep_copied, pickled])
 @pytest.mark.parametrize("rule", [{}, {"momentum": 0.9, "weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_a_run_saved_in_the_middle_of_an_update_goes_on_bit_for_bit(make, copied, rule, stop):
@@ -566,11 +481,12 @@ def test_a_loaded_sum_is_apart_from_the_one_it_was_loaded_from(make):
 
 
 @EITHER
-@pytest.mark.parametrize("other", [3, 8, None])
+@pytest.mark.parametrize("other", [3, 8, None, SGD])
 def test_an_unfinished_update_of_another_size_is_refused(make, other):
     optimizer = make([parameter(1.0, grad=[1.0])], 7)
     optimizer.step(num_samples=2)
-    target = make([parameter(1.0, grad=[1.0])], other)
+    params = [parameter(1.0, grad=[1.0])]
+    target = SGD(params) if other is SGD else make(params, other)
     before = snapshot(target)
     with pytest.raises(ValueError, match="2 of 7 examples of an unfinished update"):
         target.load_state_dict(optimizer.state_dict())
@@ -578,18 +494,11 @@ def test_an_unfinished_update_of_another_size_is_refused(make, other):
 
 
 @EITHER
-def test_an_unfinished_update_is_refused_by_an_sgd(make):
-    optimizer = make([parameter(1.0, grad=[1.0])], 7)
-    optimizer.step(num_samples=2)
-    target = SGD([parameter(1.0)])
-    with pytest.raises(ValueError, match="2 of 7 examples of an unfinished update"):
-        target.load_state_dict(optimizer.state_dict())
-
-
-@EITHER
-def test_a_state_between_updates_moves_to_another_size_and_is_saved_there(make):
-    first = make([parameter(1.0, grad=[1.0])], 7)
-    first.step(num_samples=7)
+@pytest.mark.parametrize("torchs", [False, True])
+def test_a_state_between_updates_moves_to_another_size_and_is_saved_there(make, torchs):
+    params = [parameter(1.0, grad=[1.0])]
+    first = torch.optim.SGD(params) if torchs else make(params, 7)
+    first.step(**({} if torchs else {"num_samples": 7}))
     second = make([parameter(0.0, grad=[1.0])], 4, lr=1.0)
     second.load_state_dict(first.state_dict())
     second.step(num_samples=3)
@@ -597,20 +506,6 @@ def test_a_state_between_updates_moves_to_another_size_and_is_saved_there(make):
     third = make([p], 4)
     third.load_state_dict(second.state_dict())
     third.param_groups[0]["lr"] = 1.0
-    third.step(num_samples=1)
-    assert p.item() == -(3 * 1 + 5) / 4
-
-
-@EITHER
-def test_a_run_of_torch_is_taken_over_and_saved_in_the_middle_of_an_update(make):
-    torch_sgd = torch.optim.SGD([parameter(0.0, grad=[1.0])], lr=1.0)
-    torch_sgd.step()
-    second = make([parameter(0.0, grad=[1.0])], 4)
-    second.load_state_dict(torch_sgd.state_dict())
-    second.step(num_samples=3)
-    p = parameter(0.0, grad=[5.0])
-    third = make([p], 4)
-    third.load_state_dict(second.state_dict())
     third.step(num_samples=1)
     assert p.item() == -(3 * 1 + 5) / 4
 
@@ -631,7 +526,7 @@ def test_groups_taken_from_an_optimizer_in_the_middle_start_a_new_update(make):
 
 
 @EITHER
-@pytest.mark.parametrize("copied", [through_a_file, deep_copied, pickled])
+@pytest.mark.parametrize("copied", [reloaded, deep_copied, pickled])
 @pytest.mark.parametrize("rule", [{}, {"momentum": 0.9, "weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("M", [2, 7])
 @pytest.mark.parametrize("clipped", [False, True])
@@ -677,38 +572,7 @@ def test_other_dtypes_and_absent_gradients_survive_a_save_between_gather_and_ste
     assert params[0].tolist() == [0, 0]
 
 
-@EITHER
-def test_no_state_is_left_when_the_update_is_made(make):
-    p = parameter(0.0)
-    optimizer = make([p], 4, lr=1.0)
-    for m in (1, 3, 4):
-        p.grad = torch.ones(1)
-        if optimizer.gather(num_samples=m):
-            assert set(optimizer.state) == {p}
-            optimizer.step()
-            assert not optimizer.state
-
-
 # ------------------------------------------------------------ close, discard
-
-
-@EITHER
-def test_the_smaller_batch_at_the_end_of_an_epoch_can_be_clipped(make):
-    p = parameter(0.0, 0.0)
-    optimizer = make([p], 100, lr=1.0)
-    assert optimizer.close() is False
-    for g, m in (([0.0, 16.0], 1), ([4.0, 0.0], 3)):
-        p.grad = torch.tensor(g)
-        assert optimizer.gather(num_samples=m) is False
-    assert optimizer.close() is True
-    assert optimizer.close() is True
-    assert p.grad.tolist() == [3, 4]
-    torch.nn.utils.clip_grad_norm_([p], max_norm=1.0)
-    optimizer.step()
-    assert_close(p.detach(), torch.tensor([-0.6, -0.8]))
-    assert optimizer.close() is False
-    p.grad = torch.zeros(2)
-    assert optimizer.gather(num_samples=100)
 
 
 @EITHER
@@ -727,13 +591,6 @@ def test_what_is_discarded_takes_no_part(make, count):
     assert_close(p.item(), -(2 * 2 + 4 * 3) / 5)
 
 
-@pytest.mark.parametrize("optimizer", [SGD, GD, MiniBatchSGD])
-def test_without_gathering_there_is_nothing_to_close_or_discard(optimizer):
-    opt = optimizer([parameter(1.0, grad=[1.0])])
-    assert opt.close() is False
-    assert opt.discard() == 0
-
-
 # ------------------------------------------------------------ beside torch's tools
 
 
@@ -746,22 +603,6 @@ def test_state_between_updates_is_that_of_sgd(make):
     loss_of(whole, x).backward()
     sgd.step()
     assert_close(optimizer.state_dict()["state"], sgd.state_dict()["state"])
-
-
-@EITHER
-@pytest.mark.parametrize("mode", [{}, {"fused": True}], ids=str)
-def test_scaled_gradients_are_gathered_unscaled(make, mode):
-    p = parameter(0.0)
-    optimizer = make([p], 4, lr=1.0, **mode)
-    # every micro-batch has another scale
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
-    for g, m in ((8.0, 1), (4.0, 3)):
-        optimizer.zero_grad()
-        scaler.scale((g * p).sum()).backward()
-        scaler.step(optimizer, num_samples=m)
-        scaler.update()
-    assert scaler.get_scale() == 32
-    assert p.item() == -5
 
 
 @EITHER

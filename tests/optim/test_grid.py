@@ -10,25 +10,11 @@ import warnings
 
 import pytest
 import torch
+from optimizers import EVERY_MODE, EVERY_RULE, MODES, RULES, twin_of
 from torch.testing import assert_close
 
 from gdtrain.optim import SGD
 
-RULES = {
-    "plain": {},
-    "decay": {"weight_decay": 0.1},
-    "maximize": {"maximize": True, "weight_decay": 0.1},
-    "momentum": {"momentum": 0.9},
-    "dampening": {"momentum": 0.9, "dampening": 0.3},
-    "nesterov": {"momentum": 0.9, "nesterov": True},
-    "all": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
-}
-MODES = {
-    "default": {},
-    "loop": {"foreach": False},
-    "foreach": {"foreach": True},
-    "fused": {"fused": True},
-}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64]
 LAYOUTS = {
     "contiguous": lambda d: torch.randn(3, 5, dtype=d),
@@ -46,24 +32,10 @@ GRADIENTS = {
     "contiguous": lambda p: torch.randn(p.shape, dtype=p.dtype),
     "expanded": lambda p: torch.randn((), dtype=p.dtype).expand(p.shape),
 }
-EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-EVERY_MODE = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-
-
-@pytest.fixture(autouse=True)
-def _one_seed_one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
 
 
 def twins(tensors):
-    return [
-        torch.nn.Parameter(torch.empty_strided(t.shape, t.stride(), dtype=t.dtype).copy_(t))
-        for t in tensors
-    ]
+    return [torch.nn.Parameter(twin_of(t)) for t in tensors]
 
 
 def assert_same(ours, theirs, mode):
@@ -102,20 +74,10 @@ def test_updates_and_state_in_every_layout_with_late_gradients(rule, mode, dtype
                 assert torch.equal(p.grad, g)
 
 
-@EVERY_RULE
-@EVERY_MODE
-def test_a_million_entries(rule, mode):
-    run_large(10**6, rule, mode)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("rule", [RULES["plain"], RULES["all"]], ids=["plain", "all"])
+@pytest.mark.parametrize("size", [10**6, pytest.param(10**7, marks=pytest.mark.slow)])
 @EVERY_MODE
-def test_ten_million_entries(rule, mode):
-    run_large(10**7, rule, mode)
-
-
-def run_large(size, rule, mode):
+def test_millions_of_entries(rule, size, mode):
     start = [torch.randn(size)]
     ours, theirs = twins(start), twins(start)
     sgd = SGD(ours, lr=0.05, **rule, **mode)
@@ -128,7 +90,7 @@ def run_large(size, rule, mode):
     assert_same(ours[0], theirs[0], mode)
 
 
-@EVERY_RULE
+@pytest.mark.parametrize("rule", [RULES[n] for n in ("plain", "dampening", "nesterov", "all")])
 @pytest.mark.parametrize("mode", [MODES["default"], MODES["loop"], MODES["foreach"]], ids=str)
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["float lr", "tensor lr"])
 def test_a_compiled_step_makes_the_eager_updates(rule, mode, lr):

@@ -1,7 +1,5 @@
 """A rule of one's own is one short class: in a plain loop, in each engine, in a checkpoint."""
 
-import inspect
-
 import pytest
 import torch
 from scipy.sparse import csr_array
@@ -15,7 +13,7 @@ from gdtrain.engines.native.engine import Native
 from gdtrain.losses import SquaredError
 from gdtrain.objective import Objective
 from gdtrain.optim import GD
-from gdtrain.step_sizes import Needs, ScheduleFree, StepSize
+from gdtrain.step_sizes import Needs, StepSize
 
 
 class AdaGradNorm(StepSize):
@@ -65,10 +63,6 @@ def engine(kind, inputs=X, rule=None):
     return made, kind(Objective(made, SquaredError(), inputs, Y[:, 0]), optimizer)
 
 
-def test_it_is_short():
-    assert len(inspect.getsource(AdaGradNorm).splitlines()) <= 20
-
-
 def test_in_a_plain_loop_and_over_a_checkpoint():
     theta, rates = by_hand(6)
     made, seen = model(), []
@@ -109,12 +103,6 @@ def test_what_cannot_give_it_that_refuses_with_the_reason():
         engine(Native, SparseInputs.from_scipy(csr_array(X.numpy())))
     with pytest.raises(ValueError, match="AdaGradNorm does not go with momentum: the norms"):
         GD(model().parameters(), step_size=AdaGradNorm(), momentum=0.9)
-
-
-def test_a_rule_around_it_needs_what_it_needs():
-    needs = ScheduleFree(AdaGradNorm()).needs
-    assert needs.values
-    assert needs.no_momentum == "the averaging is momentum (β) already"
 
 
 def test_a_rule_that_looks_elsewhere_says_so_beforehand():

@@ -30,7 +30,7 @@ from gdtrain.engines.native.arguments import Arguments, has_kernel
 from gdtrain.losses import Loss
 from gdtrain.models.structure import NotDenseError, dense_layers
 from gdtrain.objective import Objective
-from gdtrain.optim.protocol import gathers, step_size_of, update_rules
+from gdtrain.optim.protocol import gathers, own_rule, step_size_of, update_rules
 
 __all__ = ["Native"]
 
@@ -85,7 +85,11 @@ class Native:
                 f"{type(loss).__name__} is no loss of gdtrain's, and has no native kernel"
             )
         if update_rules(optimizer) is None:
-            raise NotApplicableError(f"{type(optimizer).__name__} is no gradient descent")
+            others = "eager" if own_rule(optimizer) is None else "eager and compiled"
+            raise NotApplicableError(
+                f"the native engine has the rule of SGD, GD, MiniBatchSGD and torch.optim.SGD "
+                f"alone; that of {type(optimizer).__name__} is for engine={others}"
+            )
         if gathers(optimizer):
             raise NotApplicableError("the optimizer gathers micro-batches by itself")
         if torch.is_autocast_enabled("cpu"):

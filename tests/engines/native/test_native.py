@@ -325,7 +325,10 @@ def replaced():
         ({"model": replaced()}, "forward of a Linear was replaced"),
         ({"model": nn.Linear(D, 3).bfloat16(), "x": torch.zeros(4, D).bfloat16()}, "bfloat16"),
         ({"loss": OwnLoss()}, "OwnLoss is no loss of gdtrain's"),
-        ({"optimizer": lambda params: torch.optim.Adam(params)}, "Adam is no gradient descent"),
+        (
+            {"optimizer": lambda params: torch.optim.Adam(params)},
+            "that of Adam is for engine=eager",
+        ),
         ({"optimizer": lambda params: GD(params, num_samples=4)}, "gathers"),
         ({"x": torch.zeros(4, 2, D)}, "applied to a part of an example"),
         ({"x": torch.zeros(4, D).double()}, "precision"),
