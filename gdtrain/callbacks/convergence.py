@@ -398,7 +398,7 @@ class Convergence(Callback):
 
 
 def _drops(model: nn.Module) -> bool:
-    layers = (m for m in model.modules() if isinstance(m, (DROPOUTS, Dropout)))
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (DROPOUTS, Dropout))]
     return any(layer.p > 0 and layer.training for layer in layers)
 
 

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning import Callback, Trainer
@@ -160,7 +160,7 @@ class _InstrumentsOfRun:
 
     def __init__(self, trainer: Trainer, pl_module: Any, peers: Sequence[Instrument]) -> None:
         self.trainer, self._module = trainer, pl_module
-        self._loader: Any = trainer.train_dataloader
+        self._loader = cast(Any, trainer.train_dataloader)
         self._at = -1
         self._due: list[Instrument] = []
         self._update: TrialUpdate | None = None
