@@ -35,7 +35,7 @@ class Numbers(DummyLogger):
 
 
 def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()]).clone()
+    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
 
 
 def small():

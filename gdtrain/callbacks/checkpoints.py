@@ -46,22 +46,13 @@ class BestAndLast(Checkpoint):
         self, directory: str | Path, monitor: str = "loss/val", seconds_between: float = 30.0
     ) -> None:
         self.directory = Path(directory)
+        self.best_path, self.last_path = self.directory / "best.ckpt", self.directory / "last.ckpt"
         self.monitor = monitor
         seconds = Interval(0, math.inf, "left")
         self.seconds_between = seconds.check("seconds_between", seconds_between)
         self.best_value = math.inf
         self._last_saved = time.monotonic()
         self._last_update = -1
-
-    @property
-    def best_path(self) -> Path:
-        """Of the best checkpoint."""
-        return self.directory / "best.ckpt"
-
-    @property
-    def last_path(self) -> Path:
-        """Of the last checkpoint."""
-        return self.directory / "last.ckpt"
 
     def next_update(self, update: int) -> int | None:
         """None: wherever sweeps end will do."""

@@ -41,6 +41,7 @@ _EXAMPLES = 1024  # that a look costs at least: small passes cost more than thei
 _PASSES, _NUMBERS = 4, 2**24  # that a search for a bound may take at least: passes, inputs read
 _END_SHARE = 0.03  # of the passes of the run: for the certificate at the end
 _FIRST_BATCH = Stationarity(None, 0.95).batch  # examples in a batch of the first look
+_LOST = (StopReason.DIVERGED, StopReason.NON_FINITE)
 
 
 class Convergence(Callback):
@@ -68,10 +69,9 @@ class Convergence(Callback):
     **STALLED**: `patience` validations without a lower validation loss.
 
     Checks stand at update numbers that are fixed by what they cost in passed examples, and by no
-    clock: at multiples of the updates of which `share` pays for the cheapest check, once `share` of
-    the examples passed since the last check of its kind pays for the one that is due. They change
-    neither parameters, buffers nor random numbers. Data that do not come from resident or mapped
-    examples are not looked at, but for `patience`.
+    clock: at multiples of the updates of which `share` pays for the cheapest, once `share` of the
+    examples passed since the last of its kind pays for the one that is due. They change nothing of
+    the run. Without resident or mapped examples there are none, but for `patience`.
 
     State in checkpoints: ‖∇J₀‖, the sizes, costs and places of the checks, the losses at this η,
     the best validation, the best lower bound and what it came from.
@@ -199,8 +199,7 @@ class Convergence(Callback):
         pl_module.settle()
         # A run that is interrupted goes on as if there had been no look at its end.
         self._searched = self.state_dict()["problem"]
-        lost = (StopReason.DIVERGED, StopReason.NON_FINITE)
-        is_lost = pl_module.stop is not None and pl_module.stop.reason in lost
+        is_lost = pl_module.stop is not None and pl_module.stop.reason in _LOST
         if pl_module.objective is not None and pl_module.updates and not is_lost:
             if pl_module.stop is None and self._looks_at_gradients and not self._is_stochastic:
                 pl_module.stop = self._check_gradient()
@@ -280,9 +279,9 @@ class Convergence(Callback):
             return None
         again = partial(self._look, balance=False, again=True)
         stop = self._test.converged(found, again, update)
-        if stop is None and balance:
-            stop = self._test.at_the_floor(found, self._batch_size, update)
-        return stop
+        if stop is not None or not balance:
+            return stop
+        return self._test.at_the_floor(found, self._batch_size, update)
 
     def _look(self, *, balance: bool, again: bool = False) -> Look:
         """With random numbers that the update number alone decides."""
@@ -307,8 +306,8 @@ class Convergence(Callback):
         return found
 
     def _can_be_at_the_floor(self) -> bool:
-        is_noisy = self._batch_size < self._count
-        return self.noise_floor and is_noisy and _is_level(self._module, self._test.level)
+        below = self._batch_size < self._count
+        return self.noise_floor and below and _is_level(self._module, self._test.level)
 
     def _find_problem(self) -> None:
         """Raises NoCertificateError, if the model has no duality gap."""

@@ -64,12 +64,9 @@ class Regression(LightningModule):
         optimizer = self.optimizer(self.parameters())
         if self.schedule is None:
             return optimizer
-        config = {
-            "scheduler": self.schedule(optimizer),
-            "interval": "step",
-            "frequency": self.frequency,
-        }
-        return {"optimizer": optimizer, "lr_scheduler": config}
+        config = {"interval": "step", "frequency": self.frequency}
+        scheduler = {"scheduler": self.schedule(optimizer), **config}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_before_optimizer_step(self, optimizer):
         self.seen.append((self.trainer.global_step, gradient(self)))
@@ -87,7 +84,7 @@ class Regression(LightningModule):
 
 
 def gradient(module):
-    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None]).clone()
+    return torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
 
 
 def weights(module):

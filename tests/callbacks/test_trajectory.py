@@ -29,14 +29,12 @@ class States(Callback):
 
     def __init__(self):
         self.seen = {}
-        self.lengths = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.seen.setdefault(pl_module.updates, vector(pl_module))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.seen[pl_module.updates] = vector(pl_module)
-        self.lengths.append(len(batch))
 
 
 def vector(module):
