@@ -414,6 +414,20 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     assert second._test.balances == through._test.balances
 
 
+def test_the_search_for_a_bound_goes_on_in_a_resumed_run(tmp_path):
+    def certificate(*callbacks, **options):
+        data = EmbeddedDataModule("iris", batch_size="full", dtype="float64")
+        module = linear(data, CrossEntropy(), partial(GD, lr=0.1, weight_decay=0.1))
+        gap = Convergence(None, gap=1e-12, every=20)
+        fit(module, data, gap, *callbacks, max_epochs=70, precision="64-true", **options)
+        return {k: v for k, v in module.certificate.items() if not k.startswith("seconds")}
+
+    path = tmp_path / "part.ckpt"
+    whole, _ = certificate(), certificate(SaveAt(50, path))
+    assert torch.load(path, weights_only=True)["callbacks"]["Convergence"]["lower"] > 0
+    assert certificate(checkpoint=path) == whole
+
+
 @pytest.mark.parametrize("batch_size", [16, "full"])
 def test_checks_keep_to_their_share_of_the_examples(batch_size, monkeypatch):
     """And stand at multiples of the updates that pay for the cheapest of them."""
