@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from lightning import Callback, Trainer
@@ -65,7 +65,7 @@ class Trajectory(Callback):
         self.points = Whole(_LEAST).check("points", points)
         self.megabytes = Interval(0, math.inf).check("megabytes", megabytes)
         self._kept: dict[int, NDArray[np.float32]] = {}
-        self._trainer: Trainer | None = None
+        self._module: Any = None  # of the run
         self._is_planned = False
         self._spacing: Spacing | None = None  # None: no copies are kept
         self._written = time.monotonic()
@@ -83,7 +83,7 @@ class Trajectory(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Forget a run before."""
         self._kept, self._is_planned, self._spacing = {}, False, None
-        self._trainer = trainer
+        self._module = pl_module
         self._written = time.monotonic()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
@@ -92,24 +92,22 @@ class Trajectory(Callback):
             return
         self._plan()
         if self._spacing is not None:
-            self._take_over(trainer, pl_module)
+            self._take_over(pl_module)
             if not self._kept:
                 self._keep(pl_module)
 
     def _plan(self) -> None:
         """How many copies, and how far apart: known when the module has begun, after callbacks."""
         if not self._is_planned:
-            assert self._trainer is not None
-            module = cast(SupervisedModule, self._trainer.lightning_module)
-            self._is_planned, self._spacing = True, self._planned(module, self._trainer)
+            self._is_planned, self._spacing = True, self._planned(self._module)
 
-    def _planned(self, module: SupervisedModule, trainer: Trainer) -> Spacing | None:
+    def _planned(self, module: SupervisedModule) -> Spacing | None:
         count = sum(p.numel() for p in _trainable(module).values())
         if not count:
             return None
         fitting = int(self.megabytes * 2**20 / (4 * count))
         if fitting < _LEAST:
-            if trainer.is_global_zero:
+            if module.trainer.is_global_zero:
                 _log.info(
                     "trajectory: none is kept, since %d copies of %s parameters take more than %g "
                     "MB (callbacks.trajectory.megabytes)",
@@ -128,7 +126,7 @@ class Trajectory(Callback):
         # Of few parameters, what the first updates leave.
         room = min(self.points, most - 2 - first)
         every = max(1, -(-total // room))
-        loader = trainer.train_dataloader
+        loader = module.trainer.train_dataloader
         if isinstance(loader, IndexLoader) and module.objective is not None and not few:
             update = Work.of(module.objective, loader.batch_size).update
             every = max(every, min(int(_PAYS / update), -(-total // min(_POINTS, room))))
@@ -150,7 +148,7 @@ class Trajectory(Callback):
             pl_module.settle()
             self._keep(pl_module)
             self._write(pl_module)
-        self._trainer = None
+        self._module = None
 
     def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write what there is."""
@@ -169,12 +167,11 @@ class Trajectory(Callback):
         if self._kept and self._spacing is not None:
             self._kept = {u: self._kept[u] for u in self._spacing.kept(self._kept, now)}
 
-    def _take_over(self, trainer: Trainer, module: SupervisedModule) -> None:
+    def _take_over(self, module: SupervisedModule) -> None:
         """The path of the run that is resumed."""
-        if trainer.ckpt_path is None:
-            return
-        path = Path(trainer.ckpt_path).parent.parent / self.path.name
-        if not path.is_file():
+        checkpoint = module.trainer.ckpt_path
+        path = Path(checkpoint or "").parent.parent / self.path.name
+        if checkpoint is None or not path.is_file():
             return
         try:
             found = Snapshots.load(path)
