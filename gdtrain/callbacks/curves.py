@@ -116,7 +116,6 @@ class LossCurves(Callback):
         """Cut the losses of the sweep into points, and into epochs."""
         module: SupervisedModule = pl_module
         losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
-        rates = outputs["rates"]
         first, size = outputs["first"], outputs["examples"]
         last, total = first + len(losses), module.total_updates
         # Within the sweep the clock was not read: its updates take equal times.
@@ -134,7 +133,7 @@ class LossCurves(Callback):
                     "loss": point.sum / point.updates,
                     "min": point.min,
                     "max": point.max,
-                    "lr": float(rates[end - 1 - first]),
+                    "lr": float(outputs["rates"][end - 1 - first]),
                 }
                 self.history.append("train", row)
                 values = {"loss/train": row["loss"], "lr": row["lr"]}

@@ -98,7 +98,8 @@ class Instrument(Callback):
 
     def next_update(self, update: int) -> int | None:
         """The next update before which it looks."""
-        return None if self._run is None else self._run.next_update(self, update)
+        places = None if self._run is None else self._run.places.get(self)
+        return None if places is None else places.next(update)
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Find the other instruments."""
@@ -193,7 +194,7 @@ class _InstrumentsOfRun:
         number = module.updates
         if number != self._at:
             self._at, self._update = number, None
-            self._due = [c for c, places in self._places.items() if number in places]
+            self._due = [c for c, places in self.places.items() if number in places]
             if self._due:
                 following = any(c.needs_next for c in self._due)
                 self._update = TrialUpdate(
@@ -210,13 +211,8 @@ class _InstrumentsOfRun:
             self._update = None  # it holds as many numbers as the model, several times
         return update
 
-    def next_update(self, instrument: Instrument, update: int) -> int | None:
-        """The next update at which an instrument looks; None: it does not look any more."""
-        places = self._places.get(instrument)
-        return None if places is None else places.next(update)
-
     @cached_property
-    def _places(self) -> dict[Instrument, Places]:
+    def places(self) -> dict[Instrument, Places]:
         """Where each looks: known when the module has begun, which is after the callbacks have."""
         fixed = {c: Places(None, None, c.every) for c in self.peers if c.every is not None}
         free = [c for c in self.peers if c.every is None]

@@ -30,9 +30,8 @@ class Interrupt(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take over the signals."""
-        if not _in_main_thread():
-            return
-        if trainer.world_size > 1:  # ranks that stop at different updates would wait for each other
+        # Ranks that stop at different updates would wait for each other.
+        if trainer.world_size > 1 or not _in_main_thread():
             return
         self._before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
