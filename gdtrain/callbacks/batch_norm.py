@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
+from lightning import Callback
 
-from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models import exact_batch_norm_
 from gdtrain.ranges import Whole
 
@@ -37,16 +34,9 @@ class ExactBatchNorm(Callback):
     def __init__(self, batch_size: int = 1024) -> None:
         self.batch_size = Whole(1).check("batch_size", batch_size)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Recompute, once the run was validated as it was trained."""
-        module = cast(SupervisedModule, pl_module)
-        module.settle()
-        module.validate_at_the_end()
-        data = cast(Any, trainer).datamodule
-        parameter = next(module.model.parameters())
-
-        def batches() -> Iterator[Tensor]:
-            for x, _ in data.evaluation_loader("train", batch_size=self.batch_size):
-                yield x.to(parameter.device, parameter.dtype)
-
-        exact_batch_norm_(module.model, batches)
+        pl_module.settle()
+        pl_module.validate_at_the_end()
+        loader = trainer.datamodule.evaluation_loader("train", batch_size=self.batch_size)
+        exact_batch_norm_(pl_module.model, lambda: (pl_module.to_model(x) for x, _ in loader))

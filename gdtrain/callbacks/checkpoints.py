@@ -7,10 +7,10 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from gdtrain.data.checkpoint_reading import load_checkpoint
@@ -24,24 +24,19 @@ class BestAndLast(Checkpoint):
     """Keeps `best.ckpt`, of the lowest validation loss, and `last.ckpt`.
 
     A file is written beside its place and then put there in one move, so that a run that dies, or a
-    full disk, leaves the checkpoint before. A model that is not finite is never saved. Which is the
-    best depends on no clock. When the last is written does, and what resumes from it does not: it
-    is the same run from any update on.
-
-    State in checkpoints: the best value.
+    full disk, leaves the checkpoint before. A model that is not finite is never saved. State in
+    checkpoints: the best value.
 
     Args:
         directory: Where to; made when the first is saved.
         monitor: Metric that the best has lowest.
-        seconds_between: `last.ckpt` is renewed at the end of an epoch if it is older, range
-            [0, ∞); and at the end of the run.
+        seconds_between: `last.ckpt` is renewed if it is older, range [0, ∞); and at the end.
 
     Raises:
         ValueError: `seconds_between` is negative.
 
     Example:
-        >>> callback = BestAndLast("checkpoints")
-        >>> callback.last_path.name
+        >>> BestAndLast("checkpoints").last_path.name
         'last.ckpt'
     """
 
@@ -51,74 +46,51 @@ class BestAndLast(Checkpoint):
         self, directory: str | Path, monitor: str = "loss/val", seconds_between: float = 30.0
     ) -> None:
         self.directory = Path(directory)
+        self.best_path, self.last_path = self.directory / "best.ckpt", self.directory / "last.ckpt"
         self.monitor = monitor
-        self.seconds_between = Interval(0, math.inf, "left").check(
-            "seconds_between", seconds_between
-        )
-        self.best_value = float("inf")
+        seconds = Interval(0, math.inf, "left")
+        self.seconds_between = seconds.check("seconds_between", seconds_between)
+        self.best_value = math.inf
         self._last_saved = time.monotonic()
         self._last_update = -1
 
-    @property
-    def best_path(self) -> Path:
-        """Of the best checkpoint."""
-        return self.directory / "best.ckpt"
-
-    @property
-    def last_path(self) -> Path:
-        """Of the last checkpoint."""
-        return self.directory / "last.ckpt"
-
     def next_update(self, update: int) -> int | None:
-        """None: wherever sweeps end will do.
-
-        Args:
-            update: Number of updates made.
-        """
+        """None: wherever sweeps end will do."""
         return None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock; all ranks save together, whatever lies in their folders."""
         self.best_value = trainer.strategy.broadcast(self.best_value)
         self._last_saved = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the best if it is better, the last if it is old."""
         if _spoilt(pl_module):
             return
         self._save_if_best(trainer, pl_module)
         old = time.monotonic() - self._last_saved > self.seconds_between
         if trainer.strategy.broadcast(old):  # all ranks save together
-            self._save_last(trainer, pl_module)
+            self._save_last(trainer)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Save the last if it is old: epochs of one-example descent can be long."""
         if trainer.world_size > 1:  # not worth an agreement of the ranks at each sweep
             return
-        module = cast(SupervisedModule, pl_module)
-        if module.next_validation(module.updates - 1) == module.updates:
+        if pl_module.next_validation(pl_module.updates - 1) == pl_module.updates:
             return  # it comes next, and belongs to what is saved
         old = time.monotonic() - self._last_saved > max(self.seconds_between, 1.0)
         if old and not _spoilt(pl_module):
-            self._save_last(trainer, pl_module)
+            self._save_last(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the last, and the best if that is it."""
         if _spoilt(pl_module):
             return
         self._save_if_best(trainer, pl_module)
         if self._last_update != trainer.global_step:
-            self._save_last(trainer, pl_module)
+            self._save_last(trainer)
 
-    def _save_if_best(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        module = cast(SupervisedModule, pl_module)
+    def _save_if_best(self, trainer: Trainer, module: SupervisedModule) -> None:
         if module.validated_at != module.updates:
             return
         value = module.validation.get(self.monitor, math.nan)
@@ -127,11 +99,7 @@ class BestAndLast(Checkpoint):
             self._save(trainer, self.best_path)
 
     def take_over(self, checkpoint: Path) -> None:
-        """Keep the best checkpoint of the run that is resumed, until there is a better one.
-
-        Args:
-            checkpoint: From which is resumed, in its run's folder.
-        """
+        """Keep the best checkpoint of the run that `checkpoint` is of, until there is a better."""
         best = checkpoint.parent / "best.ckpt"
         if not best.is_file() or best.resolve() == self.best_path.resolve():
             return
@@ -140,7 +108,7 @@ class BestAndLast(Checkpoint):
             self.directory.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(best, self.best_path)
 
-    def _save_last(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _save_last(self, trainer: Trainer) -> None:
         self._save(trainer, self.last_path)
         self._last_saved = time.monotonic()
         self._last_update = trainer.global_step
@@ -161,7 +129,6 @@ class BestAndLast(Checkpoint):
             self.best_value = state_dict["best_value"]
 
 
-def _spoilt(module: LightningModule) -> bool:
+def _spoilt(module: SupervisedModule) -> bool:
     """Whether a parameter or buffer is not finite: such a model is never saved."""
-    tensors = cast(SupervisedModule, module).watched().values()
-    return not all(bool(torch.isfinite(t).all()) for t in tensors)
+    return not all(bool(torch.isfinite(t).all()) for t in module.watched().values())

@@ -1,25 +1,27 @@
-"""Ends a run that has converged, or that its own noise keeps from converging, and says so."""
+"""Ends a run that has converged, or that its own noise keeps from converging, and says so.
+
+B examples make an update, N are there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from torch import nn
-from torch.optim import Optimizer
 
+from gdtrain._compat.torch_modules import DROPOUTS
 from gdtrain.convex.certificate import Certificate, certify
 from gdtrain.convex.problem import LinearProblem, NoCertificateError, linear_layer
 from gdtrain.descent.stationarity import (
     PAIRS,
+    Level,
     Look,
     Patience,
     Slopes,
@@ -28,10 +30,9 @@ from gdtrain.descent.stationarity import (
     look,
 )
 from gdtrain.descent.stopping import Stop, StopReason
-from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models.dropout import Dropout
-from gdtrain.objective import Objective, untouched
-from gdtrain.optim.protocol import step_size_of, update_rules
+from gdtrain.objective import untouched
+from gdtrain.optim.protocol import update_rules
 from gdtrain.ranges import Interval, Whole
 
 __all__ = ["Convergence"]
@@ -40,55 +41,37 @@ _EXAMPLES = 1024  # that a look costs at least: small passes cost more than thei
 _PASSES, _NUMBERS = 4, 2**24  # that a search for a bound may take at least: passes, inputs read
 _END_SHARE = 0.03  # of the passes of the run: for the certificate at the end
 _FIRST_BATCH = Stationarity(None, 0.95).batch  # examples in a batch of the first look
-_DROPOUT = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-    Dropout,
-)
 _LOST = (StopReason.DIVERGED, StopReason.NON_FINITE)
 
 
 class Convergence(Callback):
     """Ends a run with the reason CONVERGED, NOISE_FLOOR or STALLED, with its numbers.
 
-    J is the training objective with the weight decay of each parameter group, ½ Σ λ‖θ‖²; B
-    examples make an update, N are there.
+    J is the training objective with the weight decay of each parameter group, ½ Σ λ‖θ‖².
 
-    **CONVERGED, full batch** (B = N): ‖∇J‖ ≤ tolerance · max(1, ‖∇J₀‖), with ∇J₀ at the start.
+    **CONVERGED**, full batch (B = N): ‖∇J‖ ≤ tolerance · max(1, ‖∇J₀‖), with ∇J₀ at the start.
+    Stochastic (B < N, or dropout): gradients g, g' of independent batches at the same θ have
+    E⟨g, g'⟩ = ‖∇J‖². The upper confidence bound of the mean of 8 such products must be at most
+    (tolerance · max(1, ‖∇J₀‖))², twice in a row with fresh batches. While the bounds do not decide,
+    the batches are doubled, up to one exact gradient of all N.
 
-    **CONVERGED, stochastic** (B < N, or dropout): gradients g, g' of independent batches at the
-    same θ have E⟨g, g'⟩ = ‖∇J‖². The upper confidence bound of the mean of 8 such products must be
-    at most (tolerance · max(1, ‖∇J₀‖))², twice in a row with fresh batches. While the bounds do
-    not decide, the batches are doubled, up to one exact gradient of all N.
-
-    **CONVERGED, linear models**: the duality gap P − D is at most `gap` · |P|, see
-    `gdtrain.convex.certificate`. Whether or not `gap` is set, a linear model with weight decay ends
-    with the certificate in `module.certificate` (a dictionary, or None). It is that of the average,
-    where the step-size rule keeps one.
+    **CONVERGED**, linear models: the duality gap P − D is at most `gap` · |P|
+    (`gdtrain.convex.certificate`). With weight decay they end with the certificate in
+    `module.certificate` (a dictionary, or None), also without `gap`: that of the average, where the
+    step-size rule keeps one.
 
     **NOISE_FLOOR** (B < N): at this η an update is expected to change J by −η‖∇J‖² + c, where
-    c = ½ η² E[gᵀHg] is what the curvature H makes of the noise of the B-example gradient g. c is
-    measured as ½[J(θ + ηg) + J(θ − ηg)] − J(θ), on examples that g does not know. The run is at
-    its floor if c > ½ η‖∇J‖² with confidence over the last looks, so that the noise takes back at
-    least half of what the gradient gives, and the training loss did not fall over the last half of
-    all updates at this η, at least two epochs. With momentum μ, η stands for η(1 − dampening)/
-    (1 − μ). This is never called converged: a lower η would go on. While the schedule is still to
-    fall below its factor at hand, or halves it itself (reduce_on_plateau), the run goes on.
+    c = ½ η² E[gᵀHg] is what the curvature H makes of the noise of the B-example gradient g. The
+    run is at its floor if c > ½ η‖∇J‖² with confidence over the last looks, and the training loss
+    did not fall over the last half of all updates at this η, at least two epochs. With momentum μ,
+    η stands for η(1 − dampening)/(1 − μ). While the schedule is still to lower η, the run goes on.
 
     **STALLED**: `patience` validations without a lower validation loss.
 
-    A small decrease of the loss is no reason by itself: with η = 10⁻⁴ it is always small.
-
     Checks stand at update numbers that are fixed by what they cost in passed examples, and by no
-    clock: at multiples of the updates of which `share` pays for the cheapest check (on the full
-    batch 50, with share=0.02), once `share` of the examples passed since the last check of its kind
-    pays for the one that is due; with `every`, at each multiple of it. They change neither
-    parameters, buffers nor random numbers. Data that do not come from resident or mapped examples
-    (a `Dataset` of pairs) are not looked at, but for `patience`.
+    clock: at multiples of the updates of which `share` pays for the cheapest, once `share` of the
+    examples passed since the last of its kind pays for the one that is due. They change nothing of
+    the run. Without resident or mapped examples there are none, but for `patience`.
 
     State in checkpoints: ‖∇J₀‖, the sizes, costs and places of the checks, the losses at this η,
     the best validation, the best lower bound and what it came from.
@@ -108,20 +91,7 @@ class Convergence(Callback):
             model that has no duality gap.
 
     Example:
-        >>> from functools import partial
-        >>> from gdtrain import GD, SupervisedModule
-        >>> from gdtrain.data import EmbeddedDataModule
-        >>> from gdtrain.losses import SquaredError
-        >>> from gdtrain.models import Linear
-        >>> data = EmbeddedDataModule("diabetes", batch_size="full", dtype="float64")
-        >>> optimizer = partial(GD, lr=0.3, weight_decay=0.1)
-        >>> module = SupervisedModule(Linear((10,), 1).double(), SquaredError(), optimizer)
-        >>> trainer = Trainer(callbacks=[Convergence(gap=1e-6, every=100)], max_epochs=5000,
-        ...     accelerator="cpu", precision="64-true", logger=False, enable_checkpointing=False,
-        ...     enable_progress_bar=False, enable_model_summary=False)
-        >>> trainer.fit(module, datamodule=data)
-        >>> module.stop.reason.value, module.certificate["relative_gap"] <= 1e-6
-        ('CONVERGED', True)
+        >>> callback = Convergence(gap=1e-6)  # after the fit, module.stop and module.certificate
 
     References:
         Inner products of gradients as a sign of the stationary phase: Pflug, Non-asymptotic
@@ -130,16 +100,8 @@ class Convergence(Callback):
     """
 
     needs_every_epoch = False
-
-    decisive = (
-        "tolerance",
-        "gap",
-        "confidence",
-        "noise_floor",
-        "patience",
-        "every",
-        "share",
-    )  # a resumed run must have the same
+    # A resumed run must have the same.
+    decisive = ("tolerance", "gap", "confidence", "noise_floor", "patience", "every", "share")
 
     def __init__(
         self,
@@ -161,406 +123,295 @@ class Convergence(Callback):
         self.patience = None if patience is None else Whole(1).check("patience", patience)
         self.every = None if every is None else Whole(1).check("every", every)
         self.share = Interval(0, 0.5, "right").check("share", share)
-        self._module: SupervisedModule | None = None
+        self._module: Any = None  # while it trains
+        self._problem: LinearProblem | None = None  # of a linear model
+        self._certified: tuple[int, Certificate] | None = None  # after which update, and what
         self._forget()
 
     def _forget(self) -> None:
         self._test = Stationarity(self.tolerance, self.confidence)
         self._validations = Patience(self.patience or 1)
-        self._certifies = _Certifies(self.gap, self.every is None)
-        self._gradient_turn = _LastCheck()
+        # Examples that were seen at the last check of a kind, and what the next will pass.
+        self._turns = {kind: {"examples": 0, "cost": 0.0} for kind in ("gradient", "gap")}
+        self._lower = 0.0  # bound on the objective of a linear model
+        self._searched: dict[str, Any] | None = None  # where the search for it goes on
         self._spent = 0.0  # seconds
-        self._ready = False
-
-    # ------------------------------------------------------------------ hooks
 
     def next_update(self, update: int) -> int | None:
-        """The next update at which a check may be due.
-
-        Args:
-            update: Number of updates made.
-        """
-        module = self._module
-        if module is None or module.objective is None:
+        """The next update at which a check may be due."""
+        if self._module is None or self._module.objective is None:
             return None
-        spacings = [self._spacing(module, kind) for kind in self._kinds(module)]
+        spacings = [self._spacing(kind) for kind in self._kinds]
         return min(((update // s + 1) * s for s in spacings), default=None)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start anew, unless a run is resumed."""
         if trainer.global_step == 0:
             self._forget()
-        self._module = cast(SupervisedModule, pl_module)
-        self._ready = False
-        self._certifies.problem = self._certifies.last = None
-        cast(Any, pl_module).certificate = None
+        self._module, self._ready = pl_module, False
+        self._problem = self._certified = pl_module.certificate = None
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Before the first update: ‖∇J₀‖, and whether there is a duality gap."""
-        module = cast(SupervisedModule, pl_module)
-        if self._ready or module.objective is None:
+        if self._ready or pl_module.objective is None:
             return
         self._ready = True
-        optimizer = trainer.optimizers[0]
         if self.gap is not None:
-            self._certifies.begin(module)
-        if self._test.first_norm is None and self._looks_at_gradients(module, optimizer):
+            try:
+                self._find_problem()
+            except NoCertificateError as error:
+                raise ValueError(
+                    f"gap={self.gap} needs a linear model with a duality gap, and here is none: "
+                    f"{error}. Leave it out (gap=null); tolerance is for any model."
+                ) from error
+        if self._test.first_norm is None and self._looks_at_gradients:
             started = time.perf_counter()
-            found = self._look(trainer, module, balance=False)
-            self._test.first_norm = math.sqrt(max(found.mean, 0.0))
+            self._test.first_norm = math.sqrt(max(self._look(balance=False).mean, 0.0))
             self._spent += time.perf_counter() - started
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Take the losses in; check, if a check is due."""
-        module = cast(SupervisedModule, pl_module)
-        if module.objective is None:
+        if pl_module.objective is None:
             return
         if self.noise_floor:
             losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
             self._test.take(outputs["first"], losses, outputs["rates"].numpy())
-        for kind in self._kinds(module):
-            if module.stop is None and self._is_due(trainer, module, kind):
+        for kind in self._kinds:
+            if pl_module.stop is None and self._is_due(kind):
                 started = time.perf_counter()
-                if kind == "gradient":
-                    turn, stop = self._gradient_turn, self._check_gradient(trainer, module)
-                else:
-                    turn, stop = self._certifies.turn, self._certifies.check(module, self.share)
-                turn.examples = module.examples_seen
+                stop = self._check_gradient() if kind == "gradient" else self._check_gap()
+                self._turns[kind]["examples"] = pl_module.examples_seen
                 self._spent += time.perf_counter() - started
                 if stop is not None:
-                    module.stop, trainer.should_stop = stop, True
+                    pl_module.stop, trainer.should_stop = stop, True
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Count validations without a lower loss."""
-        module = cast(SupervisedModule, pl_module)
-        if (
-            self.patience is None
-            or trainer.sanity_checking
-            or trainer.state.fn != "fit"
-            or module.validated_at != module.updates
-        ):
+        fitting = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if self.patience is None or not fitting or pl_module.validated_at != pl_module.updates:
             return
-        stop = self._validations.read(module.validation.get("loss/val", math.nan))
-        if stop is not None and module.stop is None:
-            module.stop = stop
-            trainer.should_stop = True
+        stop = self._validations.read(pl_module.validation.get("loss/val", math.nan))
+        if stop is not None and pl_module.stop is None:
+            pl_module.stop, trainer.should_stop = stop, True
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """A last look, and the certificate of a linear model."""
-        module = cast(SupervisedModule, pl_module)
-        module.settle()
+        pl_module.settle()
         # A run that is interrupted goes on as if there had been no look at its end.
-        self._certifies.remember()
-        lost = module.stop is not None and module.stop.reason in _LOST
-        if module.objective is not None and module.updates and not lost:
-            if (
-                module.stop is None
-                and self._looks_at_gradients(module, trainer.optimizers[0])
-                and not _is_stochastic(module)
-            ):
-                module.stop = self._check_gradient(trainer, module) or module.stop
+        self._searched = self.state_dict()["problem"]
+        is_lost = pl_module.stop is not None and pl_module.stop.reason in _LOST
+        if pl_module.objective is not None and pl_module.updates and not is_lost:
+            if pl_module.stop is None and self._looks_at_gradients and not self._is_stochastic:
+                pl_module.stop = self._check_gradient()
             started = time.perf_counter()
-            numbers = self._certifies.end(module, _END_SHARE)
+            numbers = self._certify_the_end()
             self._spent += time.perf_counter() - started
             if numbers is not None:
-                module.certificate = {**numbers, "seconds_of_all_checks": self._spent}
-        self._module = self._certifies.problem = None
+                pl_module.certificate = {**numbers, "seconds_of_all_checks": self._spent}
+        self._module = self._problem = None
 
-    # ------------------------------------------------------------------ when
+    @property
+    def _count(self) -> int:
+        """N."""
+        return len(self._module.objective.inputs)
 
-    def _looks_at_gradients(self, module: SupervisedModule, optimizer: Optimizer) -> bool:
-        if self.tolerance is None and not (self.noise_floor and _is_stochastic(module)):
+    @property
+    def _batch_size(self) -> int:
+        """B."""
+        return int(self._module.trainer.train_dataloader.batch_size)
+
+    @property
+    def _is_stochastic(self) -> bool:
+        return self._batch_size < self._count or _drops(self._module.model)
+
+    @property
+    def _looks_at_gradients(self) -> bool:
+        if self.tolerance is None and not (self.noise_floor and self._is_stochastic):
             return False
         # Decoupled decay is the gradient of nothing: the run's fixed point is no stationary point.
-        return not any(
-            g.get("decoupled_weight_decay") and g["weight_decay"] for g in optimizer.param_groups
-        )
+        groups = self._module.trainer.optimizers[0].param_groups
+        return not any(g.get("decoupled_weight_decay") and g["weight_decay"] for g in groups)
 
-    def _kinds(self, module: SupervisedModule) -> list[str]:
+    @property
+    def _kinds(self) -> list[str]:
         """Of checks that this run has."""
-        gradient = self._looks_at_gradients(module, module.trainer.optimizers[0])
-        return ["gradient"] * gradient + ["gap"] * (self.gap is not None)
+        return ["gradient"] * self._looks_at_gradients + ["gap"] * (self.gap is not None)
 
-    def _spacing(self, module: SupervisedModule, kind: str) -> int:
+    def _size(self, size: int) -> int:
+        """Examples in a batch of a look; layers that mix examples get the run's own."""
+        mixes = self._module.objective.mixes_examples
+        return self._batch_size if mixes else min(size, self._count)
+
+    def _spacing(self, kind: str) -> int:
         """Updates between two multiples at which a check may be due."""
         if self.every is not None:
             return self.every
-        assert module.objective is not None
-        count = len(module.objective.inputs)
+        least = self._count
         if kind == "gap":
-            least = _PASSES * count
-        elif _is_stochastic(module):
-            least = min(2 * PAIRS * _size(module, _FIRST_BATCH), count)
-        else:
-            least = count
-        return math.ceil(max(least, _EXAMPLES) / (self.share * _batch_size(module.trainer)))
+            least *= _PASSES
+        elif self._is_stochastic:
+            least = min(2 * PAIRS * self._size(_FIRST_BATCH), least)
+        return math.ceil(max(least, _EXAMPLES) / (self.share * self._batch_size))
 
-    def _is_due(self, trainer: Trainer, module: SupervisedModule, kind: str) -> bool:
-        if module.updates % self._spacing(module, kind):
+    def _is_due(self, kind: str) -> bool:
+        turn, module = self._turns[kind], self._module
+        if module.updates % self._spacing(kind):
             return False
-        turn = self._certifies.turn if kind == "gap" else self._gradient_turn
-        cost = turn.cost if kind == "gap" else self._cost(trainer, module)
-        return self.every is not None or self.share * (module.examples_seen - turn.examples) >= cost
+        if self.every is not None:
+            return True
+        cost = turn["cost"] if kind == "gap" else self._cost()
+        return self.share * (module.examples_seen - turn["examples"]) >= cost
 
-    def _cost(self, trainer: Trainer, module: SupervisedModule) -> float:
+    def _cost(self) -> int:
         """Of a look at the gradient, in examples: a pass without gradients costs a third."""
-        assert module.objective is not None
-        size = _size(module, self._test.batch)
-        cost = len(module.objective.inputs)
-        if _is_stochastic(module):
-            cost = min(2 * PAIRS * size, cost) if not _drops(module) else 2 * PAIRS * size
-        if self._can_be_at_the_floor(trainer, module):
-            cost += PAIRS * (_batch_size(trainer) + size)
+        size, cost = self._size(self._test.batch), self._count
+        if self._is_stochastic:
+            pairs = 2 * PAIRS * size
+            cost = pairs if _drops(self._module.model) else min(pairs, cost)
+        if self._can_be_at_the_floor():
+            cost += PAIRS * (self._batch_size + size)
         return max(cost, _EXAMPLES)
 
-    # ------------------------------------------------------------------ the gradient
-
-    def _check_gradient(self, trainer: Trainer, module: SupervisedModule) -> Stop | None:
-        balance = self._can_be_at_the_floor(trainer, module)
-        found = self._look(trainer, module, balance=balance)
+    def _check_gradient(self) -> Stop | None:
+        balance, update = self._can_be_at_the_floor(), self._module.updates
+        found = self._look(balance=balance)
         if not math.isfinite(found.mean):
             return None
-        again = partial(self._look, trainer, module, balance=False, again=True)
-        stop = self._test.converged(found, again, module.updates)
-        if stop is None and balance:
-            stop = self._test.at_the_floor(found, _batch_size(trainer), module.updates)
-        return stop
+        again = partial(self._look, balance=False, again=True)
+        stop = self._test.converged(found, again, update)
+        if stop is not None or not balance:
+            return stop
+        return self._test.at_the_floor(found, self._batch_size, update)
 
-    def _look(
-        self, trainer: Trainer, module: SupervisedModule, *, balance: bool, again: bool = False
-    ) -> Look:
+    def _look(self, *, balance: bool, again: bool = False) -> Look:
         """With random numbers that the update number alone decides."""
-        objective = module.objective
-        assert objective is not None
-        count, size = len(objective.inputs), _size(module, self._test.batch)
-        data_seed = int(getattr(cast(Any, trainer).datamodule, "seed", 0))
-        seed = np.random.SeedSequence([int(again), module.updates, data_seed])
+        objective, trainer = self._module.objective, self._module.trainer
+        size = self._size(self._test.batch)
+        data_seed = int(getattr(trainer.datamodule, "seed", 0))
+        seed = np.random.SeedSequence([int(again), self._module.updates, data_seed])
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
-        with (
-            _untouched(objective),
-            torch.enable_grad(),
-            trainer.precision_plugin.train_step_context(),
-        ):
-            return look(
+        every_example = 2 * PAIRS * size >= self._count and not _drops(objective.model)
+        context, micro = trainer.precision_plugin.train_step_context(), objective.micro_batch_size
+        with untouched(objective.model), torch.enable_grad(), context:
+            found = look(
                 Slopes(objective, trainer.optimizers[0]),
                 generator,
                 size=size,
-                batch_size=_batch_size(trainer),
-                exact=not _is_stochastic(module)
-                or (2 * PAIRS * size >= count and not _drops(module)),
+                batch_size=self._batch_size,
+                exact=every_example or not self._is_stochastic,
                 balance=balance,
                 confidence=self.confidence,
             )
+        objective.micro_batch_size = micro  # which a look may have found
+        return found
 
-    def _can_be_at_the_floor(self, trainer: Trainer, module: SupervisedModule) -> bool:
-        """Whether the loss is flat at a constant η that the schedule will not lower."""
-        objective, level = module.objective, self._test.level
-        assert objective is not None
-        rules = update_rules(trainer.optimizers[0])
+    def _can_be_at_the_floor(self) -> bool:
+        below = self._batch_size < self._count
+        return self.noise_floor and below and _is_level(self._module, self._test.level)
 
-        def factor(update: int) -> float:
-            return float(module.rate_factors(update, 1))
+    def _find_problem(self) -> None:
+        """Raises NoCertificateError, if the model has no duality gap."""
+        module = self._module
+        self._problem = LinearProblem.of(module.objective, module.trainer.optimizers[0])
+        if self._searched is not None:
+            self._problem.load_state_dict(self._searched)
 
-        return (
-            self.noise_floor
-            and _batch_size(trainer) < len(objective.inputs)
-            and rules is not None  # steps along −g
-            and not any(rule.maximize for rule in rules)
-            and level.count >= 2 * module.updates_per_epoch
-            and level.flat()
-            and not falls_later(module.schedule, factor, module.updates, module.total_updates)
+    def _certify(self, share: float) -> Certificate:
+        """Of the parameters at hand, or of their average, by work that no clock bounds."""
+        module, count = self._module, self._count
+        if self._certified is not None and self._certified[0] == module.updates:
+            return self._certified[1]
+        assert self._problem is not None
+        layer = linear_layer(module.model)
+        numbers = _NUMBERS / (count * layer.in_features)
+        passes = max(share * module.examples_seen / count, numbers, _PASSES)
+        with module.averaged():
+            made = certify(
+                self._problem,
+                layer.weight,
+                layer.bias,
+                tolerance=1e-6 if self.gap is None else 0.5 * self.gap,
+                work=passes if self.every is None else math.inf,
+                lower=self._lower,
+            )
+        self._certified = module.updates, made
+        return made
+
+    def _check_gap(self) -> Stop | None:
+        """Whether the gap is as small as was asked."""
+        made = self._certify(self.share)
+        self._lower = max(self._lower, made.dual)
+        self._turns["gap"]["cost"] = made.work * self._count
+        return self._verdict(made)
+
+    def _verdict(self, made: Certificate) -> Stop | None:
+        broadcast = self._module.trainer.strategy.broadcast
+        if self.gap is None or broadcast(made.relative_gap) > self.gap:
+            return None
+        return Stop(
+            StopReason.CONVERGED,
+            f"The objective is {made.primal:.8g} after {self._module.updates} updates, and at most "
+            f"{made.gap:.2g} above its minimum (relative: {made.relative_gap:.1e}, asked: "
+            f"{self.gap:g}).",
+            {**made.numbers(), "update": self._module.updates},
+            "To go further, lower callbacks.convergence.gap.",
         )
 
-    # ------------------------------------------------------------------ checkpoints
+    def _certify_the_end(self) -> dict[str, Any] | None:
+        """The certificate's numbers, also in the reason why the run stops; None: there is none."""
+        module = self._module
+        if self._problem is None:
+            try:
+                self._find_problem()
+            except NoCertificateError:
+                return None
+        made = self._certify(_END_SHARE)
+        module.stop = module.stop or self._verdict(made)
+        if module.stop is not None:
+            numbers = {**module.stop.numbers, **made.numbers()}
+            module.stop = dataclasses.replace(module.stop, numbers=numbers)
+        assert self._problem is not None
+        return {**made.numbers(), "weight_decay": self._problem.weight_decay}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
         return {
             **self._test.state_dict(),
-            "gradient_turn": dataclasses.asdict(self._gradient_turn),
+            "gradient_turn": dict(self._turns["gradient"]),
             "spent": self._spent,
             "best_loss": self._validations.best,
             "since": self._validations.since,
-            **self._certifies.state_dict(),
+            "gap_turn": dict(self._turns["gap"]),
+            "lower": self._lower,
+            "problem": self._searched if self._problem is None else self._problem.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._test.load_state_dict(state_dict)
-        self._gradient_turn = _LastCheck(**state_dict["gradient_turn"])
-        self._certifies.load_state_dict(state_dict)
+        self._turns = {kind: dict(state_dict[f"{kind}_turn"]) for kind in ("gradient", "gap")}
         self._spent = state_dict["spent"]
         self._validations.best = state_dict["best_loss"]
         self._validations.since = state_dict["since"]
+        self._lower, self._searched = state_dict["lower"], state_dict["problem"]
 
 
-@dataclasses.dataclass
-class _LastCheck:
-    """Examples that were seen at the last check of a kind, and those that the next will pass."""
-
-    examples: int = 0
-    cost: float = 0.0
+def _drops(model: nn.Module) -> bool:
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, (DROPOUTS, Dropout))]
+    return any(layer.p > 0 and layer.training for layer in layers)
 
 
-class _Certifies:
-    """The duality gap of a linear model in a run.
+def _is_level(module: Any, level: Level) -> bool:
+    """Whether the loss is flat at a constant η that the schedule will not lower."""
+    rules = update_rules(module.trainer.optimizers[0])
 
-    Args:
-        gap: That ends it, relative; None: none does.
-        bounded: Whether the work of a search for a bound is: by a share of the run's passes.
-    """
+    def factor(update: int) -> float:
+        return float(module.rate_factors(update, 1))
 
-    def __init__(self, gap: float | None, bounded: bool) -> None:
-        self.gap, self.bounded = gap, bounded
-        self.turn = _LastCheck()
-        self.lower = 0.0
-        self.problem: LinearProblem | None = None
-        self.last: tuple[int, Certificate] | None = None  # after which update, and what
-        self._state: dict[str, Any] | None = None  # of the problem, as resumed or at the end
-
-    def begin(self, module: SupervisedModule) -> None:
-        """Raise ValueError, if the model has no duality gap."""
-        assert module.objective is not None
-        try:
-            self.problem = LinearProblem.of(module.objective, module.trainer.optimizers[0])
-        except NoCertificateError as error:
-            raise ValueError(
-                f"gap={self.gap} needs a linear model with a duality gap, and here is none: "
-                f"{error}. Leave it out (gap=null); tolerance is for any model."
-            ) from error
-        if self._state is not None:
-            self.problem.load_state_dict(self._state)
-
-    def _certify(self, module: SupervisedModule, share: float) -> Certificate:
-        """Of the parameters at hand, or of their average, by work that no clock bounds."""
-        layer, objective = linear_layer(module.model), module.objective
-        assert self.problem is not None
-        assert objective is not None
-        count = len(objective.inputs)
-        passes = max(
-            share * module.examples_seen / count, _NUMBERS / (count * layer.in_features), _PASSES
-        )
-        with _averaged(module.trainer.optimizers[0]):
-            return certify(
-                self.problem,
-                layer.weight,
-                layer.bias,
-                tolerance=1e-6 if self.gap is None else 0.5 * self.gap,
-                work=passes if self.bounded else math.inf,
-                lower=self.lower,
-            )
-
-    def check(self, module: SupervisedModule, share: float) -> Stop | None:
-        """Whether the gap is as small as was asked."""
-        made = self._certify(module, share)
-        self.lower = max(self.lower, made.dual)
-        self.last = module.updates, made
-        assert module.objective is not None
-        self.turn.cost = made.work * len(module.objective.inputs)
-        return self._verdict(module, made)
-
-    def _verdict(self, module: SupervisedModule, made: Certificate) -> Stop | None:
-        if self.gap is None:
-            return None
-        if module.trainer.strategy.broadcast(made.relative_gap) > self.gap:
-            return None
-        return Stop(
-            StopReason.CONVERGED,
-            f"The objective is {made.primal:.8g} after {module.updates} updates, and at most "
-            f"{made.gap:.2g} above its minimum (relative: {made.relative_gap:.1e}, asked: "
-            f"{self.gap:g}).",
-            {**made.numbers(), "update": module.updates},
-            "To go further, lower callbacks.convergence.gap.",
-        )
-
-    def end(self, module: SupervisedModule, share: float) -> dict[str, Any] | None:
-        """The certificate's numbers, also in the reason why the run stops; None: there is none."""
-        if self.problem is None:
-            assert module.objective is not None
-            try:
-                self.problem = LinearProblem.of(module.objective, module.trainer.optimizers[0])
-            except NoCertificateError:
-                return None
-        if self.last is not None and self.last[0] == module.updates:
-            made = self.last[1]
-        else:
-            made = self._certify(module, share)
-            if module.stop is None:
-                module.stop = self._verdict(module, made) or module.stop
-        if module.stop is not None:
-            numbers = {**module.stop.numbers, **made.numbers()}
-            module.stop = dataclasses.replace(module.stop, numbers=numbers)
-        return {**made.numbers(), "weight_decay": self.problem.weight_decay}
-
-    def remember(self) -> None:
-        """What the state is from now on, whatever the problem is asked at the end."""
-        self._state = self.state_dict()["problem"]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers only."""
-        return {
-            "gap_turn": dataclasses.asdict(self.turn),
-            "lower": self.lower,
-            "problem": self._state if self.problem is None else self.problem.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; other entries are left alone."""
-        self.turn = _LastCheck(**state["gap_turn"])
-        self.lower, self._state = state["lower"], state["problem"]
-
-
-@contextmanager
-def _untouched(objective: Objective) -> Iterator[None]:
-    """Leaves M, too, as it is."""
-    micro = objective.micro_batch_size
-    try:
-        with untouched(objective.model):
-            yield
-    finally:
-        objective.micro_batch_size = micro
-
-
-@contextmanager
-def _averaged(optimizer: Optimizer) -> Iterator[None]:
-    """With the parameters that a step-size rule's average stands for, where there is one."""
-    rule = step_size_of(optimizer)
-    numbers = optimizer.param_groups[0].get("step_size", {}) if rule is not None else {}
-    if rule is None or rule.average is None or numbers.get("mode") == "eval":  # it is in already
-        yield
-        return
-    rule.eval(optimizer)
-    try:
-        yield
-    finally:
-        rule.train(optimizer)
-
-
-def _is_stochastic(module: SupervisedModule) -> bool:
-    assert module.objective is not None
-    return _batch_size(module.trainer) < len(module.objective.inputs) or _drops(module)
-
-
-def _size(module: SupervisedModule, size: int) -> int:
-    """Examples in a batch of a look; layers that mix examples get the run's own."""
-    assert module.objective is not None
-    if module.objective.mixes_examples:
-        return _batch_size(module.trainer)
-    return min(size, len(module.objective.inputs))
-
-
-def _drops(module: SupervisedModule) -> bool:
-    return any(isinstance(m, _DROPOUT) and m.p > 0 and m.training for m in module.model.modules())
-
-
-def _batch_size(trainer: Trainer) -> int:
-    return int(cast(Any, trainer).train_dataloader.batch_size)
+    return (
+        rules is not None  # steps along −g
+        and not any(rule.maximize for rule in rules)
+        and level.count >= 2 * module.updates_per_epoch
+        and level.flat()
+        and not falls_later(module.schedule, factor, module.updates, module.total_updates)
+    )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
-import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from gdtrain.analysis.curvature import (
     NotFiniteError,
@@ -20,8 +19,6 @@ from gdtrain.analysis.trial_update import is_full_batch
 from gdtrain.callbacks.instrument import log_described
 from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.work import FREE, Places, Work
-from gdtrain.lightning.module import SupervisedModule
-from gdtrain.objective import Objective
 from gdtrain.optim.protocol import step_size_of
 from gdtrain.ranges import Whole
 
@@ -53,65 +50,44 @@ class Curvature(Callback):
       weight decay; `curvature/limit`, the η beyond which descent with this momentum is unstable
       (`gdtrain.analysis.curvature.stability_limit`);
     - B < N: `curvature/batch_sharpness`, the curvature along the gradients of 16 batches of B
-      examples; there 2/λ is no limit, and is not logged;
+      examples; there 2/λ is no limit;
     - `curvature/lr`, the η of the last update (at the start, of the first), and
       `curvature/two_over_lr`, 2/η, with which either compares (without momentum).
 
     It looks between updates, at the model in training mode, and changes nothing; where the model
-    has diverged it logs nothing. At which updates depends on the plan and on the products with the
-    Hessian that were made, and so is the same at any speed; a sweep ends at each of them. Needs the
-    resident examples of a gdtrain data module. State in checkpoints: how many products were made.
+    has diverged it logs nothing. The places are the same at any speed. Needs the resident examples
+    of a gdtrain data module. State in checkpoints: products with the Hessian that were made.
 
     Args:
-        every: Updates from one look to the next, range [1, ∞); the first is before the first
-            update. None: at most 100 looks, evenly, and as often as they take no more than 4% of
-            the run's work so far, counted in floating-point operations (`gdtrain.descent.work`), or
-            of about a tenth of a second's; the first before the first update, where the planned
-            ones will pay for it.
-        examples: Full batch: of how many the Hessian is, a fixed sample, range [1, N]; the limit is
-            then that of the sample. None: all N.
+        every: Updates from one look to the next, from 0 on, range [1, ∞). None: at most 100 looks,
+            evenly, as often as they take no more than 4% of the run's work so far
+            (`gdtrain.descent.work`), or about a tenth of a second's.
+        examples: Full batch: of how many the Hessian and the limit are, a fixed sample, range
+            [1, N]. None: all N.
 
     Raises:
         ValueError: An argument is out of range; later, the data are no resident examples, the
             optimizer maximises, or the model cannot be differentiated twice.
 
     Example:
-        >>> from functools import partial
-        >>> from gdtrain import GD
-        >>> from gdtrain.data import EmbeddedDataModule
-        >>> from gdtrain.losses import CrossEntropy
-        >>> from gdtrain.models import MLP
-        >>> curvature = Curvature(every=10)
-        >>> module = SupervisedModule(MLP((4,), 3), CrossEntropy(), partial(GD, lr=0.1))
-        >>> trainer = Trainer(max_epochs=20, accelerator="cpu", logger=False,
-        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ...     callbacks=[curvature])
-        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size="full"))
-        >>> curvature.looks[0][0], 0 < curvature.looks[-1][1].value
-        (0, True)
+        >>> callback = Curvature(every=10)  # of a Trainer; callback.looks has what it found
     """
 
     def __init__(self, every: int | None = None, examples: int | None = None) -> None:
-        for name, value in (("every", every), ("examples", examples)):
-            if value is not None:
-                Whole(1).check(name, value)
-        self.every, self.examples = every, examples
+        self.every = None if every is None else Whole(1).check("every", every)
+        self.examples = None if examples is None else Whole(1).check("examples", examples)
         self.looks: list[tuple[int, Sharpness]] = []
         self._known: set[str] = set()  # tags that have their description
         self._products = self._last = 0  # with the Hessian: of all looks, and of the last
-        self._trainer: Trainer | None = None
+        self._module: Any = None  # of the run, and its loader
+        self._loader: Any = None
         self._places: Places | None = None
-        self._work: Work | None = None
 
     def next_update(self, update: int) -> int | None:
-        """The next update at which it looks, if that is paid for by then.
-
-        Args:
-            update: Number of updates made.
-        """
+        """The next update at which it looks, if that is paid for by then."""
         return self._plan().next(update)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """See that there is something to look at."""
         loader = trainer.train_dataloader
         if not isinstance(loader, IndexLoader):
@@ -131,96 +107,74 @@ class Curvature(Callback):
             )
         if trainer.global_step == 0:
             self._products = self._last = 0
-        self._trainer, self._places, self._work = trainer, None, None
+        self._module, self._loader, self._places = pl_module, loader, None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """Look before the first update."""
+        if pl_module.updates == 0 and self._is_time():
+            optimizer = trainer.optimizers[0]
+            group = optimizer.param_groups[0]
+            lr = float(pl_module.rate_factors(0, 1)) * float(group.get("initial_lr", group["lr"]))
+            self._look(trainer, lr if step_size_of(optimizer) is None else None)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        """Look, if it is time."""
+        if self._is_time():
+            self._look(trainer, float(outputs["rates"][-1]))
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Let go of the run."""
+        self._module = self._loader = None
 
     def _plan(self) -> Places:
         """Where it may look: known when the module has begun, which is after the callbacks have."""
-        if self._places is None:
-            assert self._trainer is not None
-            module = cast(SupervisedModule, self._trainer.lightning_module)
-            total = module.total_updates
-            if self.every is not None:
-                self._places = Places(None, None, self.every)
-            else:
-                self._places = Places(total, _LOOKS, max(1, module.updates_per_epoch // 10))
-                loader = _plan(self._trainer)
-                self._work = Work.of(_objective(module), loader.batch_size)
+        if self._places is None and self.every is not None:
+            self._places = Places(None, None, self.every)
+        elif self._places is None:
+            least = max(1, self._module.updates_per_epoch // 10)
+            self._places = Places(self._module.total_updates, _LOOKS, least)
+            self._work = Work.of(self._module.objective, self._loader.batch_size)
         return self._places
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Look before the first update."""
-        module = cast(SupervisedModule, pl_module)
-        if module.updates == 0 and self._is_time(trainer, module):
-            factor = float(module.rate_factors(0, 1))
-            optimizer = trainer.optimizers[0]
-            known = step_size_of(optimizer) is None
-            self._look(trainer, module, factor * _peak(optimizer) if known else None)
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Look, if it is time."""
-        module = cast(SupervisedModule, pl_module)
-        if self._is_time(trainer, module):
-            self._look(trainer, module, float(outputs["rates"][-1]))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the run."""
-        self._trainer = None
-
-    def _is_time(self, trainer: Trainer, module: SupervisedModule) -> bool:
-        update, total = module.updates, module.total_updates
+    def _is_time(self) -> bool:
+        update, total, plan = self._module.updates, self._module.total_updates, self._loader
         if update not in self._plan():
             return False
         if self.every is not None:
             return True
-        assert self._work is not None
-        plan, work = _plan(trainer), self._work
         if is_full_batch(plan):
             size, expected = self.examples or plan.num_examples, _EXPECTED
         else:
             size, expected = plan.batch_size, _BATCHES
-        products = self._products + (self._last or expected)
+        products, work = self._products + (self._last or expected), self._work
         if update == 0:  # in advance, where the run will pay for it
             paid = max(_SHARE * total * work.update, FREE) if total is not None else math.inf
         else:
             paid = max(_SHARE * update * work.update, FREE * update / total if total else 0.0)
         return products * work.passes([size] * _PASSES) <= paid
 
-    def _look(self, trainer: Trainer, module: SupervisedModule, lr: float | None) -> None:
+    def _look(self, trainer: Trainer, lr: float | None) -> None:
+        update, objective, plan = self._module.updates, self._module.objective, self._loader
+        options: dict[str, Any] = {"optimizer": trainer.optimizers[0], "draw": update}
         try:
-            found, values = self._measured(trainer, module)
+            if is_full_batch(plan):
+                found = sharpness(objective, self.examples, tolerance=_TOLERANCE, **options)
+                limit = limit_of(found, trainer.optimizers[0])
+                values = {"curvature/sharpness": found.value}
+                values |= {} if limit is None else {"curvature/limit": limit}
+            else:
+                seed = (_SEED + plan.seed, update)
+                batches = draw_batches(plan.num_examples, plan.batch_size, _BATCHES, seed)
+                found = batch_sharpness(objective, batches.to(objective.targets.device), **options)
+                values = {"curvature/batch_sharpness": found.value}
         except NotFiniteError:
             return  # diverged: other callbacks say so
         if lr is not None and lr > 0:
             values |= {"curvature/lr": lr, "curvature/two_over_lr": 2 / lr}
-        self.looks.append((module.updates, found))
+        self.looks.append((update, found))
         self._last = found.iterations
         self._products += self._last
-        log_described(trainer, module.updates, values, self._known, _MEANING.__getitem__)
-
-    def _measured(
-        self, trainer: Trainer, module: SupervisedModule
-    ) -> tuple[Sharpness, dict[str, float]]:
-        objective, optimizer, plan = _objective(module), trainer.optimizers[0], _plan(trainer)
-        update = module.updates
-        if not is_full_batch(plan):
-            seed = (_SEED + plan.seed, update)
-            batches = draw_batches(plan.num_examples, plan.batch_size, _BATCHES, seed)
-            batches = batches.to(objective.targets.device)
-            found = batch_sharpness(objective, batches, optimizer=optimizer, draw=update)
-            return found, {"curvature/batch_sharpness": found.value}
-        options: dict[str, Any] = {"tolerance": _TOLERANCE, "draw": update}
-        found = sharpness(objective, self.examples, optimizer=optimizer, **options)
-        values, limit = {"curvature/sharpness": found.value}, limit_of(found, optimizer)
-        return found, values if limit is None else {**values, "curvature/limit": limit}
+        log_described(trainer, update, values, self._known, _MEANING.__getitem__)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
@@ -229,17 +183,3 @@ class Curvature(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
         self._products, self._last = state_dict["products"], state_dict["last"]
-
-
-def _plan(trainer: Trainer) -> IndexLoader:
-    return cast(IndexLoader, trainer.train_dataloader)
-
-
-def _objective(module: SupervisedModule) -> Objective:
-    assert module.objective is not None, "on_train_start has seen an IndexLoader"
-    return module.objective
-
-
-def _peak(optimizer: torch.optim.Optimizer) -> float:
-    group = optimizer.param_groups[0]
-    return float(group.get("initial_lr", group["lr"]))

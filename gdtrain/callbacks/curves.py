@@ -6,10 +6,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
@@ -40,21 +40,11 @@ class History:
     val: dict[str, list[float]] = field(default_factory=dict)
 
     def array(self, part: str, column: str) -> NDArray[np.float64]:
-        """One column.
-
-        Args:
-            part: "train" or "val".
-            column: Its name.
-        """
+        """One column of a part, "train" or "val"."""
         return np.asarray(getattr(self, part).get(column, []), dtype=np.float64)
 
     def append(self, part: str, row: dict[str, float]) -> None:
-        """Add a row.
-
-        Args:
-            part: "train" or "val".
-            row: Values by column.
-        """
+        """Add a row to a part: values by column."""
         for column, value in row.items():
             getattr(self, part).setdefault(column, []).append(value)
 
@@ -69,15 +59,11 @@ class LossCurves(Callback):
       every update is a point; `loss/val`; `metric/<name>/val`;
     - `lr`, η of the last update; `time/updates_per_second`, over the time of training alone.
 
-    The losses stand again under `by_sample/…` with the number of examples seen as step, so that
-    variants with different batch sizes lie over each other; under `by_millisecond/…` with the time
-    since the start; and under `by_epoch/…`, where `loss/train` is the mean over an epoch's
-    examples (over several epochs, where there are more epochs than points). Each event carries the
-    time at which its update was made. Loggers other than TensorBoard get examples, epoch and
-    seconds as columns instead. Times alone depend on the machine: at which updates there are
-    points, and their values, depend neither on its speed nor on how updates are put into sweeps.
-
-    What was logged is on disk about a second later, whatever becomes of the process.
+    The losses stand again under `by_sample/…` with the number of examples seen as step, under
+    `by_millisecond/…` with the time since the start, and under `by_epoch/…`, where `loss/train` is
+    the mean over an epoch's examples (or several epochs'). Loggers other than TensorBoard get
+    examples, epoch and seconds as columns instead. Points and their values depend neither on the
+    machine's speed nor on sweeps. What was logged is on disk about a second later.
 
     State in checkpoints: the unfinished point and epoch, the seconds so far, and the history.
 
@@ -89,9 +75,7 @@ class LossCurves(Callback):
         ValueError: `points` is out of range.
 
     Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(callbacks=[LossCurves(points=100)], logger=False,
-        ...     enable_checkpointing=False, accelerator="cpu")
+        >>> callback = LossCurves(points=100)
     """
 
     def __init__(self, points: int = 500) -> None:
@@ -110,12 +94,7 @@ class LossCurves(Callback):
         return self._seconds_before + time.perf_counter() - self._started
 
     def every(self, module: SupervisedModule, update: int = 0) -> int:
-        """Updates per point.
-
-        Args:
-            module: Knows the planned updates.
-            update: Where in the run, range [0, ∞).
-        """
+        """Updates per point, after so many of a run."""
         return self._every(module.total_updates, update, max(1, module.updates_per_epoch // 10))
 
     def _every(self, total: int | None, done: int, least: int) -> int:
@@ -124,14 +103,10 @@ class LossCurves(Callback):
         return least << max(0, (done // (least * self.points)).bit_length() - 1)
 
     def next_update(self, update: int) -> int | None:
-        """None: wherever sweeps end will do.
-
-        Args:
-            update: Number of updates made.
-        """
+        """None: wherever sweeps end will do."""
         return None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Start the clock; lay out TensorBoard's custom scalars."""
         self._started = self._on_disk_at = time.perf_counter()
         self._described = [set() for _ in trainer.loggers]
@@ -139,18 +114,10 @@ class LossCurves(Callback):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.add_custom_scalars(LAYOUT)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Cut the losses of the sweep into points, and into epochs."""
-        module = cast(SupervisedModule, pl_module)
+        module: SupervisedModule = pl_module
         losses = outputs["losses"].detach().cpu().numpy().astype(np.float64)
-        rates = outputs["rates"]
         first, size = outputs["first"], outputs["examples"]
         last, total = first + len(losses), module.total_updates
         # Within the sweep the clock was not read: its updates take equal times.
@@ -168,7 +135,7 @@ class LossCurves(Callback):
                     "loss": point.mean,
                     "min": point.min,
                     "max": point.max,
-                    "lr": float(rates[end - 1 - first]),
+                    "lr": float(outputs["rates"][end - 1 - first]),
                 }
                 self.history.append("train", row)
                 values = {"loss/train": row["loss"], "lr": row["lr"]}
@@ -191,16 +158,15 @@ class LossCurves(Callback):
                 self._write(trainer, {end // per_epoch: values}, now - (last - end) * each)
         self._keep(trainer)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the validation metrics."""
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            self._write_validation(trainer, cast(SupervisedModule, pl_module))
+            self._write_validation(trainer, pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Validate after the last update, if no validation fell there."""
-        module = cast(SupervisedModule, pl_module)
-        if module.validate_at_the_end():
-            self._write_validation(trainer, module)
+        if pl_module.validate_at_the_end():
+            self._write_validation(trainer, pl_module)
 
     def _write_validation(self, trainer: Trainer, module: SupervisedModule) -> None:
         if module.validated_at != module.updates:

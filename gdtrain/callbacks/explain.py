@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from gdtrain.analysis.explanation import Explanation, check_explainable, explain_made
 from gdtrain.lightning.module import SupervisedModule
@@ -27,20 +27,7 @@ class ExplainUpdate(Callback):
             explained.
 
     Example:
-        >>> from functools import partial
-        >>> from gdtrain import SGD
-        >>> from gdtrain.data import EmbeddedDataModule
-        >>> from gdtrain.losses import CrossEntropy
-        >>> from gdtrain.models import Linear
-        >>> explained = ExplainUpdate(7)
-        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.1))
-        >>> trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False,
-        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        ...     callbacks=[explained])
-        >>> trainer.fit(module, datamodule=EmbeddedDataModule("iris", batch_size=1))
-        >>> found = explained.found
-        >>> found.rate, found.losses.item() > found.losses_after.item(), found.gap < 1e-6
-        (0.1, True, True)
+        >>> callback = ExplainUpdate(7)  # of a Trainer; after its fit, print(callback.found)
     """
 
     needs_every_epoch = False
@@ -50,23 +37,18 @@ class ExplainUpdate(Callback):
         self.found: Explanation | None = None
 
     def next_update(self, update: int) -> int | None:
-        """The update itself comes alone.
-
-        Args:
-            update: Number of updates made.
-        """
+        """The update itself comes alone."""
         return next((n for n in (self.update, self.update + 1) if n > update), None)
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse what cannot be explained, before anything is trained."""
-        module = cast(SupervisedModule, pl_module)
-        check_explainable(module.model, module.loss, trainer.optimizers[0])
+        check_explainable(pl_module.model, pl_module.loss, trainer.optimizers[0])
 
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Explain the update, if it is the one."""
-        module = cast(SupervisedModule, pl_module)
+        module: SupervisedModule = pl_module
         total = module.total_updates
         if total is not None and self.update >= total:
             raise ValueError(
@@ -86,7 +68,7 @@ class ExplainUpdate(Callback):
         )
         trainer.should_stop = True
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Say if there was no such update."""
         if self.found is None:
             raise ValueError(f"The run ended before update {self.update}.")

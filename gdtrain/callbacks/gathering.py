@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor
@@ -38,21 +38,15 @@ class GatherMicroBatches(Callback):
     gradient in some batch counts as zero there; half-precision gradients are summed in float32.
 
     A step, in the sense of Lightning, is an update: `global_step`, `max_steps`, logging, schedulers
-    of interval "step" with their frequency, gradient clipping, `optimizer_step` and
-    `on_before_optimizer_step` come once per update and see the mean, and so does
-    `on_after_backward` of the module at the last batch of an update. Gradients are zeroed at every
-    batch, hence so does `on_before_zero_grad` come. What counts batches in Lightning counts the
-    loader's: `val_check_interval`, `limit_train_batches`, and also
+    of interval "step", gradient clipping, `optimizer_step` and `on_before_optimizer_step` come once
+    per update and see the mean, as does the module's `on_after_backward` at an update's last batch.
+    What counts batches counts the loader's: `val_check_interval`, `limit_train_batches`, and
     `trainer.estimated_stepping_batches`: give a schedule its number of updates yourself.
 
-    The update that is unfinished when an epoch ends is made then, from the examples that are in:
-    an epoch is ceil(N/B) updates, none of which has to wait for another epoch's order of the data.
-    Where GD meets fewer than N examples in an epoch, a warning says so, for then either N or
-    the loader (`drop_last`?) is wrong. With `epoch_end="carry"`, the next epoch goes on with it. A
-    run that is stopped elsewhere leaves its last update unmade, and resuming goes on with it.
-
-    No state of its own: what is gathered is in the optimizer's, so a run that is stopped in the
-    middle of an update and resumed makes the same update, bit for bit, if the loader can resume.
+    An update that is unfinished when an epoch ends is made then, from the examples that are in; if
+    it is one of GD, a warning says so. With `epoch_end="carry"`, the next epoch goes on with it.
+    What is gathered is in the optimizer's state: a run that is resumed inside an update makes the
+    same update, if the loader can resume. No state of its own.
 
     Args:
         batch_size: The number of examples in a batch, as a function of the batch. None: the
@@ -68,25 +62,7 @@ class GatherMicroBatches(Callback):
         RuntimeError: Several optimizers (from Lightning: put the parameters into one, as groups).
 
     Example:
-        >>> import torch
-        >>> from lightning import LightningModule, Trainer
-        >>> from gdtrain import GD
-        >>> class Mean(LightningModule):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.theta = torch.nn.Parameter(torch.tensor(0.0))
-        ...     def training_step(self, x):
-        ...         return (0.5 * (self.theta - x) ** 2).mean()
-        ...     def configure_optimizers(self):
-        ...         return GD(self.parameters(), lr=1.0, num_samples=5)
-        >>> loader = torch.utils.data.DataLoader(torch.tensor([1.0, 2, 3, 4, 10]), batch_size=2)
-        >>> model = Mean()
-        >>> trainer = Trainer(callbacks=[GatherMicroBatches()], max_epochs=1, accelerator="cpu",
-        ...     logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        ...     enable_model_summary=False)
-        >>> trainer.fit(model, loader)  # in batches of 2, 2 and 1
-        >>> trainer.global_step, model.theta.item()
-        (1, 4.0)
+        >>> callback = GatherMicroBatches(epoch_end="carry")
     """
 
     def __init__(
@@ -105,9 +81,7 @@ class GatherMicroBatches(Callback):
         self._hook: RemovableHandle | None = None
         self._frequencies: list[tuple[LRSchedulerConfig, int]] = []
 
-    # ------------------------------------------------------------------ before and after
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Refuse what cannot be exact."""
         if stage != "fit":
             return
@@ -131,11 +105,11 @@ class GatherMicroBatches(Callback):
                 f"Received: {type(trainer.strategy).__name__} on {trainer.world_size} device(s)."
             )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Refuse optimizers that gather nothing."""
         _optimizer(trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take over the decision at which batches Lightning makes an optimizer step."""
         optimizer = _optimizer(trainer)
         if steps_are_decided(trainer):
@@ -152,17 +126,8 @@ class GatherMicroBatches(Callback):
             if config.interval == "step" and config.frequency != 1
         ]
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Give the decision back."""
-        self._release(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Give the decision back."""
-        self._release(trainer)
-
-    def _release(self, trainer: Trainer) -> None:
         if self._hook is None:
             return
         self._hook.remove()
@@ -173,15 +138,17 @@ class GatherMicroBatches(Callback):
             config.frequency = frequency
         self._frequencies = []
 
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Give the decision back."""
+        self.teardown(trainer, pl_module, "fit")
+
     def _makes_update(self, trainer: Trainer) -> bool:
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         # A batch is ready but not started when the module's on_train_batch_start skipped it.
         return self._closes and progress.started == progress.ready  # type: ignore[attr-defined]
 
-    # ------------------------------------------------------------------ batch by batch
-
     def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell the size of the batch, and whether the update is made from it."""
         if only_forward(trainer):
@@ -208,7 +175,7 @@ class GatherMicroBatches(Callback):
                 f'with the update in the next epoch, use GatherMicroBatches(epoch_end="carry").'
             )
 
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_after_backward(self, trainer: Trainer, pl_module: Any) -> None:
         """Gather the gradients; at the last batch of an update, put their mean in their place."""
         if self._size == 0:
             raise ValueError(
@@ -222,29 +189,19 @@ class GatherMicroBatches(Callback):
             optimizer.close()
 
     def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+        self, trainer: Trainer, pl_module: Any, optimizer: Optimizer
     ) -> None:
         """Make sure that the batch took part."""
-        self._check_taken_in()
-
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Make sure that the batch took part."""
-        self._check_taken_in()
-
-    def _check_taken_in(self) -> None:
         if self._size:
             raise ValueError(
                 f"training_step returned None, so that {self._size} examples are missing from the "
                 f"update. To leave a batch out, take it from the loader; to count it as zero, "
                 f"return a loss of zero that has a gradient."
             )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        """Make sure that the batch took part."""
+        self.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
 
 
 def _close_before_step(

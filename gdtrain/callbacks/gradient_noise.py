@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_layers import BatchNorm
+from gdtrain._compat.torch_modules import BATCH_NORMS
 from gdtrain.analysis.gradients import NoiseEstimate, NoiseScale, gram, noise, noise_scale
 from gdtrain.analysis.trial_update import TrialUpdate
 from gdtrain.callbacks.instrument import Instrument
@@ -31,13 +31,11 @@ class GradientNoise(Instrument):
         B_simple = tr Σ / ‖G‖²
 
     G is the gradient on all N training examples, Σ the covariance of the gradients of single ones.
-    Each look draws groups of examples anew and takes the gradient of each group, whatever the
-    model; numerator and denominator are estimated without bias (`gdtrain.analysis.gradients.noise`)
-    and averaged apart over the last 8 looks, and the 95% interval is Fieller's. Where ‖G‖² is not
-    significantly above 0 the scale is undefined, and is not logged. It is a heuristic for the batch
-    size from which larger batches help little. With BatchNorm a group is normalised by itself, and
-    Σ is that of groups of this size. Where layers draw random numbers, Σ has their share, and ‖G‖²
-    is the mean square of the gradient on all N, with random numbers as well.
+    Each look takes the gradients of groups of examples, drawn anew; numerator and denominator are
+    estimated without bias (`gdtrain.analysis.gradients.noise`) and averaged apart over the last 8
+    looks, and the 95% interval is Fieller's. Where ‖G‖² is not significantly above 0 the scale is
+    undefined, and is not logged. With BatchNorm, Σ is that of groups of this size. Where layers
+    draw random numbers, Σ and ‖G‖² (a mean square) have their share.
 
     Tags: `noise/variance`, tr Σ, and `noise/gradient_square`, ‖G‖² (an estimate, which may be below
     0), both of this look; `noise/signal_to_noise`, ‖G‖² B/tr Σ of an update's gradient, where B < N
@@ -47,17 +45,13 @@ class GradientNoise(Instrument):
     Args:
         groups: How many, range [4, ∞); fewer where N is small, or the model very large.
         size: Examples in each, at most, range [1, ∞).
-        every: As for `Instrument`.
-        looks: Likewise.
-        share: Likewise.
+        every, looks, share: As for `Instrument`.
 
     Raises:
         ValueError: An argument is out of range.
 
     Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(callbacks=[GradientNoise(every=50)], logger=False, accelerator="cpu",
-        ...     enable_checkpointing=False)
+        >>> callback = GradientNoise(every=50)
 
     References:
         McCandlish et al., An Empirical Model of Large-Batch Training, 2018, arXiv 1812.06162.
@@ -89,7 +83,6 @@ class GradientNoise(Instrument):
 
     def forget(self) -> None:
         """Be as before the first update."""
-        super().forget()
         self._estimates: list[NoiseEstimate] = []
 
     @property
@@ -109,10 +102,11 @@ class GradientNoise(Instrument):
 
     def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The estimates, and what they come to."""
-        many = update.plan.num_examples
         rows = self._rows(update)
-        gradients = list(self._gradients(update, rows))
-        found = noise(gram(gradients), rows.shape[1], many)
+        gradients = [
+            update.gradient_on(group, update.number * len(rows) + k) for k, group in enumerate(rows)
+        ]
+        found = noise(gram(gradients), rows.shape[1], update.plan.num_examples)
         self._estimates = [*self._estimates, found][-_AVERAGED:]
         scale = noise_scale(self._estimates)
         values = {"noise/variance": found.variance, "noise/gradient_square": found.square}
@@ -133,10 +127,6 @@ class GradientNoise(Instrument):
         groups = min(groups, many // size)
         drawn = Order(many, (_SEED + update.plan.seed, update.number))(0, groups * size)
         return torch.from_numpy(drawn).view(groups, size)
-
-    def _gradients(self, update: TrialUpdate, rows: Tensor) -> Iterator[list[Tensor | None]]:
-        for k, group in enumerate(rows):
-            yield update.gradient_on(group, update.number * len(rows) + k)
 
     def summary(self) -> dict[str, Any]:
         """The last noise scale."""
@@ -167,4 +157,4 @@ class GradientNoise(Instrument):
 
 def _least(module: nn.Module) -> int:
     """Examples in a group: BatchNorm takes no single one."""
-    return 2 if any(isinstance(m, BatchNorm) for m in module.modules()) else 1
+    return 2 if any(isinstance(m, BATCH_NORMS) for m in module.modules()) else 1

@@ -9,10 +9,11 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from gdtrain.analysis.trial_update import TrialUpdate
@@ -31,21 +32,18 @@ class Instrument(Callback):
     """Base of the instruments: a subclass says what it measures of a `TrialUpdate`.
 
     It looks before an update, and changes nothing: the run is the same, bit for bit, with it and
-    without. At which updates is fixed before the first, by the plan alone, and so is the same at
-    any speed; a sweep ends before each of them. All instruments of a run that are due share one
-    trial. Needs the resident examples of a gdtrain data module, and one process; elsewhere it says
-    once that it does not look, and the run goes on. No state in checkpoints.
+    without. At which updates is fixed before the first, by the plan alone. All instruments of a run
+    that are due share one trial. Needs the resident examples of a gdtrain data module, and one
+    process; elsewhere it says once that it does not look. No state in checkpoints.
 
     Args:
-        every: Updates from one look to the next, range [1, ∞); the first is before the first
-            update. None: as often as `looks` and `share` allow.
+        every: Updates from one look to the next, from 0 on, range [1, ∞). None: as often as `looks`
+            and `share` allow.
         looks: With every=None, at most so many, spread evenly over the planned updates, range
-            [1, ∞). Where that number is not known, looks become rarer: so many in each doubling of
-            the run.
-        share: With every=None, of the run's work, counted in floating-point operations of passes
-            over examples (`gdtrain.descent.work`), that this instrument may take, range (0, 1). The
-            instruments of a run add their shares up; about a tenth of a second's work they may
-            take together in any run.
+            [1, ∞); where their number is not known, so many in each doubling of the run.
+        share: With every=None, of the run's work (`gdtrain.descent.work`), that this instrument may
+            take, range (0, 1). The instruments of a run add their shares up; about a tenth of a
+            second's work they may take together in any run.
 
     Raises:
         ValueError: An argument is out of range.
@@ -54,19 +52,16 @@ class Instrument(Callback):
         >>> class LongestStep(Instrument):
         ...     def measure(self, update):
         ...         return {"step/longest": max(float(s.abs().max()) for s in update.step)}
-        >>> LongestStep(every=10).every
-        10
+        >>> callback = LongestStep(every=10)
     """
 
     needs_next: ClassVar[bool] = False  # whether it asks for `TrialUpdate.next_gradient`
     meaning: ClassVar[Mapping[str, str]] = {}  # by tag, or its first words: what TensorBoard says
 
     def __init__(self, every: int | None = None, looks: int = 100, share: float = 0.004) -> None:
-        if every is not None:
-            Whole(1).check("every", every)
-        Whole(1).check("looks", looks)
-        Interval(0, 1).check("share", share)
-        self.every, self.looks, self.share = every, looks, float(share)
+        self.every = None if every is None else Whole(1).check("every", every)
+        self.looks = Whole(1).check("looks", looks)
+        self.share = Interval(0, 1).check("share", share)
         self._run: _InstrumentsOfRun | None = None
         self.forget()
 
@@ -79,28 +74,15 @@ class Instrument(Callback):
         """Be as before the first look; a run that is not resumed begins so."""
 
     def measure(self, update: TrialUpdate) -> dict[str, float]:
-        """What it finds, by tag; what is not finite is left out.
-
-        Args:
-            update: That the run will make next.
-        """
+        """What it finds of the update that comes next, by tag; what is not finite is left out."""
         raise NotImplementedError
 
     def passes(self, loader: IndexLoader) -> list[int]:
-        """How many examples each of its passes has in a look, beside the update's and the next's.
-
-        Args:
-            loader: Knows N and B.
-        """
+        """Examples in each of its passes of a look, beside the update's and the next's."""
         return []
 
     def objection(self, trainer: Trainer, loader: IndexLoader) -> str | None:
-        """Why it cannot look at this run, if so.
-
-        Args:
-            trainer: At the start of training.
-            loader: Of its examples.
-        """
+        """Why it cannot look at the run that begins, if so."""
         return None
 
     def summary(self) -> dict[str, Any]:
@@ -108,29 +90,18 @@ class Instrument(Callback):
         return {}
 
     def draw(self, update: TrialUpdate, tag: str, values: Any) -> None:
-        """Give a histogram to TensorBoard, if it is there.
-
-        Args:
-            update: That is measured.
-            tag: Of the histogram.
-            values: Numbers.
-        """
+        """Give numbers to TensorBoard as a histogram, if it is there."""
         assert self._run is not None
         for logger in self._run.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_histogram(tag, values, update.number)
 
-    # ------------------------------------------------------------------ hooks
-
     def next_update(self, update: int) -> int | None:
-        """The next update before which it looks.
+        """The next update before which it looks."""
+        places = None if self._run is None else self._run.places.get(self)
+        return None if places is None else places.next(update)
 
-        Args:
-            update: Number of updates made.
-        """
-        return None if self._run is None else self._run.next_update(self, update)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Find the other instruments."""
         if trainer.global_step == 0:
             self.forget()
@@ -141,9 +112,7 @@ class Instrument(Callback):
             for peer in peers:
                 peer._run = run
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Look, if it is time."""
         assert self._run is not None
         update = self._run.due(self)
@@ -158,7 +127,7 @@ class Instrument(Callback):
         if values:
             log_described(trainer, update.number, values, self._described, self._meaning)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Let go of the run."""
         self._run = None
 
@@ -174,18 +143,9 @@ def log_described(
     known: set[str],
     meaning: Callable[[str], str],
 ) -> None:
-    """Give numbers to all loggers; TensorBoard gets their description with the first of each tag.
+    """Give numbers to all loggers; TensorBoard gets the meaning with the first of each tag.
 
-    Args:
-        trainer: Of the run.
-        update: The step that the numbers stand at.
-        values: By tag.
-        known: Tags that have their description; those of these values are added.
-        meaning: From a tag to its description.
-
-    Example:
-        >>> trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
-        >>> log_described(trainer, 0, {"step/norm": 1.0}, set(), lambda tag: "‖s‖")
+    `known` are the tags that have theirs; those of these values are added.
     """
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
@@ -199,21 +159,27 @@ def log_described(
 class _InstrumentsOfRun:
     """The instruments of a run: when each is due, and the trial that they share."""
 
-    def __init__(
-        self, trainer: Trainer, pl_module: LightningModule, peers: Sequence[Instrument]
-    ) -> None:
+    def __init__(self, trainer: Trainer, pl_module: Any, peers: Sequence[Instrument]) -> None:
         self.trainer, self._module = trainer, pl_module
-        self._places: dict[Instrument, Places] | None = None
+        self._loader = cast(Any, trainer.train_dataloader)
         self._at = -1
         self._due: list[Instrument] = []
         self._update: TrialUpdate | None = None
-        reason = _objection(trainer, pl_module)
-        loader = cast(IndexLoader, trainer.train_dataloader)
-        reasons = {c: reason or c.objection(trainer, loader) for c in peers}
+        reason = self._objection()
+        reasons = {c: reason or c.objection(trainer, self._loader) for c in peers}
         self.peers = [c for c in peers if reasons[c] is None]
         for reason in dict.fromkeys(reasons.values()):
             if reason is not None:
                 self._say([c for c in peers if reasons[c] == reason], reason)
+
+    def _objection(self) -> str | None:
+        loader, module, ranks = self._loader, self._module, self.trainer.world_size
+        if not isinstance(loader, IndexLoader) or not isinstance(module, SupervisedModule):
+            return (
+                "they need a SupervisedModule and the resident examples of a gdtrain data module "
+                f"(received: {type(module).__name__} and {type(loader).__name__})."
+            )
+        return f"they need one process (received: {ranks})." if ranks > 1 else None
 
     def _say(self, instruments: Sequence[Instrument], reason: str) -> None:
         if self.trainer.is_global_zero:
@@ -224,18 +190,17 @@ class _InstrumentsOfRun:
         """The update at hand, if it is one that this instrument measures."""
         if instrument not in self.peers:
             return None
-        module = cast(SupervisedModule, self._module)
+        module = self._module
         number = module.updates
         if number != self._at:
             self._at, self._update = number, None
             self._due = [c for c, places in self.places.items() if number in places]
             if self._due:
-                assert module.objective is not None, "there are resident examples"
                 following = any(c.needs_next for c in self._due)
                 self._update = TrialUpdate(
                     module.objective,
                     self.trainer.optimizers[0],
-                    cast(IndexLoader, self.trainer.train_dataloader),
+                    self._loader,
                     number,
                     module.rate_factors(number, 1),
                     draw=module.draw_of(0),
@@ -246,32 +211,20 @@ class _InstrumentsOfRun:
             self._update = None  # it holds as many numbers as the model, several times
         return update
 
-    def next_update(self, instrument: Instrument, update: int) -> int | None:
-        """The next update at which an instrument looks; None: it does not look any more."""
-        places = self.places.get(instrument)
-        return None if places is None else places.next(update)
-
-    @property
+    @cached_property
     def places(self) -> dict[Instrument, Places]:
         """Where each looks: known when the module has begun, which is after the callbacks have."""
-        if self._places is None:
-            self._places = self._planned()
-        return self._places
-
-    def _planned(self) -> dict[Instrument, Places]:
         fixed = {c: Places(None, None, c.every) for c in self.peers if c.every is not None}
         free = [c for c in self.peers if c.every is None]
         if not free:
             return fixed
-        module = cast(SupervisedModule, self._module)
-        loader, total = cast(IndexLoader, self.trainer.train_dataloader), module.total_updates
-        assert module.objective is not None, "there are resident examples"
-        work = Work.of(module.objective, loader.batch_size)
+        size, total = self._loader.batch_size, self._module.total_updates
+        work = Work.of(self._module.objective, size)
         # Those that look at the same updates share the update, and the next.
         together = [[c for c in free if c.looks == many] for many in {c.looks for c in free}]
         cost = sum(
-            work.passes([loader.batch_size] * (2 + any(c.needs_next for c in group)))
-            + sum(work.passes(c.passes(loader)) for c in group)
+            work.passes([size] * (2 + any(c.needs_next for c in group)))
+            + sum(work.passes(c.passes(self._loader)) for c in group)
             for group in together
         )
         share = sum(c.share for c in free)
@@ -287,15 +240,3 @@ class _InstrumentsOfRun:
             )
             return fixed
         return {**fixed, **{c: Places(total, min(c.looks, paid)) for c in free}}
-
-
-def _objection(trainer: Trainer, pl_module: LightningModule) -> str | None:
-    loader = trainer.train_dataloader
-    if not isinstance(loader, IndexLoader) or not isinstance(pl_module, SupervisedModule):
-        return (
-            "they need a SupervisedModule and the resident examples of a gdtrain data module "
-            f"(received: {type(pl_module).__name__} and {type(loader).__name__})."
-        )
-    if trainer.world_size > 1:
-        return f"they need one process (received: {trainer.world_size})."
-    return None

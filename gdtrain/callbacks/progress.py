@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any, cast
+from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
@@ -28,9 +28,7 @@ class ProgressLine(Callback):
         ValueError: `seconds_between` is out of range.
 
     Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(callbacks=[ProgressLine()], logger=False, accelerator="cpu",
-        ...     enable_checkpointing=False, enable_progress_bar=False)
+        >>> callback = ProgressLine(seconds_between=1.0)
     """
 
     def __init__(self, seconds_between: float = 0.2) -> None:
@@ -41,19 +39,14 @@ class ProgressLine(Callback):
         self._loss = float("nan")
 
     def next_update(self, update: int) -> int | None:
-        """None: wherever sweeps end will do.
-
-        Args:
-            update: Number of updates made.
-        """
+        """None: wherever sweeps end will do."""
         return None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Draw the bar."""
         console = Console(stderr=True)
         if not console.is_terminal or not trainer.is_global_zero:
             return
-        module = cast(SupervisedModule, pl_module)
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -66,23 +59,16 @@ class ProgressLine(Callback):
             transient=True,
             refresh_per_second=5,
         )
-        self._task = self._progress.add_task("", total=None, **self._fields(module, 0.0))
+        self._task = self._progress.add_task("", total=None, **self._fields(pl_module, 0.0))
         self._looked, self._updates = time.monotonic(), trainer.global_step
         self._progress.start()
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
         """Renew the numbers, if they are old."""
         elapsed = time.monotonic() - self._looked
         if self._progress is None or elapsed < self.seconds_between:
             return
-        module = cast(SupervisedModule, pl_module)
+        module: SupervisedModule = pl_module
         speed = (module.updates - self._updates) / elapsed
         self._loss = float(outputs["losses"].mean())
         self._progress.update(
@@ -94,25 +80,19 @@ class ProgressLine(Callback):
         self._looked, self._updates = time.monotonic(), module.updates
 
     def _fields(self, module: SupervisedModule, speed: float) -> dict[str, Any]:
-        groups = module.trainer.optimizers[0].param_groups
         return {
             "epoch": module.updates // module.updates_per_epoch,
             "speed": speed,
             "loss": self._loss,
-            "rate": float(groups[0]["lr"]),
+            "rate": float(module.trainer.optimizers[0].param_groups[0]["lr"]),
         }
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the bar away."""
-        self._stop()
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Take the bar away."""
-        self._stop()
-
-    def _stop(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Take the bar away."""
+        self.on_train_end(trainer, pl_module)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning import Trainer
 from torch import Tensor
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
 
 from gdtrain.analysis.gradients import StepTrial, StepVerdict, dot, judge
 from gdtrain.analysis.trial_update import TrialUpdate, is_full_batch
@@ -24,17 +25,7 @@ __all__ = ["StepTest"]
 _JUDGED = 32  # steps at most, the last ones
 _FEWEST = 16  # probe examples that must be left when those of the batch are out
 # Of torch.optim, those that add the decay to the gradient unless their groups say otherwise.
-_COUPLED = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.ASGD,
-)
+_COUPLED = (SGD, Adam, Adamax, NAdam, RAdam, RMSprop, Adagrad, Adadelta, ASGD)
 _SEED = 2**22  # apart from the orders of training
 
 
@@ -42,11 +33,9 @@ class StepTest(Instrument):
     """Logs α, where along a parabola a step ends: −1 its start, 0 the lowest point, 1 as high.
 
     The parabola has the slopes of J (with weight decay) along the step at both of its ends, on one
-    fixed probe of training examples, and never on those of the batch that made the step, which are
-    left out of it: that batch sees its own noise fall, and calls rates that diverge too small. On
-    the full batch there is no such noise: there the probe is all N, and the parabola that of J.
-
-    The verdict rests on stability, on whether steps end lower than they began
+    fixed probe of training examples, without those of the batch that made the step: that batch sees
+    its own noise fall, and calls rates that diverge too small. On the full batch there is no such
+    noise, and the probe is all N. The verdict rests on whether steps end lower than they began
     (`gdtrain.analysis.gradients.judge`), and not on α = 0, which is no aim.
 
     Tags: `step/alpha`, of a step that begins downhill; of the last 32 steps `step/alpha_low`,
@@ -55,17 +44,13 @@ class StepTest(Instrument):
 
     Args:
         probe: Examples, where B < N, range [16, ∞); all N where there are fewer.
-        every: As for `Instrument`.
-        looks: Likewise.
-        share: Likewise.
+        every, looks, share: As for `Instrument`.
 
     Raises:
         ValueError: An argument is out of range.
 
     Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(callbacks=[StepTest(every=50)], logger=False, accelerator="cpu",
-        ...     enable_checkpointing=False)
+        >>> callback = StepTest(every=50)
 
     References:
         Schneider et al., Cockpit: A Practical Debugging Tool for the Training of Deep Neural
@@ -82,18 +67,13 @@ class StepTest(Instrument):
     }
 
     def __init__(
-        self,
-        probe: int = 256,
-        every: int | None = None,
-        looks: int = 100,
-        share: float = 0.004,
+        self, probe: int = 256, every: int | None = None, looks: int = 100, share: float = 0.004
     ) -> None:
         self.probe = Whole(_FEWEST).check("probe", probe)
         super().__init__(every, looks, share)
 
     def forget(self) -> None:
         """Be as before the first update."""
-        super().forget()
         self._trials: list[StepTrial] = []
         self._probed = self.probe  # examples, in fact
 
@@ -126,7 +106,9 @@ class StepTest(Instrument):
         rows = self._rows(update)
         if len(rows) < _FEWEST:
             return {}
-        trial = StepTrial(self._slope(update, rows), self._end(update, rows))
+        start = self._slope(update, rows)
+        with update.after():
+            trial = StepTrial(start, self._slope(update, rows))
         if not (np.isfinite(trial.start) and np.isfinite(trial.end)):
             return {}
         self._trials = [*self._trials, trial][-_JUDGED:]
@@ -149,10 +131,6 @@ class StepTest(Instrument):
         drawn = Order(many, (_SEED + update.plan.seed,))(0, min(self.probe, many))
         rows = torch.from_numpy(drawn).sort().values.to(update.indices.device)
         return rows[~torch.isin(rows, update.indices)]
-
-    def _end(self, update: TrialUpdate, rows: Tensor) -> float:
-        with update.after():
-            return self._slope(update, rows)
 
     def _slope(self, update: TrialUpdate, rows: Tensor) -> float:
         """⟨∇J + λθ, s⟩ at what the parameters are."""

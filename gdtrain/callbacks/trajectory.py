@@ -6,10 +6,10 @@ import logging
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from numpy.typing import NDArray
 from torch import nn
 
@@ -33,21 +33,16 @@ _SECONDS = 30.0  # between two writings while the run goes on
 class Trajectory(Callback):
     """Keeps copies of the parameters, and leaves them as `trajectory.npz` in the run's folder.
 
-    T planned updates. A copy (float32, in memory) is made before the first update, after each
-    multiple of T/points updates, and of the end. A sweep ends at each, so that cheap updates get
-    fewer: no more than cost about 1% of the run's work (`gdtrain.descent.work`), but 16 in any
-    case. The updates are the same, bit for bit. Of a model with one or two parameters, the first
-    `points` updates are kept one by one. Where T is not known, or too low, every second copy is
-    dropped when there are too many, and the spacing doubles. A state that is not finite is left
-    out. Which updates are kept depends on their numbers alone: a resumed run leaves the path of one
-    that went on.
+    A copy (float32, in memory) is made before the first update, after each multiple of T/points of
+    the T planned updates, and of the end. A sweep ends at each, so that cheap updates get fewer: no
+    more than cost about 1% of the run's work (`gdtrain.descent.work`), but 16 in any case. Of a
+    model with one or two parameters, the first `points` updates are kept one by one. Where T is not
+    known, or too low, every second copy is dropped when there are too many, and the spacing
+    doubles. A state that is not finite is left out. The updates themselves are the same.
 
-    The file (`gdtrain.analysis.trajectory.Snapshots`) is written at the end of the run, also of one
-    that was stopped, and beside a checkpoint if it is 30 s old; a resumed run goes on with the file
-    of the run before. `gdtrain.analysis.landscape` draws it. A step-size rule that averages shows
-    the points at which it descends, not their average.
-
-    State in checkpoints: none.
+    The file (`gdtrain.analysis.trajectory.Snapshots`) is written at the end of the run, and beside
+    a checkpoint if it is 30 s old; a resumed run goes on with the file of the run before. A
+    step-size rule that averages shows the points at which it descends. No state in checkpoints.
 
     Args:
         directory: Of the run's checkpoints; the file lies beside it, in the run's folder.
@@ -70,7 +65,7 @@ class Trajectory(Callback):
         self.points = Whole(_LEAST).check("points", points)
         self.megabytes = Interval(0, math.inf).check("megabytes", megabytes)
         self._kept: dict[int, NDArray[np.float32]] = {}
-        self._trainer: Trainer | None = None
+        self._module: Any = None  # of the run
         self._is_planned = False
         self._spacing: Spacing | None = None  # None: no copies are kept
         self._written = time.monotonic()
@@ -81,46 +76,38 @@ class Trajectory(Callback):
         return sorted(self._kept)
 
     def next_update(self, update: int) -> int | None:
-        """The next of which a copy is kept.
-
-        Args:
-            update: Number of updates made.
-        """
+        """The next of which a copy is kept."""
         self._plan()
         return None if self._spacing is None else self._spacing.next(update)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Forget a run before."""
         self._kept, self._is_planned, self._spacing = {}, False, None
-        self._trainer = trainer
+        self._module = pl_module
         self._written = time.monotonic()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Before the first update: go on with the path of the run before, and keep the start."""
         if self._kept or not trainer.is_global_zero:
             return
         self._plan()
-        module = cast(SupervisedModule, pl_module)
         if self._spacing is not None:
-            self._take_over(trainer, module)
+            self._take_over(pl_module)
             if not self._kept:
-                self._keep(module)
+                self._keep(pl_module)
 
     def _plan(self) -> None:
         """How many copies, and how far apart: known when the module has begun, after callbacks."""
-        if self._is_planned:
-            return
-        self._is_planned = True
-        assert self._trainer is not None
-        module = cast(SupervisedModule, self._trainer.lightning_module)
+        if not self._is_planned:
+            self._is_planned, self._spacing = True, self._planned(self._module)
+
+    def _planned(self, module: SupervisedModule) -> Spacing | None:
         count = sum(p.numel() for p in _trainable(module).values())
         if not count:
-            return
+            return None
         fitting = int(self.megabytes * 2**20 / (4 * count))
         if fitting < _LEAST:
-            if self._trainer.is_global_zero:
+            if module.trainer.is_global_zero:
                 _log.info(
                     "trajectory: none is kept, since %d copies of %s parameters take more than %g "
                     "MB (callbacks.trajectory.megabytes)",
@@ -128,84 +115,63 @@ class Trajectory(Callback):
                     f"{count:,}",
                     self.megabytes,
                 )
-            return
+            return None
         few = count <= _FEW
         # Two more than are wanted: the start, and an end between two multiples.
         most = min(fitting, (2 if few else 1) * self.points + 2)
         first = (most - 2) // 2 if few else 0
         total = module.total_updates
         if total is None:
-            self._spacing = Spacing(most, max(1, module.updates_per_epoch // 10), first)
-            return
+            return Spacing(most, max(1, module.updates_per_epoch // 10), first)
         # Of few parameters, what the first updates leave.
         room = min(self.points, most - 2 - first)
         every = max(1, -(-total // room))
-        loader = self._trainer.train_dataloader
+        loader = module.trainer.train_dataloader
         if isinstance(loader, IndexLoader) and module.objective is not None and not few:
             update = Work.of(module.objective, loader.batch_size).update
-            paying = min(int(_PAYS / update), -(-total // min(_POINTS, room)))
-            every = max(every, paying)
-        self._spacing = Spacing(most, every, first)
+            every = max(every, min(int(_PAYS / update), -(-total // min(_POINTS, room))))
+        return Spacing(most, every, first)
 
-    def on_train_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         """Keep a copy, if it is time."""
-        if self._kept:
-            module = cast(SupervisedModule, pl_module)
-            now = module.updates
-            if self._spacing is not None and now in self._spacing:
-                self._keep(module)
+        if self._kept and self._spacing is not None and pl_module.updates in self._spacing:
+            self._keep(pl_module)
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: Any) -> None:
         """Write beside the checkpoint, if the file is old."""
         if time.monotonic() - self._written > _SECONDS:
-            self._write(cast(SupervisedModule, pl_module))
+            self._write(pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the end, and write."""
         if self._kept:
-            module = cast(SupervisedModule, pl_module)
-            module.settle()
-            self._keep(module)
-            self._write(module)
-        self._trainer = None
+            pl_module.settle()
+            self._keep(pl_module)
+            self._write(pl_module)
+        self._module = None
 
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
         """Write what there is."""
         if len(self._kept) > 1:
-            self._write(cast(SupervisedModule, pl_module))
-
-    # ------------------------------------------------------------------ copies
+            self._write(pl_module)
 
     def _keep(self, module: SupervisedModule) -> None:
-        theta, now = _flat(module), module.updates
+        parts = [p.detach().flatten().float().cpu() for p in _trainable(module).values()]
+        theta = np.concatenate([part.numpy() for part in parts])
         if np.isfinite(theta).all():
-            self._kept[now] = theta
-        self._thin(now)
+            self._kept[module.updates] = theta
+        self._thin(module.updates)
 
     def _thin(self, now: int) -> None:
         """Drop what lies closer than the spacing of today, and an end that was none."""
         if self._kept and self._spacing is not None:
             self._kept = {u: self._kept[u] for u in self._spacing.kept(self._kept, now)}
 
-    # ------------------------------------------------------------------ the file
-
-    def _take_over(self, trainer: Trainer, module: SupervisedModule) -> None:
+    def _take_over(self, module: SupervisedModule) -> None:
         """The path of the run that is resumed."""
-        if trainer.ckpt_path is None:
-            return
-        path = Path(trainer.ckpt_path).parent.parent / self.path.name
-        if not path.is_file():
+        checkpoint = module.trainer.ckpt_path
+        path = Path(checkpoint or "").parent.parent / self.path.name
+        if checkpoint is None or not path.is_file():
             return
         try:
             found = Snapshots.load(path)
@@ -233,8 +199,3 @@ class Trajectory(Callback):
 
 def _trainable(module: SupervisedModule) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.model.named_parameters() if p.requires_grad}
-
-
-def _flat(module: SupervisedModule) -> NDArray[np.float32]:
-    parts = [p.detach().flatten().float().cpu() for p in _trainable(module).values()]
-    return np.concatenate([part.numpy() for part in parts])

@@ -72,6 +72,10 @@ def test_a_point_is_the_mean_between_smallest_and_largest(tmp_path):
         assert steps == history.train["update"] == [*range(21, 405, 21), 405]
         assert written == pytest.approx(expected, rel=1e-6)
     assert history.train["epoch"] == pytest.approx(np.array(steps) / 135)
+    tags = events.Tags()["scalars"]
+    assert len(tags) == 14
+    for tag in tags:  # each chart says what it shows
+        assert events.SummaryMetadata(tag).summary_description, tag
 
 
 def test_an_epoch_is_the_mean_of_its_examples(tmp_path):
@@ -110,14 +114,6 @@ def test_events_carry_the_time_of_their_update(tmp_path):
         assert steps == [round(1000 * s) for s in column]
         assert written == values(events, f"loss/{part}")[1]
     assert min(values(events, "time/updates_per_second")[1]) > 0
-
-
-def test_each_chart_says_what_it_shows(tmp_path):
-    _, _, events = trained(tmp_path, 1, SGD, epochs=2, points=5, val_fraction=0.1)
-    tags = events.Tags()["scalars"]
-    assert len(tags) == 14
-    for tag in tags:
-        assert events.SummaryMetadata(tag).summary_description, tag
 
 
 def test_history_plots_against_epochs_with_a_band():

@@ -7,24 +7,21 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from lightning import Callback, Trainer
+import watched_runs
+from lightning import Callback
 from torch import nn
+from watched_runs import small, weights
 
 import gdtrain.callbacks.trajectory as trajectory_module
-from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain import GD, SGD
 from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.callbacks import BestAndLast, Divergence
 from gdtrain.callbacks.trajectory import Trajectory
-from gdtrain.data import ArrayDataModule, EmbeddedDataModule
-from gdtrain.losses import CrossEntropy, SquaredError
-from gdtrain.models import MLP, Linear
+from gdtrain.data import ArrayDataModule
+from gdtrain.losses import SquaredError
+from gdtrain.models import Linear
 
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "logger": False,
-}
+fit = partial(watched_runs.fit, batch=16, updates=200, momentum=0.5)
 
 
 class States(Callback):
@@ -32,53 +29,28 @@ class States(Callback):
 
     def __init__(self):
         self.seen = {}
-        self.lengths = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.seen.setdefault(pl_module.updates, vector(pl_module))
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.seen[pl_module.updates] = vector(pl_module)
-        self.lengths.append(len(batch))
 
 
 def vector(module):
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()]).numpy().copy()
+    return weights(module).numpy()
 
 
-def fit(*callbacks, batch=16, updates=200, model=None, ckpt_path=None, epochs=None, **options):
-    torch.manual_seed(0)
-    kind = {"full": GD, 1: SGD}.get(batch, MiniBatchSGD)
-    model = model or MLP((4,), 3, hidden=[6])
-    module = SupervisedModule(model, CrossEntropy(), partial(kind, lr=0.1, momentum=0.5))
-    data = EmbeddedDataModule("iris", batch_size=batch, **options)
-    saves = any(isinstance(c, BestAndLast) for c in callbacks)
-    trainer = Trainer(
-        max_epochs=epochs, max_steps=updates, callbacks=list(callbacks),
-        enable_checkpointing=saves, **QUIET,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return module
-
-
-def line(*callbacks, lr=0.1, updates=70, bias=False, step_size=None, x=None, momentum=0.0, f=GD):
+def line(*callbacks, updates=70, bias=False, optimizer=GD, **options):
     """A run with one or two parameters."""
-    torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(60, 1)) if x is None else x
-    data = ArrayDataModule(
-        x, 2 * x[:, 0] + rng.normal(size=60), task="regression",
-        batch_size="full" if f is GD else 1,
-    )  # fmt: skip
-    rule = {} if step_size else {"lr": lr}
-    make = partial(f, momentum=momentum, **rule)
-    module = SupervisedModule(Linear((1,), 1, bias=bias), SquaredError(), make, step_size=step_size)
-    trainer = Trainer(
-        max_epochs=None, max_steps=updates, callbacks=list(callbacks),
-        enable_checkpointing=False, **QUIET,
-    )  # fmt: skip
-    trainer.fit(module, datamodule=data)
-    return module
+    x = rng.normal(size=(60, 1))
+    y = 2 * x[:, 0] + rng.normal(size=60)
+    batch = "full" if optimizer is GD else 1
+    data = ArrayDataModule(x, y, task="regression", batch_size=batch)
+    model, loss = partial(Linear, (1,), 1, bias=bias), SquaredError()
+    options = {"data": data, "loss": loss, "optimizer": optimizer, **options}
+    return watched_runs.fit(*callbacks, updates=updates, model=model, **options)
 
 
 # ------------------------------------------------------------------ which updates
@@ -89,7 +61,7 @@ def test_copies_lie_evenly_from_the_start_to_the_end_and_are_the_states_of_the_r
     tmp_path, batch, sweep
 ):
     kept, states = Trajectory(tmp_path / "checkpoints", points=20), States()
-    module = fit(kept, states, batch=batch, updates=200, updates_per_sweep=sweep)
+    module = fit(kept, states, batch=batch, sweep=sweep)
     found = Snapshots.load(tmp_path / "trajectory.npz")
     assert found.updates.tolist() == kept.updates
     assert (kept.updates[0], kept.updates[-1]) == (0, 200)
@@ -117,9 +89,9 @@ def test_it_changes_no_update(tmp_path, batch):
     ("rule", "bias"),
     [
         ({"momentum": 0.9}, False),
-        ({"step_size": "auto"}, True),
-        ({"f": SGD}, True),
-        ({"f": SGD, "step_size": "auto"}, False),
+        ({"rule": "auto"}, True),
+        ({"optimizer": SGD}, True),
+        ({"optimizer": SGD, "rule": "auto"}, False),
     ],
 )
 def test_a_line_shows_its_first_steps_one_by_one_and_they_are_those_of_the_run(
@@ -136,7 +108,7 @@ def test_a_line_shows_its_first_steps_one_by_one_and_they_are_those_of_the_run(
     assert len(compared) > 5
     for update in compared:
         assert np.array_equal(path[update], states.seen[update])
-    if rule != {"f": SGD, "step_size": "auto"}:  # whose race depends on the planned updates
+    if rule != {"optimizer": SGD, "rule": "auto"}:  # whose race depends on the planned updates
         assert np.array_equal(path[7], vector(line(bias=bias, updates=7, **rule)))
 
 
@@ -176,10 +148,9 @@ def test_a_run_that_is_longer_than_planned_is_thinned(tmp_path):
 
 @pytest.mark.parametrize(("copies", "least", "most"), [(200, 14, 52), (20, 12, 20), (8, 6, 8)])
 def test_memory_bounds_how_many_are_kept(tmp_path, copies, least, most):
-    model = MLP((4,), 3, hidden=[6])
-    size = 4 * sum(p.numel() for p in model.parameters())
+    size = 4 * sum(p.numel() for p in small().parameters())
     kept = Trajectory(tmp_path / "checkpoints", megabytes=(copies + 0.5) * size / 2**20)
-    fit(kept, updates=800, model=model, batch=1)
+    fit(kept, updates=800, batch=1)
     found = Snapshots.load(tmp_path / "trajectory.npz")
     assert least <= len(found.updates) <= most
     assert found.parameters.nbytes <= copies * size
@@ -192,30 +163,24 @@ def test_memory_bounds_how_many_are_kept(tmp_path, copies, least, most):
 )
 def test_cheap_updates_get_fewer_copies(tmp_path, monkeypatch, updates, spacing):
     """A copy is worth the operations of so many updates: six for each parameter."""
-    model = MLP((4,), 3, hidden=[6])
-    operations = 6 * sum(p.numel() for p in model.parameters())
+    operations = 6 * sum(p.numel() for p in small().parameters())
     monkeypatch.setattr(trajectory_module, "_PAYS", updates * operations)
     kept = Trajectory(tmp_path / "checkpoints")
-    fit(kept, updates=1000, batch=1, model=model)
+    fit(kept, updates=1000, batch=1)
     assert kept.updates == sorted({*range(0, 1000, spacing), 1000})
 
 
 def test_where_eight_copies_do_not_fit_none_is_kept_and_it_says_so(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="gdtrain")
-    monkey = logging.getLogger("gdtrain")
-    before, monkey.propagate = monkey.propagate, True
-    try:
-        kept = Trajectory(tmp_path / "checkpoints", megabytes=0.0015)
-        fit(kept, updates=20)
-    finally:
-        monkey.propagate = before
+    kept = Trajectory(tmp_path / "checkpoints", megabytes=0.0015)
+    fit(kept, updates=20)
     assert kept.updates == []
     assert list(tmp_path.iterdir()) == []
     assert "none is kept, since 8 copies of 51 parameters take more than 0.0015 MB" in caplog.text
 
 
 def test_frozen_parameters_are_left_out_and_a_model_without_others_has_no_path(tmp_path):
-    model = MLP((4,), 3, hidden=[6])
+    model = small()
     next(model.parameters()).requires_grad_(False)
     kept = Trajectory(tmp_path / "checkpoints")
     fit(kept, updates=30, model=model)
@@ -228,19 +193,19 @@ def test_frozen_parameters_are_left_out_and_a_model_without_others_has_no_path(t
 def test_a_resumed_run_goes_on_with_the_path(tmp_path):
     (tmp_path / "whole").mkdir()
     whole, states = Trajectory(tmp_path / "whole" / "checkpoints", points=10), States()
-    end = fit(whole, states, updates=200)
+    end = fit(whole, states)
     first = tmp_path / "first" / "checkpoints"
 
     class Stop(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             trainer.should_stop = pl_module.updates >= 80
 
-    fit(BestAndLast(first), Trajectory(first, points=10), Stop(), updates=200)
+    fit(BestAndLast(first), Trajectory(first, points=10), Stop())
     reached = int(Snapshots.load(first.parent / "trajectory.npz").updates[-1])
     assert 80 <= reached < 200
     folder = tmp_path / "second" / "checkpoints"
     second = Trajectory(folder, points=10)
-    resumed = fit(second, BestAndLast(folder), updates=200, ckpt_path=first / "last.ckpt")
+    resumed = fit(second, BestAndLast(folder), ckpt_path=first / "last.ckpt")
     assert np.array_equal(vector(resumed), vector(end))
     found = Snapshots.load(tmp_path / "second" / "trajectory.npz")
     uncut = Snapshots.load(tmp_path / "whole" / "trajectory.npz")
@@ -252,7 +217,7 @@ def test_a_resumed_run_goes_on_with_the_path(tmp_path):
     )
     folder = tmp_path / "third" / "checkpoints"
     other = Trajectory(folder, points=10)
-    fit(other, BestAndLast(folder), updates=200, ckpt_path=first / "last.ckpt")
+    fit(other, BestAndLast(folder), ckpt_path=first / "last.ckpt")
     assert other.updates[0] == reached
 
 
@@ -270,7 +235,7 @@ def test_it_is_written_beside_a_checkpoint_that_comes_late_and_when_a_run_fails(
                 raise RuntimeError("the machine fails")
 
     with pytest.raises(RuntimeError, match="the machine fails"):
-        fit(Trajectory(tmp_path / "checkpoints"), Look(), updates=200)
+        fit(Trajectory(tmp_path / "checkpoints"), Look())
     assert there[0] < there[-1]
     found = Snapshots.load(tmp_path / "trajectory.npz")
     assert found.updates[-1] == there[-1] == 39  # of 13 × 3
@@ -307,7 +272,6 @@ def test_what_is_out_of_range_is_said(options, message):
 
 def test_convolutions_are_kept_in_the_order_of_the_model(tmp_path):
     """Training may lay them out with the channels last."""
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 3, 2), nn.Flatten())
     kept, states = Trajectory(tmp_path / "checkpoints"), States()
     fit(kept, states, updates=30, model=model)
