@@ -14,19 +14,7 @@ __all__ = ["align_progress", "count_epochs", "count_updates"]
 
 
 def align_progress(trainer: Any, epoch: int) -> None:
-    """Tell Lightning's loops that `epoch` epochs are done and the next begins or goes on.
-
-    Args:
-        trainer: Lightning's.
-        epoch: Range [0, ∞).
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> align_progress(trainer, 3)
-        >>> trainer.current_epoch
-        3
-    """
+    """Tell Lightning's loops that `epoch` epochs are done and the next begins or goes on."""
     loop = trainer.fit_loop
     current = loop.epoch_progress.current
     current.ready = current.started = current.processed = current.completed = epoch
@@ -40,39 +28,14 @@ def align_progress(trainer: Any, epoch: int) -> None:
 
 
 def count_epochs(trainer: Any, done: int) -> None:
-    """Tell Lightning's loop that the epoch after so many is under way.
-
-    Args:
-        trainer: Lightning's, which counts the end of an iteration as one epoch more.
-        done: Range [0, ∞).
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> count_epochs(trainer, 3)
-        >>> trainer.current_epoch
-        3
-    """
+    """Tell Lightning's loop that the epoch after so many is under way."""
     current = trainer.fit_loop.epoch_progress.current
     current.ready = current.started = done + 1
     current.processed = current.completed = done
 
 
 def count_updates(trainer: Any, count: int, updates: int) -> None:
-    """Tell Lightning that the batch at hand has made some updates: `global_step` counts them.
-
-    Args:
-        trainer: Lightning's.
-        count: K.
-        updates: Made in all.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> count_updates(trainer, 5, 5)
-        >>> trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed
-        5
-    """
+    """Tell Lightning that the batch at hand has made some updates: `global_step` counts them."""
     progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
     for counts in (progress.total, progress.current):
         counts.ready += count

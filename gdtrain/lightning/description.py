@@ -37,20 +37,7 @@ _HOOKS = (
 
 
 def text(value: Any) -> str | None:
-    """A setting as text that is equal for equal settings.
-
-    Args:
-        value: Of any kind.
-
-    Returns:
-        The text; None for what is no setting (tensors, modules, open files, …).
-
-    Example:
-        >>> text((1, "a", None)), text(torch.float32), text(partial(int, base=2))
-        ("[1, 'a', None]", 'float32', 'int(base=2)')
-        >>> text(torch.ones(2)) is None
-        True
-    """
+    """A setting as text that is equal for equal settings."""
     if isinstance(value, Enum):
         return repr(value.value)
     if value is None or isinstance(value, bool | int | float | complex | str):
@@ -110,13 +97,6 @@ def options(value: Any) -> dict[str, str]:
     """The public attributes of an object that are settings, as text.
 
     What a dataclass does not show, or does not take, is its state and no setting.
-
-    Args:
-        value: A layer, a loss, a schedule, a rule, …
-
-    Example:
-        >>> options(nn.Dropout(0.5))
-        {'inplace': 'False', 'p': '0.5'}
     """
     state = {"training"}
     if is_dataclass(value):
@@ -130,15 +110,7 @@ def options(value: Any) -> dict[str, str]:
 
 
 def structure(model: nn.Module) -> dict[str, str]:
-    """Every layer by its path, with its settings, and its tensors with dtype and shape.
-
-    Args:
-        model: Any.
-
-    Example:
-        >>> structure(nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU()))["0"]
-        'Linear(in_features=2, out_features=1), weight float32 [1, 2]'
-    """
+    """Every layer by its path, with its settings, and its tensors with dtype and shape."""
     found = {}
     for path, module in model.named_modules():
         own = (*parameters_in(module).items(), *buffers_in(module).items())
@@ -160,22 +132,6 @@ def describe(
     Layers and losses of `torch.nn`, `gdtrain.models` and `gdtrain.losses` are described by the
     arguments of their constructor, as they stand in the instance, and `torch.nn.Sequential` by its
     layers. Whether one of the same structure comes out is tried.
-
-    Args:
-        module: The model or loss.
-        make: The function of `gdtrain.models` that has made it, if one has.
-        sizes: What it was made with.
-
-    Returns:
-        The description; None: it cannot be built again from plain values.
-
-    Example:
-        >>> describe(nn.Sequential(nn.Flatten(), nn.Dropout(0.1)))["children"]["1"]
-        {'_target_': 'torch.nn.Dropout', 'p': 0.1, 'inplace': False}
-        >>> class Own(nn.Module):
-        ...     pass
-        >>> describe(Own()) is None
-        True
     """
     candidates = [_described(module)]
     if isinstance(make, partial):
@@ -195,24 +151,7 @@ def describe_run(
     make: Any = None,
     sizes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """How model, loss and data are built again; what cannot be is named under "own".
-
-    Args:
-        model: That is trained.
-        loss: Per example.
-        data: The data module, if there is one of gdtrain.
-        make: The function that has made the model.
-        sizes: What that was called with.
-
-    Returns:
-        Plain containers.
-
-    Example:
-        >>> class Own(nn.Module):
-        ...     pass
-        >>> describe_run(Own(), Own())["model"]
-        {'own': 'Own'}
-    """
+    """How model, loss and data are built again; what cannot be is named under "own"."""
     found = {"model": describe(model, make, sizes), "loss": describe(loss)}
     own = {"model": type(model).__qualname__, "loss": type(loss).__qualname__}
     return {
@@ -298,24 +237,7 @@ def _is_rebuilt(module: nn.Module, description: Mapping[str, Any]) -> bool:
 
 
 def rebuild(description: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The inverse of `describe`; weights are new.
-
-    Args:
-        description: What `describe` returned, perhaps from a file.
-        build: Makes one object from a description without children; it alone calls what a
-            description names.
-
-    Raises:
-        ValueError: It is no description.
-
-    Example:
-        >>> made = rebuild({"_target_": "torch.nn.Sequential", "children": {"a": {}}},
-        ...     lambda node: nn.ReLU())
-        >>> made
-        Sequential(
-          (a): ReLU()
-        )
-    """
+    """The inverse of `describe`; weights are new."""
     if not isinstance(description, Mapping):
         raise ValueError(f"A layer is described by a mapping. Received: {description!r}.")
     children = description.get("children")
@@ -326,22 +248,7 @@ def rebuild(description: Mapping[str, Any], build: Callable[[Mapping[str, Any]],
 
 
 def describe_data(data: Any) -> dict[str, Any] | None:
-    """A data module of gdtrain in plain values, where its source is a name or a file.
-
-    Args:
-        data: The data module.
-
-    Returns:
-        Its class and arguments; None: it holds arrays, or is somebody's own.
-
-    Example:
-        >>> from gdtrain.data import ArrayDataModule, EmbeddedDataModule
-        >>> found = describe_data(EmbeddedDataModule("iris", batch_size=5))
-        >>> found["_target_"], found["name"], found["batch_size"]
-        ('gdtrain.data.EmbeddedDataModule', 'iris', 5)
-        >>> describe_data(ArrayDataModule(np.zeros((4, 1)), np.arange(4) % 2)) is None
-        True
-    """
+    """A data module of gdtrain in plain values, where its source is a name or a file."""
     kind = type(data)
     name = f"gdtrain.data.{kind.__qualname__}"
     if not kind.__module__.startswith("gdtrain.data."):

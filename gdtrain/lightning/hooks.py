@@ -62,17 +62,7 @@ _REFUSED = {
 
 
 class Watchers(NamedTuple):
-    """Where sweeps must end for those who do not know them.
-
-    Args:
-        single: Who needs one update a step, in words; "": nobody.
-        cuts: The updates at which a sweep must end.
-        step: Who has hooks that are called at each step of the optimizer.
-
-    Example:
-        >>> Watchers(cuts=[Every(100)]).cuts[0].next_update(250)
-        300
-    """
+    """Where sweeps must end for those who do not know them."""
 
     single: str = ""
     cuts: Sequence[Every] = ()
@@ -80,44 +70,14 @@ class Watchers(NamedTuple):
 
 
 def overrides(owner: Any, hook: str) -> bool:
-    """Whether a callback or a module brings a hook of its own, by its class or as an attribute.
-
-    Args:
-        owner: A callback or a module.
-        hook: Name of the method.
-
-    Example:
-        >>> from lightning.pytorch.callbacks import LambdaCallback
-        >>> told = LambdaCallback(on_train_epoch_end=lambda trainer, module: None)
-        >>> overrides(told, "on_train_epoch_end"), overrides(told, "on_train_epoch_start")
-        (True, False)
-    """
+    """Whether a callback or a module brings a hook of its own, by its class or as an attribute."""
     parent = Callback if isinstance(owner, Callback) else LightningModule
     found = getattr(owner, hook, None)
     return hasattr(parent, hook) and getattr(found, "__func__", found) is not getattr(parent, hook)
 
 
 def watchers_of(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) -> Watchers:
-    """What each of the callbacks, and the module's own subclass, gets.
-
-    Args:
-        callbacks: The trainer's.
-        module: A SupervisedModule.
-        log_every: The trainer's `log_every_n_steps`.
-        by_rule: Whether a rule computes η.
-
-    Raises:
-        ValueError: One of them acts on what a sweep does not have.
-
-    Example:
-        >>> from lightning.pytorch.callbacks import EMAWeightAveraging
-        >>> saving = ModelCheckpoint(every_n_train_steps=100)
-        >>> watchers_of([saving], LightningModule(), log_every=50, by_rule=False).cuts
-        [Every(updates=100, offset=0)]
-        >>> averaging = EMAWeightAveraging()
-        >>> watchers_of([averaging], LightningModule(), log_every=50, by_rule=False).single
-        'EMAWeightAveraging acts on batches'
-    """
+    """What each of the callbacks, and the module's own subclass, gets."""
     single, cuts, step = "", list[Every](), []
     for owner in (*callbacks, module):
         name = type(owner).__name__
@@ -167,42 +127,13 @@ def _refuse(owner: Any, name: str) -> None:
 
 
 def before_step(owners: Sequence[Any], trainer: Any, module: Any, optimizer: Any) -> None:
-    """Call the hooks that come between the backward pass and the step.
-
-    Args:
-        owners: Who has them, as `Watchers.step`.
-        trainer: Lightning's.
-        module: That is trained.
-        optimizer: Whose step comes next; the gradients are in `p.grad`.
-
-    Example:
-        >>> class Tells(Callback):
-        ...     def on_after_backward(self, trainer, pl_module):
-        ...         print("the gradients are in")
-        >>> before_step([Tells()], None, None, None)
-        the gradients are in
-    """
+    """Call the hooks that come between the backward pass and the step."""
     for hook, arguments in (("on_after_backward", ()), ("on_before_optimizer_step", (optimizer,))):
         call(owners, hook, trainer, module, *arguments)
 
 
 def call(owners: Sequence[Any], hook: str, trainer: Any, module: Any, *arguments: Any) -> None:
-    """Call one hook of callbacks, and of the module.
-
-    Args:
-        owners: Who may have it.
-        hook: Its name.
-        trainer: Lightning's.
-        module: That is trained.
-        *arguments: Further ones of the hook.
-
-    Example:
-        >>> class Tells(Callback):
-        ...     def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        ...         print(optimizer)
-        >>> call([Tells()], "on_before_zero_grad", None, None, "an optimizer")
-        an optimizer
-    """
+    """Call one hook of callbacks, and of the module."""
     for owner in owners:
         if overrides(owner, hook):
             before = () if owner is module else (trainer, module)
@@ -210,13 +141,7 @@ def call(owners: Sequence[Any], hook: str, trainer: Any, module: Any, *arguments
 
 
 class UpdateHooks:
-    """Those who act on single updates: where sweeps end for them, and the calls of their hooks.
-
-    Example:
-        >>> hooks = UpdateHooks()
-        >>> hooks.watchers()
-        []
-    """
+    """Those who act on single updates: where sweeps end for them, and the calls of their hooks."""
 
     def __init__(self) -> None:
         self._found = Watchers()
@@ -226,16 +151,7 @@ class UpdateHooks:
         self._updating = False
 
     def find(self, trainer: Any, module: Any, own_step: bool = False) -> None:
-        """Ask who must see which updates of the run.
-
-        Args:
-            trainer: Lightning's.
-            module: That is trained.
-            own_step: Whether its class has a `training_step` of its own.
-
-        Raises:
-            ValueError: Somebody acts on what a sweep does not have.
-        """
+        """Ask who must see which updates of the run."""
         self._trainer, self._module = trainer, module
         by_rule = any(step_size_of(o) is not None for o in trainer.optimizers)
         found = watchers_of(trainer.callbacks, module, trainer.log_every_n_steps, by_rule)
@@ -255,12 +171,7 @@ class UpdateHooks:
         return [*self._found.cuts, *(c for c in callbacks if hasattr(c, "next_update"))]
 
     def listen(self, optimizer: Optimizer, in_sweeps: bool) -> None:
-        """Call the hooks of those who act on each step of the optimizer.
-
-        Args:
-            optimizer: That makes the updates.
-            in_sweeps: Whether a step of Lightning may be several of them.
-        """
+        """Call the hooks of those who act on each step of the optimizer."""
         self.remove()
         found = self._found
         if found.step:
@@ -278,11 +189,7 @@ class UpdateHooks:
 
     @contextmanager
     def updating(self, optimizer: Optimizer) -> Iterator[None]:
-        """Around the updates of the run itself.
-
-        Args:
-            optimizer: That makes them.
-        """
+        """Around the updates of the run itself."""
         call(self._found.step, "on_before_zero_grad", self._trainer, self._module, optimizer)
         self._updating = True
         try:

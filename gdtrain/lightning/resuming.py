@@ -52,27 +52,7 @@ _POINTS = 4096  # at which two schedules are compared
 
 
 def settings(module: Any, trainer: Any, data: Any = None) -> dict[str, str]:
-    """Everything that the next update depends on beside the state, by key.
-
-    Args:
-        module: The `SupervisedModule`.
-        trainer: Lightning's, with its callbacks.
-        data: The data module, if there is one of gdtrain.
-
-    Returns:
-        Texts: equal ones for a run that goes on as it would have.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> from gdtrain import SGD, SupervisedModule
-        >>> from gdtrain.losses import CrossEntropy
-        >>> module = SupervisedModule(nn.Linear(2, 3), CrossEntropy(), SGD)
-        >>> trainer = Trainer(max_epochs=9, accelerator="cpu", logger=False,
-        ...     enable_checkpointing=False, enable_progress_bar=False)
-        >>> found = settings(module, trainer)
-        >>> found["optimizer"], found["optimizer.lr"], found["trainer.max_epochs"]
-        ('SGD', '0.001', '9')
-    """
+    """Everything that the next update depends on beside the state, by key."""
     found = {
         **model_settings(module.model, _TRUE.get(str(trainer.precision))),
         "decay_biases": str(module.decay_biases),
@@ -103,17 +83,7 @@ def settings(module: Any, trainer: Any, data: Any = None) -> dict[str, str]:
 
 
 def model_settings(model: nn.Module, dtype: str | None = None) -> dict[str, str]:
-    """Those of a model: its class, its own settings, and every layer below it.
-
-    Args:
-        model: Any.
-        dtype: In which it will train; None: that of its tensors.
-
-    Example:
-        >>> found = model_settings(nn.Sequential(nn.Dropout(0.5)))
-        >>> found["model"], found["model/0"]
-        ('Sequential', 'Dropout(inplace=False, p=0.5)')
-    """
+    """Those of a model: its class, its own settings, and every layer below it."""
     found = {"model": type(model).__name__}
     found |= {f"model.{name}": value for name, value in options(model).items()}
     for path, layer in structure(model).items():
@@ -183,23 +153,7 @@ def _constructor_arguments(kind: type) -> list[str]:
 
 
 def planned_updates(trainer: Any, data: Any, per_epoch: int) -> int | None:
-    """T, as a trainer plans it.
-
-    Args:
-        trainer: Lightning's.
-        data: The data module, if there is one of gdtrain.
-        per_epoch: Updates in an epoch, for other loaders.
-
-    Returns:
-        Updates; None: no end.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False,
-        ...     enable_checkpointing=False, enable_progress_bar=False)
-        >>> planned_updates(trainer, None, per_epoch=10)
-        30
-    """
+    """T, as a trainer plans it."""
     if hasattr(data, "planned_updates"):
         return data.planned_updates(trainer)
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs * per_epoch
@@ -219,22 +173,6 @@ def check_resumes(
     More or fewer epochs are taken where the schedule gives the updates that were made the factors
     that they had, as a constant one does: then the run is what it would have been if it had been
     planned like that.
-
-    Args:
-        state: The checkpoint.
-        module: The `SupervisedModule`.
-        trainer: Lightning's.
-        data: The data module, if there is one.
-        path: Of the checkpoint, for the message.
-
-    Raises:
-        ValueError: Something differs, or the checkpoint holds weights only.
-
-    Example:
-        >>> check_resumes({"gdtrain": {}, "state_dict": {}}, None, None, None, "weights.ckpt")
-        Traceback (most recent call last):
-        ...
-        ValueError: weights.ckpt holds weights only: it can be evaluated, but not resumed.
     """
     own = state["gdtrain"]
     if not {"optimizer_states", "loops"} <= state.keys():
@@ -274,24 +212,7 @@ def check_resumes(
 
 
 def check_model(then: Mapping[str, str], model: nn.Module, path: str | Path) -> None:
-    """Raise, with all that differs, where a model is not of the structure that a file tells.
-
-    Args:
-        then: The settings in the file.
-        model: To be filled from it.
-        path: Of the file, for the message.
-
-    Raises:
-        ValueError: It is another.
-
-    Example:
-        >>> check_model(model_settings(nn.ReLU()), nn.Tanh(), "kept.pt")
-        Traceback (most recent call last):
-        ...
-        ValueError: The model is not that of kept.pt:
-          model: ReLU then, Tanh now
-        ...
-    """
+    """Raise, with all that differs, where a model is not of the structure that a file tells."""
     kept = {key: value for key, value in then.items() if key[:5] == "model"}
     found = _differences(kept, model_settings(model))
     found.pop("model/frozen", None)

@@ -20,19 +20,7 @@ _INDIFFERENT = (EarlyStopping,)
 
 
 def check_precision(trainer: Any) -> None:
-    """Raise where the gradients would need a scaler.
-
-    Args:
-        trainer: Lightning's.
-
-    Raises:
-        ValueError: They would.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> check_precision(trainer)
-    """
+    """Raise where the gradients would need a scaler."""
     precision = str(trainer.precision)
     if precision.startswith("16"):
         raise ValueError(
@@ -42,22 +30,7 @@ def check_precision(trainer: Any) -> None:
 
 
 def check_counts(trainer: Any) -> None:
-    """Raise where a setting would count Lightning's steps as updates.
-
-    Args:
-        trainer: Lightning's.
-
-    Raises:
-        ValueError: One would.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> check_counts(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False,
-        ...     overfit_batches=3))
-        Traceback (most recent call last):
-        ...
-        ValueError: trainer.overfit_batches counts Lightning steps, each of several updates. ...
-    """
+    """Raise where a setting would count Lightning's steps as updates."""
     if trainer.fast_dev_run:
         return
     for name, neutral in (
@@ -81,20 +54,6 @@ def epochs_at_once(trainer: Any, owners: Sequence[Any], validated: bool) -> int 
     The end of an epoch costs it some milliseconds, as long as thousands of updates of a small model
     take. So it sees only the ends at which something happens: a validation, or a hook of a callback
     (unless that has an attribute `needs_every_epoch = False`).
-
-    Args:
-        trainer: Lightning's.
-        owners: Who may have hooks: the callbacks, and the module.
-        validated: Whether there are examples for validation.
-
-    Example:
-        >>> from lightning import Callback, Trainer
-        >>> class Minds(Callback):
-        ...     def on_train_epoch_end(self, trainer, pl_module):
-        ...         pass
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> epochs_at_once(trainer, [], False), epochs_at_once(trainer, [Minds()], False)
-        (None, 1)
     """
     hooks = ("on_train_epoch_start", "on_train_epoch_end")
     minding = [
@@ -119,22 +78,6 @@ def take_over_batch_norm(trainer: Any, rule: Any) -> bool:
 
     Its way needs sized loaders, and would be planned as an epoch of updates; the statistics are to
     be made at the end of training instead.
-
-    Args:
-        trainer: Lightning's.
-        rule: That computes η, or None.
-
-    Returns:
-        Whether there are such statistics.
-
-    Raises:
-        ValueError: η would have two owners.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> take_over_batch_norm(trainer, None)
-        False
     """
     found = False
     for callback in trainer.callbacks:
