@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -17,14 +17,7 @@ from gdtrain.data.module import DataModule
 from gdtrain.losses import Loss
 from gdtrain.objective import evaluating, prediction_of
 
-__all__ = [
-    "EvaluatedModule",
-    "MeanLoss",
-    "compute_metrics",
-    "make_metrics",
-    "tag_of",
-    "update_metrics",
-]
+__all__ = ["EvaluatedModule", "MeanLoss", "compute_metrics"]
 
 
 class MeanLoss(Metric):
@@ -49,49 +42,15 @@ class MeanLoss(Metric):
         return self.total / self.count
 
 
-def tag_of(name: str, part: str) -> str:
-    """Under which a metric is logged."""
-    return f"loss/{part}" if name == "loss" else f"metric/{name}/{part}"
-
-
-def make_metrics(loss: Loss, given: Mapping[str, Metric] | None = None) -> nn.ModuleDict:
-    """The loss and the metrics, by name, that have seen nothing yet."""
-    made: dict[str, Metric]
-    if given is not None:
-        made = {name: metric.clone() for name, metric in given.items()}
-    elif loss.task == "regression":
-        made = {"r2": R2Score(), "mae": MeanAbsoluteError()}
-    else:
-        # Over decided classes, the count of classes does not matter to plain accuracy.
-        made = {"accuracy": MulticlassAccuracy(2, average="micro", validate_args=False)}
-    return nn.ModuleDict({"loss": MeanLoss(), **made})
-
-
-def update_metrics(
-    metrics: Any, loss: Loss, prediction: Tensor, targets: Tensor, scale: Tensor | None = None
-) -> None:
-    """Take the predictions of some examples in."""
-    targets = loss.as_targets(targets, prediction.shape[-1])
-    losses = loss(prediction, targets)
-    decided = loss.decide(prediction)
-    if loss.task == "regression":
-        if decided.device.type != "mps":  # R² is a difference of sums of squares
-            decided, targets = decided.double(), targets.double()
-        targets = targets.reshape(decided.shape)
-        if scale is not None:
-            scale = scale.to(decided)
-            decided, targets = decided * scale, targets * scale
-        decided, targets = decided.squeeze(1), targets.squeeze(1)
-    for name, metric in metrics.items():
-        metric.update(*((losses,) if name == "loss" else (decided, targets)))
-
-
 def compute_metrics(metrics: Any, part: str) -> dict[str, float]:
-    """Values by tag, over all ranks; the metrics start anew."""
+    """Values by tag, over all ranks; the metrics start anew.
+
+    R² of a single example, which does not exist, is left out.
+    """
     values = {}
     for name, metric in metrics.items():
         try:
-            values[tag_of(name, part)] = float(cast(Metric, metric).compute())
+            values[_tag(name, part)] = float(metric.compute())
         except ValueError:
             if not isinstance(metric, R2Score):
                 raise
@@ -99,8 +58,16 @@ def compute_metrics(metrics: Any, part: str) -> dict[str, float]:
     return values
 
 
+def _tag(name: str, part: str) -> str:
+    return f"loss/{part}" if name == "loss" else f"metric/{name}/{part}"
+
+
 class EvaluatedModule(LightningModule):
-    """A model with a loss and metrics, as Lightning validates, tests and predicts with it."""
+    """A model with a loss and metrics, as Lightning validates, tests and predicts with it.
+
+    Metrics are fed with `loss.decide(prediction)` and the targets; without any, they are accuracy
+    for classes, R² and mean absolute error for numbers.
+    """
 
     def __init__(
         self, model: nn.Module, loss: Loss, metrics: Mapping[str, Metric] | None = None
@@ -129,15 +96,27 @@ class EvaluatedModule(LightningModule):
         self.use_target_scale(getattr(preprocessing, "target_scale", None))
         for part in ("val", "test"):
             if part not in self.evaluation:
-                self.evaluation[part] = make_metrics(self.loss, self._metrics)
+                self.evaluation[part] = self._new_metrics()
 
     def use_target_scale(self, scale: Any) -> None:
-        """Compute the metrics of a regression in the units of the target."""
+        """Compute the metrics of a regression in the units that the target was divided by."""
         self._target_scale = None if scale is None else torch.as_tensor(scale, dtype=torch.float64)
 
+    def _new_metrics(self) -> nn.ModuleDict:
+        """The loss and the metrics, by name, that have seen nothing yet."""
+        made: dict[str, Metric]
+        if self._metrics is not None:
+            made = {name: metric.clone() for name, metric in self._metrics.items()}
+        elif self.loss.task == "regression":
+            made = {"r2": R2Score(), "mae": MeanAbsoluteError()}
+        else:
+            # Over decided classes, the count of classes does not matter to plain accuracy.
+            made = {"accuracy": MulticlassAccuracy(2, average="micro", validate_args=False)}
+        return nn.ModuleDict({"loss": MeanLoss(), **made})
+
     def tags(self, part: str) -> list[str]:
-        """Of the loss and the metrics."""
-        return [tag_of(name, part) for name in make_metrics(self.loss, self._metrics)]
+        """Of the loss and the metrics of "train", "val" or "test"."""
+        return [_tag(name, part) for name in self._new_metrics()]
 
     def to_model(self, tensor: Any) -> Any:
         """On the model's device; in its dtype if it holds floating-point numbers."""
@@ -169,14 +148,30 @@ class EvaluatedModule(LightningModule):
     def evaluate(
         self, batches: Iterable[tuple[Tensor, Tensor]], part: str = "train"
     ) -> dict[str, float]:
-        """Mean loss and metrics, in evaluation mode, outside Lightning's loops."""
-        metrics = make_metrics(self.loss, self._metrics).to(self.device)
+        """Mean loss and metrics over pairs of inputs and targets, outside Lightning's loops.
+
+        In evaluation mode; by tag, `loss/<part>` and `metric/<name>/<part>`.
+        """
+        metrics = self._new_metrics().to(self.device)
         with evaluating(self.model), self.averaged():
             for inputs, targets in batches:
                 self._take(metrics, inputs, targets)
         return compute_metrics(metrics, part)
 
-    def _take(self, metrics: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-        if len(inputs):
-            inputs, targets = self.to_model(inputs), self.to_model(targets)
-            update_metrics(metrics, self.loss, self(inputs), targets, self._target_scale)
+    def _take(self, metrics: Any, inputs: Tensor, targets: Tensor) -> None:
+        """Let the metrics see some examples."""
+        if not len(inputs):
+            return
+        prediction, loss = self(self.to_model(inputs)), self.loss
+        targets = loss.as_targets(self.to_model(targets), prediction.shape[-1])
+        losses, decided = loss(prediction, targets), loss.decide(prediction)
+        if loss.task == "regression":
+            if decided.device.type != "mps":  # R² is a difference of sums of squares
+                decided, targets = decided.double(), targets.double()
+            targets = targets.reshape(decided.shape)
+            if self._target_scale is not None:
+                scale = self._target_scale.to(decided)
+                decided, targets = decided * scale, targets * scale
+            decided, targets = decided.squeeze(1), targets.squeeze(1)
+        for name, metric in metrics.items():
+            metric.update(*((losses,) if name == "loss" else (decided, targets)))

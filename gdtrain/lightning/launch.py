@@ -17,9 +17,9 @@ __all__ = ["Launch", "check_processes", "is_first_process", "launch"]
 class Launch:
     """What started this process."""
 
-    by: str = ""
-    rank: int = 0
-    size: int = 1
+    by: str = ""  # the launcher's command; "": none, or gdtrain itself
+    rank: int = 0  # of this process among all of the launcher's
+    size: int = 1  # how many there are
 
 
 # Command, what tells that it was used, this process's rank, the number of processes. SLURM's are
@@ -35,7 +35,10 @@ _LAUNCHERS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 
 
 def launch(environ: Mapping[str, str] = os.environ) -> Launch:
-    """Read what the launchers of clusters leave in the environment."""
+    """Read what the launchers of clusters leave in the environment.
+
+    Where gdtrain has started the processes itself, a rank is all that is known.
+    """
     interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # a shell, not srun
     for by, sign, rank, sizes in _LAUNCHERS:
         if sign not in environ or (by == "srun" and interactive):
@@ -57,7 +60,10 @@ def is_first_process() -> bool:
 
 
 def check_processes(trainer: Mapping[str, Any]) -> None:
-    """Raise where a launcher started another number of processes than the run is to have."""
+    """Raise where a launcher started another number of processes than the run is to have.
+
+    Of the configuration's `trainer`; empty for what has one process.
+    """
     numbers = {name for _, _, rank, sizes in _LAUNCHERS for name in (rank, *sizes)}
     for name in sorted(numbers | {"LOCAL_RANK", "NODE_RANK", "SLURM_NNODES"}):
         if not os.environ.get(name, "0").isdecimal():
