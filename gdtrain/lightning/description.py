@@ -21,34 +21,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_modules import buffers_in, children_in, parameters_in
+from gdtrain._compat.torch_modules import (
+    buffers_in,
+    children_in,
+    has_hooks,
+    parameters_in,
+)
 from gdtrain.step_sizes import StepSize
 
 __all__ = ["describe", "describe_data", "describe_run", "options", "rebuild", "structure", "text"]
 
 # Where classes live that are built again from their constructor's arguments.
 _HOMES = ("torch.nn", "gdtrain.models", "gdtrain.losses")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def text(value: Any) -> str | None:
-    """A setting as text that is equal for equal settings."""
+    """A setting as text that is equal for equal settings; None for what is none (tensors, …)."""
     if isinstance(value, Enum):
         return repr(value.value)
     if value is None or isinstance(value, bool | int | float | complex | str):
         return repr(value)
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return repr(value.item())
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype | Path):
         return str(value).removeprefix("torch.")
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, type):
+    if isinstance(value, type | BuiltinFunctionType):  # torch.tanh, say
         return value.__qualname__
     if isinstance(value, list | tuple | set | frozenset):
         parts = [text(entry) for entry in value]
@@ -62,10 +59,7 @@ def text(value: Any) -> str | None:
         return _call(text(value.func) or "", {**dict(enumerate(value.args)), **value.keywords})
     if isinstance(value, FunctionType):
         # What a function has closed over is a setting too: the decay of an average, say.
-        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        return _call(_named(value), {name: _content(cell) for name, cell in cells})
-    if isinstance(value, BuiltinFunctionType):  # torch.tanh, say
-        return value.__qualname__
+        return _call(_named(value), inspect.getclosurevars(value).nonlocals)
     if is_dataclass(value) or isinstance(value, StepSize):
         return _call(type(value).__name__, options(value))
     return None
@@ -84,13 +78,6 @@ def _named(function: FunctionType) -> str:
     plain = [c for c in code.co_consts if c is None or isinstance(c, bool | int | float | str)]
     digest = hashlib.sha256(repr((code.co_code, plain, code.co_names)).encode()).hexdigest()
     return f"{name} {digest[:8]}"
-
-
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
 
 
 def options(value: Any) -> dict[str, str]:
@@ -131,7 +118,8 @@ def describe(
 
     Layers and losses of `torch.nn`, `gdtrain.models` and `gdtrain.losses` are described by the
     arguments of their constructor, as they stand in the instance, and `torch.nn.Sequential` by its
-    layers. Whether one of the same structure comes out is tried.
+    layers; or as made by `make`, a function of `gdtrain.models`, with `sizes`. Whether one of the
+    same structure comes out is tried.
     """
     candidates = [_described(module)]
     if isinstance(make, partial):
@@ -152,16 +140,15 @@ def describe_run(
     sizes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """How model, loss and data are built again; what cannot be is named under "own"."""
-    found = {"model": describe(model, make, sizes), "loss": describe(loss)}
-    own = {"model": type(model).__qualname__, "loss": type(loss).__qualname__}
     return {
-        **{part: {"own": own[part]} if how is None else how for part, how in found.items()},
+        "model": describe(model, make, sizes) or {"own": type(model).__qualname__},
+        "loss": describe(loss) or {"own": type(loss).__qualname__},
         "data": describe_data(data),
     }
 
 
 def _described(module: nn.Module) -> dict[str, Any] | None:
-    if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
+    if has_hooks(module) or "forward" in vars(module):
         return None
     kind = type(module)
     if kind is nn.Sequential:
@@ -194,12 +181,12 @@ def _arguments(value: Any, kind: type, strict: bool = False) -> dict[str, Any] |
             name in ("device", "dtype") and not strict
         ):
             continue
-        entry = getattr(value, name, inspect.Parameter.empty)
+        entry = getattr(value, name, parameter.empty)
         if name == "bias" and (entry is None or isinstance(entry, Tensor)):
             entry = entry is not None
-        if entry is inspect.Parameter.empty and (strict or parameter.default is entry):
-            return None
-        if entry is inspect.Parameter.empty:
+        if entry is parameter.empty:
+            if strict or parameter.default is entry:
+                return None
             continue
         try:
             found[name] = _plain(entry)
@@ -209,10 +196,8 @@ def _arguments(value: Any, kind: type, strict: bool = False) -> dict[str, Any] |
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype | Path):
         return str(value).removeprefix("torch.")
-    if isinstance(value, Path):
-        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -237,7 +222,7 @@ def _is_rebuilt(module: nn.Module, description: Mapping[str, Any]) -> bool:
 
 
 def rebuild(description: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The inverse of `describe`; weights are new."""
+    """The inverse of `describe`, with new weights; `build` alone calls what a description names."""
     if not isinstance(description, Mapping):
         raise ValueError(f"A layer is described by a mapping. Received: {description!r}.")
     children = description.get("children")
@@ -248,7 +233,7 @@ def rebuild(description: Mapping[str, Any], build: Callable[[Mapping[str, Any]],
 
 
 def describe_data(data: Any) -> dict[str, Any] | None:
-    """A data module of gdtrain in plain values, where its source is a name or a file."""
+    """A data module of gdtrain in plain values, where its source is a name or a file; else None."""
     kind = type(data)
     name = f"gdtrain.data.{kind.__qualname__}"
     if not kind.__module__.startswith("gdtrain.data."):
