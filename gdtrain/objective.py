@@ -226,7 +226,7 @@ class Objective:
         return self.losses(indices, draw).sum() / len(indices)
 
     def value_and_grad(self, indices: Tensor, draw: int = 0) -> tuple[Tensor, list[Tensor | None]]:
-        """J and its exact gradient, one for each of `params`; None where J does not depend on it."""
+        """J and its exact gradient, one for each parameter; None where J does not depend on it."""
         value, gradient, self.micro_batch_size = self._added_up(indices, draw, self._share)
         return value, gradient
 
