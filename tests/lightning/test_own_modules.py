@@ -1,7 +1,7 @@
 """Modules of one's own: constants of −∞, outputs in tuples, norms that need two examples, freezing.
 
-The oracle is a plain loop over the same examples with torch.optim.SGD, which shares nothing with
-the package but the order of the examples.
+The oracle is a plain loop over the same examples, which shares nothing with the package but the
+order of the examples.
 """
 
 import warnings
@@ -25,6 +25,7 @@ import gdtrain
 from gdtrain import GD, MiniBatchSGD, SupervisedModule
 from gdtrain.callbacks import BestAndLast, Divergence
 from gdtrain.data import ArrayDataModule
+from gdtrain.lightning.description import structure
 from gdtrain.losses import CrossEntropy
 from gdtrain.objective import prediction_of
 from gdtrain.schedules import Constant, Polynomial
@@ -67,6 +68,19 @@ def batches(epochs, batch_size=11):
     source.setup()
     loader = source.train_dataloader()
     return [loader.block(t, 1)[0] for t in range(epochs * loader.updates_per_epoch)]
+
+
+def plain(rates, momentum=0.0, epochs=6):
+    """The net after descent whose update t has η of its two layers, `rates(t)`; at 0 one rests."""
+    model, buffers, (x, y) = net(), {}, map(torch.from_numpy, (X, Y))
+    for t, rows in enumerate(batches(epochs)):
+        model.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        for layer, rate in zip((model[0], model[2]), rates(t), strict=True):
+            for p in layer.parameters() if rate else ():
+                buffers[p] = momentum * buffers.get(p, 0.0) + p.grad
+                p.data -= rate * buffers[p]
+    return model
 
 
 def assert_equal(model, other, tolerance=1e-12):
@@ -157,17 +171,12 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("optimizer", [partial(MiniBatchSGD, lr=0.3), partial(GD, lr=0.3)])
-def test_a_prediction_in_a_tuple_or_mapping_trains_as_the_tensor_does(way, optimizer):
-    batch_size = "full" if optimizer.func is GD else 11
-    options = {"optimizer": optimizer, "batch_size": batch_size, "engine": "eager"}
-    module, plain = train(Wrapped(way), **options), train(net(), **options)
-    assert_equal(module.model, plain.model, 0)
-    source = data(11)
-    source.setup()
-    pairs = [source.examples("train")]
-    assert module.evaluate(pairs) == plain.evaluate(pairs)
-    assert torch.equal(module(pairs[0][0]), plain(pairs[0][0]))
+def test_a_prediction_in_a_tuple_or_mapping_trains_as_the_tensor_does(way):
+    module, tensor = (train(model, engine="eager") for model in (Wrapped(way), net()))
+    assert_equal(module.model, tensor.model, 0)
+    pairs = [(torch.from_numpy(X), torch.from_numpy(Y))]
+    assert module.evaluate(pairs) == tensor.evaluate(pairs)
+    assert torch.equal(module(pairs[0][0]), tensor(pairs[0][0]))
 
 
 def test_a_mapping_in_the_compiled_engine_in_fit_and_in_predict():
@@ -242,15 +251,17 @@ def test_batch_norm_with_a_loader_of_ones_own(drop_last, batch_size, refused):
     assert module.updates == (0 if refused else N // batch_size)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6)])
-def test_norms_that_can_be_trained_on_one_example_are(norm):
-    assert train(normed(norm), batch_size=32, epochs=1).updates == 2
-
-
-def test_batch_norm_over_the_places_of_one_image_is_no_mistake():
-    model = nn.Sequential(
-        nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)
-    ).double()
+@pytest.mark.parametrize(
+    "model",
+    [
+        normed(nn.LayerNorm(6)),
+        normed(nn.GroupNorm(2, 6)),
+        nn.Sequential(  # BatchNorm over the places of one image
+            nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)
+        ).double(),
+    ],
+)
+def test_norms_that_can_be_trained_on_one_example_are(model):
     assert train(model, batch_size=32, epochs=1).updates == 2
 
 
@@ -268,28 +279,23 @@ class Thaws(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.model[0], optimizer)
 
 
-def thawed(momentum, factor=lambda t: 1.0, peak_of_first=0.03):
-    model = net()
-    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.3, momentum=momentum)
-    x, y = torch.from_numpy(X), torch.from_numpy(Y)
-    for t, rows in enumerate(batches(6)):
-        if t == 6:
-            optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.0})
-        for group, peak in zip(optimizer.param_groups, (0.3, peak_of_first), strict=False):
-            group["lr"] = peak * factor(t)
-        model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-    return model
+def thawed(t):
+    return 0.03 if t >= 6 else 0.0, 0.3
 
 
 @pytest.mark.parametrize(
-    ("engine", "momentum"), [("eager", 0.0), ("auto", 0.0), ("auto", 0.9), ("compiled", 0.9)]
+    ("kind", "engine", "momentum"),
+    [
+        (MiniBatchSGD, "eager", 0.0),
+        (MiniBatchSGD, "auto", 0.9),
+        (MiniBatchSGD, "compiled", 0.9),
+        (torch.optim.SGD, "auto", 0.0),
+    ],
 )
-def test_a_group_added_while_training_is_trained(engine, momentum):
-    optimizer = partial(MiniBatchSGD, lr=0.3, momentum=momentum)
+def test_a_group_added_while_training_is_trained(kind, engine, momentum):
+    optimizer = partial(kind, lr=0.3, momentum=momentum)
     module = train(net(), callbacks=[Thaws(), Divergence()], optimizer=optimizer, engine=engine)
-    assert_equal(module.model, thawed(momentum))
+    assert_equal(module.model, plain(thawed, momentum))
 
 
 class ThawsHot(Thaws):
@@ -326,12 +332,13 @@ def test_a_run_recovers_after_a_group_was_added_however_it_is_cut():
 def test_a_group_added_under_a_schedule_goes_on_from_its_rate():
     # The callback takes a tenth of η at update 5, and update 6 has it. T = 18.
     module = train(net(), callbacks=[Thaws()], schedule=Polynomial(power=1))
-    assert_equal(module.model, thawed(0.0, lambda t: 1 - t / 18, 0.03 * (13 / 18) / (12 / 18)))
-
-
-def test_a_baseline_optimizer_takes_groups_too():
-    module = train(net(), callbacks=[Thaws()], optimizer=partial(torch.optim.SGD, lr=0.3))
-    assert_equal(module.model, thawed(0.0))
+    scales = 13 / 12, 1.0
+    expected = plain(
+        lambda t: [
+            scale * (1 - t / 18) * rate for scale, rate in zip(scales, thawed(t), strict=True)
+        ]
+    )
+    assert_equal(module.model, expected)
 
 
 class Freezes(Callback):
@@ -343,16 +350,7 @@ class Freezes(Callback):
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 def test_layers_frozen_while_training_stay(engine):
     module = train(net(), callbacks=[Freezes()], engine=engine)
-    short = train(net(), epochs=3, schedule=Constant())
-    assert_equal(module.model[0], short.model[0], 1e-15)
-    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
-    for t, rows in enumerate(batches(6)):
-        model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        with torch.no_grad():
-            for p in (model[2] if t >= 9 else model).parameters():
-                p -= 0.3 * p.grad
-    assert_equal(module.model, model)
+    assert_equal(module.model, plain(lambda t: (0.0 if t >= 9 else 0.3, 0.3)))
 
 
 class SetsRate(Callback):
@@ -363,14 +361,7 @@ class SetsRate(Callback):
 
 def test_a_rate_set_by_a_callback_holds():
     module = train(net(), callbacks=[SetsRate()], decay_biases=True, schedule=Constant())
-    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
-    for t, rows in enumerate(batches(6)):
-        model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= (0.05 if t >= 12 else 0.3) * p.grad
-    assert_equal(module.model, model)
+    assert_equal(module.model, plain(lambda t: 2 * [0.05 if t >= 12 else 0.3]))
 
 
 class Backbone(SupervisedModule):
@@ -388,17 +379,8 @@ def test_backbone_finetuning_raises_the_rate_of_the_backbone():
     module = Backbone(net(), CrossEntropy(), partial(MiniBatchSGD, lr=0.3))
     trainer = Trainer(max_epochs=5, callbacks=[callback], precision="64-true", **QUIET)
     trainer.fit(module, datamodule=data(11))
-    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
-    for t, rows in enumerate(batches(5)):
-        model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        backbone = {0: 0.0, 1: 0.0, 2: 0.01, 3: 0.02, 4: 0.04}[t // 3]
-        with torch.no_grad():
-            for p in model[0].parameters():
-                p -= backbone * p.grad
-            for p in model[2].parameters():
-                p -= 0.3 * p.grad
-    assert_equal(module.model, model)
+    backbone = (0.0, 0.0, 0.01, 0.02, 0.04)
+    assert_equal(module.model, plain(lambda t: (backbone[t // 3], 0.3), epochs=5))
 
 
 # ---------------------------------------------------------------------- averaged weights
@@ -417,8 +399,7 @@ class Records(Callback):
         self.rates += outputs["rates"].tolist()
 
 
-@pytest.mark.parametrize("engine", ["eager", "auto"])
-@pytest.mark.parametrize("batch_size", [11, "full"])
+@pytest.mark.parametrize(("engine", "batch_size"), [("eager", 11), ("auto", "full")])
 def test_stochastic_weight_averaging_is_the_mean_of_the_epochs(engine, batch_size):
     records = Records()
     callbacks = [StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=4), records, Divergence()]
@@ -458,14 +439,9 @@ def test_batch_norm_of_averaged_weights_has_the_statistics_of_all_examples():
 
 
 def test_a_rule_that_computes_the_rate_and_swa_lrs_exclude_each_other():
+    averaging = StochasticWeightAveraging(swa_lrs=0.1)
     with pytest.raises(ValueError, match=r"sets η \(swa_lrs\), and BarzilaiBorwein computes it"):
-        train(
-            net(),
-            "full",
-            callbacks=[StochasticWeightAveraging(swa_lrs=0.1)],
-            optimizer=GD,
-            step_size="auto",
-        )
+        train(net(), "full", callbacks=[averaging], optimizer=GD, step_size="auto")
 
 
 # ---------------------------------------------------------------------- modes, and functions
@@ -480,22 +456,16 @@ def test_layers_in_evaluation_mode_stay_in_it():
     assert not model[1].training
     assert model[0].training
     assert all(map(torch.equal, before, model[1].buffers()))
-    source = data(11)
-    source.setup()
-    module.evaluate([source.examples("train")])
+    module.evaluate([(torch.from_numpy(X), torch.from_numpy(Y))])
     assert [layer.training for layer in model] == [True, False, True, True]
 
 
 def test_a_model_may_come_from_a_function_made_in_place():
-    made = gdtrain.fit(
-        lambda shape, outputs: nn.Linear(shape[0], outputs), X, Y, variant="gd", epochs=2
-    )
-    assert made.summary["updates"] == 2
+    make = lambda shape, outputs: nn.Linear(shape[0], outputs)  # noqa: E731
+    assert gdtrain.fit(make, X, Y, variant="gd", epochs=2).summary["updates"] == 2
 
 
 def test_functions_in_a_layer_are_told_apart():
-    from gdtrain.lightning.description import structure
-
     class Applies(nn.Module):
         def __init__(self, f):
             super().__init__()
