@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     TQDMProgressBar,
 )
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 
 from gdtrain import SGD, SupervisedModule
@@ -80,20 +80,13 @@ def path():
     return made
 
 
-class Log(Logger):
-    """Keeps what it is given."""
-
-    name = version = "log"
-
+class Log(DummyLogger):
     def __init__(self):
         super().__init__()
         self.steps = []
 
     def log_metrics(self, metrics, step=None):
         self.steps.append(step)
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
 
 
 # ---------------------------------------------------------------------- one update a step
@@ -239,10 +232,11 @@ def test_checkpoints_every_so_many_updates(tmp_path, every):
     ],
 )
 def test_monitors_log_at_their_points(make, expected, monkeypatch):
-    callbacks = "lightning.pytorch.callbacks"
-    cpu = "lightning.pytorch.accelerators.cpu"
-    monkeypatch.setattr(f"{callbacks}.device_stats_monitor._PSUTIL_AVAILABLE", True)
-    monkeypatch.setattr(f"{cpu}.CPUAccelerator.get_device_stats", lambda *_: {"x": 1.0})
+    lightning = "lightning.pytorch"
+    monkeypatch.setattr(f"{lightning}.callbacks.device_stats_monitor._PSUTIL_AVAILABLE", True)
+    monkeypatch.setattr(
+        f"{lightning}.accelerators.cpu.CPUAccelerator.get_device_stats", lambda *_: {"x": 1.0}
+    )
     log = Log()
     fit([make()], logger=[log], log_every_n_steps=20)
     assert [step for step in log.steps if step is not None] == expected

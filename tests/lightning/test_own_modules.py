@@ -5,7 +5,6 @@ order of the examples.
 """
 
 import warnings
-from collections import namedtuple
 from functools import partial
 
 import numpy as np
@@ -15,6 +14,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    LambdaCallback,
     StochasticWeightAveraging,
 )
 from torch import nn
@@ -38,7 +38,6 @@ QUIET = {
     "accelerator": "cpu",
     "logger": False,
     "limit_val_batches": 0,
-    "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
@@ -49,22 +48,28 @@ def data(batch_size, **options):
     return ArrayDataModule(X, Y, batch_size=batch_size, dtype="float64", **options)
 
 
-def net(seed=0, **layers):
-    torch.manual_seed(seed)
+def net():
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
 
 
-def train(model, batch_size=11, epochs=6, callbacks=(), lr=0.3, schedule=None, **options):
-    optimizer = options.pop("optimizer", partial(MiniBatchSGD, lr=lr))
-    module = SupervisedModule(model, CrossEntropy(), optimizer, schedule, **options)
-    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), precision="64-true", **QUIET)
-    trainer.fit(module, datamodule=data(batch_size))
+def train(
+    model, batch_size=11, *, epochs=6, callbacks=(), schedule=None, checkpoint=None, **options
+):
+    optimizer = options.pop("optimizer", partial(MiniBatchSGD, lr=0.3))
+    kind, source = options.pop("kind", SupervisedModule), options.pop("data", {})
+    module = kind(model, CrossEntropy(), optimizer, schedule, **options)
+    saves = {"enable_checkpointing": any(isinstance(c, BestAndLast) for c in callbacks)}
+    trainer = Trainer(
+        max_epochs=epochs, callbacks=list(callbacks), precision="64-true", **QUIET, **saves
+    )
+    trainer.fit(module, datamodule=data(batch_size, **source), ckpt_path=checkpoint)
     return module
 
 
-def batches(epochs, batch_size=11):
+def batches(epochs):
     """The examples of each update, as gdtrain draws them."""
-    source = data(batch_size)
+    source = data(11)
     source.setup()
     loader = source.train_dataloader()
     return [loader.block(t, 1)[0] for t in range(epochs * loader.updates_per_epoch)]
@@ -117,15 +122,12 @@ def test_a_mask_of_minus_infinity_is_a_constant(callbacks):
 
 
 def test_a_model_with_a_mask_is_saved_and_goes_on(tmp_path):
-    saved, options = BestAndLast(tmp_path), {**QUIET, "enable_checkpointing": True}
-    whole = train(Attends(buffer=True), callbacks=[Divergence()])
+    saved = BestAndLast(tmp_path)
     for epochs, path in ((3, None), (6, str(saved.last_path))):
-        module = SupervisedModule(Attends(True), CrossEntropy(), partial(MiniBatchSGD, lr=0.3))
         callbacks = [saved, Divergence()]
-        trainer = Trainer(max_epochs=epochs, callbacks=callbacks, precision="64-true", **options)
-        trainer.fit(module, datamodule=data(11), ckpt_path=path)
+        module = train(Attends(True), epochs=epochs, callbacks=callbacks, checkpoint=path)
     assert module.stop is None
-    assert_equal(module.model, whole.model, 0)
+    assert_equal(module.model, train(Attends(True), callbacks=[Divergence()]).model, 0)
 
 
 class Spoils(Callback):
@@ -151,11 +153,8 @@ def test_a_buffer_that_was_finite_is_watched(value):
 
 # ---------------------------------------------------------------------- what a model returns
 
-Output = namedtuple("Output", ["prediction", "hidden"])
 WAYS = {
     "tuple": lambda logits, x: (logits, x),
-    "list": lambda logits, x: [logits, None],
-    "namedtuple": lambda logits, x: Output(logits, x),
     "logits": lambda logits, x: {"hidden": x, "logits": logits},
     "only entry": lambda logits, x: {"out": logits},
 }
@@ -213,24 +212,22 @@ def normed(norm):
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("batch_size", "micro", "why"),
     [
-        ({"batch_size": 32}, "the last batch of an epoch has one: 33 examples in batches of 32"),
-        ({"batch_size": 8}, "the last batch of an epoch has one: 33 examples in batches of 8"),
-        ({"batch_size": 1}, "each update sees one"),
-        ({"batch_size": 11, "micro_batch_size": 5}, "11 examples of a batch in passes of 5"),
-        ({"batch_size": 11, "micro_batch_size": 1}, "11 examples of a batch in passes of 1"),
-        ({"batch_size": "full", "micro_batch_size": 16}, "33 examples of a batch in passes of 16"),
-        ({"batch_size": 20, "micro_batch_size": 12}, "13 examples of a batch in passes of 12"),
+        (32, None, "the last batch of an epoch has one: 33 examples in batches of 32"),
+        (1, None, "each update sees one"),
+        (11, 5, "11 examples of a batch in passes of 5"),
+        ("full", 16, "33 examples of a batch in passes of 16"),
+        (20, 12, "13 examples of a batch in passes of 12"),
     ],
 )
-def test_batch_norm_is_told_before_the_first_update_that_one_example_will_come(options, why):
+def test_batch_norm_is_told_before_the_first_update_that_one_example_will_come(
+    batch_size, micro, why
+):
     model = normed(nn.BatchNorm1d(6))
     before = [t.clone() for t in model.state_dict().values()]
-    module = SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=0.1))
-    trainer = Trainer(max_epochs=2, precision="64-true", **QUIET)
     with pytest.raises(ValueError, match=why):
-        trainer.fit(module, datamodule=data(**options))
+        train(model, batch_size, data={"micro_batch_size": micro})
     assert all(map(torch.equal, before, model.state_dict().values()))
 
 
@@ -242,7 +239,7 @@ def test_batch_norm_with_a_loader_of_ones_own(drop_last, batch_size, refused):
     loader = DataLoader(pairs, batch_size=batch_size, drop_last=drop_last)
     warnings.filterwarnings("ignore", message="You defined a `validation_step`")
     module = SupervisedModule(normed(nn.BatchNorm1d(6)), CrossEntropy(), partial(GD, lr=0.1))
-    trainer = Trainer(max_epochs=1, precision="64-true", **QUIET)
+    trainer = Trainer(max_epochs=1, precision="64-true", enable_checkpointing=False, **QUIET)
     if refused:
         with pytest.raises(ValueError, match="33 examples in batches of 8"):
             trainer.fit(module, loader)
@@ -308,25 +305,20 @@ class ThawsHot(Thaws):
 
 
 def test_a_run_recovers_after_a_group_was_added_however_it_is_cut():
-    found = []
+    found, (x, y) = [], map(torch.from_numpy, (X, Y))
     for cut in (1, 7, "auto"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
         divergence = Divergence(recoveries=40)
-        optimizer = partial(MiniBatchSGD, lr=0.3)
-        module = SupervisedModule(model, CrossEntropy(), optimizer, Constant())
-        callbacks = [ThawsHot(), divergence]
-        trainer = Trainer(max_epochs=300, callbacks=callbacks, precision="64-true", **QUIET)
-        trainer.fit(module, datamodule=data(11, updates_per_sweep=cut))
+        callbacks, sweeps = [ThawsHot(), divergence], {"updates_per_sweep": cut}
+        module = train(model, epochs=300, callbacks=callbacks, schedule=Constant(), data=sweeps)
         assert module.stop is None
         events = [(event["update"], event["good_update"]) for event in divergence.events]
         found.append([events, *(p.tolist() for p in model.parameters())])
     assert found[0] == found[1] == found[2]
     assert events[0][0] in range(6, 22)
     assert events[0][1] == 6  # where it was thawed
-    with torch.no_grad():
-        loss = F.cross_entropy(model(torch.from_numpy(X)), torch.from_numpy(Y))
-    assert loss < 0.4
+    assert F.cross_entropy(model(x), y) < 0.4
 
 
 def test_a_group_added_under_a_schedule_goes_on_from_its_rate():
@@ -341,26 +333,26 @@ def test_a_group_added_under_a_schedule_goes_on_from_its_rate():
     assert_equal(module.model, expected)
 
 
-class Freezes(Callback):
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 3:
-            pl_module.model[0].requires_grad_(False)
+def at_epoch(number, act):
+    """A callback that does something to the module, or its optimizer, at the start of an epoch."""
+
+    def start(trainer, module):
+        if trainer.current_epoch == number:
+            act(module.model, trainer.optimizers[0].param_groups[0])
+
+    return LambdaCallback(on_train_epoch_start=start)
 
 
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 def test_layers_frozen_while_training_stay(engine):
-    module = train(net(), callbacks=[Freezes()], engine=engine)
+    freezes = at_epoch(3, lambda model, group: model[0].requires_grad_(False))
+    module = train(net(), callbacks=[freezes], engine=engine)
     assert_equal(module.model, plain(lambda t: (0.0 if t >= 9 else 0.3, 0.3)))
 
 
-class SetsRate(Callback):
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 4:
-            trainer.optimizers[0].param_groups[0]["lr"] = 0.05
-
-
 def test_a_rate_set_by_a_callback_holds():
-    module = train(net(), callbacks=[SetsRate()], decay_biases=True, schedule=Constant())
+    sets = at_epoch(4, lambda model, group: group.update(lr=0.05))
+    module = train(net(), callbacks=[sets], decay_biases=True, schedule=Constant())
     assert_equal(module.model, plain(lambda t: 2 * [0.05 if t >= 12 else 0.3]))
 
 
@@ -376,9 +368,7 @@ def test_backbone_finetuning_raises_the_rate_of_the_backbone():
     callback = BackboneFinetuning(
         unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 2.0, backbone_initial_lr=0.01
     )
-    module = Backbone(net(), CrossEntropy(), partial(MiniBatchSGD, lr=0.3))
-    trainer = Trainer(max_epochs=5, callbacks=[callback], precision="64-true", **QUIET)
-    trainer.fit(module, datamodule=data(11))
+    module = train(net(), kind=Backbone, epochs=5, callbacks=[callback])
     backbone = (0.0, 0.0, 0.01, 0.02, 0.04)
     assert_equal(module.model, plain(lambda t: (backbone[t // 3], 0.3), epochs=5))
 
