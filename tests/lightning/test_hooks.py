@@ -21,8 +21,6 @@ from lightning.pytorch.callbacks import (
     ModelSummary,
     OnExceptionCheckpoint,
     RichProgressBar,
-    SpikeDetection,
-    ThroughputMonitor,
     Timer,
     TQDMProgressBar,
 )
@@ -62,6 +60,14 @@ def fit(callbacks=(), **options):
 
 def weights(module):
     return torch.cat([p.detach().flatten() for p in module.model.parameters()])
+
+
+def saved(file):
+    """The number of updates in a checkpoint, and θ."""
+    state = torch.load(file, weights_only=True)
+    assert state["global_step"] == state["gdtrain"]["updates"]
+    theta = [p.flatten() for name, p in state["state_dict"].items() if name.startswith("model")]
+    return state["global_step"], torch.cat(theta)
 
 
 def path():
@@ -152,16 +158,6 @@ def test_the_ends_of_epochs_are_seen_by_functions_too():
     assert module.seen == [module.updates_per_epoch, 2 * module.updates_per_epoch, 250]
 
 
-@pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`")
-def test_throughput_and_spikes_of_single_updates():
-    sizes = []
-    throughput = ThroughputMonitor(batch_size_fn=lambda batch: sizes.append(len(batch[0])) or 1)
-    spikes = SpikeDetection(warmup=5, atol=1e9, rtol=1e9)
-    module = fit([throughput, spikes], logger=[Log()])
-    assert sizes[:UPDATES] == [1] * UPDATES
-    assert module.updates == UPDATES
-
-
 # ---------------------------------------------------------------------- hooks of a step
 
 
@@ -213,14 +209,9 @@ def test_a_modules_own_hook_acts_on_each_step():
 def test_checkpoints_every_so_many_updates(tmp_path, every):
     saving = ModelCheckpoint(tmp_path, every_n_train_steps=every, save_top_k=-1)
     fit([saving])
-    thetas = path()
-    updates = []
-    for file in tmp_path.iterdir():
-        state = torch.load(file, weights_only=True)
-        updates.append(state["global_step"])
-        saved = torch.cat([p.flatten() for k, p in state["state_dict"].items() if "model" in k])
-        assert torch.allclose(saved, thetas[updates[-1]], atol=1e-6)
-    assert sorted(updates) == list(range(every, UPDATES + 1, every))
+    thetas, found = path(), dict(map(saved, tmp_path.iterdir()))
+    assert sorted(found) == list(range(every, UPDATES + 1, every))
+    assert all(torch.allclose(theta, thetas[t], atol=1e-6) for t, theta in found.items())
 
 
 @pytest.mark.parametrize(
@@ -242,19 +233,6 @@ def test_monitors_log_at_their_points(make, expected, monkeypatch):
     assert [step for step in log.steps if step is not None] == expected
 
 
-class Ends(Callback):
-    """Knows sweeps; counts them."""
-
-    def __init__(self):
-        self.count = 0
-
-    def next_update(self, update):
-        return None
-
-    def on_train_batch_end(self, *args):
-        self.count += 1
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -267,9 +245,10 @@ class Ends(Callback):
     ],
 )
 def test_who_only_looks_on_costs_nothing(make):
-    ends = Ends()
-    fit([make(), ends], enable_progress_bar=True, logger=[Log()])
-    assert ends.count == 1
+    ends = told("on_train_batch_end")
+    ends.next_update = lambda update: None  # it knows sweeps
+    options = {"enable_progress_bar": True, "logger": [Log()]}
+    assert fit([make(), ends], kind=Seeing, **options).seen == [UPDATES]
 
 
 @pytest.mark.filterwarnings("ignore:.*ckpt_path=")
@@ -288,11 +267,9 @@ def test_what_an_exception_saves_is_the_state_that_is_counted(tmp_path, monkeypa
     monkeypatch.setattr(SGD, "step", fail)
     with pytest.raises(RuntimeError, match="in an update"):
         trainer.fit(module, datamodule=data)
-    state = torch.load(tmp_path / "saved.ckpt", weights_only=True)
-    saved = torch.cat([p.flatten() for k, p in state["state_dict"].items() if "model" in k])
-    assert len(made) == 3
-    assert state["global_step"] == state["gdtrain"]["updates"] == 0
-    assert torch.equal(saved, path()[0])
+    updates, theta = saved(tmp_path / "saved.ckpt")
+    assert (len(made), updates) == (3, 0)
+    assert torch.equal(theta, path()[0])
 
 
 # ---------------------------------------------------------------------- refused

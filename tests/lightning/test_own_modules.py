@@ -34,6 +34,7 @@ N = 33
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, 4))
 Y = (X[:, 0] + 0.3 * RNG.normal(size=N) > 0).astype(int)
+PAIR = torch.from_numpy(X), torch.from_numpy(Y)
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -77,7 +78,7 @@ def batches(epochs):
 
 def plain(rates, momentum=0.0, epochs=6):
     """The net after descent whose update t has η of its two layers, `rates(t)`; at 0 one rests."""
-    model, buffers, (x, y) = net(), {}, map(torch.from_numpy, (X, Y))
+    model, buffers, (x, y) = net(), {}, PAIR
     for t, rows in enumerate(batches(epochs)):
         model.zero_grad()
         F.cross_entropy(model(x[rows]), y[rows]).backward()
@@ -104,48 +105,36 @@ class Attends(nn.Module):
         torch.manual_seed(0)
         self.layer = nn.Linear(4, 2).double()
         mask = torch.triu(torch.full((4, 4), -torch.inf, dtype=torch.float64), 1)
-        self.mask = mask if not buffer else None
         if buffer:
-            del self.mask
             self.register_buffer("mask", mask)
+        else:
+            self.mask = mask
 
     def forward(self, x):
         return self.layer(torch.softmax(x[:, None] * x[:, :, None] + self.mask, -1).sum(1))
 
 
-@pytest.mark.parametrize("callbacks", [[], [Divergence()]], ids=["alone", "divergence"])
-def test_a_mask_of_minus_infinity_is_a_constant(callbacks):
-    module = train(Attends(buffer=True), callbacks=callbacks)
-    assert module.stop is None
-    assert module.updates == 18
-    assert_equal(module.model, train(Attends(buffer=False)).model, 0)
-
-
-def test_a_model_with_a_mask_is_saved_and_goes_on(tmp_path):
-    saved = BestAndLast(tmp_path)
+def test_a_mask_of_minus_infinity_is_a_constant_and_a_run_with_it_goes_on(tmp_path):
+    whole, saved = train(Attends(buffer=False)), BestAndLast(tmp_path)
+    module = train(Attends(buffer=True), callbacks=[Divergence()])
+    assert (module.stop, module.updates) == (None, 18)
+    assert_equal(module.model, whole.model, 0)
     for epochs, path in ((3, None), (6, str(saved.last_path))):
         callbacks = [saved, Divergence()]
         module = train(Attends(True), epochs=epochs, callbacks=callbacks, checkpoint=path)
     assert module.stop is None
-    assert_equal(module.model, train(Attends(True), callbacks=[Divergence()]).model, 0)
-
-
-class Spoils(Callback):
-    """Puts a number into a buffer after an update."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if pl_module.updates >= 5:
-            pl_module.model.count.fill_(self.value)
+    assert_equal(module.model, whole.model, 0)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_buffer_that_was_finite_is_watched(value):
+    def spoil(trainer, module, *_):
+        if module.updates >= 5:
+            module.model.count.fill_(value)
+
     model = Attends(buffer=True)
     model.register_buffer("count", torch.zeros(2))
-    callbacks = [Spoils(value), Divergence("stop")]
+    callbacks = [LambdaCallback(on_train_batch_end=spoil), Divergence("stop")]
     module = train(model, callbacks=callbacks, epochs=200)
     assert module.stop.reason.value == "NON_FINITE"
     assert module.updates < 600
@@ -173,9 +162,8 @@ class Wrapped(nn.Module):
 def test_a_prediction_in_a_tuple_or_mapping_trains_as_the_tensor_does(way):
     module, tensor = (train(model, engine="eager") for model in (Wrapped(way), net()))
     assert_equal(module.model, tensor.model, 0)
-    pairs = [(torch.from_numpy(X), torch.from_numpy(Y))]
-    assert module.evaluate(pairs) == tensor.evaluate(pairs)
-    assert torch.equal(module(pairs[0][0]), tensor(pairs[0][0]))
+    assert module.evaluate([PAIR]) == tensor.evaluate([PAIR])
+    assert torch.equal(module(PAIR[0]), tensor(PAIR[0]))
 
 
 def test_a_mapping_in_the_compiled_engine_in_fit_and_in_predict():
@@ -235,8 +223,7 @@ def test_batch_norm_is_told_before_the_first_update_that_one_example_will_come(
     ("drop_last", "batch_size", "refused"), [(False, 8, True), (True, 8, False), (False, 11, False)]
 )
 def test_batch_norm_with_a_loader_of_ones_own(drop_last, batch_size, refused):
-    pairs = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
-    loader = DataLoader(pairs, batch_size=batch_size, drop_last=drop_last)
+    loader = DataLoader(TensorDataset(*PAIR), batch_size=batch_size, drop_last=drop_last)
     warnings.filterwarnings("ignore", message="You defined a `validation_step`")
     module = SupervisedModule(normed(nn.BatchNorm1d(6)), CrossEntropy(), partial(GD, lr=0.1))
     trainer = Trainer(max_epochs=1, precision="64-true", enable_checkpointing=False, **QUIET)
@@ -305,7 +292,7 @@ class ThawsHot(Thaws):
 
 
 def test_a_run_recovers_after_a_group_was_added_however_it_is_cut():
-    found, (x, y) = [], map(torch.from_numpy, (X, Y))
+    found, (x, y) = [], PAIR
     for cut in (1, 7, "auto"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
@@ -423,7 +410,7 @@ def test_batch_norm_of_averaged_weights_has_the_statistics_of_all_examples():
     module = train(model, callbacks=[averaging], epochs=5)
     assert module.updates == 15  # no epoch more
     with torch.no_grad():
-        h = model[0](torch.from_numpy(X))
+        h = model[0](PAIR[0])
     torch.testing.assert_close(model[1].running_mean, h.mean(0))
     torch.testing.assert_close(model[1].running_var, h.var(0, unbiased=False))
 
@@ -446,7 +433,7 @@ def test_layers_in_evaluation_mode_stay_in_it():
     assert not model[1].training
     assert model[0].training
     assert all(map(torch.equal, before, model[1].buffers()))
-    module.evaluate([(torch.from_numpy(X), torch.from_numpy(Y))])
+    module.evaluate([PAIR])
     assert [layer.training for layer in model] == [True, False, True, True]
 
 

@@ -157,7 +157,6 @@ def checkpoints(tmp_path_factory):
 REFUSED = {
     "lr: 0.1 then, 0.2 now": {"optimizer": sgd(lr=0.2)},
     "momentum: 0.5 then, 0.6 now": {"optimizer": sgd(momentum=0.6)},
-    "nesterov: False then, True now": {"optimizer": sgd(nesterov=True)},
     "weight_decay: 0.01, 0.0 (by group) then, 0.0 now": {"optimizer": sgd(weight_decay=0.0)},
     "optimizer: SGD then, MiniBatchSGD now": {
         "optimizer": partial(MiniBatchSGD, lr=0.1, momentum=0.5, weight_decay=0.01)
@@ -192,9 +191,7 @@ REFUSED = {
     "micro_batch_size: None then, 7 now": {"micro_batch_size": 7},
     "sampling: 'reshuffle' then, 'replacement' now": {"sampling": "replacement"},
     "seed: 0 then, 1 now": {"seed": 1},
-    "split_seed: 0 then, 1 now": {"split_seed": 1},
     "val_fraction: 0.1 then, 0.2 now": {"val_fraction": 0.2},
-    "test_fraction: 0.2 then, 0.1 now": {"test_fraction": 0.1},
     "standardize: True then, False now": {"standardize": False},
     "dtype: float32 then, float64 now": {"dtype": "float64"},
     "Divergence.action: 'recover' then, 'stop' now": {"divergence": partial(Divergence, "stop")},
@@ -249,6 +246,7 @@ DAMAGES = {
     "progress": (lambda s: s["loops"].update(fit_loop=3), "loops"),
     "race": (lambda s: s["gdtrain"].update(race={"speed": 1}), "State"),
     "random state": (lambda s: s["gdtrain"].pop("random_state"), r"gdtrain\.random_state"),
+    "weights alone": (lambda s: s.pop("optimizer_states"), "holds weights only"),
 }
 
 
@@ -258,7 +256,7 @@ def test_a_damaged_checkpoint_is_refused_with_its_name_and_part(checkpoints, tmp
     state = torch.load(checkpoints("usual"), weights_only=True)
     change(state)
     torch.save(state, tmp_path / "damaged.ckpt")
-    with pytest.raises(ValueError, match=rf"damaged\.ckpt cannot be resumed from.*{part}"):
+    with pytest.raises(ValueError, match=rf"damaged\.ckpt .*{part}"):
         start(checkpoint=tmp_path / "damaged.ckpt")
 
 
