@@ -18,7 +18,7 @@ from gdtrain.descent.race import race
 from gdtrain.engines import Eager, Native
 from gdtrain.generators import RandomStates
 from gdtrain.losses import CrossEntropy, Hinge, SquaredError
-from gdtrain.models import MLP, Linear
+from gdtrain.models import Linear
 from gdtrain.objective import Objective
 from gdtrain.schedules import Constant, Cosine, WarmupStableDecay
 from gdtrain.step_sizes import BarzilaiBorwein, StochasticPolyak
@@ -198,14 +198,13 @@ def test_the_data_and_the_start_of_the_run_are_those_of_a_run_without_a_race():
 
 
 def test_what_auto_cannot_have_is_told():
+    model, loss = Linear((2,), 1), SquaredError()
     with pytest.raises(ValueError, match="work with GD, SGD and MiniBatchSGD of gdtrain"):
         fitted(torch.optim.Adam, 32)
     with pytest.raises(ValueError, match="must be a factory"):
-        SupervisedModule(
-            MLP((2,), 1), SquaredError(), SGD([nn.Parameter(torch.ones(1))]), step_size="auto"
-        )
+        SupervisedModule(model, loss, SGD(model.parameters()), step_size="auto")
     with pytest.raises(ValueError, match="step_size must be a rule"):
-        SupervisedModule(MLP((2,), 1), SquaredError(), SGD, step_size="fast")
+        SupervisedModule(model, loss, SGD, step_size="fast")
 
 
 def test_a_user_needs_no_rate():
