@@ -31,8 +31,8 @@ WINDOW = 16
 """Updates over which a loss must have grown."""
 _STRETCH, _GOOD = 64, 256  # updates and examples at least, by whose losses states are compared
 _SPACING = 2**14  # updates from station to station, at most
-_PART = 32  # of the planned updates, 1/32 at most (but 16 updates)
-_SOFAR = 4  # of the updates made, 1/4 at most (but 16 updates)
+_PART = 16  # of the planned updates, 1/16 at most (but 16 updates)
+_SOFAR = 2  # of the updates made, half at most (but 16 updates)
 _HIGH = 2.0  # times the start's loss: is above it, whatever the noise
 _LASTING = 1.5  # the same, where it lasts for three looks or until the end
 _FORECAST = 0.2  # of the start's loss: where the run would end, if the loss fell as 1/t
@@ -295,8 +295,8 @@ class LossMonitor:
 def next_station(update: int, most: int, total: int | None, *ends: int | None) -> int | None:
     """The next update number at which losses are read; fixed before training.
 
-    A multiple of a power of two that is about 1/4 of the updates made, but at least 16, and at most
-    T/32, 2¹⁴ or `most`.
+    A multiple of a power of two that is about half of the updates made, but at least 16, and at
+    most T/16, 2¹⁴ or `most`.
     """
     most = min(_SPACING, most)
     if total is not None:

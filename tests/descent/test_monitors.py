@@ -153,10 +153,10 @@ def test_stations():
     stations, update = [], 0
     while update < 4096:
         stations.append(update := next_station(update, 2**16, 4096))
-    # Multiples of 16, then of the power of two at a quarter of the updates made, to 4096/32.
-    assert stations[:8] == [16, 32, 48, 64, 80, 96, 112, 128]
-    assert stations[8:11] == [160, 192, 224]
-    assert stations[-2:] == [3968, 4096]
+    # Multiples of 16, then of the power of two at half of the updates made, to 4096/16.
+    assert stations[:8] == [16, 32, 48, 64, 96, 128, 192, 256]
+    assert stations[8:11] == [384, 512, 768]
+    assert stations[-2:] == [3840, 4096]
     assert next_station(0, 3, None) == 2  # a power of two, not above the bound
     assert next_station(10**9, 10**9, None) == 10**9 - 10**9 % 2**14 + 2**14
     assert [stretch_length(size) for size in (1, 3, 4, 1000, None)] == [256, 128, 64, 64, 64]
