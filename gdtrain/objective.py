@@ -5,8 +5,6 @@
 N examples, B of them named, M in one forward and backward pass, R ranks. Each pass adds its share,
 a sum divided by B, and the ranks' shares are added once, so that M, a ragged last pass and uneven
 ranks cannot change the result (but for rounding).
-
-An optimizer with weight decay λ descends on f = J + ½λ‖θ‖², see `gdtrain.penalised`.
 """
 
 from __future__ import annotations
@@ -43,15 +41,7 @@ _LEAST = 256  # examples that are passed together on CPU, if memory lets them
 
 
 def own_part(count: int, rank: int, ranks: int) -> tuple[int, int]:
-    """A rank's part of `count` examples: nothing padded, repeated or dropped.
-
-    Args:
-        count: Examples in all.
-        rank: From 0.
-        ranks: R.
-
-    Returns:
-        The first, and the one after the last.
+    """A rank's part of `count` examples, [first, end): nothing padded, repeated or dropped.
 
     Example:
         >>> [own_part(7, rank, 3) for rank in range(3)]
@@ -64,9 +54,6 @@ def own_part(count: int, rank: int, ranks: int) -> tuple[int, int]:
 
 def buffers_of(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
     """Where each buffer lies: the module's own mapping, the name in it, and the buffer.
-
-    Args:
-        model: Any module.
 
     Example:
         >>> [(name, len(buffer)) for _, name, buffer in buffers_of(nn.BatchNorm1d(2))[:2]]
@@ -83,9 +70,6 @@ def buffers_of(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within it, a model is in evaluation mode; after it, each layer is in the mode it was in.
-
-    Args:
-        model: Any module; layers that were frozen in evaluation mode stay so.
 
     Example:
         >>> model = nn.Sequential(nn.Dropout(), nn.BatchNorm1d(1).eval())
@@ -107,11 +91,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def untouched(model: nn.Module) -> Iterator[None]:
     """Leaves a model's buffers, and all generators that its layers may draw from, as they were.
 
-    Inside, the model has copies of its buffers.
-
-    Args:
-        model: Any module, BatchNorm and dropout included.
-
     Example:
         >>> layer = nn.BatchNorm1d(1)
         >>> with untouched(layer):
@@ -120,7 +99,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
         tensor([0.])
     """
     own = buffers_of(model)
-    copies = {id(buffer): buffer.clone() for _, _, buffer in own}
+    copies = {id(buffer): buffer.clone() for _, _, buffer in own}  # one may be at two places
     try:
         for owner, name, buffer in own:
             owner[name] = copies[id(buffer)]
@@ -135,16 +114,7 @@ def prediction_of(output: Any) -> Tensor:
     """The prediction in what a model returns.
 
     A tensor is the prediction itself; of a tuple or list, it is the first entry; of a mapping, the
-    entry `logits`, or the only one.
-
-    Args:
-        output: Of a model's forward pass.
-
-    Returns:
-        The prediction.
-
-    Raises:
-        ValueError: There is none at that place.
+    entry `logits`, or the only one. Elsewhere a ValueError says that there is none.
 
     Example:
         >>> logits, hidden = torch.zeros(2, 3), torch.ones(2, 8)
@@ -154,18 +124,15 @@ def prediction_of(output: Any) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    first = None
+    first, what = None, type(output).__name__
     if isinstance(output, Mapping):
         first = output.get("logits", next(iter(output.values())) if len(output) == 1 else None)
-    elif isinstance(output, tuple | list) and output:
-        first = output[0]
-    if isinstance(first, Tensor):
-        return first
-    what = type(output).__name__
-    if isinstance(output, Mapping):
         what += f" with the keys {', '.join(map(repr, output)) or '(none)'}"
     elif isinstance(output, tuple | list):
+        first = output[0] if output else None
         what += f" of {', '.join(type(entry).__name__ for entry in output) or 'nothing'}"
+    if isinstance(first, Tensor):
+        return first
     raise ValueError(
         f"A model must return its prediction as a tensor, as the first entry of a tuple or list, "
         f"or as the entry 'logits' (or the only one) of a mapping. Received: {what}."
@@ -188,6 +155,11 @@ class Rows(Protocol):
 
 class Objective:
     """J over resident (or memory-mapped) examples, by micro-batches.
+
+    `indices` are (B,), int64; `draw` names the random numbers of gdtrain's own layers: the same
+    draw, the same numbers. The model stays in the mode that it is in. `value_and_grad` and the
+    products with the Hessian are over all ranks, whose indices must be the same; all else is of
+    this process alone.
 
     Args:
         model: (B, …) to (B, C), see `prediction_of`.
@@ -242,61 +214,32 @@ class Objective:
 
     @torch.no_grad()
     def losses(self, indices: Tensor, draw: int = 0) -> Tensor:
-        """ℓ of each example, on this process alone; the model stays in the mode that it is in.
-
-        Args:
-            indices: (B,), int64.
-            draw: Names the random numbers of gdtrain's own layers: the same draw, the same numbers.
-
-        Returns:
-            (B,).
-        """
-        size = self.micro_batch_size or max(len(indices), 1)
+        """ℓ of each example, (B,)."""
         parts = []
-        for first in range(0, len(indices), size):
+        for first, part in self._passes(indices):
             with drawing(draw, first):
-                parts.append(self._losses(indices[first : first + size]))
+                parts.append(self._losses(part))
         return torch.cat(parts)
 
     def value(self, indices: Tensor, draw: int = 0) -> Tensor:
-        """J, without its gradient, on this process alone.
-
-        Args:
-            indices: (B,), int64.
-            draw: As for `losses`.
-
-        Returns:
-            A scalar.
-        """
+        """J, without its gradient."""
         return self.losses(indices, draw).sum() / len(indices)
 
     def value_and_grad(self, indices: Tensor, draw: int = 0) -> tuple[Tensor, list[Tensor | None]]:
-        """J and its exact gradient, over all ranks.
-
-        Args:
-            indices: (B,), int64, the same on every rank.
-            draw: As for `losses`.
-
-        Returns:
-            A scalar, and one gradient for each parameter; None where J does not depend on it.
-        """
+        """J and its exact gradient, one for each parameter; None where J does not depend on it."""
         value, gradient, self.micro_batch_size = self._added_up(indices, draw, self._share)
         return value, gradient
 
     def hessian_vector(self, indices: Tensor, v: Sequence[Tensor], draw: int = 0) -> list[Tensor]:
-        """∇²J v, exactly, over all ranks: the gradient of ⟨∇J, v⟩.
+        """∇²J v, exactly: the gradient of ⟨∇J, v⟩; zeros where ∇J does not depend on a parameter.
 
-        The model stays in the mode that it is in: in training mode, BatchNorm's Hessian is that of
-        batch statistics, and dropout's that of the masks of `draw`. Buffers, `.grad` and generators
-        stay as they are.
+        In training mode, BatchNorm's Hessian is that of batch statistics, and dropout's that of the
+        masks of `draw`. Buffers, `.grad` and generators stay as they are.
 
         Args:
-            indices: (B,), int64, the same on every rank.
-            v: A tensor for each of `params`, of its shape.
-            draw: As for `losses`.
-
-        Returns:
-            A tensor for each of `params`; zeros where ∇J does not depend on it.
+            indices: (B,), int64.
+            v: A tensor for each of `params`, of its shape; and so is the result.
+            draw: Names the random numbers.
 
         Raises:
             ValueError: A part of the model cannot be differentiated twice.
@@ -308,13 +251,6 @@ class Objective:
 
         As `hessian_vector`, and at half the time where the named examples are one pass: its graph
         is then kept for the next v. The parameters must not change in between.
-
-        Args:
-            indices: (B,), int64, the same on every rank.
-            draw: As for `losses`.
-
-        Returns:
-            From a tensor for each of `params` to another.
         """
         return partial(self._times_hessian, indices=indices, draw=draw, kept=[])
 
@@ -330,18 +266,11 @@ class Objective:
         ]
 
     def per_example_gradients(self, indices: Tensor, draw: int = 0) -> list[Tensor]:
-        """∇ℓ of each example, on this process alone; their mean is ∇J.
+        """∇ℓ of each example, (B, …) for each of `params`; their mean is ∇J.
 
         Examples of a pass are differentiated side by side by `torch.func.vmap` where the model lets
-        it, and one after the other where not (a warning says so). The model stays in the mode that
-        it is in; buffers, `.grad` and generators stay as they are.
-
-        Args:
-            indices: (B,), int64.
-            draw: As for `losses`.
-
-        Returns:
-            For each of `params`, (B, …); zeros where ℓ does not depend on it.
+        it, and one after the other where not (a warning says so). Buffers, `.grad` and generators
+        stay as they are.
 
         Raises:
             ValueError: BatchNorm in training mode mixes the examples.
@@ -353,14 +282,18 @@ class Objective:
                 "own. Call model.eval() first, or use norm=group (GroupNorm)."
             )
         drawn = any(isinstance(m, (Dropout, DROPOUTS)) and m.p for m in modules)
-        size = self.micro_batch_size or max(len(indices), 1)
         parts = []
         with untouched(self.model), torch.enable_grad():
-            for first in range(0, len(indices), size):
-                part = indices[first : first + size]
+            for first, part in self._passes(indices):
                 one_by_one = partial(self._each_in_turn, part, first, draw)
                 parts.append(one_by_one() if drawn else self._side_by_side(part, one_by_one))
         return [torch.cat(grads) for grads in zip(*parts, strict=True)]
+
+    def _passes(self, indices: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The examples of each pass, and the place of its first."""
+        size = self.micro_batch_size or max(len(indices), 1)
+        for first in range(0, len(indices), size):
+            yield first, indices[first : first + size]
 
     def _added_up(
         self,
@@ -511,14 +444,11 @@ class Objective:
             )
 
     def automatic_size(self) -> int:
-        """M that is chosen by bytes, not by clocks: the same for the same model and data.
+        """M in [1, N], by bytes and not by clocks: the same for the same model and data.
 
         Those of an example are what a forward pass keeps of it for the backward pass, and itself.
         On a GPU, M examples have 1 GB. On CPU they have 4 MB, what caches hold, but are at least
         256 where these have no more than 64 MB. Model and generators stay as they are.
-
-        Returns:
-            Range [1, N].
         """
         many = len(self.targets)
         if many < 4:

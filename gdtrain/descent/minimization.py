@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,12 @@ from torch import Tensor
 
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.optim import GD
+from gdtrain.ranges import Whole
 from gdtrain.schedules import Constant, Schedule
 
 __all__ = ["Minimum", "minimize"]
+
+_BOUNDED = "Minimise a function that is bounded below (to maximise f, minimise -f)."
 
 
 @dataclass
@@ -56,20 +59,18 @@ class Minimum:
         """
         from matplotlib.figure import Figure
 
-        is_complex = np.iscomplexobj(self.path)
-        points = self.path.reshape(len(self.path), -1)
-        if is_complex:
-            points = np.stack((points.real, points.imag), axis=-1).reshape(len(points), -1)
-        figure = Figure(figsize=(9 if points.shape[1] <= 2 else 5, 4), layout="constrained")
-        columns = 2 if points.shape[1] <= 2 else 1
-        axes = np.atleast_1d(figure.subplots(1, columns))
+        points = self.path.reshape(len(self.path), -1).view(np.float64)  # Re x, Im x where complex
+        few = points.shape[1] <= 2
+        figure = Figure(figsize=(9 if few else 5, 4), layout="constrained")
+        axes = figure.subplots(1, 2 if few else 1, squeeze=False)[0]
         axes[0].plot(self.values)
         axes[0].set(xlabel="updates", ylabel="f(x)", title=f"{self.stop.reason.value}")
-        if columns == 2:
-            across = points[:, 0] if points.shape[1] == 2 else self.path_updates
+        if few:
+            one = points.shape[1] == 1
+            across = self.path_updates if one else points[:, 0]
             axes[1].plot(across, points[:, -1], ".-", linewidth=0.8)
-            names = ("x₁", "x₂") if points.shape[1] == 2 else ("updates", "x")
-            names = ("Re x", "Im x") if is_complex else names
+            names = ("Re x", "Im x") if np.iscomplexobj(self.path) else ("x₁", "x₂")
+            names = ("updates", "x") if one else names
             axes[1].set(xlabel=names[0], ylabel=names[1], title="path")
         return figure
 
@@ -97,9 +98,8 @@ def minimize(
 
     Args:
         f: From a tensor of the shape of x0 to a scalar real tensor, differentiable by autograd.
-        x0: Where to start, at least one number: nested lists, an array without masked entries, or
-            a tensor. A tensor of a floating-point or complex type keeps it; all else becomes
-            float64, or complex128 if it is complex.
+        x0: Where to start: nested lists, an array without masked entries, or a tensor. A tensor of
+            a floating-point or complex type keeps it; all else becomes float64 or complex128.
         lr: η, range (0, ∞).
         updates: The most to make, range [1, ∞).
         momentum: μ, range [0, ∞).
@@ -122,29 +122,22 @@ def minimize(
         >>> found.stop.reason.value, [round(v, 4) for v in found.x.tolist()]
         ('CONVERGED', [1.0, 1.0])
     """
-    for name, number in (("lr", lr), ("tolerance", tolerance)):
-        positive = number > 0 if name == "lr" else number >= 0
-        if not positive or not math.isfinite(number):
-            bound = "> 0" if name == "lr" else ">= 0"
+    ranges = (("lr", lr, "> 0", lr > 0), ("tolerance", tolerance, ">= 0", tolerance >= 0))
+    for name, number, bound, fits in ranges:
+        if not (fits and math.isfinite(number)):
             raise ValueError(f"{name} must be finite and {bound}. Received: {name}={number}.")
-    for name, count, least in (("updates", updates, 1), ("keep", keep, 2)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise ValueError(
-                f"{name} must be a whole number of at least {least}. Received: {name}={count!r}."
-            )
-    x = _start(x0)
-    x.requires_grad_()
+    Whole(1).check("updates", updates)
+    Whole(2).check("keep", keep)
+    x = _start(x0).requires_grad_()
     optimizer = GD([x], lr=lr, momentum=momentum, nesterov=nesterov)
     factors = (schedule if schedule is not None else Constant())(torch.arange(updates), updates)
+    longest = factors.flip(0).cummax(0).values.flip(0)  # of the factors from each update on
     every = math.ceil(updates / (keep - 1)) if keep < updates + 1 else 1
-    values: list[float] = []
     path: list[Tensor] = []
     numbers: list[int] = []
-    first_norm = norm = math.nan
-    turns = 0  # updates of the second half whose gradient points back along the last one
+    course = _Course(x, lr, tolerance)
     still = 0  # updates in a row that have not changed x
     last: Tensor | None = None
-    longest = factors.flip(0).cummax(0).values.flip(0)  # of the factors from each update on
     stop: Stop | None = None
     for t in range(updates + 1):
         optimizer.zero_grad()
@@ -165,46 +158,40 @@ def minimize(
             raise ValueError(
                 "f must give one number that depends on x. Received: one that does not."
             )
-        norm = float(torch.linalg.vector_norm(x.grad))
-        values.append(value.item())
+        course.norm = float(torch.linalg.vector_norm(x.grad))
+        course.values.append(value.item())
         if t % every == 0:
             path.append(x.detach().clone())
             numbers.append(t)
         if t == 0:
-            first_norm = norm
-        if not (math.isfinite(values[-1]) and math.isfinite(norm)):
-            stop = _not_finite(values, t, lr)
-            break
-        if norm <= tolerance * max(1.0, first_norm):
-            stop = _converged(norm, first_norm, tolerance, t)
-            break
-        if t == updates:
+            course.first_norm = course.norm
+        stop = course.not_finite() or course.converged()
+        if stop is not None or t == updates:
             break
         if last is not None and 2 * t > updates:
-            turns += float(torch.sum(last.conj() * x.grad).real) < 0
+            course.turns += float(torch.sum(last.conj() * x.grad).real) < 0
         last = x.grad.detach().clone() if 2 * (t + 1) > updates - 1 else None
         optimizer.param_groups[0]["lr"] = lr * float(factors[t])
         before = x.detach().clone()
         optimizer.step()
         still = still + 1 if torch.equal(before, x.detach()) and factors[t] >= longest[t] else 0
         if still > (0 if momentum == 0 else 10 / max(1 - momentum, 1e-3)):
-            stop = _at_rest(x, norm, first_norm, lr, t + 1)
-            values.append(values[-1])
-            t += 1
+            course.values.append(course.values[-1])
+            stop = course.at_rest()
             break
-    if stop is None:
-        stop = _spent(values, x, norm, first_norm, tolerance, lr, turns)
-    if numbers[-1] != t:
+    stop = stop or course.spent()
+    if numbers[-1] != course.t:
         path.append(x.detach().clone())
-        numbers.append(t)
+        numbers.append(course.t)
+    widest = torch.complex128 if x.is_complex() else torch.float64
     return Minimum(
         x=x.detach(),
-        value=values[-1],
-        gradient_norm=norm,
-        updates=t,
+        value=course.values[-1],
+        gradient_norm=course.norm,
+        updates=course.t,
         stop=stop,
-        values=np.asarray(values),
-        path=torch.stack(path).to("cpu", _widest(x)).numpy(),
+        values=np.asarray(course.values),
+        path=torch.stack(path).to("cpu", widest).numpy(),
         path_updates=np.asarray(numbers),
     )
 
@@ -235,134 +222,139 @@ def _start(x0: Any) -> Tensor:
     return (x if is_inexact else x.double()).clone()
 
 
-def _widest(x: Tensor) -> torch.dtype:
-    return torch.complex128 if x.is_complex() else torch.float64
+@dataclass
+class _Course:
+    """What f did on the way, and so why descent ends and what to try."""
 
+    x: Tensor
+    lr: float
+    tolerance: float
+    values: list[float] = field(default_factory=list)  # f(x) before each update, and at the end
+    norm: float = math.nan  # ‖∇f(x)‖ at hand
+    first_norm: float = math.nan
+    turns: int = 0  # updates of the second half whose gradient points back along the last one
 
-def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    @property
+    def t(self) -> int:
+        """Updates made."""
+        return len(self.values) - 1
 
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {"gradient_norm": self.norm, "first_gradient_norm": self.first_norm}
 
-def _converged(norm: float, first_norm: float, tolerance: float, t: int) -> Stop:
-    where = "at x0" if t == 0 else f"after {t} updates"
-    advice = ""
-    if t == 0 and norm == 0:
-        advice = (
-            "A gradient of 0 at x0 is a minimum, a saddle or a plateau: if it is no minimum, start "
-            "elsewhere."
-        )
-    elif t == 0 or norm > 1e-3:
-        advice = (
-            "That is small against the bound alone: to go on, lower tolerance, or measure f or x "
-            "in other units."
-        )
-    return Stop(
-        StopReason.CONVERGED,
-        f"‖∇f‖ = {norm:.3g} {where}: within tolerance={tolerance:g} of max(1, {first_norm:.3g}), "
-        f"its norm at x0.",
-        {"gradient_norm": norm, "first_gradient_norm": first_norm, "tolerance": tolerance},
-        advice,
-    )
-
-
-def _not_finite(values: list[float], t: int, lr: float) -> Stop:
-    if t == 0:
-        said, advice = "f or its gradient is not finite at x0.", "Start elsewhere."
-    else:
-        said, advice = f"f or its gradient was not finite after {t} updates with lr={lr:g}", ""
-        if values[-1] == -math.inf or (values[-1] == min(values) and values[-1] < -1e30):
-            said += f": f fell to {values[-1]:.3g}, and has no minimum on this way."
-            advice = "Minimise a function that is bounded below (to maximise f, minimise -f)."
-        elif math.isnan(values[-1]):
-            said += ": the step led out of where f is defined, or grew too long."
-        else:
-            said += ": the steps are too long."
-        advice = advice or f"Try lr={lr / 10:g}."
-    return Stop(StopReason.NON_FINITE, said, {"update": t, "lr": lr}, advice)
-
-
-def _grown(values: list[float], since: int, lr: float) -> Stop:
-    t = len(values) - 1
-    said = f"f grew from {values[since]:.3g} at update {since} to {values[-1]:.3g} at update {t}"
-    return Stop(
-        StopReason.DIVERGED,
-        f"{said} with lr={lr:g}: the steps are too long.",
-        {"update": t, "lr": lr, "lowest": min(values), "value": values[-1]},
-        f"Try a lower lr, such as lr={lr / 10:g}.",
-    )
-
-
-def _at_rest(x: Tensor, norm: float, first_norm: float, lr: float, t: int) -> Stop:
-    """x does not change any more: where the gradient is small that is all its dtype can tell."""
-    numbers = {"gradient_norm": norm, "first_gradient_norm": first_norm, "update": t}
-    told = f"‖∇f‖ = {norm:.3g} after {t} updates"
-    if norm <= math.sqrt(torch.finfo(x.dtype).eps) * max(1.0, first_norm):
-        finer = "" if _dtype(x) in ("float64", "complex128") else "float64 goes further."
+    def converged(self) -> Stop | None:
+        """Whether the gradient is as small as was asked."""
+        if not self.norm <= self.tolerance * max(1.0, self.first_norm):
+            return None
+        where = "at x0" if self.t == 0 else f"after {self.t} updates"
+        advice = ""
+        if self.t == 0 and self.norm == 0:
+            advice = (
+                "A gradient of 0 at x0 is a minimum, a saddle or a plateau: if it is no minimum, "
+                "start elsewhere."
+            )
+        elif self.t == 0 or self.norm > 1e-3:
+            advice = (
+                "That is small against the bound alone: to go on, lower tolerance, or measure f or "
+                "x in other units."
+            )
         return Stop(
             StopReason.CONVERGED,
-            f"{told}: the rounding limit of {_dtype(x)} is reached.",
-            numbers,
-            finer,
+            f"‖∇f‖ = {self.norm:.3g} {where}: within tolerance={self.tolerance:g} of max(1, "
+            f"{self.first_norm:.3g}), its norm at x0.",
+            {**self.numbers, "tolerance": self.tolerance},
+            advice,
         )
-    return Stop(
-        StopReason.STALLED,
-        f"{told}, but steps with lr={lr:g} are too short to change x in {_dtype(x)}.",
-        numbers,
-        f"Try a larger lr, such as lr={lr * 10:g}, or a wider dtype.",
-    )
 
+    def not_finite(self) -> Stop | None:
+        """Whether f or its gradient is infinite or not a number."""
+        value = self.values[-1]
+        if math.isfinite(value) and math.isfinite(self.norm):
+            return None
+        said, advice = "f or its gradient is not finite at x0.", "Start elsewhere."
+        if self.t:
+            said = f"f or its gradient was not finite after {self.t} updates with lr={self.lr:g}"
+            advice = f"Try lr={self.lr / 10:g}."
+            if value == -math.inf or (value == min(self.values) and value < -1e30):
+                said += f": f fell to {value:.3g}, and has no minimum on this way."
+                advice = _BOUNDED
+            elif math.isnan(value):
+                said += ": the step led out of where f is defined, or grew too long."
+            else:
+                said += ": the steps are too long."
+        return Stop(StopReason.NON_FINITE, said, {"update": self.t, "lr": self.lr}, advice)
 
-def _spent(
-    values: list[float],
-    x: Tensor,
-    norm: float,
-    first_norm: float,
-    tolerance: float,
-    lr: float,
-    turns: int,
-) -> Stop:
-    """All updates were made: what f did on the way, and so what to try."""
-    updates, half = len(values) - 1, len(values) // 2
-    eps = torch.finfo(x.dtype).eps
-    numbers = {"gradient_norm": norm, "first_gradient_norm": first_norm, "tolerance": tolerance}
-    made = f"All {updates} updates were made; ‖∇f‖ = {norm:.3g}."
-    late, low = values[half:], values.index(min(values))
-    rounding = 8 * eps * max(map(abs, late))
-    highest = max(range(half, updates + 1), key=values.__getitem__)
-    if low < half and highest >= updates - updates // 10 and values[-1] - values[low] > rounding:
-        return _grown(values, low, lr)
-    if updates >= 10 and min(late) >= min(values[:half]) - rounding:
-        level = max(late) - min(late) <= rounding
-        if level and norm <= math.sqrt(eps) * max(1.0, first_norm):
-            return _at_rest(x, norm, first_norm, lr, updates)
-        if not level or 4 * turns > len(late):
-            return Stop(
-                StopReason.STALLED,
-                f"{made} f has not fallen below {values[low]:.6g}, of update {low}, in the second "
-                f"half of them: the steps jump to and fro over lower places.",
-                numbers,
-                f"Try a lower lr, such as lr={lr / 10:g}, or a schedule that decays to 0.",
+    def grown(self, since: int) -> Stop:
+        """f is higher than it was, and does not fall."""
+        t, value, before = self.t, self.values[-1], self.values[since]
+        return Stop(
+            StopReason.DIVERGED,
+            f"f grew from {before:.3g} at update {since} to {value:.3g} at update {t} with "
+            f"lr={self.lr:g}: the steps are too long.",
+            {"update": t, "lr": self.lr, "lowest": min(self.values), "value": value},
+            f"Try a lower lr, such as lr={self.lr / 10:g}.",
+        )
+
+    @property
+    def is_within_rounding(self) -> bool:
+        """Whether the gradient is so small that its dtype cannot tell it from 0."""
+        return self.norm <= math.sqrt(torch.finfo(self.x.dtype).eps) * max(1.0, self.first_norm)
+
+    def at_rest(self) -> Stop:
+        """x no longer changes: where the gradient is small, that is all its dtype can tell."""
+        numbers, dtype = (
+            {**self.numbers, "update": self.t},
+            str(self.x.dtype).removeprefix("torch."),
+        )
+        told = f"‖∇f‖ = {self.norm:.3g} after {self.t} updates"
+        if self.is_within_rounding:
+            finer = "" if dtype in ("float64", "complex128") else "float64 goes further."
+            said = f"{told}: the rounding limit of {dtype} is reached."
+            return Stop(StopReason.CONVERGED, said, numbers, finer)
+        return Stop(
+            StopReason.STALLED,
+            f"{told}, but steps with lr={self.lr:g} are too short to change x in {dtype}.",
+            numbers,
+            f"Try a larger lr, such as lr={self.lr * 10:g}, or a wider dtype.",
+        )
+
+    def spent(self) -> Stop:
+        """All updates were made: what f did on the way, and so what to try."""
+        values, updates, half = self.values, self.t, len(self.values) // 2
+        numbers = {**self.numbers, "tolerance": self.tolerance}
+        made = f"All {updates} updates were made; ‖∇f‖ = {self.norm:.3g}."
+        late, low = values[half:], values.index(min(values))
+        rounding = 8 * torch.finfo(self.x.dtype).eps * max(map(abs, late))
+        highest = max(range(half, updates + 1), key=values.__getitem__)
+        is_late = low < half and highest >= updates - updates // 10
+        if is_late and values[-1] - values[low] > rounding:
+            return self.grown(low)
+        if updates >= 10 and min(late) >= min(values[:half]) - rounding:
+            level = max(late) - min(late) <= rounding
+            if level and self.is_within_rounding:
+                return self.at_rest()
+            if not level or 4 * self.turns > len(late):
+                return Stop(
+                    StopReason.STALLED,
+                    f"{made} f has not fallen below {values[low]:.6g}, of update {low}, in the "
+                    f"second half of them: the steps jump to and fro over lower places.",
+                    numbers,
+                    f"Try a lower lr, such as lr={self.lr / 10:g}, or a schedule that decays to 0.",
+                )
+        fell = values[half] - values[-1], values[0] - values[half]
+        said = f"{made} f fell from {values[0]:.3g} to {values[-1]:.3g}"
+        advice = "If f has a minimum, more updates (updates=…) or a larger lr may get nearer to it."
+        if values[-1] < values[0] and self.norm > 1e3 * self.first_norm > 0:
+            made = (
+                f"{said}, and its gradient grew from {self.first_norm:.3g}: f has no minimum on "
+                f"this way."
             )
-    fell = values[half] - values[-1], values[0] - values[half]
-    if values[-1] < values[0] and norm > 1e3 * first_norm > 0:
-        return Stop(
-            StopReason.BUDGET,
-            f"{made} f fell from {values[0]:.3g} to {values[-1]:.3g}, and its gradient grew from "
-            f"{first_norm:.3g}: f has no minimum on this way.",
-            numbers,
-            "Minimise a function that is bounded below (to maximise f, minimise -f).",
-        )
-    if updates >= 10 and fell[0] >= 0.5 * fell[1] > 0 and norm >= 0.5 * first_norm > 0:
-        return Stop(
-            StopReason.BUDGET,
-            f"{made} f fell from {values[0]:.3g} to {values[-1]:.3g}, in the second half of the "
-            f"updates no slower than in the first: it may have no minimum, or be far from it.",
-            numbers,
-            "If f is bounded below, more updates (updates=…) or a larger lr get further.",
-        )
-    return Stop(
-        StopReason.BUDGET,
-        made,
-        numbers,
-        "If f has a minimum, more updates (updates=…) or a larger lr may get nearer to it.",
-    )
+            advice = _BOUNDED
+        elif updates >= 10 and fell[0] >= 0.5 * fell[1] > 0 and self.norm >= 0.5 * self.first_norm:
+            made = (
+                f"{said}, in the second half of the updates no slower than in the first: it may "
+                f"have no minimum, or be far from it."
+            )
+            advice = "If f is bounded below, more updates (updates=…) or a larger lr get further."
+        return Stop(StopReason.BUDGET, made, numbers, advice)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
@@ -47,12 +47,7 @@ _NEARLY_ALL = 0.95  # share of a layer's outputs from which on it counts as satu
 
 
 class Cause(str, Enum):
-    """What made a run fail.
-
-    Example:
-        >>> Cause.INPUT.value
-        'INPUT'
-    """
+    """What made a run fail."""
 
     INPUT = "INPUT"
     """A feature of an example is infinite or not a number."""
@@ -82,26 +77,15 @@ FINITE = (Cause.GROWTH, Cause.DEAD, Cause.SATURATED, Cause.ABOVE_START)
 
 @dataclass(frozen=True)
 class Health:
-    """How the hidden units answer to a probe of examples.
+    """How the hidden units answer to a probe of examples."""
 
-    Args:
-        value: J on the probe.
-        dead: Share of each rectifier layer's units that give 0 for all examples, by layer.
-        saturated: Share of each tanh or sigmoid layer's outputs within 0.5% of the range of one of
-            its two ends (|h| > 0.99 for tanh), by layer.
-        constant: Whether all predictions are equal.
-        value_of_zero: The loss of predicting 0 for each, a scale for losses.
-
-    Example:
-        >>> Health(2.3, {"layers.2": 1.0}, {}, constant=True).died
-        True
-    """
-
-    value: float
+    value: float  # J on the probe
     dead: Mapping[str, float] = field(default_factory=dict)
+    """Share of each rectifier layer's units that give 0 for all examples, by layer."""
     saturated: Mapping[str, float] = field(default_factory=dict)
-    constant: bool = False
-    value_of_zero: float = math.nan
+    """Share of each tanh or sigmoid layer's outputs within 0.5% of its range of one of the ends."""
+    constant: bool = False  # whether all predictions are equal
+    value_of_zero: float = math.nan  # the loss of predicting 0 for each, a scale for losses
 
     @property
     def died(self) -> bool:
@@ -121,39 +105,19 @@ class Health:
 
 @dataclass(frozen=True)
 class Failure:
-    """An update that failed.
-
-    Args:
-        update: Its number.
-        cause: None: something is not finite, and it is not known yet what.
-        units: What the probe showed, where it decided.
-
-    Example:
-        >>> Failure(15, Cause.GROWTH).update
-        15
-    """
+    """An update that failed."""
 
     update: int
-    cause: Cause | None = None
-    units: Health | None = None
+    cause: Cause | None = None  # None: something is not finite, and it is not known yet what
+    units: Health | None = None  # what the probe showed, where it decided
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What losses say.
+    """What losses say."""
 
-    Args:
-        failure: The first update that failed; None: the run is sound.
-        lowest: Whether a stretch ended whose mean loss is the lowest so far: the state at its start
-            is the one to go back to.
-
-    Example:
-        >>> Verdict().failure is None
-        True
-    """
-
-    failure: Failure | None = None
-    lowest: bool = False
+    failure: Failure | None = None  # the first update that failed
+    lowest: bool = False  # a stretch with the lowest mean so far is over: keep the state before it
 
 
 @dataclass
@@ -169,46 +133,21 @@ class LossMonitor:
     - at a look, 16, 32, 64, … updates after the start, the units are dead or saturated, or the loss
       lastingly above J₀ (`gdtrain.callbacks.Divergence` has the bounds);
     - the last planned update was made, and the probe's loss is above 1.5 J₀.
-
-    Args:
-        growth: Bound on the loss in units of J₀, range (1, ∞).
-        origin: Update from which on losses are compared.
-        start: J₀; NaN: not known yet. Without a probe, the mean of the first stretch.
-        dead_before: Share of dead units at the start.
-        window: Losses that do not fill 16 yet.
-        since: Sum and number of the losses since the last look.
-        mean_before: Of the losses before that look.
-        looks: Updates since the origin, and the loss there in units of J₀.
-        stretch: Sum and number of the losses since the stretch at hand began.
-        good_mean: The lowest of a stretch so far.
-
-    Example:
-        >>> monitor = LossMonitor(growth=10.0)
-        >>> monitor.begin(0, Health(1.0))
-        >>> monitor.read(0, np.array([1.0] * 16)).failure is None
-        True
-        >>> monitor.read(16, np.array([1.0] * 12 + [50.0] * 4)).failure  # (12 + 4 · 40)/16 > 10
-        Failure(update=31, cause=<Cause.GROWTH: 'GROWTH'>, units=None)
     """
 
-    growth: float = 1e4
-    origin: int = 0
-    start: float = math.nan
-    dead_before: float = 0.0
-    window: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
-    since: tuple[float, int] = (0.0, 0)
-    mean_before: float = math.inf
-    looks: list[tuple[int, float]] = field(default_factory=list)
-    stretch: tuple[float, int] = (0.0, 0)
-    good_mean: float = math.inf
+    growth: float = 1e4  # bound on the loss in units of J₀
+    origin: int = 0  # update from which on losses are compared
+    start: float = math.nan  # J₀; NaN: not known yet. Without a probe, the first stretch's mean
+    dead_before: float = 0.0  # share of dead units at the start
+    window: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # fill no 16 yet
+    since: tuple[float, int] = (0.0, 0)  # sum and number of the losses since the last look
+    mean_before: float = math.inf  # of the losses before that look
+    looks: list[tuple[int, float]] = field(default_factory=list)  # age, and loss / J₀
+    stretch: tuple[float, int] = (0.0, 0)  # sum and number of the losses in it
+    good_mean: float = math.inf  # the lowest of a stretch so far
 
     def begin(self, update: int, units: Health) -> None:
-        """Take the probe's loss for the start's, unless that is known.
-
-        Args:
-            update: Number of updates made.
-            units: As they are then.
-        """
+        """Take the probe's loss for the start's, unless that is known."""
         if not math.isnan(self.start):
             return
         self.origin, self.dead_before = update, units.dead_share
@@ -216,15 +155,9 @@ class LossMonitor:
         self.good_mean = units.value if math.isfinite(units.value) else math.inf
 
     def begin_again(self, update: int) -> None:
-        """Compare from here on, after a recovery: the start's loss and the lowest mean stay.
-
-        Args:
-            update: Number of updates made.
-        """
-        new = LossMonitor(
-            self.growth, update, self.start, self.dead_before, good_mean=self.good_mean
-        )
-        vars(self).update(vars(new))
+        """Compare from here on, after a recovery: the start's loss and the lowest mean stay."""
+        kept = self.growth, update, self.start, self.dead_before
+        vars(self).update(vars(LossMonitor(*kept, good_mean=self.good_mean)))
 
     def read(
         self,
@@ -237,20 +170,10 @@ class LossMonitor:
         units: Callable[[], Health] | None = None,
         rectifies: bool = True,
     ) -> Verdict:
-        """Take in the losses of updates first, first + 1, …
+        """Take in the losses of updates first, first + 1, …, of `total` planned ones.
 
-        Args:
-            first: Number of the first of them.
-            losses: (n,), J of each.
-            finite: Whether the parameters are, after the last of them.
-            total: T; None: no planned end.
-            stretch: Updates by whose mean loss states are compared, see `stretch_length`.
-            units: Looks at the probe after the last of them, called where losses make it suspect;
-                None: there is no probe.
-            rectifies: Whether the model has units that can die.
-
-        Returns:
-            Whether an update failed, and which.
+        `finite` tells whether the parameters are, after the last of them; `units` looks at the
+        probe then, where losses make it suspect; `rectifies`, whether there are units that can die.
         """
         bad = np.flatnonzero(~np.isfinite(losses))
         before = len(self.window)
@@ -261,14 +184,14 @@ class LossMonitor:
         if len(bad):
             return Verdict(Failure(first + int(bad[0])))
         self.window = series[len(series) // WINDOW * WINDOW :]
-        verdict = Verdict(lowest=self._compare(losses, stretch))
+        lowest = self._compare(losses, stretch)
         end = first + len(losses)
         if not finite:
-            return replace(verdict, failure=Failure(end))
+            return Verdict(Failure(end), lowest)
         failure = self._look(first, losses, total, units, rectifies)
         if failure is None and end == total and units is not None:
             failure = self._look_at_the_end(end, units())
-        return replace(verdict, failure=failure)
+        return Verdict(failure, lowest)
 
     def _grown(self, series: NDArray[np.float64]) -> int | None:
         """After how many losses a window's mean is beyond the bound."""
@@ -287,10 +210,9 @@ class LossMonitor:
         mean = total / count
         if math.isnan(self.start):  # no probe: the first stretch has to do
             self.start = mean
-        if not mean < self.good_mean:
-            return False
-        self.good_mean = mean
-        return True
+        is_lowest = mean < self.good_mean
+        self.good_mean = mean if is_lowest else self.good_mean
+        return is_lowest
 
     # ------------------------------------------------------------------ looks
 
@@ -323,11 +245,7 @@ class LossMonitor:
         return units.dead_share >= _DEAD > self.dead_before
 
     def too_few_live(self, units: Health) -> bool:
-        """Whether a net has lost so many units that it is no state to go back to.
-
-        Args:
-            units: Of that state. (It may well have a lower loss than before.)
-        """
+        """Whether a net has lost so many units that it is no state to go back to."""
         return units.dead_share > max(_HALF, self.dead_before)
 
     def _suspect(self, age: int, units: Health, flat: bool, left: int | None) -> Failure | None:
@@ -368,11 +286,7 @@ class LossMonitor:
         return {**state, "window": self.window.tolist(), "looks": list(self.looks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
-
-        Args:
-            state: That.
-        """
+        """Go on from what `state_dict` returned."""
         window = np.asarray(state["window"], dtype=np.float64)
         new = LossMonitor(self.growth, **{**state, "window": window, "looks": list(state["looks"])})
         vars(self).update(vars(new))
@@ -383,18 +297,6 @@ def next_station(update: int, most: int, total: int | None, *ends: int | None) -
 
     A multiple of a power of two that is about half of the updates made, but at least 16, and at
     most T/16, 2¹⁴ or `most`.
-
-    Args:
-        update: Number of updates made.
-        most: Updates from station to station, at most, range [1, ∞).
-        total: T, a station itself; None: no planned end.
-        *ends: Further stations above `update`; None: there is none of its kind.
-
-    Example:
-        >>> [next_station(update, 10_000, None) for update in (0, 16, 1000)]
-        [16, 32, 1024]
-        >>> next_station(1000, 10_000, None, 1010)
-        1010
     """
     most = min(_SPACING, most)
     if total is not None:
@@ -405,15 +307,7 @@ def next_station(update: int, most: int, total: int | None, *ends: int | None) -
 
 
 def stretch_length(batch_size: int | None) -> int:
-    """Updates by whose mean loss states are compared: 64, and those of 256 examples, at least.
-
-    Args:
-        batch_size: B; None: not known.
-
-    Example:
-        >>> stretch_length(1), stretch_length(32)
-        (256, 64)
-    """
+    """Updates by whose mean loss states are compared: 64, and those of 256 examples, at least."""
     if batch_size is None:
         return _STRETCH
     return _STRETCH * max(1, -(-_GOOD // (batch_size * _STRETCH)))

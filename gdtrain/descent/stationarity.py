@@ -6,9 +6,10 @@ make an update, N are there.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,20 +48,6 @@ def mean_bounds(values: Sequence[float], confidence: float) -> tuple[float, floa
 
     s is the standard deviation, t the quantile of Student's distribution with n − 1 degrees of
     freedom at the confidence.
-
-    Args:
-        values: n numbers, n at least 2.
-        confidence: Of each of the bounds by itself, range (0.5, 1).
-
-    Returns:
-        Lower bound, mean, upper bound.
-
-    Example:
-        >>> [round(x, 3) for x in mean_bounds([1.0, 2.0, 3.0], 0.95)]  # s = 1, t = 2.920
-        [0.314, 2.0, 3.686]
-
-    References:
-        Student, The Probable Error of a Mean, 1908.
     """
     from scipy.special import stdtrit
 
@@ -72,28 +59,14 @@ def mean_bounds(values: Sequence[float], confidence: float) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class Look:
-    """What one look at the gradient found.
+    """What one look at the gradient found."""
 
-    Args:
-        lower: Lower bound on ‖∇J‖², with confidence.
-        mean: Estimate of it.
-        upper: Upper bound; the same as `lower`, where the gradient is exact.
-        balance: Samples of c − ½ η‖∇J‖², by how much the noise takes back more than half of what
-            the gradient gives; none, where it was not asked for.
-        rise: Mean of c; NaN without samples.
-        fall: Mean of η‖∇J‖².
-
-    Example:
-        >>> Look(4.0, 4.0, 4.0).exact
-        True
-    """
-
-    lower: float
+    lower: float  # bound on ‖∇J‖², with confidence
     mean: float
-    upper: float
-    balance: Sequence[float] = ()
-    rise: float = math.nan
-    fall: float = math.nan
+    upper: float  # the same as `lower`, where the gradient is exact
+    balance: Sequence[float] = ()  # samples of c − ½ η‖∇J‖², if they were asked for
+    rise: float = math.nan  # mean of c
+    fall: float = math.nan  # mean of η‖∇J‖²
 
     @property
     def exact(self) -> bool:
@@ -101,28 +74,20 @@ class Look:
         return self.lower == self.upper
 
 
+@dataclass
 class Level:
     """Training losses at one η, as means over chunks of equal numbers of updates.
 
     Each mean is formed of the same numbers in the same order, however they come in.
-
-    Args:
-        rate: η.
-        update: Number of the first update at it.
-
-    Example:
-        >>> level = Level(0.1, 0)
-        >>> level.push(np.arange(32.0))
-        >>> level.means, level.count
-        ([7.5, 23.5], 32)
     """
 
-    def __init__(self, rate: float = math.nan, update: int = -1) -> None:
-        self.rate, self.next = rate, update
-        self.length = _CHUNK
-        self.rest: list[float] = []  # losses that fill no 16 yet
-        self.sum, self.filled = 0.0, 0  # of means of 16, that fill no chunk yet
-        self.means: list[float] = []
+    rate: float = math.nan  # η
+    next: int = -1  # update
+    length: int = _CHUNK
+    rest: list[float] = field(default_factory=list)  # losses that fill no 16 yet
+    sum: float = 0.0  # of means of 16, that fill no chunk yet
+    filled: int = 0  # the number of these
+    means: list[float] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -149,10 +114,7 @@ class Level:
         quarter = len(self.means) // 4
         if quarter < 8:
             return False
-        before, after = (
-            np.array(self.means[-2 * quarter : -quarter]),
-            np.array(self.means[-quarter:]),
-        )
+        before, after = np.array(self.means[-2 * quarter :]).reshape(2, quarter)
         error = math.sqrt((before.var(ddof=1) + after.var(ddof=1)) / quarter)
         return bool(before.mean() - after.mean() <= error)
 
@@ -161,34 +123,9 @@ class Level:
         half = np.array(self.means[-(len(self.means) // 2) :])
         return float(half.mean()), float(half.std(ddof=1)) / math.sqrt(len(half))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers."""
-        return {**vars(self), "rest": list(self.rest), "means": list(self.means)}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Level:
-        """The inverse of `state_dict`."""
-        made = cls()
-        vars(made).update(state, rest=list(state["rest"]), means=list(state["means"]))
-        return made
-
 
 class Slopes:
-    """Gradients of J, weight decay included, for the parameters that the optimizer trains.
-
-    Args:
-        objective: J without the decay.
-        optimizer: Its groups have "lr", and may have "weight_decay", "momentum" and "maximize".
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.ones_(model.weight)
-        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.zeros(1))
-        >>> decayed = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5)
-        >>> Slopes(objective, decayed).gradient(torch.tensor([0]), draw=0)
-        [tensor([[1.5000]], dtype=torch.float64)]
-    """
+    """Gradients of J, weight decay included, for the parameters that the optimizer trains."""
 
     def __init__(self, objective: Objective, optimizer: Optimizer) -> None:
         self.objective = objective
@@ -248,26 +185,8 @@ def look(
     """Estimate ‖∇J‖² with its bounds and, for the floor of the noise, c − ½ η‖∇J‖² by samples.
 
     For gradients g, g' of independent batches E⟨g, g'⟩ = ‖∇J‖²;
-    c = ½[J(θ + ηg) + J(θ − ηg)] − J(θ) for g of B examples, on examples that g does not know.
-
-    Args:
-        slopes: Of J.
-        generator: Draws the examples, and names the random numbers of dropout.
-        size: Examples in a batch of a look.
-        batch_size: B.
-        exact: Whether to take the gradient of all examples instead of pairs of batches.
-        balance: Whether to sample c.
-        confidence: Of each one-sided bound, range (0.5, 1).
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.ones_(model.weight)
-        >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.zeros(1))
-        >>> slopes = Slopes(objective, torch.optim.SGD(model.parameters(), lr=0.1))
-        >>> look(slopes, torch.Generator(), size=1, batch_size=1, exact=True, balance=False,
-        ...     confidence=0.95).mean
-        1.0
+    c = ½[J(θ + ηg) + J(θ − ηg)] − J(θ) for g of B examples, on `size` that g does not know, as
+    many as each batch of a pair has. `exact`: the gradient of all examples instead of pairs.
     """
     objective = slopes.objective
     count, device = len(objective.inputs), objective.targets.device
@@ -282,21 +201,16 @@ def look(
     falls: list[float] = []
     rises: list[float] = []
     if exact:
-        g = slopes.gradient(torch.arange(count, device=device), draw())
-        products, falls = [slopes.product(g, g)], [slopes.product(g, g, by_rate=True)]
-    for _ in range(PAIRS if balance or not exact else 0):
+        g = h = slopes.gradient(torch.arange(count, device=device), draw())
+    for _ in range(PAIRS if balance or not exact else 1):
         if not exact:
             g, h = (slopes.gradient(some(size), draw()) for _ in range(2))
-            products.append(slopes.product(g, h))
-            falls.append(slopes.product(g, h, by_rate=True))
+        products.append(slopes.product(g, h))
+        falls.append(slopes.product(g, h, by_rate=True))
         if balance:
             step = slopes.step(slopes.gradient(some(batch_size), draw()))
             rises.append(slopes.rise(step, some(size), draw()))
-    if exact:
-        falls = falls * len(rises)
-        lower = mean = upper = products[0]
-    else:
-        lower, mean, upper = mean_bounds(products, confidence)
+    lower, mean, upper = 3 * products[:1] if exact else mean_bounds(products, confidence)
     if not balance:
         return Look(lower, mean, upper)
     balances = [c - 0.5 * fall for c, fall in zip(rises, falls, strict=True)]
@@ -312,17 +226,6 @@ class Stationarity:
 
     **NOISE_FLOOR**: with confidence over the last looks the noise takes back at least half of what
     the gradient gives, c > ½ η‖∇J‖², and the loss at this η is flat.
-
-    Args:
-        tolerance: Of the gradient's norm, range (0, ∞); None: not looked at.
-        confidence: Of each one-sided bound, range (0.5, 1).
-
-    Example:
-        >>> test = Stationarity(1e-3, 0.95)
-        >>> test.first_norm = 2.0
-        >>> print(test.converged(Look(1e-8, 1e-8, 1e-8), lambda: None, update=7))
-        CONVERGED: The gradient's norm is 0.0001 after 7 updates: within tolerance=0.001 of \
-max(1, 2), its norm at the start. To go further, lower callbacks.convergence.tolerance.
     """
 
     def __init__(self, tolerance: float | None, confidence: float) -> None:
@@ -333,13 +236,7 @@ max(1, 2), its norm at the start. To go further, lower callbacks.convergence.tol
         self.balances: list[list[float]] = []
 
     def take(self, first: int, losses: NDArray[np.float64], rates: NDArray[np.float64]) -> None:
-        """Take losses at one η in; another η begins anew.
-
-        Args:
-            first: Number of the first update.
-            losses: (K,).
-            rates: (K,), η of each.
-        """
+        """Take losses at one η in; another η begins anew."""
         if first != self.level.next or rates[0] != self.level.rate:
             self._restart(float(rates[0]), first)
         if (rates != rates[0]).any():
@@ -352,13 +249,7 @@ max(1, 2), its norm at the start. To go further, lower callbacks.convergence.tol
         self.level, self.balances = Level(rate, update), []
 
     def converged(self, found: Look, again: Callable[[], Look], update: int) -> Stop | None:
-        """Whether the gradient is as small as was asked.
-
-        Args:
-            found: At the parameters at hand.
-            again: Another look there, with fresh batches.
-            update: Number of updates made.
-        """
+        """Whether the gradient is as small as was asked; `again` looks with fresh batches."""
         if self.tolerance is None:
             return None
         assert self.first_norm is not None, "before the first update there was a look"
@@ -386,13 +277,7 @@ max(1, 2), its norm at the start. To go further, lower callbacks.convergence.tol
         )
 
     def at_the_floor(self, found: Look, batch_size: int, update: int) -> Stop | None:
-        """Whether the noise keeps the loss where it is; the level is known to be flat.
-
-        Args:
-            found: With samples of the balance.
-            batch_size: B.
-            update: Number of updates made.
-        """
+        """Whether the noise keeps the loss where it is; the level is known to be flat."""
         self.balances = [*self.balances, list(found.balance)][-_LOOKS:]
         if len(self.balances) < 2:
             return None
@@ -426,43 +311,26 @@ max(1, 2), its norm at the start. To go further, lower callbacks.convergence.tol
         return {
             "first_norm": self.first_norm,
             "batch": self.batch,
-            "level": self.level.state_dict(),
+            "level": asdict(self.level),
             "balances": [list(part) for part in self.balances],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
-
-        Args:
-            state: That; other entries are left alone.
-        """
+        """Go on from what `state_dict` returned."""
         self.first_norm, self.batch = state["first_norm"], state["batch"]
-        self.level = Level.from_state_dict(state["level"])
+        self.level = Level(**copy.deepcopy(state["level"]))
         self.balances = [list(part) for part in state["balances"]]
 
 
 class Patience:
-    """Counts validations without a lower loss.
-
-    Args:
-        validations: After so many the run has STALLED, range [1, ∞).
-
-    Example:
-        >>> patience = Patience(2)
-        >>> [str(patience.read(loss))[:7] for loss in (0.5, 0.6, 0.4, 0.4, 0.5)]
-        ['None', 'None', 'None', 'None', 'STALLED']
-    """
+    """Counts validations without a lower loss."""
 
     def __init__(self, validations: int) -> None:
         self.validations = validations
         self.best, self.since = math.inf, 0
 
     def read(self, loss: float) -> Stop | None:
-        """Take one validation in.
-
-        Args:
-            loss: Of the validation examples.
-        """
+        """Take one validation in."""
         if loss < self.best:
             self.best, self.since = loss, 0
             return None
@@ -481,20 +349,8 @@ class Patience:
 def falls_later(
     schedule: Schedule, factor: Callable[[int], float], updates: int, total: int | None
 ) -> bool:
-    """Whether the schedule is to go below its factor at hand.
-
-    Args:
-        schedule: One that halves η by itself (`ReduceOnPlateau`) always may.
-        factor: On η, by update number.
-        updates: Number of updates made, range [1, ∞).
-        total: T; None: no planned end.
-
-    Example:
-        >>> from gdtrain.schedules import Constant
-        >>> falls_later(Constant(), lambda update: 1.0, 5, 10)
-        False
-    """
-    if isinstance(schedule, ReduceOnPlateau):
+    """Whether the schedule is to go below its factor at hand."""
+    if isinstance(schedule, ReduceOnPlateau):  # may halve η by itself
         return True
     now = updates - 1
     end = 10 * updates if total is None else total - 1

@@ -24,37 +24,14 @@ _PASS = 2**22  # that a pass of autograd counts for at least, however few exampl
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, of forward and backward passes.
+    """Floating-point operations, of forward and backward passes."""
 
-    Args:
-        example: Of one example, forward and backward, by autograd.
-        update: Of one update of the run.
-
-    Example:
-        >>> work = Work(example=1000.0, update=32_000.0)
-        >>> work.passes([10_000, 8])  # a small pass has its fixed cost
-        14194304.0
-    """
-
-    example: float
-    update: float
+    example: float  # of one, forward and backward, by autograd
+    update: float  # one of the run
 
     @classmethod
     def of(cls, objective: Objective, batch_size: int) -> Work:
-        """Of a run, by counting those of a forward pass; model and generators stay as they are.
-
-        Args:
-            objective: J.
-            batch_size: B.
-
-        Example:
-            >>> from torch import nn
-            >>> from gdtrain.losses import SquaredError
-            >>> model = nn.Linear(3, 1, bias=False)  # forward 2·3, backward 4·3
-            >>> objective = Objective(model, SquaredError(), torch.ones(4, 3), torch.ones(4))
-            >>> Work.of(objective, 2)
-            Work(example=18.0, update=36.0)
-        """
+        """Of a run, by counting those of a forward pass; model and generators stay as they are."""
         few = torch.arange(min(2, len(objective.targets)), device=objective.targets.device)
         with untouched(objective.model), torch.no_grad(), FlopCounterMode(display=False) as counter:
             objective.model(objective.inputs[few])
@@ -67,11 +44,7 @@ class Work:
         return cls(example, batch_size * example * share)
 
     def passes(self, examples: list[int]) -> float:
-        """Operations of some passes by autograd.
-
-        Args:
-            examples: How many each pass has.
-        """
+        """Operations of some passes by autograd, of so many examples each."""
         return sum(max(count * self.example, float(_PASS)) for count in examples)
 
 
@@ -81,33 +54,14 @@ class Places:
 
     With T, they are ⌊iT/n⌋ for i = 0 … n. Without, they are multiples of `every`, and become rarer:
     n in each doubling of the run.
-
-    Args:
-        total: T, range [1, ∞); None: not known.
-        count: n, range [1, ∞); None: without bound.
-        every: Updates from one to the next at first, where T or n is None; range [1, ∞).
-
-    Example:
-        >>> places = Places(total=10, count=4)
-        >>> [update for update in range(11) if update in places]
-        [0, 2, 5, 7, 10]
-        >>> places.next(2), places.next(10)
-        (5, None)
-        >>> endless = Places(total=None, count=3, every=2)
-        >>> [update for update in range(30) if update in endless]
-        [0, 2, 4, 6, 8, 10, 12, 16, 20, 24]
     """
 
-    total: int | None
-    count: int | None
-    every: int = 1
+    total: int | None  # T
+    count: int | None  # n; None: without bound
+    every: int = 1  # updates from one to the next at first, where T or n is None
 
     def next(self, update: int) -> int | None:
-        """The smallest above an update number; None: there is none.
-
-        Args:
-            update: Range [−1, ∞).
-        """
+        """The smallest above an update number; None: there is none."""
         if update < 0:
             return 0
         if self.total is None or self.count is None:

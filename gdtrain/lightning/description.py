@@ -21,47 +21,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_modules import buffers_in, children_in, parameters_in
+from gdtrain._compat.torch_modules import (
+    buffers_in,
+    children_in,
+    has_hooks,
+    parameters_in,
+)
 from gdtrain.step_sizes import StepSize
 
 __all__ = ["describe", "describe_data", "describe_run", "options", "rebuild", "structure", "text"]
 
 # Where classes live that are built again from their constructor's arguments.
 _HOMES = ("torch.nn", "gdtrain.models", "gdtrain.losses")
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def text(value: Any) -> str | None:
-    """A setting as text that is equal for equal settings.
-
-    Args:
-        value: Of any kind.
-
-    Returns:
-        The text; None for what is no setting (tensors, modules, open files, …).
-
-    Example:
-        >>> text((1, "a", None)), text(torch.float32), text(partial(int, base=2))
-        ("[1, 'a', None]", 'float32', 'int(base=2)')
-        >>> text(torch.ones(2)) is None
-        True
-    """
+    """A setting as text that is equal for equal settings; None for what is none (tensors, …)."""
     if isinstance(value, Enum):
         return repr(value.value)
     if value is None or isinstance(value, bool | int | float | complex | str):
         return repr(value)
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return repr(value.item())
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype | Path):
         return str(value).removeprefix("torch.")
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, type):
+    if isinstance(value, type | BuiltinFunctionType):  # torch.tanh, say
         return value.__qualname__
     if isinstance(value, list | tuple | set | frozenset):
         parts = [text(entry) for entry in value]
@@ -75,10 +59,7 @@ def text(value: Any) -> str | None:
         return _call(text(value.func) or "", {**dict(enumerate(value.args)), **value.keywords})
     if isinstance(value, FunctionType):
         # What a function has closed over is a setting too: the decay of an average, say.
-        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        return _call(_named(value), {name: _content(cell) for name, cell in cells})
-    if isinstance(value, BuiltinFunctionType):  # torch.tanh, say
-        return value.__qualname__
+        return _call(_named(value), inspect.getclosurevars(value).nonlocals)
     if is_dataclass(value) or isinstance(value, StepSize):
         return _call(type(value).__name__, options(value))
     return None
@@ -99,24 +80,10 @@ def _named(function: FunctionType) -> str:
     return f"{name} {digest[:8]}"
 
 
-def _content(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not filled yet
-        return None
-
-
 def options(value: Any) -> dict[str, str]:
     """The public attributes of an object that are settings, as text.
 
     What a dataclass does not show, or does not take, is its state and no setting.
-
-    Args:
-        value: A layer, a loss, a schedule, a rule, …
-
-    Example:
-        >>> options(nn.Dropout(0.5))
-        {'inplace': 'False', 'p': '0.5'}
     """
     state = {"training"}
     if is_dataclass(value):
@@ -130,15 +97,7 @@ def options(value: Any) -> dict[str, str]:
 
 
 def structure(model: nn.Module) -> dict[str, str]:
-    """Every layer by its path, with its settings, and its tensors with dtype and shape.
-
-    Args:
-        model: Any.
-
-    Example:
-        >>> structure(nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU()))["0"]
-        'Linear(in_features=2, out_features=1), weight float32 [1, 2]'
-    """
+    """Every layer by its path, with its settings, and its tensors with dtype and shape."""
     found = {}
     for path, module in model.named_modules():
         own = (*parameters_in(module).items(), *buffers_in(module).items())
@@ -159,23 +118,8 @@ def describe(
 
     Layers and losses of `torch.nn`, `gdtrain.models` and `gdtrain.losses` are described by the
     arguments of their constructor, as they stand in the instance, and `torch.nn.Sequential` by its
-    layers. Whether one of the same structure comes out is tried.
-
-    Args:
-        module: The model or loss.
-        make: The function of `gdtrain.models` that has made it, if one has.
-        sizes: What it was made with.
-
-    Returns:
-        The description; None: it cannot be built again from plain values.
-
-    Example:
-        >>> describe(nn.Sequential(nn.Flatten(), nn.Dropout(0.1)))["children"]["1"]
-        {'_target_': 'torch.nn.Dropout', 'p': 0.1, 'inplace': False}
-        >>> class Own(nn.Module):
-        ...     pass
-        >>> describe(Own()) is None
-        True
+    layers; or as made by `make`, a function of `gdtrain.models`, with `sizes`. Whether one of the
+    same structure comes out is tried.
     """
     candidates = [_described(module)]
     if isinstance(make, partial):
@@ -195,34 +139,16 @@ def describe_run(
     make: Any = None,
     sizes: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """How model, loss and data are built again; what cannot be is named under "own".
-
-    Args:
-        model: That is trained.
-        loss: Per example.
-        data: The data module, if there is one of gdtrain.
-        make: The function that has made the model.
-        sizes: What that was called with.
-
-    Returns:
-        Plain containers.
-
-    Example:
-        >>> class Own(nn.Module):
-        ...     pass
-        >>> describe_run(Own(), Own())["model"]
-        {'own': 'Own'}
-    """
-    found = {"model": describe(model, make, sizes), "loss": describe(loss)}
-    own = {"model": type(model).__qualname__, "loss": type(loss).__qualname__}
+    """How model, loss and data are built again; what cannot be is named under "own"."""
     return {
-        **{part: {"own": own[part]} if how is None else how for part, how in found.items()},
+        "model": describe(model, make, sizes) or {"own": type(model).__qualname__},
+        "loss": describe(loss) or {"own": type(loss).__qualname__},
         "data": describe_data(data),
     }
 
 
 def _described(module: nn.Module) -> dict[str, Any] | None:
-    if any(getattr(module, hooks, None) for hooks in _HOOKS) or "forward" in vars(module):
+    if has_hooks(module) or "forward" in vars(module):
         return None
     kind = type(module)
     if kind is nn.Sequential:
@@ -255,12 +181,12 @@ def _arguments(value: Any, kind: type, strict: bool = False) -> dict[str, Any] |
             name in ("device", "dtype") and not strict
         ):
             continue
-        entry = getattr(value, name, inspect.Parameter.empty)
+        entry = getattr(value, name, parameter.empty)
         if name == "bias" and (entry is None or isinstance(entry, Tensor)):
             entry = entry is not None
-        if entry is inspect.Parameter.empty and (strict or parameter.default is entry):
-            return None
-        if entry is inspect.Parameter.empty:
+        if entry is parameter.empty:
+            if strict or parameter.default is entry:
+                return None
             continue
         try:
             found[name] = _plain(entry)
@@ -270,10 +196,8 @@ def _arguments(value: Any, kind: type, strict: bool = False) -> dict[str, Any] |
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, torch.dtype):
+    if isinstance(value, torch.dtype | Path):
         return str(value).removeprefix("torch.")
-    if isinstance(value, Path):
-        return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
@@ -298,24 +222,7 @@ def _is_rebuilt(module: nn.Module, description: Mapping[str, Any]) -> bool:
 
 
 def rebuild(description: Mapping[str, Any], build: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The inverse of `describe`; weights are new.
-
-    Args:
-        description: What `describe` returned, perhaps from a file.
-        build: Makes one object from a description without children; it alone calls what a
-            description names.
-
-    Raises:
-        ValueError: It is no description.
-
-    Example:
-        >>> made = rebuild({"_target_": "torch.nn.Sequential", "children": {"a": {}}},
-        ...     lambda node: nn.ReLU())
-        >>> made
-        Sequential(
-          (a): ReLU()
-        )
-    """
+    """The inverse of `describe`, with new weights; `build` alone calls what a description names."""
     if not isinstance(description, Mapping):
         raise ValueError(f"A layer is described by a mapping. Received: {description!r}.")
     children = description.get("children")
@@ -326,22 +233,7 @@ def rebuild(description: Mapping[str, Any], build: Callable[[Mapping[str, Any]],
 
 
 def describe_data(data: Any) -> dict[str, Any] | None:
-    """A data module of gdtrain in plain values, where its source is a name or a file.
-
-    Args:
-        data: The data module.
-
-    Returns:
-        Its class and arguments; None: it holds arrays, or is somebody's own.
-
-    Example:
-        >>> from gdtrain.data import ArrayDataModule, EmbeddedDataModule
-        >>> found = describe_data(EmbeddedDataModule("iris", batch_size=5))
-        >>> found["_target_"], found["name"], found["batch_size"]
-        ('gdtrain.data.EmbeddedDataModule', 'iris', 5)
-        >>> describe_data(ArrayDataModule(np.zeros((4, 1)), np.arange(4) % 2)) is None
-        True
-    """
+    """A data module of gdtrain in plain values, where its source is a name or a file; else None."""
     kind = type(data)
     name = f"gdtrain.data.{kind.__qualname__}"
     if not kind.__module__.startswith("gdtrain.data."):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -17,26 +17,11 @@ from gdtrain.data.module import DataModule
 from gdtrain.losses import Loss
 from gdtrain.objective import evaluating, prediction_of
 
-__all__ = [
-    "EvaluatedModule",
-    "MeanLoss",
-    "compute_metrics",
-    "make_metrics",
-    "tag_of",
-    "update_metrics",
-]
+__all__ = ["EvaluatedModule", "MeanLoss", "compute_metrics"]
 
 
 class MeanLoss(Metric):
-    """Mean of losses per example, in their own precision, and NaN where one is.
-
-    Example:
-        >>> mean = MeanLoss()
-        >>> mean.update(torch.tensor([1.0, 2.0]))
-        >>> mean.update(torch.tensor([6.0]))
-        >>> mean.compute()
-        tensor(3.)
-    """
+    """Mean of losses per example, in their own precision, and NaN where one is."""
 
     total: Tensor
     count: Tensor
@@ -47,11 +32,7 @@ class MeanLoss(Metric):
         self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor) -> None:
-        """Take losses in.
-
-        Args:
-            losses: (B,).
-        """
+        """Take losses in."""
         dtype = torch.promote_types(losses.dtype, torch.float32)
         self.total = self.total + losses.sum(dtype=dtype)
         self.count = self.count + losses.numel()
@@ -61,97 +42,15 @@ class MeanLoss(Metric):
         return self.total / self.count
 
 
-def tag_of(name: str, part: str) -> str:
-    """Under which a metric is logged.
-
-    Args:
-        name: "loss", or of the metric.
-        part: "train", "val" or "test".
-
-    Example:
-        >>> tag_of("loss", "val"), tag_of("accuracy", "test")
-        ('loss/val', 'metric/accuracy/test')
-    """
-    return f"loss/{part}" if name == "loss" else f"metric/{name}/{part}"
-
-
-def make_metrics(loss: Loss, given: Mapping[str, Metric] | None = None) -> nn.ModuleDict:
-    """The loss and the metrics, by name, that have seen nothing yet.
-
-    Args:
-        loss: Tells the task.
-        given: Metrics to copy; None: accuracy for classes, R² and mean absolute error for numbers.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> list(make_metrics(SquaredError()))
-        ['loss', 'r2', 'mae']
-    """
-    made: dict[str, Metric]
-    if given is not None:
-        made = {name: metric.clone() for name, metric in given.items()}
-    elif loss.task == "regression":
-        made = {"r2": R2Score(), "mae": MeanAbsoluteError()}
-    else:
-        # Over decided classes, the count of classes does not matter to plain accuracy.
-        made = {"accuracy": MulticlassAccuracy(2, average="micro", validate_args=False)}
-    return nn.ModuleDict({"loss": MeanLoss(), **made})
-
-
-def update_metrics(
-    metrics: Any, loss: Loss, prediction: Tensor, targets: Tensor, scale: Tensor | None = None
-) -> None:
-    """Take the predictions of some examples in.
-
-    Args:
-        metrics: From `make_metrics`.
-        loss: Which decides.
-        prediction: (B, C).
-        targets: (B, …).
-        scale: (K,), by which numbers are multiplied, so that metrics have the target's units.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> metrics = make_metrics(SquaredError())
-        >>> update_metrics(metrics, SquaredError(), torch.ones(2, 1), torch.tensor([1.0, 3.0]))
-        >>> compute_metrics(metrics, "val")["metric/mae/val"]
-        1.0
-    """
-    targets = loss.as_targets(targets, prediction.shape[-1])
-    losses = loss(prediction, targets)
-    decided = loss.decide(prediction)
-    if loss.task == "regression":
-        if decided.device.type != "mps":  # R² is a difference of sums of squares
-            decided, targets = decided.double(), targets.double()
-        targets = targets.reshape(decided.shape)
-        if scale is not None:
-            scale = scale.to(decided)
-            decided, targets = decided * scale, targets * scale
-        decided, targets = decided.squeeze(1), targets.squeeze(1)
-    for name, metric in metrics.items():
-        metric.update(*((losses,) if name == "loss" else (decided, targets)))
-
-
 def compute_metrics(metrics: Any, part: str) -> dict[str, float]:
     """Values by tag, over all ranks; the metrics start anew.
 
-    Args:
-        metrics: From `make_metrics`.
-        part: Last word of the tags.
-
-    Returns:
-        Without R² of a single example, which does not exist.
-
-    Example:
-        >>> metrics = nn.ModuleDict({"loss": MeanLoss()})
-        >>> metrics["loss"].update(torch.tensor([2.0]))
-        >>> compute_metrics(metrics, "val")
-        {'loss/val': 2.0}
+    R² of a single example, which does not exist, is left out.
     """
     values = {}
     for name, metric in metrics.items():
         try:
-            values[tag_of(name, part)] = float(cast(Metric, metric).compute())
+            values[_tag(name, part)] = float(metric.compute())
         except ValueError:
             if not isinstance(metric, R2Score):
                 raise
@@ -159,26 +58,15 @@ def compute_metrics(metrics: Any, part: str) -> dict[str, float]:
     return values
 
 
+def _tag(name: str, part: str) -> str:
+    return f"loss/{part}" if name == "loss" else f"metric/{name}/{part}"
+
+
 class EvaluatedModule(LightningModule):
     """A model with a loss and metrics, as Lightning validates, tests and predicts with it.
 
-    Args:
-        model: (B, …) to (B, C) (`gdtrain.objective.prediction_of`).
-        loss: Per example.
-        metrics: By name, fed with `loss.decide(prediction)` and targets; None: accuracy for
-            classes, R² and mean absolute error for numbers.
-
-    Raises:
-        ValueError: `loss` is no `Loss`.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> module = EvaluatedModule(nn.Linear(1, 1), SquaredError())
-        >>> module.tags("val")
-        ['loss/val', 'metric/r2/val', 'metric/mae/val']
-        >>> x = torch.ones(2, 1)
-        >>> sorted(module.evaluate([(x, x[:, 0])], "test"))
-        ['loss/test', 'metric/mae/test', 'metric/r2/test']
+    Metrics are fed with `loss.decide(prediction)` and the targets; without any, they are accuracy
+    for classes, R² and mean absolute error for numbers.
     """
 
     def __init__(
@@ -196,19 +84,11 @@ class EvaluatedModule(LightningModule):
         self._target_scale: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The model's predictions.
-
-        Args:
-            x: (B, …).
-        """
+        """The model's predictions."""
         return prediction_of(self.model(x))
 
     def setup(self, stage: str) -> None:
-        """Take from the data module the units of the target, and make the metrics.
-
-        Args:
-            stage: Lightning's.
-        """
+        """Take from the data module the units of the target, and make the metrics."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DataModule):  # what the targets are may have been settled without us
             self.loss.outputs(data.num_classes, data.num_targets)
@@ -216,58 +96,43 @@ class EvaluatedModule(LightningModule):
         self.use_target_scale(getattr(preprocessing, "target_scale", None))
         for part in ("val", "test"):
             if part not in self.evaluation:
-                self.evaluation[part] = make_metrics(self.loss, self._metrics)
+                self.evaluation[part] = self._new_metrics()
 
     def use_target_scale(self, scale: Any) -> None:
-        """Compute the metrics of a regression in the units of the target.
-
-        Args:
-            scale: Standard deviation by which the targets were divided, (K,); None: they were not.
-        """
+        """Compute the metrics of a regression in the units that the target was divided by."""
         self._target_scale = None if scale is None else torch.as_tensor(scale, dtype=torch.float64)
 
-    def tags(self, part: str) -> list[str]:
-        """Of the loss and the metrics.
+    def _new_metrics(self) -> nn.ModuleDict:
+        """The loss and the metrics, by name, that have seen nothing yet."""
+        made: dict[str, Metric]
+        if self._metrics is not None:
+            made = {name: metric.clone() for name, metric in self._metrics.items()}
+        elif self.loss.task == "regression":
+            made = {"r2": R2Score(), "mae": MeanAbsoluteError()}
+        else:
+            # Over decided classes, the count of classes does not matter to plain accuracy.
+            made = {"accuracy": MulticlassAccuracy(2, average="micro", validate_args=False)}
+        return nn.ModuleDict({"loss": MeanLoss(), **made})
 
-        Args:
-            part: "train", "val" or "test".
-        """
-        return [tag_of(name, part) for name in make_metrics(self.loss, self._metrics)]
+    def tags(self, part: str) -> list[str]:
+        """Of the loss and the metrics of "train", "val" or "test"."""
+        return [_tag(name, part) for name in self._new_metrics()]
 
     def to_model(self, tensor: Any) -> Any:
-        """On the model's device; in its dtype if it holds floating-point numbers.
-
-        Args:
-            tensor: Inputs or targets.
-        """
+        """On the model's device; in its dtype if it holds floating-point numbers."""
         dtype = next((p.dtype for p in self.model.parameters()), torch.float32)
         return tensor.to(self.device, dtype if tensor.is_floating_point() else None)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Take one slice of the validation part in.
-
-        Args:
-            batch: Inputs and targets.
-            batch_idx: Lightning's.
-        """
+        """Take one slice of the validation part in."""
         self._take(self.evaluation["val"], *batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Take one slice of the test part in.
-
-        Args:
-            batch: Inputs and targets.
-            batch_idx: Lightning's.
-        """
+        """Take one slice of the test part in."""
         self._take(self.evaluation["test"], *batch)
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Classes (B,), or numbers (B, C), for `Trainer.predict`.
-
-        Args:
-            batch: Inputs, alone or first of a tuple; standardised as in training.
-            batch_idx: Lightning's.
-        """
+        """Classes (B,), or numbers (B, C), for `Trainer.predict`."""
         inputs = batch[0] if isinstance(batch, list | tuple) else batch
         return self.loss.decide(self(self.to_model(inputs)))
 
@@ -283,22 +148,30 @@ class EvaluatedModule(LightningModule):
     def evaluate(
         self, batches: Iterable[tuple[Tensor, Tensor]], part: str = "train"
     ) -> dict[str, float]:
-        """Mean loss and metrics, in evaluation mode, outside Lightning's loops.
+        """Mean loss and metrics over pairs of inputs and targets, outside Lightning's loops.
 
-        Args:
-            batches: Pairs of inputs and targets.
-            part: Last word of the tags.
-
-        Returns:
-            By tag: `loss/<part>`, `metric/<name>/<part>`.
+        In evaluation mode; by tag, `loss/<part>` and `metric/<name>/<part>`.
         """
-        metrics = make_metrics(self.loss, self._metrics).to(self.device)
+        metrics = self._new_metrics().to(self.device)
         with evaluating(self.model), self.averaged():
             for inputs, targets in batches:
                 self._take(metrics, inputs, targets)
         return compute_metrics(metrics, part)
 
-    def _take(self, metrics: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-        if len(inputs):
-            inputs, targets = self.to_model(inputs), self.to_model(targets)
-            update_metrics(metrics, self.loss, self(inputs), targets, self._target_scale)
+    def _take(self, metrics: Any, inputs: Tensor, targets: Tensor) -> None:
+        """Let the metrics see some examples."""
+        if not len(inputs):
+            return
+        prediction, loss = self(self.to_model(inputs)), self.loss
+        targets = loss.as_targets(self.to_model(targets), prediction.shape[-1])
+        losses, decided = loss(prediction, targets), loss.decide(prediction)
+        if loss.task == "regression":
+            if decided.device.type != "mps":  # R² is a difference of sums of squares
+                decided, targets = decided.double(), targets.double()
+            targets = targets.reshape(decided.shape)
+            if self._target_scale is not None:
+                scale = self._target_scale.to(decided)
+                decided, targets = decided * scale, targets * scale
+            decided, targets = decided.squeeze(1), targets.squeeze(1)
+        for name, metric in metrics.items():
+            metric.update(*((losses,) if name == "loss" else (decided, targets)))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning import Callback, LightningModule
 from lightning.pytorch.callbacks import (
@@ -29,7 +29,7 @@ from gdtrain._compat.lightning_training import saves_by_time, saves_every
 from gdtrain.descent.plan import Every, Watcher
 from gdtrain.optim.protocol import step_size_of
 
-__all__ = ["UpdateHooks", "Watchers", "before_step", "call", "overrides", "watchers_of"]
+__all__ = ["UpdateHooks", "overrides"]
 
 _log = logging.getLogger("gdtrain")
 
@@ -61,90 +61,11 @@ _REFUSED = {
 }
 
 
-class Watchers(NamedTuple):
-    """Where sweeps must end for those who do not know them.
-
-    Args:
-        single: Who needs one update a step, in words; "": nobody.
-        cuts: The updates at which a sweep must end.
-        step: Who has hooks that are called at each step of the optimizer.
-
-    Example:
-        >>> Watchers(cuts=[Every(100)]).cuts[0].next_update(250)
-        300
-    """
-
-    single: str = ""
-    cuts: Sequence[Every] = ()
-    step: Sequence[Any] = ()
-
-
 def overrides(owner: Any, hook: str) -> bool:
-    """Whether a callback or a module brings a hook of its own, by its class or as an attribute.
-
-    Args:
-        owner: A callback or a module.
-        hook: Name of the method.
-
-    Example:
-        >>> from lightning.pytorch.callbacks import LambdaCallback
-        >>> told = LambdaCallback(on_train_epoch_end=lambda trainer, module: None)
-        >>> overrides(told, "on_train_epoch_end"), overrides(told, "on_train_epoch_start")
-        (True, False)
-    """
+    """Whether a callback or a module brings a hook of its own, by its class or as an attribute."""
     parent = Callback if isinstance(owner, Callback) else LightningModule
     found = getattr(owner, hook, None)
     return hasattr(parent, hook) and getattr(found, "__func__", found) is not getattr(parent, hook)
-
-
-def watchers_of(callbacks: Sequence[Any], module: Any, log_every: int, by_rule: bool) -> Watchers:
-    """What each of the callbacks, and the module's own subclass, gets.
-
-    Args:
-        callbacks: The trainer's.
-        module: A SupervisedModule.
-        log_every: The trainer's `log_every_n_steps`.
-        by_rule: Whether a rule computes η.
-
-    Raises:
-        ValueError: One of them acts on what a sweep does not have.
-
-    Example:
-        >>> from lightning.pytorch.callbacks import EMAWeightAveraging
-        >>> saving = ModelCheckpoint(every_n_train_steps=100)
-        >>> watchers_of([saving], LightningModule(), log_every=50, by_rule=False).cuts
-        [Every(updates=100, offset=0)]
-        >>> averaging = EMAWeightAveraging()
-        >>> watchers_of([averaging], LightningModule(), log_every=50, by_rule=False).single
-        'EMAWeightAveraging acts on batches'
-    """
-    single, cuts, step = "", list[Every](), []
-    for owner in (*callbacks, module):
-        name = type(owner).__name__
-        _refuse(owner, name)
-        hooks = [hook for hook in _STEP if overrides(owner, hook)]
-        if hooks and by_rule:
-            raise ValueError(
-                f"{name} acts on {hooks[0]}, and a rule computes the step size from the gradient "
-                f"as it is. Set optimizer.lr to a number, or leave {name} out."
-            )
-        if hooks:
-            step.append(owner)
-        if hasattr(owner, "next_update") and owner is not module:
-            continue  # it knows sweeps
-        kind = type(owner)
-        if kind is ModelCheckpoint:
-            every = saves_every(owner)
-            cuts += [Every(every)] if every >= 1 else []
-        elif kind in _AT_LOG_POINTS:
-            if getattr(owner, "logging_interval", None) != "epoch" and log_every:
-                # Logged are the starts and the ends of the batches n − 1, 2n − 1, …
-                cuts += [Every(log_every, offset) for offset in (0, log_every - 1)]
-        elif isinstance(owner, _ONLY_LOOK):
-            continue
-        elif hooks or any(overrides(owner, hook) for hook in _BATCH):
-            single = single or f"{name} acts on batches"
-    return Watchers(single, cuts, step)
 
 
 def _refuse(owner: Any, name: str) -> None:
@@ -166,124 +87,98 @@ def _refuse(owner: Any, name: str) -> None:
             )
 
 
-def before_step(owners: Sequence[Any], trainer: Any, module: Any, optimizer: Any) -> None:
-    """Call the hooks that come between the backward pass and the step.
-
-    Args:
-        owners: Who has them, as `Watchers.step`.
-        trainer: Lightning's.
-        module: That is trained.
-        optimizer: Whose step comes next; the gradients are in `p.grad`.
-
-    Example:
-        >>> class Tells(Callback):
-        ...     def on_after_backward(self, trainer, pl_module):
-        ...         print("the gradients are in")
-        >>> before_step([Tells()], None, None, None)
-        the gradients are in
-    """
-    for hook, arguments in (("on_after_backward", ()), ("on_before_optimizer_step", (optimizer,))):
-        call(owners, hook, trainer, module, *arguments)
-
-
-def call(owners: Sequence[Any], hook: str, trainer: Any, module: Any, *arguments: Any) -> None:
-    """Call one hook of callbacks, and of the module.
-
-    Args:
-        owners: Who may have it.
-        hook: Its name.
-        trainer: Lightning's.
-        module: That is trained.
-        *arguments: Further ones of the hook.
-
-    Example:
-        >>> class Tells(Callback):
-        ...     def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        ...         print(optimizer)
-        >>> call([Tells()], "on_before_zero_grad", None, None, "an optimizer")
-        an optimizer
-    """
-    for owner in owners:
-        if overrides(owner, hook):
-            before = () if owner is module else (trainer, module)
-            getattr(owner, hook)(*before, *arguments)
-
-
 class UpdateHooks:
-    """Those who act on single updates: where sweeps end for them, and the calls of their hooks.
-
-    Example:
-        >>> hooks = UpdateHooks()
-        >>> hooks.watchers()
-        []
-    """
+    """Those who act on single updates: where sweeps end for them, and the calls of their hooks."""
 
     def __init__(self) -> None:
-        self._found = Watchers()
         self._trainer: Any = None
         self._module: Any = None
         self._handle: Any = None  # of the optimizer's steps
         self._updating = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._single = ""  # who needs one update a step, in words
+        self._cuts: list[Every] = []  # for those who do not know sweeps
+        self._step: list[Any] = []  # who has hooks that are called at each step of the optimizer
 
     def find(self, trainer: Any, module: Any, own_step: bool = False) -> None:
-        """Ask who must see which updates of the run.
+        """Ask who must see which updates; ValueError: somebody acts on what a sweep does not have.
 
-        Args:
-            trainer: Lightning's.
-            module: That is trained.
-            own_step: Whether its class has a `training_step` of its own.
-
-        Raises:
-            ValueError: Somebody acts on what a sweep does not have.
+        `own_step` tells that the module's class has a `training_step` of its own.
         """
         self._trainer, self._module = trainer, module
+        self._forget()
         by_rule = any(step_size_of(o) is not None for o in trainer.optimizers)
-        found = watchers_of(trainer.callbacks, module, trainer.log_every_n_steps, by_rule)
-        if own_step and not found.single:
-            found = found._replace(single=f"{type(module).__name__} has its own training_step")
-        self._found = found
+        for owner in (*trainer.callbacks, module):
+            _refuse(owner, type(owner).__name__)
+            self._note(owner, by_rule)
+        if own_step:
+            self._single = self._single or f"{type(module).__name__} has its own training_step"
         # Right here, where the state after an update is what a resumed run goes on with.
         warnings.filterwarnings(
             "ignore", message="Using ModelCheckpoint with manual optimization and every_n_train_st"
         )
 
+    def _note(self, owner: Any, by_rule: bool) -> None:
+        """What a callback, or the module's own subclass, gets."""
+        kind, name = type(owner), type(owner).__name__
+        hooks = [hook for hook in _STEP if overrides(owner, hook)]
+        if hooks and by_rule:
+            raise ValueError(
+                f"{name} acts on {hooks[0]}, and a rule computes the step size from the gradient "
+                f"as it is. Set optimizer.lr to a number, or leave {name} out."
+            )
+        self._step += [owner] if hooks else []
+        if (hasattr(owner, "next_update") and owner is not self._module) or (
+            isinstance(owner, _ONLY_LOOK)
+        ):
+            return  # it knows sweeps, or does not mind them
+        if kind is ModelCheckpoint:
+            every = saves_every(owner)
+            self._cuts += [Every(every)] if every >= 1 else []
+        elif kind in _AT_LOG_POINTS:
+            n = self._trainer.log_every_n_steps
+            if getattr(owner, "logging_interval", None) != "epoch" and n:
+                # Logged are the starts and the ends of the batches n − 1, 2n − 1, …
+                self._cuts += [Every(n), Every(n, n - 1)]
+        elif hooks or any(overrides(owner, hook) for hook in _BATCH):
+            self._single = self._single or f"{name} acts on batches"
+
     def watchers(self) -> list[Watcher]:
         """At which updates sweeps must end."""
-        if self._found.single:
+        if self._single:
             return [Every(1)]
         callbacks = [] if self._trainer is None else self._trainer.callbacks
-        return [*self._found.cuts, *(c for c in callbacks if hasattr(c, "next_update"))]
+        return [*self._cuts, *(c for c in callbacks if hasattr(c, "next_update"))]
 
     def listen(self, optimizer: Optimizer, in_sweeps: bool) -> None:
-        """Call the hooks of those who act on each step of the optimizer.
-
-        Args:
-            optimizer: That makes the updates.
-            in_sweeps: Whether a step of Lightning may be several of them.
-        """
+        """Call the hooks of those who act on each step of the optimizer."""
         self.remove()
-        found = self._found
-        if found.step:
-
-            def listen(optimizer: Any, arguments: Any, options: Any) -> None:
-                if self._updating:  # and no update that is only tried, or made once more
-                    before_step(found.step, self._trainer, self._module, optimizer)
-
-            self._handle = optimizer.register_step_pre_hook(listen)
-        if found.single and in_sweeps:
+        if self._step:
+            self._handle = optimizer.register_step_pre_hook(self._before_step)
+        if self._single and in_sweeps:
             _log.info(
                 "sweeps: one update a step, because %s; each step costs Lightning about 0.4 ms",
-                found.single,
+                self._single,
             )
+
+    def _before_step(self, optimizer: Any, arguments: Any, options: Any) -> None:
+        if self._updating:  # and no update that is only tried, or made once more
+            self._call("on_after_backward")
+            self._call("on_before_optimizer_step", optimizer)
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        """Call one hook of those who have it."""
+        for owner in self._step:
+            if overrides(owner, hook):
+                before = () if owner is self._module else (self._trainer, self._module)
+                getattr(owner, hook)(*before, *arguments)
 
     @contextmanager
     def updating(self, optimizer: Optimizer) -> Iterator[None]:
-        """Around the updates of the run itself.
-
-        Args:
-            optimizer: That makes them.
-        """
-        call(self._found.step, "on_before_zero_grad", self._trainer, self._module, optimizer)
+        """Around the updates of the run itself."""
+        self._call("on_before_zero_grad", optimizer)
         self._updating = True
         try:
             yield

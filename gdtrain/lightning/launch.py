@@ -15,21 +15,11 @@ __all__ = ["Launch", "check_processes", "is_first_process", "launch"]
 
 @dataclass(frozen=True)
 class Launch:
-    """What started this process.
+    """What started this process."""
 
-    Args:
-        by: The launcher's command; "": none, or gdtrain itself.
-        rank: Of this process among all of the launcher's, counted from 0.
-        size: How many there are.
-
-    Example:
-        >>> Launch("srun", rank=1, size=2).size
-        2
-    """
-
-    by: str = ""
-    rank: int = 0
-    size: int = 1
+    by: str = ""  # the launcher's command; "": none, or gdtrain itself
+    rank: int = 0  # of this process among all of the launcher's
+    size: int = 1  # how many there are
 
 
 # Command, what tells that it was used, this process's rank, the number of processes. SLURM's are
@@ -47,18 +37,7 @@ _LAUNCHERS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
 def launch(environ: Mapping[str, str] = os.environ) -> Launch:
     """Read what the launchers of clusters leave in the environment.
 
-    Args:
-        environ: The environment.
-
-    Returns:
-        The launcher that started several processes; where gdtrain has started them itself, `by` is
-        empty and the size 1, so that each process's rank is all that is known.
-
-    Example:
-        >>> launch({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"})
-        Launch(by='srun', rank=1, size=2)
-        >>> launch({})
-        Launch(by='', rank=0, size=1)
+    Where gdtrain has started the processes itself, a rank is all that is known.
     """
     interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")  # a shell, not srun
     for by, sign, rank, sizes in _LAUNCHERS:
@@ -76,27 +55,14 @@ def _whole(text: str) -> int:
 
 
 def is_first_process() -> bool:
-    """Whether this process speaks and writes for the run: all but the further ranks do.
-
-    Example:
-        >>> is_first_process()
-        True
-    """
+    """Whether this process speaks and writes for the run: all but the further ranks do."""
     return launch().rank == 0
 
 
 def check_processes(trainer: Mapping[str, Any]) -> None:
     """Raise where a launcher started another number of processes than the run is to have.
 
-    Args:
-        trainer: The configuration's part, with `strategy`, `devices` and `num_nodes`; empty for
-            what has one process.
-
-    Raises:
-        ConfigurationError: The numbers differ, or one in the environment is none.
-
-    Example:
-        >>> check_processes({"strategy": {"_target_": "gdtrain.lightning.strategy.ExactDDP"}})
+    Of the configuration's `trainer`; empty for what has one process.
     """
     numbers = {name for _, _, rank, sizes in _LAUNCHERS for name in (rank, *sizes)}
     for name in sorted(numbers | {"LOCAL_RANK", "NODE_RANK", "SLURM_NNODES"}):

@@ -29,14 +29,16 @@ from gdtrain.descent.optimizer import automatic_schedule, check_step_size, make_
 from gdtrain.descent.preparation import check_examples, resident_objective, single_example
 from gdtrain.descent.state import State
 from gdtrain.engines import EngineName
-from gdtrain.lightning.counters import align_progress, count_epochs, count_updates
 from gdtrain.lightning.evaluation import compute_metrics
 from gdtrain.lightning.hooks import UpdateHooks
 from gdtrain.lightning.resumable import ResumableModule
 from gdtrain.lightning.resuming import planned_updates
 from gdtrain.lightning.trainer import (
+    align_progress,
     check_counts,
     check_precision,
+    count_epochs,
+    count_updates,
     epochs_at_once,
     take_over_batch_norm,
 )

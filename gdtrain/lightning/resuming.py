@@ -13,10 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import (
-    BackboneFinetuning,
     BaseFinetuning,
     EarlyStopping,
-    GradientAccumulationScheduler,
     ModelPruning,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -34,11 +32,9 @@ __all__ = ["check_model", "check_resumes", "model_settings", "planned_updates", 
 # Lightning's callbacks that a run depends on; gdtrain's say by `decisive` which attributes do.
 _DECISIVE = (
     EarlyStopping,
-    GradientAccumulationScheduler,
     StochasticWeightAveraging,
     WeightAveraging,
     BaseFinetuning,
-    BackboneFinetuning,
     ModelPruning,
 )
 # Of a group: what a run changes, and what a rule or gathering keep there.
@@ -52,50 +48,24 @@ _POINTS = 4096  # at which two schedules are compared
 
 
 def settings(module: Any, trainer: Any, data: Any = None) -> dict[str, str]:
-    """Everything that the next update depends on beside the state, by key.
-
-    Args:
-        module: The `SupervisedModule`.
-        trainer: Lightning's, with its callbacks.
-        data: The data module, if there is one of gdtrain.
-
-    Returns:
-        Texts: equal ones for a run that goes on as it would have.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> from gdtrain import SGD, SupervisedModule
-        >>> from gdtrain.losses import CrossEntropy
-        >>> module = SupervisedModule(nn.Linear(2, 3), CrossEntropy(), SGD)
-        >>> trainer = Trainer(max_epochs=9, accelerator="cpu", logger=False,
-        ...     enable_checkpointing=False, enable_progress_bar=False)
-        >>> found = settings(module, trainer)
-        >>> found["optimizer"], found["optimizer.lr"], found["trainer.max_epochs"]
-        ('SGD', '0.001', '9')
-    """
-    found = {
-        **model_settings(module.model, _TRUE.get(str(trainer.precision))),
-        "decay_biases": str(module.decay_biases),
-        "trainer.precision": str(trainer.precision),
-        "trainer.max_epochs": repr(trainer.max_epochs),
-        "trainer.max_steps": repr(trainer.max_steps),
-        "trainer.check_val_every_n_epoch": repr(trainer.check_val_every_n_epoch),
-        "trainer.limit_val_batches": repr(trainer.limit_val_batches),
-    }
+    """Everything that the next update depends on beside the state, by key."""
+    precision, automatic = str(trainer.precision), module.step_size == "auto"
+    found = model_settings(module.model, _TRUE.get(precision))
+    found |= {"decay_biases": str(module.decay_biases), "trainer.precision": precision}
+    for name in ("max_epochs", "max_steps", "check_val_every_n_epoch", "limit_val_batches"):
+        found[f"trainer.{name}"] = repr(getattr(trainer, name))
     found |= _of("loss", module.loss)
     found |= _of("schedule", "auto" if module.schedule_is_automatic else module.schedule)
-    module.planned_updates = planned_updates(trainer, data, module.updates_per_epoch)
-    optimizer = module.configure_optimizers()
-    module.planned_updates = None
-    found |= _optimizer(optimizer, automatic=module.step_size == "auto")
-    rule = step_size_of(optimizer)
-    found |= _of("step_size", "auto" if module.step_size == "auto" else rule)
+    planned = planned_updates(trainer, data, module.updates_per_epoch)
+    optimizer = _optimizer_for(module, planned)
+    found |= _optimizer(optimizer, automatic)
+    found |= _of("step_size", "auto" if automatic else step_size_of(optimizer))
     for callback in trainer.callbacks:
         found |= _callback(callback)
     if any(isinstance(callback, BaseFinetuning) for callback in trainer.callbacks):
         found.pop("model/frozen", None)  # it freezes and thaws
         found.pop("optimizer.params")
-    if any(isinstance(m, (BATCH_NORMS, DROPOUTS)) for m in _layers(module)):
+    if any(isinstance(m, (BATCH_NORMS, DROPOUTS)) for m in module.model.modules()):
         found["trainer.devices"] = str(trainer.world_size)  # each draws, or normalises, its own
     if data is not None and hasattr(data, "settings"):
         found |= {f"data.{name}": value for name, value in data.settings().items()}
@@ -103,17 +73,7 @@ def settings(module: Any, trainer: Any, data: Any = None) -> dict[str, str]:
 
 
 def model_settings(model: nn.Module, dtype: str | None = None) -> dict[str, str]:
-    """Those of a model: its class, its own settings, and every layer below it.
-
-    Args:
-        model: Any.
-        dtype: In which it will train; None: that of its tensors.
-
-    Example:
-        >>> found = model_settings(nn.Sequential(nn.Dropout(0.5)))
-        >>> found["model"], found["model/0"]
-        ('Sequential', 'Dropout(inplace=False, p=0.5)')
-    """
+    """Those of a model: its class, its own settings, and every layer below it."""
     found = {"model": type(model).__name__}
     found |= {f"model.{name}": value for name, value in options(model).items()}
     for path, layer in structure(model).items():
@@ -123,10 +83,6 @@ def model_settings(model: nn.Module, dtype: str | None = None) -> dict[str, str]
             found[f"model/{path}"] = layer if dtype is None else re.sub(_FLOATING, dtype, layer)
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     return {**found, "model/frozen": ", ".join(frozen)} if frozen else found
-
-
-def _layers(module: Any) -> list[nn.Module]:
-    return list(module.model.modules())
 
 
 def _of(key: str, value: Any) -> dict[str, str]:
@@ -140,15 +96,21 @@ def _of(key: str, value: Any) -> dict[str, str]:
     return found
 
 
+def _optimizer_for(module: Any, planned: int | None) -> Optimizer:
+    """As it would be made for so many updates."""
+    module.planned_updates = planned
+    made: Optimizer = module.configure_optimizers()
+    module.planned_updates = None
+    return made
+
+
 def _optimizer(optimizer: Optimizer, automatic: bool) -> dict[str, str]:
     groups = optimizer.param_groups
     found = {"optimizer": type(optimizer).__name__}
-    names = {name for group in groups for name in group} - _STATE
-    for name in sorted(names):
+    for name in sorted({name for group in groups for name in group} - _STATE):
         found[f"optimizer.{name}"] = _by_group([group.get(name) for group in groups])
     if not automatic:
-        rates = [group.get("initial_lr", group["lr"]) for group in groups]
-        found["optimizer.lr"] = _by_group(rates)
+        found["optimizer.lr"] = _by_group([g.get("initial_lr", g["lr"]) for g in groups])
     found["optimizer.params"] = _by_group([len(group["params"]) for group in groups])
     return found
 
@@ -160,18 +122,18 @@ def _by_group(values: list[Any]) -> str:
 
 def _callback(callback: Any) -> dict[str, str]:
     names = getattr(callback, "decisive", None)
-    if names is None and not isinstance(callback, _DECISIVE):
-        return {}
     if names is None:
+        if not isinstance(callback, _DECISIVE):
+            return {}
         names = _constructor_arguments(type(callback))
-    found = {f"callbacks.{type(callback).__name__}": "there"}
+    key = f"callbacks.{type(callback).__name__}"
+    found = {key: "there"}
     for name in names:
         value = vars(callback).get(name, vars(callback).get(f"_{name}"))
-        shown = text(value)
-        if name == "min_delta":
-            shown = text(abs(value))  # EarlyStopping keeps it with the sign of its mode
+        # EarlyStopping keeps min_delta with the sign of its mode.
+        shown = text(abs(value) if name == "min_delta" else value)
         if shown is not None:
-            found[f"callbacks.{type(callback).__name__}.{name}"] = shown
+            found[f"{key}.{name}"] = shown
     return found
 
 
@@ -183,23 +145,7 @@ def _constructor_arguments(kind: type) -> list[str]:
 
 
 def planned_updates(trainer: Any, data: Any, per_epoch: int) -> int | None:
-    """T, as a trainer plans it.
-
-    Args:
-        trainer: Lightning's.
-        data: The data module, if there is one of gdtrain.
-        per_epoch: Updates in an epoch, for other loaders.
-
-    Returns:
-        Updates; None: no end.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False,
-        ...     enable_checkpointing=False, enable_progress_bar=False)
-        >>> planned_updates(trainer, None, per_epoch=10)
-        30
-    """
+    """T, as a trainer plans it; None: no end. `per_epoch` is for loaders that are not gdtrain's."""
     if hasattr(data, "planned_updates"):
         return data.planned_updates(trainer)
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs * per_epoch
@@ -219,22 +165,6 @@ def check_resumes(
     More or fewer epochs are taken where the schedule gives the updates that were made the factors
     that they had, as a constant one does: then the run is what it would have been if it had been
     planned like that.
-
-    Args:
-        state: The checkpoint.
-        module: The `SupervisedModule`.
-        trainer: Lightning's.
-        data: The data module, if there is one.
-        path: Of the checkpoint, for the message.
-
-    Raises:
-        ValueError: Something differs, or the checkpoint holds weights only.
-
-    Example:
-        >>> check_resumes({"gdtrain": {}, "state_dict": {}}, None, None, None, "weights.ckpt")
-        Traceback (most recent call last):
-        ...
-        ValueError: weights.ckpt holds weights only: it can be evaluated, but not resumed.
     """
     own = state["gdtrain"]
     if not {"optimizer_states", "loops"} <= state.keys():
@@ -260,11 +190,10 @@ def check_resumes(
     if not found:
         return
     command = all("variant" in part and part.get("command") for part in config)
-    if command and any(key.partition("/")[0].partition(".")[0] == "model" for key in found):
+    if command and any(key.startswith("model") for key in found):
         parts = [{k: str(v) for k, v in _flat("model", part.get("model"))} for part in config]
-        typed = _differences(parts[0], parts[1])
-        if typed:
-            found = {k: v for k, v in found.items() if k[:5] != "model"} | typed
+        if typed := _differences(*parts):
+            found = {k: v for k, v in found.items() if not k.startswith("model")} | typed
     raise ValueError(
         f"The run of {path} can only go on as the run that it was. These differ:\n"
         f"{_listed(found, command)}\n"
@@ -274,31 +203,14 @@ def check_resumes(
 
 
 def check_model(then: Mapping[str, str], model: nn.Module, path: str | Path) -> None:
-    """Raise, with all that differs, where a model is not of the structure that a file tells.
-
-    Args:
-        then: The settings in the file.
-        model: To be filled from it.
-        path: Of the file, for the message.
-
-    Raises:
-        ValueError: It is another.
-
-    Example:
-        >>> check_model(model_settings(nn.ReLU()), nn.Tanh(), "kept.pt")
-        Traceback (most recent call last):
-        ...
-        ValueError: The model is not that of kept.pt:
-          model: ReLU then, Tanh now
-        ...
-    """
-    kept = {key: value for key, value in then.items() if key[:5] == "model"}
+    """Raise, with all that differs, where a model is not of the structure that a file tells."""
+    kept = {key: value for key, value in then.items() if key.startswith("model")}
     found = _differences(kept, model_settings(model))
     found.pop("model/frozen", None)
     if found:
         raise ValueError(
-            f"The model is not that of {path}:\n{_listed(found, False)}\nBuild it as it was "
-            f"trained."
+            f"The model is not that of {path}:\n{_listed(found, False)}\n"
+            f"Build it as it was trained."
         )
 
 
@@ -334,23 +246,14 @@ def _differences(then: Mapping[str, str], now: Mapping[str, str]) -> dict[str, t
     }
 
 
+_SPLIT = {"data.val_fraction", "data.test_fraction", "data.split_seed"}
+_PREPARED = {"data.standardize", "data.standardize_targets", "data.split_fingerprint", *_SPLIT}
 _FOLLOWS = {
     "optimizer.params": {"decay_biases", "model/frozen"},
     "optimizer.weight_decay": {"decay_biases"},
-    "data.split_fingerprint": {"data.val_fraction", "data.test_fraction", "data.split_seed"},
-    "data.preprocessing_fingerprint": {
-        "data.standardize",
-        "data.standardize_targets",
-        "data.split_fingerprint",
-        "data.val_fraction",
-        "data.test_fraction",
-        "data.split_seed",
-    },
-}
-_FOLLOWS["data.examples_fingerprint"] = {
-    "data.dtype",
-    "data.preprocessing_fingerprint",
-    *_FOLLOWS["data.preprocessing_fingerprint"],
+    "data.split_fingerprint": _SPLIT,
+    "data.preprocessing_fingerprint": _PREPARED,
+    "data.examples_fingerprint": {"data.dtype", "data.preprocessing_fingerprint", *_PREPARED},
 }
 
 
@@ -361,9 +264,7 @@ def _other_plan(own: Mapping[str, Any], module: Any, trainer: Any, data: Any) ->
     done = own["updates"]
     if before == after or not done:
         return ""
-    module.planned_updates = after
-    rule = step_size_of(module.configure_optimizers())
-    module.planned_updates = None
+    rule = step_size_of(_optimizer_for(module, after))
     if rule is not None and rule.needs.total_updates:
         return f"{type(rule).__name__} is stretched over them"
     t = np.unique(np.linspace(0, done - 1, min(done, _POINTS)).astype(np.int64))

@@ -35,16 +35,6 @@ class ExactDDP(DDPStrategy):
     and does so at each backward pass. Here `gdtrain.objective` divides each update's B examples
     over the ranks, nothing padded or dropped, and adds the parts' sums in one reduction per update.
     Parameters and buffers start from those of rank 0.
-
-    Args:
-        **options: As for `lightning.pytorch.strategies.DDPStrategy`.
-
-    Example:
-        >>> ExactDDP(process_group_backend="gloo").strategy_name
-        'exact_ddp'
-
-    References:
-        Lightning and PyTorch document the mean of means: pytorch.org, DistributedDataParallel.
     """
 
     strategy_name = "exact_ddp"
@@ -62,13 +52,6 @@ def cluster_environment() -> ClusterEnvironment | None:
 
     SLURM's signals are left alone: no checkpoint is written, and no job put back into the queue,
     that nobody has asked for.
-
-    Returns:
-        None: Lightning finds it (torchrun's, jsrun's, MPI's).
-
-    Example:
-        >>> type(cluster_environment()).__name__
-        'LightningEnvironment'
     """
     started = launch()
     if started.size == 1:  # whatever the cluster says, there is nobody else to find
@@ -85,21 +68,6 @@ def alone_in(folder: Path | None, trainer: Callable[..., Trainer]) -> Iterator[C
     """A trainer that takes up nothing, and leaves nothing, outside its run's folder.
 
     Lightning looks for SLURM's checkpoints in the working folder, and would go on from one.
-
-    Args:
-        folder: The run's; None: a temporary one.
-        trainer: From arguments to a trainer.
-
-    Yields:
-        The same, with a root folder and the ranks of the launcher set.
-
-    Raises:
-        ValueError: There is such a checkpoint in the folder already.
-
-    Example:
-        >>> with alone_in(None, partial(Trainer, accelerator="cpu", logger=False)) as make:
-        ...     make().default_root_dir == os.getcwd()
-        False
     """
     given = getattr(trainer, "keywords", {})
     plugins = given.get("plugins") or []

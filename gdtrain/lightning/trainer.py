@@ -1,6 +1,7 @@
-"""What the settings of Lightning's trainer mean for a run whose steps are sweeps of updates.
+"""What Lightning's trainer is told about a run whose steps are sweeps of updates.
 
-U updates per epoch.
+The update number alone says where a run is: Lightning's own counters depend on the hook in which a
+checkpoint was saved, and would repeat or skip an epoch.
 """
 
 from __future__ import annotations
@@ -10,29 +11,26 @@ from typing import Any
 
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 
-from gdtrain._compat.lightning_training import average_holds_batch_norm, keep_batch_norm
+from gdtrain._compat.lightning_training import (
+    average_holds_batch_norm,
+    keep_batch_norm,
+    set_logged_step,
+)
 from gdtrain.lightning.hooks import overrides
 
-__all__ = ["check_counts", "check_precision", "epochs_at_once", "take_over_batch_norm"]
-
-# Callbacks to which only the epochs with a validation matter.
-_INDIFFERENT = (EarlyStopping,)
+__all__ = [
+    "align_progress",
+    "check_counts",
+    "check_precision",
+    "count_epochs",
+    "count_updates",
+    "epochs_at_once",
+    "take_over_batch_norm",
+]
 
 
 def check_precision(trainer: Any) -> None:
-    """Raise where the gradients would need a scaler.
-
-    Args:
-        trainer: Lightning's.
-
-    Raises:
-        ValueError: They would.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> check_precision(trainer)
-    """
+    """Raise where the gradients would need a scaler."""
     precision = str(trainer.precision)
     if precision.startswith("16"):
         raise ValueError(
@@ -42,22 +40,7 @@ def check_precision(trainer: Any) -> None:
 
 
 def check_counts(trainer: Any) -> None:
-    """Raise where a setting would count Lightning's steps as updates.
-
-    Args:
-        trainer: Lightning's.
-
-    Raises:
-        ValueError: One would.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> check_counts(Trainer(accelerator="cpu", logger=False, enable_checkpointing=False,
-        ...     overfit_batches=3))
-        Traceback (most recent call last):
-        ...
-        ValueError: trainer.overfit_batches counts Lightning steps, each of several updates. ...
-    """
+    """Raise where a setting would count Lightning's steps as updates."""
     if trainer.fast_dev_run:
         return
     for name, neutral in (
@@ -81,32 +64,19 @@ def epochs_at_once(trainer: Any, owners: Sequence[Any], validated: bool) -> int 
     The end of an epoch costs it some milliseconds, as long as thousands of updates of a small model
     take. So it sees only the ends at which something happens: a validation, or a hook of a callback
     (unless that has an attribute `needs_every_epoch = False`).
-
-    Args:
-        trainer: Lightning's.
-        owners: Who may have hooks: the callbacks, and the module.
-        validated: Whether there are examples for validation.
-
-    Example:
-        >>> from lightning import Callback, Trainer
-        >>> class Minds(Callback):
-        ...     def on_train_epoch_end(self, trainer, pl_module):
-        ...         pass
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> epochs_at_once(trainer, [], False), epochs_at_once(trainer, [Minds()], False)
-        (None, 1)
     """
     hooks = ("on_train_epoch_start", "on_train_epoch_end")
-    minding = [
-        owner
-        for owner in owners
-        if getattr(owner, "needs_every_epoch", True) and not isinstance(owner, _INDIFFERENT)
-    ]
     if (
         trainer.world_size > 1
         or trainer.fast_dev_run
         or trainer.reload_dataloaders_every_n_epochs
-        or any(overrides(owner, hook) for owner in minding for hook in hooks)
+        or any(
+            overrides(owner, hook)
+            for owner in owners
+            if getattr(owner, "needs_every_epoch", True)
+            and not isinstance(owner, EarlyStopping)  # looks where there is a validation
+            for hook in hooks
+        )
     ):
         return 1
     if validated and trainer.enable_validation:
@@ -117,36 +87,47 @@ def epochs_at_once(trainer: Any, owners: Sequence[Any], validated: bool) -> int 
 def take_over_batch_norm(trainer: Any, rule: Any) -> bool:
     """Let Lightning average weights, but not renew BatchNorm's statistics in a further epoch.
 
-    Its way needs sized loaders, and would be planned as an epoch of updates; the statistics are to
-    be made at the end of training instead.
-
-    Args:
-        trainer: Lightning's.
-        rule: That computes η, or None.
-
-    Returns:
-        Whether there are such statistics.
-
-    Raises:
-        ValueError: η would have two owners.
-
-    Example:
-        >>> from lightning import Trainer
-        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
-        >>> take_over_batch_norm(trainer, None)
-        False
+    Its way needs sized loaders, and would be planned as an epoch of updates: where it returns true,
+    the statistics are to be made at the end of training instead.
     """
-    found = False
-    for callback in trainer.callbacks:
-        if not isinstance(callback, StochasticWeightAveraging):
-            continue
-        if rule is not None and not rule.needs.lr:
-            raise ValueError(
-                f"StochasticWeightAveraging sets η (swa_lrs), and {type(rule).__name__} computes "
-                f"it: set optimizer.lr to a number, without a step-size rule."
-            )
-        if average_holds_batch_norm(callback) and trainer.max_epochs != -1:
-            keep_batch_norm(callback)
-            trainer.fit_loop.max_epochs -= 1
-            found = True
-    return found
+    averages = [c for c in trainer.callbacks if isinstance(c, StochasticWeightAveraging)]
+    if averages and rule is not None and not rule.needs.lr:
+        raise ValueError(
+            f"StochasticWeightAveraging sets η (swa_lrs), and {type(rule).__name__} computes it: "
+            f"set optimizer.lr to a number, without a step-size rule."
+        )
+    renewing = [c for c in averages if average_holds_batch_norm(c) and trainer.max_epochs != -1]
+    for callback in renewing:
+        keep_batch_norm(callback)
+        trainer.fit_loop.max_epochs -= 1
+    return bool(renewing)
+
+
+def align_progress(trainer: Any, epoch: int) -> None:
+    """Tell Lightning's loops that `epoch` epochs are done and the next begins or goes on."""
+    loop = trainer.fit_loop
+    current = loop.epoch_progress.current
+    current.ready = current.started = current.processed = current.completed = epoch
+    loop.restarting = False
+    loop.reset_restart_stage()
+    loop.epoch_loop.restarting = False
+    loop.epoch_loop.reset_restart_stage()
+    loop.epoch_loop.batch_progress.reset_on_run()
+    loop.epoch_loop.val_loop.restarting = False
+    loop.epoch_loop.val_loop.batch_progress.reset_on_run()
+
+
+def count_epochs(trainer: Any, done: int) -> None:
+    """Tell Lightning's loop that the epoch after so many is under way."""
+    current = trainer.fit_loop.epoch_progress.current
+    current.ready = current.started = done + 1
+    current.processed = current.completed = done
+
+
+def count_updates(trainer: Any, count: int, updates: int) -> None:
+    """Tell Lightning that the batch at hand has made some updates: `global_step` counts them."""
+    progress = trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress
+    for counts in (progress.total, progress.current):
+        counts.ready += count
+        counts.completed += count
+    set_logged_step(trainer, updates)

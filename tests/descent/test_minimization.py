@@ -26,88 +26,46 @@ TABLE = {  # f, start, arguments, reason, a part of what is said
     "grown to 3e86": (square, [1.0], {"lr": 1.05, "updates": 2000}, "DIVERGED", "a lower lr"),
     "grown slowly": (square, [1.0], {"lr": 1.01, "updates": 50}, "DIVERGED", "a lower lr"),
     "a kink": (lambda x: x.abs().sum(), [1.0], {"lr": 0.3}, "STALLED", "to and fro"),
-    "kinks": (lambda x: (x - 0.2).abs().sum(), [1.0, 0.77], {"lr": 0.3}, "STALLED", "a lower lr"),
     "a line": (lambda x: x.sum(), [0.0], {"lr": 1.0}, "BUDGET", "may have no minimum"),
     "downhill faster": (lambda x: -square(x), [1.0], {"lr": 0.01}, "BUDGET", "no minimum"),
     "down to -inf": (lambda x: -square(x), [1.0], {"lr": 1.0}, "NON_FINITE", "bounded below"),
     "too long for a valley": (rosenbrock, [-1.2, 1.0], {"lr": 0.1}, "NON_FINITE", "Try lr=0.01"),
     "a saddle": (lambda x: x[0] ** 2 - x[1] ** 2, [0.0, 0.0], {"lr": 0.1}, "CONVERGED", "saddle"),
-    "a plateau": (lambda x: x.relu().sum(), [-1.0], {"lr": 0.1}, "CONVERGED", "plateau"),
     "a constant": (lambda x: 0 * x.sum() + 5, [1.0], {"lr": 0.1}, "CONVERGED", "plateau"),
     "huge": (lambda x: 1e30 * square(x), [1.0], {"lr": 2e-31}, "CONVERGED", "‖∇f‖"),
     "huge, too long": (lambda x: 1e30 * square(x), [1.0], {"lr": 1.1e-30}, "DIVERGED", "lower lr"),
-    "tiny": (
-        lambda x: 1e-30 * square(x),
-        [1.0],
-        {"lr": 2e29, "tolerance": 0.0, "updates": 10},
-        "BUDGET",
-        "larger lr",
-    ),
-    "tiny, too long": (
-        lambda x: 1e-30 * square(x),
-        [1.0],
-        {"lr": 1.2e30, "tolerance": 0.0},
-        "DIVERGED",
-        "lower lr",
-    ),
     "just above 2/λ": (stiff, [1.0, 1e-9], {"lr": 0.0201, "updates": 3000}, "DIVERGED", "lower"),
     "at 2/λ": (stiff, [0.0, 1.0], {"lr": 0.02}, "STALLED", "to and fro"),
     "just below 2/λ": (stiff, [1.0, 1.0], {"lr": 0.0199, "updates": 3000}, "CONVERGED", "‖∇f‖"),
     "cos": (lambda x: x.cos().sum(), [1.0], {"lr": 0.5}, "CONVERGED", "‖∇f‖"),
     "cos, too long": (lambda x: x.cos().sum(), [1.0], {"lr": 3.0}, "STALLED", "a lower lr"),
-    "x⁴": (lambda x: (x**4).sum(), [1.0], {"lr": 0.01, "updates": 200}, "BUDGET", "more updates"),
-    "a slow fall without end": (
-        lambda x: -torch.log1p(x * x).sum(),
-        [1.0],
-        {"lr": 0.1},
-        "BUDGET",
-        "If f has a minimum",
-    ),
-    "-x²": (lambda x: -square(x), [1.0], {"lr": 0.1}, "BUDGET", "f has no minimum on this way"),
-    "small at x0 by its units": (
-        lambda x: 1e-9 * square(x - 3),
-        [0.0],
-        {"lr": 1e8},
-        "CONVERGED",
-        "lower tolerance",
-    ),
-    "far away": (
-        lambda x: square(x - 1e8),
-        [0.0],
-        {"lr": 0.1},
-        "CONVERGED",
-        "within tolerance=1e-08 of max(1, 2e+08)",
-    ),
+    "x⁴": (lambda x: (x**4).sum(), [1.0], {"lr": 0.01, "updates": 200}, "BUDGET", "If f has a m"),
+    "small units": (lambda x: 1e-9 * square(x - 3), [0.0], {"lr": 1e8}, "CONVERGED", "lower tol"),
+    "far away": (lambda x: square(x - 1e8), [0.0], {"lr": 0.1}, "CONVERGED", "of max(1, 2e+08)"),
     "at once": (lambda x: (x**4).sum(), [1e60], {"lr": 1e10}, "NON_FINITE", "Try lr=1e+09"),
-    "out of the domain": (
-        lambda x: (x.log() ** 2 + 9 * x).sum(),
-        [0.5],
-        {"lr": 1.0},
-        "NON_FINITE",
-        "defined",
-    ),
+    "out of the domain": (lambda x: square(x.log()), [3.0], {"lr": 10.0}, "NON_FINITE", "defined"),
     "not finite at x0": (lambda x: x.log().sum(), [-1.0], {"lr": 1.0}, "NON_FINITE", "elsewhere"),
     "NaN at x0": (square, [math.nan], {"lr": 0.1}, "NON_FINITE", "elsewhere"),
     "too short": (square, [1.0], {"lr": 1e-30}, "STALLED", "a larger lr"),
-    "1 + x² to its last digit": (
-        lambda x: 1 + square(x),
-        [1.0],
-        {"lr": 0.1, "tolerance": 0.0},
-        "CONVERGED",
-        "",
-    ),
+    "to the last digit": (lambda x: 1 + x @ x, [1.0], {"lr": 0.1, "tolerance": 0}, "CONVERGED", ""),
 }
 
 
 @pytest.mark.parametrize("case", TABLE)
 def test_the_end_is_told_truly(case):
     f, start, arguments, reason, words = TABLE[case]
-    first, again = (minimize(f, start, **arguments) for _ in range(2))
-    assert first.stop.reason.value == reason, str(first.stop)
-    assert words in str(first.stop)
-    assert str(first.stop) == str(again.stop)
-    json.dumps(dict(first.stop.numbers), allow_nan=case == "NaN at x0")
-    assert len(first.values) == first.updates + 1
+    found = minimize(f, start, **arguments)
+    assert found.stop.reason.value == reason, str(found.stop)
+    assert words in str(found.stop)
+    json.dumps(dict(found.stop.numbers), allow_nan=case == "NaN at x0")
+    assert len(found.values) == found.updates + 1
+
+
+def test_its_numbers_by_hand():
+    # x halves: |∇f| = 2·2^(−t) <= 2e-6 from t = 20 on
+    found = minimize(square, [1.0], lr=0.25, updates=100, tolerance=1e-6)
+    norms = {"gradient_norm": pytest.approx(2.0**-19), "first_gradient_norm": 2.0}
+    assert (found.updates, found.stop.numbers) == (20, {**norms, "tolerance": 1e-6})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -157,7 +115,6 @@ def test_a_complex_start_descends_in_both_parts(dtype):
 @pytest.mark.parametrize(
     ("start", "dtype", "shape"),
     [
-        (3, torch.float64, ()),
         (np.float32(3), torch.float64, ()),
         (np.arange(4), torch.float64, (4,)),
         (np.ma.array([1, 2]), torch.float64, (2,)),
@@ -165,7 +122,6 @@ def test_a_complex_start_descends_in_both_parts(dtype):
         ([torch.tensor(1.0), 2.0], torch.float64, (2,)),
         (torch.arange(3), torch.float64, (3,)),
         (torch.ones(2, requires_grad=True), torch.float32, (2,)),
-        (torch.ones(2, dtype=torch.float16), torch.float16, (2,)),
         (1 + 2j, torch.complex128, ()),
         ([1, 2j], torch.complex128, (2,)),
         (np.ones(2, np.complex64), torch.complex128, (2,)),

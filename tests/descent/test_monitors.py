@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -52,21 +53,16 @@ def test_the_first_loss_that_is_not_finite(value):
     assert failed(monitor(), [1.0, 1.0, value, 1.0, math.nan], first=7) == Failure(9)
     # Growth before it comes first.
     assert failed(monitor(), [100.0] * 16 + [value]) == Failure(15, Cause.GROWTH)
-
-
-def test_parameters_that_are_not_finite():
-    assert failed(monitor(), [1.0] * 4, finite=False) == Failure(4)
+    assert failed(monitor(), [1.0] * 4, finite=False) == Failure(4)  # of the parameters
 
 
 def test_states_are_compared_by_the_mean_of_a_stretch():
-    watch = monitor(start=1.0)
-    assert [watch.read(0, np.full(4, loss), stretch=4).lowest for loss in (0.5,)] == [True]
-    watch.stretch = (0.0, 0)
-    assert not watch.read(4, np.full(4, 0.6), stretch=4).lowest
-    watch.stretch = (0.0, 0)
-    assert watch.read(8, np.array([0.1, 0.7, 0.1, 0.7]), stretch=4).lowest
+    watch, found = monitor(), []
+    for losses in ([0.5] * 4, [0.6] * 4, [0.1, 0.7, 0.1, 0.7], [0.1]):  # the last is not over
+        watch.stretch = (0.0, 0)
+        found.append(watch.read(0, np.array(losses), stretch=4).lowest)
+    assert found == [True, False, True, False]
     assert watch.good_mean == pytest.approx(0.4)
-    assert not watch.read(12, np.array([0.1]), stretch=8).lowest  # it is not over
 
 
 def test_without_a_probe_the_first_stretch_is_the_start():
@@ -81,23 +77,16 @@ def test_a_start_is_at_least_a_tenth_of_the_loss_of_predicting_zero():
 
 
 def test_looks_are_at_16_32_64_updates():
-    asked = []
-
-    def units():
-        asked.append(True)
-        return Health(1.0)
-
-    watch = monitor()
+    units, watch = mock.Mock(return_value=Health(1.0)), monitor()
     for first in range(0, 128, 8):
         failed(watch, [1.0] * 8, first, units=units)
     assert [age for age, _ in watch.looks] == [16, 32, 64, 128]
-    assert len(asked) == 4
+    assert units.call_count == 4
     # Of units that cannot die nothing is asked, unless the loss is above the start's.
-    asked.clear()
     failed(monitor(), [1.0] * 16, units=units, rectifies=False)
-    assert not asked
+    assert units.call_count == 4
     failed(monitor(), [1.3] * 16, units=units, rectifies=False)
-    assert asked
+    assert units.call_count == 5
 
 
 @pytest.mark.parametrize(
@@ -120,11 +109,8 @@ def test_a_look_at_the_units(units, cause):
     expected = None if cause is None else Failure(15, cause, units)
     assert slow == expected
     assert found == (None if cause is Cause.SATURATED else expected)
-
-
-def test_units_that_were_dead_before_are_no_failure():
-    dead = Health(1.3, dead={"1": 0.95})
-    assert failed(monitor(dead={"1": 0.95}), [1.3] * 16, units=lambda: dead) is None
+    before = monitor(dead=units.dead)  # is no failure where it was so at the start
+    assert cause is not Cause.DEAD or failed(before, [1.3] * 16, units=lambda: units) is None
 
 
 def test_a_loss_that_stays_above_the_start():

@@ -1,11 +1,13 @@
 """Which examples make which update, and where sweeps end, worked by hand."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gdtrain.descent.plan import Every, Plan
+from gdtrain.descent.work import Places
 
 
 def sweeps(plan, start=0):
@@ -62,32 +64,20 @@ def test_every_100_updates_is_exactly_that(n, batch_size, length):
 def test_no_example_depends_on_the_cuts():
     def rows(**options):
         plan = Plan(23, 3, seed=5, total=60, **options)
-        made = [plan.sweep(first).tolist() for first, _ in sweeps(plan)]
-        return list(itertools.chain(*made))
+        return list(itertools.chain(*(plan.sweep(first).tolist() for first, _ in sweeps(plan))))
 
     whole = rows(updates_per_sweep=4096)
     assert rows(updates_per_sweep=1) == rows(updates_per_sweep=7) == whole
     assert rows(watchers=[Every(4), Every(9, 2)]) == whole
 
 
-class Late:
-    def next_update(self, update):
-        return update
-
-
-def test_an_update_that_is_over_cannot_be_seen():
-    plan = Plan(4, 1, watchers=[Late()])
-    with pytest.raises(ValueError, match=r"Late.next_update\(3\) must be above 3, or None.*: 3"):
-        plan.sweep(3)
-
-
-def test_a_watcher_may_have_seen_enough():
-    class Once:
-        def next_update(self, update):
-            return 5 if update < 5 else None
-
-    plan = Plan(4, 1, total=20, updates_per_sweep=100, watchers=[Once()])
+def test_a_watcher_may_have_seen_enough_but_names_no_update_that_is_over():
+    once = SimpleNamespace(next_update=lambda update: 5 if update < 5 else None)
+    plan = Plan(4, 1, total=20, updates_per_sweep=100, watchers=[once])
     assert sweeps(plan) == [(0, 5), (5, 20)]
+    plan.watchers = [SimpleNamespace(next_update=lambda update: update)]
+    with pytest.raises(ValueError, match=r"next_update\(3\) must be above 3, or None.*: 3"):
+        plan.sweep(3)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +92,15 @@ def test_a_watcher_may_have_seen_enough():
 def test_an_argument_out_of_range_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         Plan(5, **arguments)
+
+
+def test_where_there_are_looks():
+    places = Places(total=10, count=4)
+    assert [update for update in range(11) if update in places] == [0, 2, 5, 7, 10]
+    assert places.next(10) is None
+    endless = Places(total=None, count=3, every=2)  # three in each doubling
+    wanted = [0, 2, 4, 6, 8, 10, 12, 16, 20, 24]
+    assert [update for update in range(28) if update in endless] == wanted
 
 
 def test_replacement_draws_any_example_again():

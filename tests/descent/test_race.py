@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import random
 from functools import partial
 
 import numpy as np
@@ -11,39 +10,53 @@ import torch
 from lightning import Trainer
 from torch import nn
 
+import gdtrain
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.data import EmbeddedDataModule
 from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.race import race
 from gdtrain.engines import Eager, Native
+from gdtrain.generators import RandomStates
 from gdtrain.losses import CrossEntropy, Hinge, SquaredError
-from gdtrain.models import MLP, Linear
+from gdtrain.models import Linear
 from gdtrain.objective import Objective
 from gdtrain.schedules import Constant, Cosine, WarmupStableDecay
 from gdtrain.step_sizes import BarzilaiBorwein, StochasticPolyak
 
 
-def problem(n=200, momentum=0.0, weight_decay=0.0, engine=Native, model=None, scale=1.0):
+def problem(momentum=0.0, engine=Native, model=None):
     generator = torch.Generator().manual_seed(0)
-    x = scale * torch.randn(n, 4, generator=generator)
-    y = x @ torch.tensor([1.0, -2.0, 0.5, 3.0]) + 0.1 * torch.randn(n, generator=generator)
+    x = torch.randn(200, 4, generator=generator)
+    y = x @ torch.tensor([1.0, -2.0, 0.5, 3.0]) + 0.1 * torch.randn(200, generator=generator)
     torch.manual_seed(0)
     model = Linear((4,), 1) if model is None else model
     objective = Objective(model, SquaredError(), x, y)
-    optimizer = SGD(
-        model.parameters(), lr=1.0, momentum=momentum, weight_decay=weight_decay,
-        step_size=StochasticPolyak(),
-    )  # fmt: skip
+    optimizer = SGD(model.parameters(), lr=1.0, momentum=momentum, step_size=StochasticPolyak())
     optimizer.param_groups[0]["initial_lr"] = 1.0
     return objective, optimizer, engine(objective, optimizer)
 
 
+def raced(objective, optimizer, engine, planned=2000, batch_size=1):
+    block = IndexLoader(200, batch_size).block
+    return race(engine, objective, optimizer, block, planned, batch_size)
+
+
+def watched(optimizer, engine, runs):
+    """The engine, which notes its runs: η, the first update, examples, factors and losses."""
+
+    def run(indices, factors, draw):
+        losses = engine(indices, factors, draw)
+        runs.append((optimizer.param_groups[0]["initial_lr"], draw, indices, factors, losses))
+        return losses
+
+    return run
+
+
 def test_the_scale_is_the_median_of_f_over_the_squared_gradient_norm():
     objective, optimizer, engine = problem()
-    loader = IndexLoader(200, 1)
-    found = race(engine, objective, optimizer, loader.block, 2000, 1)
+    found = raced(objective, optimizer, engine)
     ratios = []
-    for row in loader.block(0, 20):  # a tenth of the race's 200 examples
+    for row in IndexLoader(200, 1).block(0, 20):  # a tenth of the race's 200 examples
         value, gradient = objective.value_and_grad(row)
         ratios.append(float(value / sum(g.square().sum() for g in gradient)))
     assert found.scale == pytest.approx(np.median(ratios), rel=1e-5)
@@ -53,7 +66,7 @@ def test_the_scale_is_the_median_of_f_over_the_squared_gradient_norm():
 @pytest.mark.parametrize(("planned", "factor"), [(2000, 2), (600, 4)])
 def test_the_winner_is_multiplied_the_more_the_shorter_the_race(planned, factor):
     objective, optimizer, engine = problem()
-    found = race(engine, objective, optimizer, IndexLoader(200, 1).block, planned, 1)
+    found = raced(objective, optimizer, engine, planned)
     assert found.rate == pytest.approx(factor * found.best)
     assert optimizer.param_groups[0]["initial_lr"] == found.rate
 
@@ -62,16 +75,8 @@ def test_legs_by_hand():
     # A tenth of 4,000 examples: 32 tell the scale, and each leg gets a third of the other 368: 20
     # for each of six candidates, 40 for three, 61 for two.
     objective, optimizer, engine = problem()
-    loader, runs = IndexLoader(200, 1), []
-
-    def watched(indices, factors, draw):
-        rate = optimizer.param_groups[0]["initial_lr"]
-        losses = engine(indices, factors, draw)
-        runs.append((rate, draw, indices, factors, losses))
-        return losses
-
-    found = race(watched, objective, optimizer, loader.block, 4000, 1)
-    by_rate = {}
+    runs, by_rate = [], {}
+    found = raced(objective, optimizer, watched(optimizer, engine, runs), 4000)
     for rate, draw, indices, factors, losses in runs:
         done, seen = by_rate.setdefault(rate, ([], []))
         assert draw == len(done)
@@ -80,105 +85,64 @@ def test_legs_by_hand():
         seen += losses.tolist()
     assert [len(by_rate[rate][0]) for rate in found.rates].count(20) == 3
     assert sorted(len(done) for done, _ in by_rate.values()) == [20, 20, 20, 60, 121, 121]
-    same = loader.block(0, 121).flatten().tolist()
+    same = IndexLoader(200, 1).block(0, 121).flatten().tolist()
     assert all(done == same[: len(done)] for done, _ in by_rate.values())
-    scores = [np.mean(by_rate[rate][1][len(by_rate[rate][1]) // 2 :]) for rate in found.rates]
-    assert found.losses == pytest.approx(scores, rel=1e-6)
-    finalists = [r for r, s in zip(found.rates, scores, strict=True) if len(by_rate[r][0]) == 121]
-    best = min(finalists, key=lambda r: scores[found.rates.index(r)])
+    scores = {rate: np.mean(seen[len(seen) // 2 :]) for rate, (_, seen) in by_rate.items()}
+    assert found.losses == pytest.approx([scores[rate] for rate in found.rates], rel=1e-6)
+    best = min((r for r in found.rates if len(by_rate[r][0]) == 121), key=scores.get)
     assert found.rate == pytest.approx(2 * best)
     assert (found.updates, found.examples) == (121, 32 + 3 * 120 + 2)
 
 
 def test_a_leg_goes_on_where_the_last_ended():
-    # The winner's 121 updates in three legs are those of a run of 121 with its rate.
+    # The winner's 121 updates in three legs have the losses of a run of 121 with its rate.
     objective, optimizer, engine = problem(momentum=0.9)
-    loader, ends = IndexLoader(200, 1), {}
-
-    def watched(indices, factors, draw):
-        losses = engine(indices, factors, draw)
-        key = optimizer.param_groups[0]["initial_lr"]
-        ends[key] = draw + len(indices), [p.detach().clone() for p in objective.params]
-        return losses
-
-    found = race(watched, objective, optimizer, loader.block, 4000, 1)
-    best = max(ends, key=lambda rate: ends[rate][0])
-    other, fresh, engine = problem(momentum=0.9)
-    fresh.param_groups[0]["initial_lr"] = best
-    engine(loader.block(0, 121), torch.ones(121, dtype=torch.float64))
-    assert ends[best][0] == 121
-    for p, q in zip(other.params, ends[best][1], strict=True):
-        assert torch.equal(p, q)
+    runs = []
+    found = raced(objective, optimizer, watched(optimizer, engine, runs), 4000)
+    legs = torch.cat([losses for rate, *_, losses in runs if rate == found.best])
+    _, fresh, engine = problem(momentum=0.9)
+    fresh.param_groups[0]["initial_lr"] = found.best
+    assert torch.equal(legs, engine(IndexLoader(200, 1).block(0, 121), torch.ones(121).double()))
     grown = np.mean([1 - 0.9**k for k in range(1, 122)])
     assert found.rate == pytest.approx(2 * grown * found.best)
-    assert found.best in ends
 
 
 @pytest.mark.parametrize("batch_size", [1, 16, 200])
 @pytest.mark.parametrize("planned", [3, 40, 500, 4000])
 def test_it_takes_at_most_a_tenth_of_the_examples_of_the_run(planned, batch_size):
     objective, optimizer, engine = problem()
-    seen = []
-
-    def counted(indices, factors, draw):
-        seen.append(indices.numel())
-        return engine(indices, factors, draw)
-
-    found = race(
-        counted, objective, optimizer, IndexLoader(200, batch_size).block, planned, batch_size
-    )
+    runs = []
+    engine = watched(optimizer, engine, runs)
+    found = raced(objective, optimizer, engine, planned, batch_size)
     # At least one batch tells the scale.
     assert found.examples <= max(0.1 * planned * batch_size, batch_size)
-    assert sum(seen) <= found.examples
+    assert sum(indices.numel() for _, _, indices, *_ in runs) <= found.examples
     assert (found.updates == 0) == (not found.rates)
 
 
 def test_a_race_leaves_no_trace_but_the_rate():
-    class Noisy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.norm = nn.Linear(4, 1), nn.BatchNorm1d(4)
-
-        def forward(self, x):
-            random.random()
-            np.random.rand()  # noqa: NPY002
-            return self.linear(nn.functional.dropout(self.norm(x), 0.2, self.training))
-
-    torch.manual_seed(1)
-    objective, optimizer, engine = problem(engine=Eager, momentum=0.5, model=Noisy())
-    before = copy.deepcopy(objective.model.state_dict())
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-    race(engine, objective, optimizer, IndexLoader(200, 10).block, 1000, 10)
+    noisy = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.2), nn.Linear(4, 1))
+    objective, optimizer, engine = problem(engine=Eager, momentum=0.5, model=noisy)
+    before, states = copy.deepcopy(objective.model.state_dict()), RandomStates.now()
+    raced(objective, optimizer, engine, 1000, 10)
     for name, value in objective.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-    assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
-    assert np.array_equal(np.random.get_state()[1], states[2][1])  # noqa: NPY002
+    assert RandomStates.now() == states
     assert not optimizer.state
     assert all(p.grad is None for p in objective.params)
     assert optimizer.param_groups[0]["step_size"] == {}
 
 
-def test_the_rate_follows_the_scale_of_the_features():
-    rates = []
-    for scale in (1.0, 10.0):
-        objective, optimizer, engine = problem(scale=scale)
-        nn.init.zeros_(objective.params[0])
-        found = race(engine, objective, optimizer, IndexLoader(200, 4).block, 2000, 4)
-        rates.append(found.rate)
-    assert 30 < rates[0] / rates[1] < 300  # 100, but for the candidates' distance
-
-
-def test_a_start_that_is_not_finite_or_stationary_is_told():
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [(1.0, torch.inf, "not finite at the start"), (0.0, 0.0, "stationary")],
+)
+def test_a_start_that_is_not_finite_or_stationary_is_told(inputs, targets, message):
     objective, optimizer, engine = problem()
-    objective.targets[:] = torch.inf
-    with pytest.raises(ValueError, match="not finite at the start"):
-        race(engine, objective, optimizer, IndexLoader(200, 4).block, 2000, 4)
-    objective, optimizer, engine = problem()
-    objective.inputs[:], objective.targets[:] = 0.0, 0.0
+    objective.inputs[:], objective.targets[:] = inputs, targets
     objective.params[1].data.zero_()
-    with pytest.raises(ValueError, match="stationary"):
-        race(engine, objective, optimizer, IndexLoader(200, 4).block, 2000, 4)
+    with pytest.raises(ValueError, match=message):
+        raced(objective, optimizer, engine)
 
 
 # ---------------------------------------------------------------------------- in a module
@@ -204,7 +168,7 @@ def test_auto_is_a_race_for_stochastic_variants_and_bb_for_the_full_batch(caplog
     module, _, _ = fitted(SGD, 1)
     assert module.race is not None
     assert repr(module.schedule) == repr(WarmupStableDecay(warmup=0.1, decay=0.5))
-    assert any(record.message.startswith("lr: auto found") for record in caplog.records)
+    assert "lr: auto found" in caplog.text
     module, _, trainer = fitted(GD, "full", epochs=30)
     assert module.race is None
     assert isinstance(trainer.optimizers[0].step_size, BarzilaiBorwein)
@@ -225,30 +189,25 @@ def test_the_data_and_the_start_of_the_run_are_those_of_a_run_without_a_race():
     inputs, targets = data.examples("train")
     engine = Native(Objective(model, CrossEntropy(), inputs, targets), optimizer)
     loader = IndexLoader(len(inputs), 32, seed=1)
-    total, done = 10 * loader.updates_per_epoch, 0
-    while done < total:
-        block = loader.block(done, 1)
-        factor = WarmupStableDecay(warmup=0.1, decay=0.5)(torch.tensor([float(done)]), total)
-        engine(block, factor.double())
-        done += 1
+    total = 10 * loader.updates_per_epoch
+    factors = WarmupStableDecay(warmup=0.1, decay=0.5)(torch.arange(total).double(), total)
+    for done in range(total):
+        engine(loader.block(done, 1), factors[done : done + 1])
     for p, q in zip(model.parameters(), module.model.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 def test_what_auto_cannot_have_is_told():
+    model, loss = Linear((2,), 1), SquaredError()
     with pytest.raises(ValueError, match="work with GD, SGD and MiniBatchSGD of gdtrain"):
         fitted(torch.optim.Adam, 32)
     with pytest.raises(ValueError, match="must be a factory"):
-        SupervisedModule(
-            MLP((2,), 1), SquaredError(), SGD([nn.Parameter(torch.ones(1))]), step_size="auto"
-        )
+        SupervisedModule(model, loss, SGD(model.parameters()), step_size="auto")
     with pytest.raises(ValueError, match="step_size must be a rule"):
-        SupervisedModule(MLP((2,), 1), SquaredError(), SGD, step_size="fast")
+        SupervisedModule(model, loss, SGD, step_size="fast")
 
 
 def test_a_user_needs_no_rate():
-    import gdtrain
-
     generator = np.random.default_rng(0)
     x = generator.standard_normal((300, 3)) * [0.01, 1.0, 100.0]
     y = (x[:, 0] * 100 + x[:, 1] > 0).astype(int)

@@ -1,11 +1,10 @@
 """Modules of one's own: constants of −∞, outputs in tuples, norms that need two examples, freezing.
 
-The oracle is a plain loop over the same examples with torch.optim.SGD, which shares nothing with
-the package but the order of the examples.
+The oracle is a plain loop over the same examples, which shares nothing with the package but the
+order of the examples.
 """
 
 import warnings
-from collections import namedtuple
 from functools import partial
 
 import numpy as np
@@ -15,6 +14,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    LambdaCallback,
     StochasticWeightAveraging,
 )
 from torch import nn
@@ -25,6 +25,7 @@ import gdtrain
 from gdtrain import GD, MiniBatchSGD, SupervisedModule
 from gdtrain.callbacks import BestAndLast, Divergence
 from gdtrain.data import ArrayDataModule
+from gdtrain.lightning.description import structure
 from gdtrain.losses import CrossEntropy
 from gdtrain.objective import prediction_of
 from gdtrain.schedules import Constant, Polynomial
@@ -33,11 +34,11 @@ N = 33
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, 4))
 Y = (X[:, 0] + 0.3 * RNG.normal(size=N) > 0).astype(int)
+PAIR = torch.from_numpy(X), torch.from_numpy(Y)
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
     "limit_val_batches": 0,
-    "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
 }
@@ -48,25 +49,44 @@ def data(batch_size, **options):
     return ArrayDataModule(X, Y, batch_size=batch_size, dtype="float64", **options)
 
 
-def net(seed=0, **layers):
-    torch.manual_seed(seed)
+def net():
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).double()
 
 
-def train(model, batch_size=11, epochs=6, callbacks=(), lr=0.3, schedule=None, **options):
-    optimizer = options.pop("optimizer", partial(MiniBatchSGD, lr=lr))
-    module = SupervisedModule(model, CrossEntropy(), optimizer, schedule, **options)
-    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), precision="64-true", **QUIET)
-    trainer.fit(module, datamodule=data(batch_size))
+def train(
+    model, batch_size=11, *, epochs=6, callbacks=(), schedule=None, checkpoint=None, **options
+):
+    optimizer = options.pop("optimizer", partial(MiniBatchSGD, lr=0.3))
+    kind, source = options.pop("kind", SupervisedModule), options.pop("data", {})
+    module = kind(model, CrossEntropy(), optimizer, schedule, **options)
+    saves = {"enable_checkpointing": any(isinstance(c, BestAndLast) for c in callbacks)}
+    trainer = Trainer(
+        max_epochs=epochs, callbacks=list(callbacks), precision="64-true", **QUIET, **saves
+    )
+    trainer.fit(module, datamodule=data(batch_size, **source), ckpt_path=checkpoint)
     return module
 
 
-def batches(epochs, batch_size=11):
+def batches(epochs):
     """The examples of each update, as gdtrain draws them."""
-    source = data(batch_size)
+    source = data(11)
     source.setup()
     loader = source.train_dataloader()
     return [loader.block(t, 1)[0] for t in range(epochs * loader.updates_per_epoch)]
+
+
+def plain(rates, momentum=0.0, epochs=6):
+    """The net after descent whose update t has η of its two layers, `rates(t)`; at 0 one rests."""
+    model, buffers, (x, y) = net(), {}, PAIR
+    for t, rows in enumerate(batches(epochs)):
+        model.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        for layer, rate in zip((model[0], model[2]), rates(t), strict=True):
+            for p in layer.parameters() if rate else ():
+                buffers[p] = momentum * buffers.get(p, 0.0) + p.grad
+                p.data -= rate * buffers[p]
+    return model
 
 
 def assert_equal(model, other, tolerance=1e-12):
@@ -85,51 +105,36 @@ class Attends(nn.Module):
         torch.manual_seed(0)
         self.layer = nn.Linear(4, 2).double()
         mask = torch.triu(torch.full((4, 4), -torch.inf, dtype=torch.float64), 1)
-        self.mask = mask if not buffer else None
         if buffer:
-            del self.mask
             self.register_buffer("mask", mask)
+        else:
+            self.mask = mask
 
     def forward(self, x):
         return self.layer(torch.softmax(x[:, None] * x[:, :, None] + self.mask, -1).sum(1))
 
 
-@pytest.mark.parametrize("callbacks", [[], [Divergence()]], ids=["alone", "divergence"])
-def test_a_mask_of_minus_infinity_is_a_constant(callbacks):
-    module = train(Attends(buffer=True), callbacks=callbacks)
-    assert module.stop is None
-    assert module.updates == 18
-    assert_equal(module.model, train(Attends(buffer=False)).model, 0)
-
-
-def test_a_model_with_a_mask_is_saved_and_goes_on(tmp_path):
-    saved, options = BestAndLast(tmp_path), {**QUIET, "enable_checkpointing": True}
-    whole = train(Attends(buffer=True), callbacks=[Divergence()])
+def test_a_mask_of_minus_infinity_is_a_constant_and_a_run_with_it_goes_on(tmp_path):
+    whole, saved = train(Attends(buffer=False)), BestAndLast(tmp_path)
+    module = train(Attends(buffer=True), callbacks=[Divergence()])
+    assert (module.stop, module.updates) == (None, 18)
+    assert_equal(module.model, whole.model, 0)
     for epochs, path in ((3, None), (6, str(saved.last_path))):
-        module = SupervisedModule(Attends(True), CrossEntropy(), partial(MiniBatchSGD, lr=0.3))
         callbacks = [saved, Divergence()]
-        trainer = Trainer(max_epochs=epochs, callbacks=callbacks, precision="64-true", **options)
-        trainer.fit(module, datamodule=data(11), ckpt_path=path)
+        module = train(Attends(True), epochs=epochs, callbacks=callbacks, checkpoint=path)
     assert module.stop is None
     assert_equal(module.model, whole.model, 0)
 
 
-class Spoils(Callback):
-    """Puts a number into a buffer after an update."""
-
-    def __init__(self, value):
-        self.value = value
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if pl_module.updates >= 5:
-            pl_module.model.count.fill_(self.value)
-
-
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_buffer_that_was_finite_is_watched(value):
+    def spoil(trainer, module, *_):
+        if module.updates >= 5:
+            module.model.count.fill_(value)
+
     model = Attends(buffer=True)
     model.register_buffer("count", torch.zeros(2))
-    callbacks = [Spoils(value), Divergence("stop")]
+    callbacks = [LambdaCallback(on_train_batch_end=spoil), Divergence("stop")]
     module = train(model, callbacks=callbacks, epochs=200)
     assert module.stop.reason.value == "NON_FINITE"
     assert module.updates < 600
@@ -137,11 +142,8 @@ def test_a_buffer_that_was_finite_is_watched(value):
 
 # ---------------------------------------------------------------------- what a model returns
 
-Output = namedtuple("Output", ["prediction", "hidden"])
 WAYS = {
     "tuple": lambda logits, x: (logits, x),
-    "list": lambda logits, x: [logits, None],
-    "namedtuple": lambda logits, x: Output(logits, x),
     "logits": lambda logits, x: {"hidden": x, "logits": logits},
     "only entry": lambda logits, x: {"out": logits},
 }
@@ -157,17 +159,11 @@ class Wrapped(nn.Module):
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@pytest.mark.parametrize("optimizer", [partial(MiniBatchSGD, lr=0.3), partial(GD, lr=0.3)])
-def test_a_prediction_in_a_tuple_or_mapping_trains_as_the_tensor_does(way, optimizer):
-    batch_size = "full" if optimizer.func is GD else 11
-    options = {"optimizer": optimizer, "batch_size": batch_size, "engine": "eager"}
-    module, plain = train(Wrapped(way), **options), train(net(), **options)
-    assert_equal(module.model, plain.model, 0)
-    source = data(11)
-    source.setup()
-    pairs = [source.examples("train")]
-    assert module.evaluate(pairs) == plain.evaluate(pairs)
-    assert torch.equal(module(pairs[0][0]), plain(pairs[0][0]))
+def test_a_prediction_in_a_tuple_or_mapping_trains_as_the_tensor_does(way):
+    module, tensor = (train(model, engine="eager") for model in (Wrapped(way), net()))
+    assert_equal(module.model, tensor.model, 0)
+    assert module.evaluate([PAIR]) == tensor.evaluate([PAIR])
+    assert torch.equal(module(PAIR[0]), tensor(PAIR[0]))
 
 
 def test_a_mapping_in_the_compiled_engine_in_fit_and_in_predict():
@@ -204,24 +200,22 @@ def normed(norm):
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("batch_size", "micro", "why"),
     [
-        ({"batch_size": 32}, "the last batch of an epoch has one: 33 examples in batches of 32"),
-        ({"batch_size": 8}, "the last batch of an epoch has one: 33 examples in batches of 8"),
-        ({"batch_size": 1}, "each update sees one"),
-        ({"batch_size": 11, "micro_batch_size": 5}, "11 examples of a batch in passes of 5"),
-        ({"batch_size": 11, "micro_batch_size": 1}, "11 examples of a batch in passes of 1"),
-        ({"batch_size": "full", "micro_batch_size": 16}, "33 examples of a batch in passes of 16"),
-        ({"batch_size": 20, "micro_batch_size": 12}, "13 examples of a batch in passes of 12"),
+        (32, None, "the last batch of an epoch has one: 33 examples in batches of 32"),
+        (1, None, "each update sees one"),
+        (11, 5, "11 examples of a batch in passes of 5"),
+        ("full", 16, "33 examples of a batch in passes of 16"),
+        (20, 12, "13 examples of a batch in passes of 12"),
     ],
 )
-def test_batch_norm_is_told_before_the_first_update_that_one_example_will_come(options, why):
+def test_batch_norm_is_told_before_the_first_update_that_one_example_will_come(
+    batch_size, micro, why
+):
     model = normed(nn.BatchNorm1d(6))
     before = [t.clone() for t in model.state_dict().values()]
-    module = SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=0.1))
-    trainer = Trainer(max_epochs=2, precision="64-true", **QUIET)
     with pytest.raises(ValueError, match=why):
-        trainer.fit(module, datamodule=data(**options))
+        train(model, batch_size, data={"micro_batch_size": micro})
     assert all(map(torch.equal, before, model.state_dict().values()))
 
 
@@ -229,11 +223,10 @@ def test_batch_norm_is_told_before_the_first_update_that_one_example_will_come(o
     ("drop_last", "batch_size", "refused"), [(False, 8, True), (True, 8, False), (False, 11, False)]
 )
 def test_batch_norm_with_a_loader_of_ones_own(drop_last, batch_size, refused):
-    pairs = TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
-    loader = DataLoader(pairs, batch_size=batch_size, drop_last=drop_last)
+    loader = DataLoader(TensorDataset(*PAIR), batch_size=batch_size, drop_last=drop_last)
     warnings.filterwarnings("ignore", message="You defined a `validation_step`")
     module = SupervisedModule(normed(nn.BatchNorm1d(6)), CrossEntropy(), partial(GD, lr=0.1))
-    trainer = Trainer(max_epochs=1, precision="64-true", **QUIET)
+    trainer = Trainer(max_epochs=1, precision="64-true", enable_checkpointing=False, **QUIET)
     if refused:
         with pytest.raises(ValueError, match="33 examples in batches of 8"):
             trainer.fit(module, loader)
@@ -242,15 +235,17 @@ def test_batch_norm_with_a_loader_of_ones_own(drop_last, batch_size, refused):
     assert module.updates == (0 if refused else N // batch_size)
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6)])
-def test_norms_that_can_be_trained_on_one_example_are(norm):
-    assert train(normed(norm), batch_size=32, epochs=1).updates == 2
-
-
-def test_batch_norm_over_the_places_of_one_image_is_no_mistake():
-    model = nn.Sequential(
-        nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)
-    ).double()
+@pytest.mark.parametrize(
+    "model",
+    [
+        normed(nn.LayerNorm(6)),
+        normed(nn.GroupNorm(2, 6)),
+        nn.Sequential(  # BatchNorm over the places of one image
+            nn.Unflatten(1, (1, 2, 2)), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)
+        ).double(),
+    ],
+)
+def test_norms_that_can_be_trained_on_one_example_are(model):
     assert train(model, batch_size=32, epochs=1).updates == 2
 
 
@@ -268,28 +263,23 @@ class Thaws(BaseFinetuning):
             self.unfreeze_and_add_param_group(pl_module.model[0], optimizer)
 
 
-def thawed(momentum, factor=lambda t: 1.0, peak_of_first=0.03):
-    model = net()
-    optimizer = torch.optim.SGD(model[2].parameters(), lr=0.3, momentum=momentum)
-    x, y = torch.from_numpy(X), torch.from_numpy(Y)
-    for t, rows in enumerate(batches(6)):
-        if t == 6:
-            optimizer.add_param_group({"params": model[0].parameters(), "lr": 0.0})
-        for group, peak in zip(optimizer.param_groups, (0.3, peak_of_first), strict=False):
-            group["lr"] = peak * factor(t)
-        model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
-    return model
+def thawed(t):
+    return 0.03 if t >= 6 else 0.0, 0.3
 
 
 @pytest.mark.parametrize(
-    ("engine", "momentum"), [("eager", 0.0), ("auto", 0.0), ("auto", 0.9), ("compiled", 0.9)]
+    ("kind", "engine", "momentum"),
+    [
+        (MiniBatchSGD, "eager", 0.0),
+        (MiniBatchSGD, "auto", 0.9),
+        (MiniBatchSGD, "compiled", 0.9),
+        (torch.optim.SGD, "auto", 0.0),
+    ],
 )
-def test_a_group_added_while_training_is_trained(engine, momentum):
-    optimizer = partial(MiniBatchSGD, lr=0.3, momentum=momentum)
+def test_a_group_added_while_training_is_trained(kind, engine, momentum):
+    optimizer = partial(kind, lr=0.3, momentum=momentum)
     module = train(net(), callbacks=[Thaws(), Divergence()], optimizer=optimizer, engine=engine)
-    assert_equal(module.model, thawed(momentum))
+    assert_equal(module.model, plain(thawed, momentum))
 
 
 class ThawsHot(Thaws):
@@ -302,75 +292,55 @@ class ThawsHot(Thaws):
 
 
 def test_a_run_recovers_after_a_group_was_added_however_it_is_cut():
-    found = []
+    found, (x, y) = [], PAIR
     for cut in (1, 7, "auto"):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
         divergence = Divergence(recoveries=40)
-        optimizer = partial(MiniBatchSGD, lr=0.3)
-        module = SupervisedModule(model, CrossEntropy(), optimizer, Constant())
-        callbacks = [ThawsHot(), divergence]
-        trainer = Trainer(max_epochs=300, callbacks=callbacks, precision="64-true", **QUIET)
-        trainer.fit(module, datamodule=data(11, updates_per_sweep=cut))
+        callbacks, sweeps = [ThawsHot(), divergence], {"updates_per_sweep": cut}
+        module = train(model, epochs=300, callbacks=callbacks, schedule=Constant(), data=sweeps)
         assert module.stop is None
         events = [(event["update"], event["good_update"]) for event in divergence.events]
         found.append([events, *(p.tolist() for p in model.parameters())])
     assert found[0] == found[1] == found[2]
     assert events[0][0] in range(6, 22)
     assert events[0][1] == 6  # where it was thawed
-    with torch.no_grad():
-        loss = F.cross_entropy(model(torch.from_numpy(X)), torch.from_numpy(Y))
-    assert loss < 0.4
+    assert F.cross_entropy(model(x), y) < 0.4
 
 
 def test_a_group_added_under_a_schedule_goes_on_from_its_rate():
     # The callback takes a tenth of η at update 5, and update 6 has it. T = 18.
     module = train(net(), callbacks=[Thaws()], schedule=Polynomial(power=1))
-    assert_equal(module.model, thawed(0.0, lambda t: 1 - t / 18, 0.03 * (13 / 18) / (12 / 18)))
+    scales = 13 / 12, 1.0
+    expected = plain(
+        lambda t: [
+            scale * (1 - t / 18) * rate for scale, rate in zip(scales, thawed(t), strict=True)
+        ]
+    )
+    assert_equal(module.model, expected)
 
 
-def test_a_baseline_optimizer_takes_groups_too():
-    module = train(net(), callbacks=[Thaws()], optimizer=partial(torch.optim.SGD, lr=0.3))
-    assert_equal(module.model, thawed(0.0))
+def at_epoch(number, act):
+    """A callback that does something to the module, or its optimizer, at the start of an epoch."""
 
+    def start(trainer, module):
+        if trainer.current_epoch == number:
+            act(module.model, trainer.optimizers[0].param_groups[0])
 
-class Freezes(Callback):
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 3:
-            pl_module.model[0].requires_grad_(False)
+    return LambdaCallback(on_train_epoch_start=start)
 
 
 @pytest.mark.parametrize("engine", ["eager", "auto"])
 def test_layers_frozen_while_training_stay(engine):
-    module = train(net(), callbacks=[Freezes()], engine=engine)
-    short = train(net(), epochs=3, schedule=Constant())
-    assert_equal(module.model[0], short.model[0], 1e-15)
-    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
-    for t, rows in enumerate(batches(6)):
-        model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        with torch.no_grad():
-            for p in (model[2] if t >= 9 else model).parameters():
-                p -= 0.3 * p.grad
-    assert_equal(module.model, model)
-
-
-class SetsRate(Callback):
-    def on_train_epoch_start(self, trainer, pl_module):
-        if trainer.current_epoch == 4:
-            trainer.optimizers[0].param_groups[0]["lr"] = 0.05
+    freezes = at_epoch(3, lambda model, group: model[0].requires_grad_(False))
+    module = train(net(), callbacks=[freezes], engine=engine)
+    assert_equal(module.model, plain(lambda t: (0.0 if t >= 9 else 0.3, 0.3)))
 
 
 def test_a_rate_set_by_a_callback_holds():
-    module = train(net(), callbacks=[SetsRate()], decay_biases=True, schedule=Constant())
-    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
-    for t, rows in enumerate(batches(6)):
-        model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        with torch.no_grad():
-            for p in model.parameters():
-                p -= (0.05 if t >= 12 else 0.3) * p.grad
-    assert_equal(module.model, model)
+    sets = at_epoch(4, lambda model, group: group.update(lr=0.05))
+    module = train(net(), callbacks=[sets], decay_biases=True, schedule=Constant())
+    assert_equal(module.model, plain(lambda t: 2 * [0.05 if t >= 12 else 0.3]))
 
 
 class Backbone(SupervisedModule):
@@ -385,20 +355,9 @@ def test_backbone_finetuning_raises_the_rate_of_the_backbone():
     callback = BackboneFinetuning(
         unfreeze_backbone_at_epoch=2, lambda_func=lambda epoch: 2.0, backbone_initial_lr=0.01
     )
-    module = Backbone(net(), CrossEntropy(), partial(MiniBatchSGD, lr=0.3))
-    trainer = Trainer(max_epochs=5, callbacks=[callback], precision="64-true", **QUIET)
-    trainer.fit(module, datamodule=data(11))
-    model, (x, y) = net(), map(torch.from_numpy, (X, Y))
-    for t, rows in enumerate(batches(5)):
-        model.zero_grad()
-        F.cross_entropy(model(x[rows]), y[rows]).backward()
-        backbone = {0: 0.0, 1: 0.0, 2: 0.01, 3: 0.02, 4: 0.04}[t // 3]
-        with torch.no_grad():
-            for p in model[0].parameters():
-                p -= backbone * p.grad
-            for p in model[2].parameters():
-                p -= 0.3 * p.grad
-    assert_equal(module.model, model)
+    module = train(net(), kind=Backbone, epochs=5, callbacks=[callback])
+    backbone = (0.0, 0.0, 0.01, 0.02, 0.04)
+    assert_equal(module.model, plain(lambda t: (backbone[t // 3], 0.3), epochs=5))
 
 
 # ---------------------------------------------------------------------- averaged weights
@@ -417,8 +376,7 @@ class Records(Callback):
         self.rates += outputs["rates"].tolist()
 
 
-@pytest.mark.parametrize("engine", ["eager", "auto"])
-@pytest.mark.parametrize("batch_size", [11, "full"])
+@pytest.mark.parametrize(("engine", "batch_size"), [("eager", 11), ("auto", "full")])
 def test_stochastic_weight_averaging_is_the_mean_of_the_epochs(engine, batch_size):
     records = Records()
     callbacks = [StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=4), records, Divergence()]
@@ -452,20 +410,15 @@ def test_batch_norm_of_averaged_weights_has_the_statistics_of_all_examples():
     module = train(model, callbacks=[averaging], epochs=5)
     assert module.updates == 15  # no epoch more
     with torch.no_grad():
-        h = model[0](torch.from_numpy(X))
+        h = model[0](PAIR[0])
     torch.testing.assert_close(model[1].running_mean, h.mean(0))
     torch.testing.assert_close(model[1].running_var, h.var(0, unbiased=False))
 
 
 def test_a_rule_that_computes_the_rate_and_swa_lrs_exclude_each_other():
+    averaging = StochasticWeightAveraging(swa_lrs=0.1)
     with pytest.raises(ValueError, match=r"sets η \(swa_lrs\), and BarzilaiBorwein computes it"):
-        train(
-            net(),
-            "full",
-            callbacks=[StochasticWeightAveraging(swa_lrs=0.1)],
-            optimizer=GD,
-            step_size="auto",
-        )
+        train(net(), "full", callbacks=[averaging], optimizer=GD, step_size="auto")
 
 
 # ---------------------------------------------------------------------- modes, and functions
@@ -480,22 +433,16 @@ def test_layers_in_evaluation_mode_stay_in_it():
     assert not model[1].training
     assert model[0].training
     assert all(map(torch.equal, before, model[1].buffers()))
-    source = data(11)
-    source.setup()
-    module.evaluate([source.examples("train")])
+    module.evaluate([PAIR])
     assert [layer.training for layer in model] == [True, False, True, True]
 
 
 def test_a_model_may_come_from_a_function_made_in_place():
-    made = gdtrain.fit(
-        lambda shape, outputs: nn.Linear(shape[0], outputs), X, Y, variant="gd", epochs=2
-    )
-    assert made.summary["updates"] == 2
+    make = lambda shape, outputs: nn.Linear(shape[0], outputs)  # noqa: E731
+    assert gdtrain.fit(make, X, Y, variant="gd", epochs=2).summary["updates"] == 2
 
 
 def test_functions_in_a_layer_are_told_apart():
-    from gdtrain.lightning.description import structure
-
     class Applies(nn.Module):
         def __init__(self, f):
             super().__init__()
