@@ -93,15 +93,7 @@ class Compiled:
         self._programs: dict[Any, Program] = {}
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
-        """(K, B) example numbers and (K,) factors to (K,) losses.
-
-        Args:
-            indices: (K, B), int64.
-            factors: (K,), the schedule's factor at each update.
-            draw: Names the random numbers of the first update; the next has the next.
-
-        Returns:
-            (K,), J on each update's examples before that update.
+        """(K, B) example numbers and (K,) factors to (K,) losses, as in `Engine`.
 
         Raises:
             NotApplicableError: The model or loss does not compile, or draws random numbers, or

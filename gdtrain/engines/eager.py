@@ -54,16 +54,7 @@ class Eager:
         self._draws = any(isinstance(m, Dropout) for m in objective.model.modules())
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
-        """(K, B) example numbers and (K,) factors to (K,) losses.
-
-        Args:
-            indices: (K, B), int64.
-            factors: (K,), the schedule's factor at each update.
-            draw: Names the random numbers of the first update; the next has the next.
-
-        Returns:
-            (K,), J on each update's examples before that update.
-        """
+        """(K, B) example numbers and (K,) factors to (K,) losses, as in `Engine`."""
         losses, rates = [], []
         objective, groups = self.objective, self.optimizer.param_groups
         self.rates = rates_by_schedule(self.optimizer, factors)

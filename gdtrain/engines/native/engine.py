@@ -132,16 +132,7 @@ class Native:
                 raise NotApplicableError("the first layer is applied to a part of an example")
 
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
-        """(K, B) example numbers and (K,) factors to (K,) losses.
-
-        Args:
-            indices: (K, B), int64.
-            factors: (K,), the schedule's factor at each update.
-            draw: Not used: nothing is drawn.
-
-        Returns:
-            (K,), J on each update's examples before that update.
-        """
+        """(K, B) example numbers and (K,) factors to (K,) losses, as in `Engine`; draws nothing."""
         arguments, batch = self._arguments, indices.shape[1]
         for p in arguments.parameters:
             p.grad = None
