@@ -58,20 +58,6 @@ def check_checkpoint(path: str | Path) -> None:
     The archive is not compressed, each storage is as large as its tensors need, and all tensors
     together take memory in proportion to the file. So `torch.load(path, weights_only=True)` makes
     nothing large of a small file.
-
-    Args:
-        path: Of the file.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is no such file.
-
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save({"weight": torch.ones(3)}, Path(folder) / "last.ckpt")
-        ...     check_checkpoint(Path(folder) / "last.ckpt")
     """
     size = file_size(path)
     infos = archive_entries(path)
@@ -200,9 +186,7 @@ class _Pickle:
             return arguments[0]
         if name == "collections OrderedDict" and not arguments:
             return {}
-        if name == "torch Size":
-            return _Opaque()
-        if name == "torch device":
+        if name in ("torch Size", "torch device"):
             return _Opaque()
         if name in ("__builtin__ set", "builtins set"):
             return {_scalar(value) for value in arguments[0]}
@@ -280,24 +264,7 @@ def _scalar(key: Any) -> Any:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running anything that it may hold.
-
-    Args:
-        path: Of a checkpoint of gdtrain.
-
-    Returns:
-        Its content: tensors and plain containers.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of gdtrain.
-
-    Example:
-        >>> load_checkpoint("missing.ckpt")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. ...
-    """
+    """Tensors and plain containers of a checkpoint of gdtrain; nothing that it may hold is run."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["column_numbers", "column_targets"]
+__all__ = [
+    "TEXT",
+    "column_numbers",
+    "column_targets",
+    "is_number",
+    "listed",
+    "look_like_values",
+    "quoted",
+    "reason",
+]
 
 Kind = Literal["auto", "labels", "numbers", "text"]
 
 _EXACT = 2**53  # float64 has every whole number up to here
-_MOST_SHOWN = 10
 _MISSING = frozenset(
     ["", "na", "n/a", "<na>", "nan", "-nan", "nat", "null", "none", "?"]
     + [f"#{word}" for word in ("n/a", "div/0!", "num!", "value!", "ref!", "name?")]  # Excel's
 )
-_TEXT = "Encode text as numbers."
-_TEXT_TARGET = "Write all targets as numbers, or set task=classification to take them as labels."
+TEXT = "Encode text as numbers."
 _FILL = "Fill in or drop missing values first."
 _PLAIN = "Write numbers with a point and nothing else, as in 1234.5."
 
 
 def column_numbers(column: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """A column of pandas as float64, and which of its values are no finite number.
-
-    Args:
-        column: (N,), as `pandas.read_csv` makes it of a column without missing values.
-
-    Example:
-        >>> import pandas as pd
-        >>> column_numbers(pd.Series(["1", "2.5", "x"]))
-        (array([1. , 2.5, nan]), array([False, False,  True]))
-    """
+    """A column of pandas as float64, and which of its values are no finite number."""
     import pandas as pd
 
     if column.dtype.kind in "biuf":
@@ -59,17 +54,7 @@ def column_numbers(column: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_]]
 
 
 def column_targets(column: Any, kind: Kind) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """A column of pandas as numbers or labels, and which of its values are none.
-
-    Args:
-        column: As for `column_numbers`.
-        kind: As for `Table.read`.
-
-    Example:
-        >>> import pandas as pd
-        >>> column_targets(pd.Series(["yes", "no", ""]), "auto")
-        (array(['yes', 'no', ''], dtype=object), array([False, False,  True]))
-    """
+    """A column of pandas as numbers or labels, and which of its values are none."""
     if column.dtype.kind in "biuf":
         values = column.to_numpy()
         return values, ~np.isfinite(values)
@@ -93,62 +78,8 @@ def column_targets(column: Any, kind: Kind) -> tuple[NDArray[Any], NDArray[np.bo
     return labels, empty
 
 
-@dataclass
-class Fault:
-    """What is wrong with a column: in how many rows, the first of them, and what stands there."""
-
-    name: str
-    row: int
-    count: int
-    is_target: bool = False
-
-
-def explain(
-    path: Path,
-    names: list[str],
-    faults: list[Fault],
-    lines: Callable[[Iterable[int]], dict[int, tuple[int, list[str]]]],
-    kind: Kind,
-    advice: str,
-) -> str:
-    """All bad columns of a table, each with its first bad line, and what to do.
-
-    Args:
-        path: Of the file.
-        names: Of its columns.
-        faults: The bad ones; one of the target comes last.
-        lines: From rows to their lines and fields, as `Table.lines`.
-        kind: As for `Table.read`.
-        advice: Likewise.
-    """
-    shown = faults[:_MOST_SHOWN]
-    if faults[-1].is_target:
-        shown[-1] = faults[-1]
-    records = lines(fault.row for fault in shown)
-    said, remedies = [], []
-    for fault in shown:
-        line, fields = records[fault.row]
-        what, remedy = _reason(fields[names.index(fault.name)].strip())
-        if fault.is_target and remedy == _TEXT:
-            remedy = _TEXT_TARGET if kind == "auto" else "Write targets as numbers."
-        remedies.append(f"{remedy[:-1]}, or {advice}." if remedy == _TEXT else remedy)
-        more = f" ({fault.count - 1} more)" if fault.count > 1 else ""
-        which = "the target" if fault.is_target else "column"
-        said.append(f"{which} {quoted(fault.name)}, line {line}: {what}{more}")
-    if len(faults) > len(shown):
-        said.append(f"and {len(faults) - len(shown)} more columns")
-    return "\n  ".join(
-        [
-            f"{path}: expected a value in each row, and features that are finite numbers. "
-            f"Received:",
-            *said,
-            *dict.fromkeys(remedies),
-        ]
-    )
-
-
-def _reason(value: str) -> tuple[str, str]:
-    """Why a value is no finite number, and what to do about it."""
+def reason(value: str) -> tuple[str, str]:
+    """Why a value of a table is no finite number, and what to do about it."""
     if not value:
         return "empty", _FILL
     shown = quoted(value)
@@ -165,7 +96,7 @@ def _reason(value: str) -> tuple[str, str]:
         )
     if is_decorated(value):
         return f"{shown}, with a decimal comma, a separator or a unit", _PLAIN
-    return f"{shown}, which is text", _TEXT
+    return f"{shown}, which is text", TEXT
 
 
 def is_number(text: str) -> bool:

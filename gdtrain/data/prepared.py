@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gdtrain.data.frames import check_features, check_whole
 from gdtrain.data.loader import EvaluationLoader
 from gdtrain.data.mapped import MappedInputs
-from gdtrain.data.preprocessing import Preprocessing, check_features, check_whole
+from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.targets import Decision, Task, decide
 from gdtrain.ranges import Interval
@@ -31,6 +32,7 @@ __all__ = ["PreparedData", "Raw", "prepare"]
 
 _PARTS = ("train", "val", "test")
 
+Inputs = Tensor | MappedInputs | SparseInputs
 Part = Literal["train", "val", "test"]
 
 
@@ -48,8 +50,6 @@ class Raw:
 
     Example:
         >>> raw = Raw(np.zeros((4, 2)), np.array([0, 1, 0, 1]), "classification")
-        >>> raw.inputs.shape
-        (4, 2)
     """
 
     inputs: Any
@@ -101,7 +101,7 @@ class PreparedData:
 
     def __init__(
         self,
-        parts: Mapping[str, tuple[Tensor | MappedInputs | SparseInputs, Tensor]],
+        parts: Mapping[str, tuple[Inputs, Tensor]],
         split: Mapping[str, NDArray[np.int64]],
         preprocessing: Preprocessing,
         target_said: str = "",
@@ -121,24 +121,15 @@ class PreparedData:
             self._split_fingerprint = digest.hexdigest()[:12]
         return self._split_fingerprint
 
-    def examples(self, part: Part) -> tuple[Tensor | MappedInputs | SparseInputs, Tensor]:
-        """Inputs and targets of one part, standardised.
+    def examples(self, part: Part) -> tuple[Inputs, Tensor]:
+        """Inputs (N, …) and targets (N,) or (N, K) of one part, standardised, on the CPU.
 
-        Args:
-            part: "train", "val" or "test".
-
-        Returns:
-            (N, …) and (N,) or (N, K); on CPU. Inputs that are mapped from a file stay there,
-            and sparse ones stay sparse.
+        Inputs that are mapped from a file stay there, and sparse ones stay sparse.
         """
         return self._parts[part]
 
     def count(self, part: Part) -> int:
-        """Number of examples of one part.
-
-        Args:
-            part: "train", "val" or "test".
-        """
+        """Number of examples of one part."""
         return len(self._parts[part][0])
 
     @property
@@ -154,7 +145,7 @@ class PreparedData:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example."""
-        return tuple(self._parts["train"][0].shape[1:])
+        return tuple(self.preprocessing.input_shape or ())
 
     @property
     def num_classes(self) -> int | None:
@@ -171,16 +162,9 @@ class PreparedData:
     def evaluation_loader(
         self, part: Part, rank: int = 0, ranks: int = 1, batch_size: int = 1024
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """All examples of one part, in their order.
+        """All examples of one part, in order, as pairs of at most so many; none of an empty part.
 
-        Args:
-            part: "train", "val" or "test".
-            rank: Of this process, which gets its part of them.
-            ranks: Number of processes.
-            batch_size: Examples in one pair, at most, range [1, ∞).
-
-        Returns:
-            Pairs of inputs and targets; empty for an empty part.
+        Each of several processes (`rank` of `ranks`) gets its share of them.
         """
         if not self.count(part):
             return []
@@ -215,14 +199,7 @@ class PreparedData:
         }
 
     def check_same_data(self, state_dict: dict[str, Any]) -> None:
-        """Raise if the split or the preprocessing is not that of a checkpoint.
-
-        Args:
-            state_dict: What `state_dict` returned.
-
-        Raises:
-            ValueError: It is another.
-        """
+        """Raise ValueError if the split or the preprocessing is not that of a checkpoint."""
         if state_dict["split_fingerprint"] != self.split_fingerprint:
             raise ValueError(
                 "The checkpoint was trained on another split of the data: use the same data, "
@@ -255,18 +232,8 @@ def prepare(
 ) -> PreparedData:
     """Decide what the targets are, split, and standardise with the statistics of the training part.
 
-    Args:
-        raw: The examples.
-        val_fraction: As for `DataModule`, and so the following.
-        test_fraction: Share of all examples, or count.
-        standardize: Whether to standardise features.
-        standardize_targets: Whether to standardise the targets of a regression.
-        split_seed: Of the split.
-        dtype: Of the tensors: torch.float32 or torch.float64.
-        loss: That is trained on them, and says what the targets are where `raw.task` does not.
-
-    Returns:
-        The tensors, with what has made them.
+    The options are those of `DataModule`; `dtype` is torch.float32 or torch.float64, and `loss`,
+    which is trained on them, says what the targets are where `raw.task` does not.
 
     Raises:
         ValueError: The data cannot be split or standardised as asked.
@@ -299,13 +266,10 @@ def prepare(
         first_feature=raw.first_feature,
     )
 
-    def part(
-        x: Any, y: Any, rows: NDArray[np.int64]
-    ) -> tuple[Tensor | MappedInputs | SparseInputs, Tensor]:
-        mapped = isinstance(x, np.memmap)
+    def part(x: Any, y: Any, rows: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         inputs = (
             MappedInputs(x, rows, preprocessing, dtype)
-            if mapped
+            if isinstance(x, np.memmap)
             else preprocessing.inputs(x, dtype, rows)
         )
         return inputs, preprocessing.targets(y if len(rows) == x.shape[0] else y[rows], dtype)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import logging
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain, count
 from pathlib import Path
@@ -22,18 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdtrain.data.columns import (
-    Fault,
+    TEXT,
     Kind,
     column_numbers,
     column_targets,
-    explain,
     is_number,
     listed,
     look_like_values,
     quoted,
+    reason,
 )
 from gdtrain.data.prepared import Raw
-from gdtrain.data.reading import check_unpacked, existing
+from gdtrain.data.reading import PACKED, check_unpacked, existing, unpacked
 from gdtrain.data.targets import Task, check_task
 
 __all__ = ["Table", "is_table", "read_csv"]
@@ -43,28 +41,21 @@ _log = logging.getLogger("gdtrain")
 Header = bool | Literal["auto"]
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LONGEST_LINE = 2**24  # characters
 _MOST_BYTES = 8e9  # of the numbers, as a dense array
+_MOST_FAULTS = 10  # columns in a message
+_TARGET = "the target"
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file's name says that it is a table: `.csv` or `.tsv`, plain or compressed.
-
-    Args:
-        path: Of the file.
-
-    Example:
-        >>> is_table(Path("new.CSV")), is_table(Path("new.tsv.gz")), is_table(Path("new.npy"))
-        (True, True, False)
-    """
+    """Whether a file's name says that it is a table: `.csv` or `.tsv`, plain or compressed."""
     return _suffix(path) in (".csv", ".tsv")
 
 
 def _suffix(path: Path) -> str:
     """The suffix in lower case, before that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in (*_OPENERS, ".zip"):
+    if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
@@ -157,19 +148,18 @@ class Table:
 
     @contextmanager
     def _binary(self) -> Iterator[Any]:
-        suffix = self.path.suffix.lower()
-        if suffix == ".zip":
-            with ZipFile(self.path) as archive:
-                names = [n for n in archive.namelist() if not n.startswith("__MACOSX/")]
-                if len(names) != 1:
-                    raise ValueError(
-                        f"{self.path} must hold one file. Received: {len(names)}"
-                        f"{listed(names) and f', {listed(names)}'}."
-                    )
-                with archive.open(names[0]) as file:
-                    yield file
-        else:
-            with _OPENERS.get(suffix, open)(self.path, "rb") as file:
+        if self.path.suffix.lower() != ".zip":
+            with unpacked(self.path) as file:
+                yield file
+            return
+        with ZipFile(self.path) as archive:
+            names = [n for n in archive.namelist() if not n.startswith("__MACOSX/")]
+            if len(names) != 1:
+                raise ValueError(
+                    f"{self.path} must hold one file. Received: {len(names)}"
+                    f"{listed(names) and f', {listed(names)}'}."
+                )
+            with archive.open(names[0]) as file:
                 yield file
 
     def _not_text(self) -> str:
@@ -276,14 +266,7 @@ class Table:
         return last
 
     def lines(self, rows: Iterable[int]) -> dict[int, tuple[int, list[str]]]:
-        """Where rows stand in the file, and their fields as they are written.
-
-        Args:
-            rows: Their numbers, counted from 0.
-
-        Returns:
-            By row, the line that it begins in and its fields.
-        """
+        """By row, from 0 on, the line that it begins in, and its fields as they are written."""
         wanted = set(rows)
         with self._open() as file:
             records = self._records(file)
@@ -298,11 +281,7 @@ class Table:
         return [name for name in self._columns if name]
 
     def all_names(self) -> list[str]:
-        """Of all columns but a first one without a name, which numbers the rows.
-
-        Raises:
-            ValueError: Another column has values and no name.
-        """
+        """Of all columns but a first one without a name, which numbers the rows."""
         if 0 in self._unnamed:
             _log.info(f"{self.path}: the first column has no name: left out, as names of the rows.")
         unnamed = sorted(self._unnamed - {0})
@@ -332,9 +311,6 @@ class Table:
                 for "labels", but numbers that are written in another way (1,5 or 5 €), or that
                 stand among a few words, are refused.
             advice: What else can be done about features that are no numbers.
-
-        Returns:
-            The features (N, D), and the targets (N,).
 
         Raises:
             ValueError: A column does not exist or stands there twice; or columns have values that
@@ -379,14 +355,14 @@ class Table:
         for i, name in enumerate(names):
             features[:, i], bad = column_numbers(frame[places[name]])
             if bad.any():
-                faults.append(Fault(name, int(bad.argmax()), int(bad.sum())))
+                faults.append(("column", name, int(bad.argmax()), int(bad.sum())))
         targets = None
         if target is not None:
             targets, bad = column_targets(frame[places[target]], kind)
             if bad.any():
-                faults.append(Fault(target, int(bad.argmax()), int(bad.sum()), is_target=True))
+                faults.append((_TARGET, target, int(bad.argmax()), int(bad.sum())))
         if faults:
-            raise ValueError(explain(self.path, self._columns, faults, self.lines, kind, advice))
+            raise ValueError(_explained(self, faults, kind, advice))
         return features, targets
 
     def _places(self, chosen: list[str]) -> dict[str, int]:
@@ -409,6 +385,38 @@ class Table:
         return {name: places[name][0] for name in chosen}
 
 
+def _explained(
+    table: Table, faults: list[tuple[str, str, int, int]], kind: Kind, advice: str
+) -> str:
+    """All bad columns (the target last): which, name, first bad row, how many; and advice."""
+    shown = faults[:_MOST_FAULTS]
+    if faults[-1][0] == _TARGET:
+        shown[-1] = faults[-1]
+    records = table.lines(row for _, _, row, _ in shown)
+    said, remedies = [], []
+    for which, name, row, many in shown:
+        line, fields = records[row]
+        what, remedy = reason(fields[table._columns.index(name)].strip())
+        if remedy == TEXT and which != _TARGET:
+            remedy = f"{remedy[:-1]}, or {advice}."
+        elif remedy == TEXT:
+            labels = "all targets as numbers, or set task=classification to take them as labels"
+            remedy = f"Write {labels if kind == 'auto' else 'targets as numbers'}."
+        remedies.append(remedy)
+        more = f" ({many - 1} more)" if many > 1 else ""
+        said.append(f"{which} {quoted(name)}, line {line}: {what}{more}")
+    if len(faults) > len(shown):
+        said.append(f"and {len(faults) - len(shown)} more columns")
+    return "\n  ".join(
+        [
+            f"{table.path}: expected a value in each row, and features that are finite numbers. "
+            f"Received:",
+            *said,
+            *dict.fromkeys(remedies),
+        ]
+    )
+
+
 def read_csv(
     path: str | Path,
     target: str | None = None,
@@ -417,14 +425,7 @@ def read_csv(
     header: Header = "auto",
     task: Task = "auto",
 ) -> Raw:
-    r"""The examples of a table: numeric features and one target column.
-
-    Args:
-        path: As for `CSVDataModule`, and so the following.
-        target: Name of the target column; None: the last.
-        columns: Names of the feature columns; None: all others.
-        header: Whether the first line holds names.
-        task: "classification", "regression" or "auto".
+    r"""The examples of a table; the arguments are those of `CSVDataModule`.
 
     Example:
         >>> import tempfile
@@ -437,7 +438,6 @@ def read_csv(
     """
     path, task = existing(path), check_task(task)
     target = None if target is None else str(target).strip()
-
     said = [*(columns or []), *([] if target is None else [target])]
     words = [name for name in said if not is_number(name)]  # a number may be of an example
     table = Table(path, header, expected=words)

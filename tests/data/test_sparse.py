@@ -417,7 +417,7 @@ def test_auto_is_sparse_for_few_entries_that_are_not_standardised(tmp_path):
 
 
 def test_what_would_be_too_large_dense_is_kept_sparse_or_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("gdtrain.data.libsvm._DENSE_BYTES", 1000)
+    monkeypatch.setattr("gdtrain.data.files._DENSE_BYTES", 1000)
     path = written(tmp_path / "t.svm", dense(60, 9, share=0.4), labels())
     assert isinstance(ready(LIBSVMDataModule(path, **RAW)).examples("train")[0], SparseInputs)
     for options in ({"batch_size": 1}, {**RAW, "sparse": False}):

@@ -12,8 +12,7 @@ import torch
 from scipy import sparse
 
 from gdtrain.data import ArrayDataModule, Preprocessing
-from gdtrain.data.target_values import read
-from gdtrain.data.targets import class_numbers, decide
+from gdtrain.data.targets import class_numbers, decide, read
 from gdtrain.losses import CrossEntropy, Logistic, Loss, SquaredError
 
 RNG = np.random.default_rng(0)
