@@ -87,8 +87,8 @@ class FetchedData(PreparedData):
         }
         train = self._examples["train"]
         x, y = train.fetch([0])
-        found = {name: _resident(own[name], split[name], dtype) for name in split}
-        parts = {name: part for name, part in found.items() if part is not None}
+        resident = {name: _resident(own[name], split[name], dtype) for name in split}
+        parts = {name: part for name, part in resident.items() if part is not None}
         super().__init__(parts, split, Preprocessing())
         self._seconds, self._slice = 0.0, 1
         self._loaders: list[PairLoader] = []

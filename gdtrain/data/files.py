@@ -89,15 +89,9 @@ def read_libsvm(
     dtype: torch.dtype = torch.float32,
     task: Task = "auto",
 ) -> Raw:
-    r"""The examples of a LIBSVM (svmlight) file, with scikit-learn.
+    r"""The examples of a LIBSVM (svmlight) file; the arguments are those of `LIBSVMDataModule`.
 
-    Args:
-        path: As for `LIBSVMDataModule`, and so `test_path`, `sparse` and `task`.
-        test_path: A test file of its own.
-        sparse: Whether the features stay sparse.
-        standardize: Whether they are to be standardised; they are then read in float64.
-        dtype: Of the tensors that are made of them.
-        task: "classification", "regression" or "auto".
+    They are read in float64 if they are to be standardised, or are to be tensors of that dtype.
 
     Example:
         >>> import tempfile

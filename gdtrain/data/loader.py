@@ -38,22 +38,11 @@ __all__ = [
 class IndexLoader(Plan):
     """A plan that yields its blocks (K, B) of example numbers, one row for each update.
 
-    It has no state and no length: each iteration starts at the update that `start` tells. One
+    It has no state and no length: each iteration starts at the update that `start()` tells. One
     iteration is (the rest of) one epoch, or up to the next epoch whose number is a multiple of the
     attribute `epochs_per_iteration` (None: up to the end of the run). No block crosses the end of
-    an iteration.
-
-    Args:
-        num_examples: N, range [1, ∞).
-        batch_size: B, range [1, N].
-        sampling: As for `gdtrain.descent.plan.Plan`.
-        seed: Of the order, range [0, ∞).
-        start: Called at the start of an iteration; the update number to go on from.
-        total: T; None: no end.
-        updates_per_sweep: The largest K, range [1, ∞), or "auto"; may change between two blocks.
-
-    Raises:
-        ValueError: An argument is out of range.
+    an iteration. The other arguments are those of `gdtrain.descent.plan.Plan`; `updates_per_sweep`
+    may change between two blocks.
 
     Example:
         >>> loader = IndexLoader(5, 2, sampling="sequential", updates_per_sweep=8)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -108,18 +109,15 @@ class PreparedData:
     ) -> None:
         self._parts, self.preprocessing, self.target_said = parts, preprocessing, target_said
         self.split = split
-        self._split_fingerprint: str | None = None
 
-    @property
+    @cached_property
     def split_fingerprint(self) -> str:
         """Twelve hexadecimal digits of the split's SHA-256: equal for equal splits."""
-        if self._split_fingerprint is None:
-            digest = hashlib.sha256()
-            for name, rows in sorted(self.split.items()):
-                digest.update(name.encode())
-                digest.update(np.ascontiguousarray(rows, dtype="<i8").data)
-            self._split_fingerprint = digest.hexdigest()[:12]
-        return self._split_fingerprint
+        digest = hashlib.sha256()
+        for name, rows in sorted(self.split.items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(rows, dtype="<i8").data)
+        return digest.hexdigest()[:12]
 
     def examples(self, part: Part) -> tuple[Inputs, Tensor]:
         """Inputs (N, …) and targets (N,) or (N, K) of one part, standardised, on the CPU.

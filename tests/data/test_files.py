@@ -1,30 +1,17 @@
 """Examples from new files: to predict from, and to evaluate on."""
 
-import gzip
-
 import numpy as np
 import pytest
+from example_files import write, write_libsvm
 from scipy import sparse
-from sklearn.datasets import dump_svmlight_file
 
 from gdtrain.data import CSVDataModule, Preprocessing, read_features, read_labelled
-
-
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def numbers():
     x = np.where(np.random.default_rng(0).random((30, 6)) < 0.4, 1.5, 0.0)
     x[0] = 1.0
     return x, np.arange(30) % 2
-
-
-def written(path, x, y, zero_based=False):
-    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as file:
-        dump_svmlight_file(x, y, file, zero_based=zero_based)
-    return path
 
 
 # ---------------------------------------------------------------------- read_features
@@ -80,9 +67,9 @@ def test_sparse_files(tmp_path):
     sparse.save_npz(tmp_path / "x.npz", sparse.csc_array(x))
     np.testing.assert_array_equal(read_features(tmp_path / "x.npz").toarray(), x)
     for name in ("x.svm", "x.libsvm.gz", "x.svmlight", "x.SVM"):
-        path = written(tmp_path / name, x, y)
+        path = write_libsvm(tmp_path / name, x, y)
         np.testing.assert_array_equal(read_features(path).toarray(), x)
-    path = written(tmp_path / "a9a", x, y)
+    path = write_libsvm(tmp_path / "a9a", x, y)
     np.testing.assert_array_equal(read_features(path, first_feature=1).toarray(), x)
     with pytest.raises(ValueError, match=r"must come as .*, or sparse as"):
         read_features(path)
@@ -169,7 +156,7 @@ def test_labelled_arrays_and_sparse_files(tmp_path):
     np.save(tmp_path / "xy.npy", np.column_stack([x, y]))
     np.save(tmp_path / "yx.npy", np.column_stack([y, x]))
     sparse.save_npz(tmp_path / "x.npz", sparse.csr_array(x))
-    written(tmp_path / "x.svm", np.column_stack([x, np.ones(30)]), y)  # with one feature more
+    write_libsvm(tmp_path / "x.svm", np.column_stack([x, np.ones(30)]), y)  # with one feature more
     for name, target in (
         ("x.npy", str(tmp_path / "y.npy")),
         ("xy.npy", None),

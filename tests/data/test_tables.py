@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from example_files import ready, reloaded, write
 from sklearn.datasets import load_iris
 
 from gdtrain.data import CSVDataModule, Table, read_features
@@ -25,11 +25,6 @@ WHOLE = {
     "test_fraction": 0,
 }
 TABLE = "a,b,y\n1,2,u\n3,4,v\n"
-
-
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def load(tmp_path, content, name="t.csv", **options):
@@ -59,17 +54,12 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     kinds = ["sun", "rain"]
     rows = [",".join([*map(repr, row.tolist()), kinds[i % 2]]) for i, row in enumerate(x)]
     path = write(tmp_path / "t.csv", "a,b,c,kind\n" + "\n".join(rows) + "\n")
-    data = CSVDataModule(path, target="kind", **WHOLE)
-    data.setup()
+    data = ready(CSVDataModule(path, target="kind", **WHOLE))
     np.testing.assert_array_equal(data.examples("train")[0].numpy(), x)
     assert data.preprocessing.classes == ["rain", "sun"]
     assert data.examples("train")[1].tolist() == [1, 0] * 20
     assert data.preprocessing.feature_names == ["a", "b", "c"]
-    file = io.BytesIO()
-    torch.save(data.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    assert state["preprocessing"]["feature_names"] == ["a", "b", "c"]
+    assert reloaded(data.state_dict())["preprocessing"]["feature_names"] == ["a", "b", "c"]
 
 
 def test_the_last_column_is_the_target_and_columns_are_named(tmp_path):
@@ -416,10 +406,3 @@ def test_iris_without_its_header_is_the_same_data(tmp_path):
     raw = CSVDataModule(tmp_path / "t.data", header=False).load()
     np.testing.assert_array_equal(raw.inputs, iris.data.to_numpy())
     assert raw.targets.tolist() == frame["kind"].tolist()
-
-
-def test_a_path_that_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no file .*away\.csv"):
-        CSVDataModule(tmp_path / "away.csv")
-    with pytest.raises(ValueError, match=r"data\.path must name the file"):
-        CSVDataModule(None)
