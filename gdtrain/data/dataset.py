@@ -28,6 +28,7 @@ from gdtrain.data.loader import (
 from gdtrain.data.prepared import Part, PreparedData, held_out
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.targets import Task, check_task, decide, may_be_classes, wanted_task
+from gdtrain.generators import same_after
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -125,12 +126,13 @@ class FetchedData(PreparedData):
         """Time of one example, from a few."""
         probes = np.linspace(0, len(examples) - 1, min(_PROBES, len(examples))).astype(np.int64)
         times: list[float] = []
-        for number in probes.tolist():
-            started = time.perf_counter()
-            examples.items([number])
-            times.append(time.perf_counter() - started)
-            if sum(times) > _PROBE_SECONDS:
-                break
+        with same_after(()):  # what the Dataset draws is not the model's, and how much is chance
+            for number in probes.tolist():
+                started = time.perf_counter()
+                examples.items([number])
+                times.append(time.perf_counter() - started)
+                if sum(times) > _PROBE_SECONDS:
+                    break
         self._seconds = float(np.median(times))  # not the mean: the first may open files
         self._slice = max(1, _SLICE_BYTES // max(size, 1))
 

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from example_files import ready
 from hydra import compose, initialize_config_dir
 from lightning import Trainer, seed_everything
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, random_split
@@ -28,6 +29,7 @@ from gdtrain.runs.train import train as train_config
 from gdtrain.schedules import Cosine
 
 N, D, C = 50, 4, 3
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def table(n=N):
@@ -79,11 +81,6 @@ class Stream(IterableDataset):
         return iter([])
 
 
-def ready(data):
-    data.setup()
-    return data
-
-
 def epochs(data, count=1):
     """All pairs of some epochs, as a trainer would ask for them."""
     loader = data.train_dataloader()
@@ -106,20 +103,8 @@ def trained(data, *, epochs=2, **options):
         Cosine(),
         engine="eager",
     )
-    result = run(
-        module,
-        data,
-        trainer=partial(
-            Trainer,
-            max_epochs=epochs,
-            accelerator="cpu",
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        ),
-        **options,
-    )
-    return result
+    trainer = partial(Trainer, max_epochs=epochs, num_sanity_val_steps=0, **QUIET)
+    return run(module, data, trainer=trainer, **options)
 
 
 def weights(result):
@@ -144,13 +129,6 @@ def test_the_order_is_that_of_the_index_loader(sampling, workers):
     assert torch.equal(torch.cat([targets for _, targets in pairs]), y[order])
 
 
-def test_a_full_batch_has_all_examples():
-    x, y = table()
-    ((inputs, targets),) = epochs(ready(DatasetDataModule(Pairs(x, y), batch_size="full")))
-    assert torch.equal(inputs, x)
-    assert torch.equal(targets, y)
-
-
 def test_an_iteration_starts_at_the_update_that_it_is_told():
     x, y = table()
     loader = ready(DatasetDataModule(Pairs(x, y), batch_size=8, num_workers=0)).train_dataloader()
@@ -162,9 +140,11 @@ def test_an_iteration_starts_at_the_update_that_it_is_told():
     assert len(list(loader)) == 1
     with pytest.raises(TypeError):  # Lightning must not fix a length
         len(loader)
+    examples = pickle.loads(pickle.dumps(loader.examples))  # as workers get them
+    assert torch.equal(examples[(0, [3, 1])][0], x[[3, 1]])
 
 
-def test_what_is_drawn_depends_on_the_update_alone():
+def test_what_is_drawn_depends_on_the_update_alone_and_moves_no_generator():
     x, y = table()
 
     def draws(workers, start=0):
@@ -175,28 +155,20 @@ def test_what_is_drawn_depends_on_the_update_alone():
         loader.close()
         return torch.cat(made)
 
-    whole = draws(0)
-    torch.manual_seed(9)
-    assert torch.equal(draws(2), whole)
-    assert torch.equal(draws(0, start=4), whole[32:])
-    noise = whole[:, D:]
-    assert len(noise.unique()) == noise.numel()  # nothing is drawn twice
-    other = ready(DatasetDataModule(Noisy(x, y), batch_size=8, num_workers=0, seed=2))
-    assert not torch.equal(torch.cat([a for a, _ in epochs(other)]), whole)
-
-
-def test_fetching_leaves_the_global_generators_alone():
-    x, y = table()
-    data = ready(DatasetDataModule(Noisy(x, y), batch_size=8, num_workers=0))
-
     def numbers():
         return torch.rand(()).item(), random.random(), np.random.rand()  # noqa: NPY002
 
     seed_everything(5, verbose=False)
     wanted = numbers()
     seed_everything(5, verbose=False)
-    epochs(data)
-    assert numbers() == wanted
+    whole = draws(0)
+    assert numbers() == wanted  # the global generators are left alone
+    assert torch.equal(draws(2), whole)
+    assert torch.equal(draws(0, start=4), whole[32:])
+    noise = whole[:, D:]
+    assert len(noise.unique()) == noise.numel()  # nothing is drawn twice
+    other = ready(DatasetDataModule(Noisy(x, y), batch_size=8, num_workers=0, seed=2))
+    assert not torch.equal(torch.cat([a for a, _ in epochs(other)]), whole)
 
 
 def test_worker_processes_live_for_all_epochs_and_end_with_the_fit():
@@ -438,19 +410,6 @@ def test_a_subclass_of_tensor_dataset_is_asked_for_its_items():
         ([(np.zeros(2), 0), (np.zeros(3), 1)], r"one shape, \(2,\).*Received: \(3,\) in example 1"),
         ([(1.0, 0), (1.0, -1)], r"0 … C−1\. Received: -1 as that of example 1"),
     ],
-    ids=[
-        "tensor",
-        "triple",
-        "mapping",
-        "number",
-        "text",
-        "label of text",
-        "no label",
-        "nan",
-        "infinite target",
-        "shapes",
-        "negative label",
-    ],
 )
 def test_examples_that_cannot_be_used_are_named(items, message):
     with pytest.raises(ValueError, match=message):
@@ -528,11 +487,13 @@ def test_what_the_dataset_itself_raises_comes_through():
 # -------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("batch_size", [1, 8, "full"])
-def test_training_is_that_of_the_same_tensors(batch_size, workers):
+@pytest.mark.parametrize(
+    ("batch_size", "workers", "make"),
+    [(1, 0, Pairs), (8, 0, Pairs), (8, 1, Pairs), ("full", 1, Pairs), (8, 0, TensorDataset)],
+)
+def test_training_is_that_of_the_same_tensors(batch_size, workers, make):
     x, y = table()
-    pairs = DatasetDataModule(Pairs(x, y), batch_size=batch_size, num_workers=workers, seed=2)
+    pairs = DatasetDataModule(make(x, y), batch_size=batch_size, num_workers=workers, seed=2)
     tensors = ArrayDataModule(
         x, y, batch_size=batch_size, seed=2, standardize=False, val_fraction=0, test_fraction=0
     )
@@ -546,20 +507,13 @@ def test_training_is_that_of_the_same_tensors(batch_size, workers):
     assert multiprocessing.active_children() == []
 
 
-def test_a_resident_dataset_trains_alike():
-    x, y = table()
-    got = trained(ready(DatasetDataModule(TensorDataset(x, y), batch_size=8, seed=2)))
-    wanted = trained(ready(DatasetDataModule(Pairs(x, y), batch_size=8, seed=2)))
-    assert torch.equal(weights(got), weights(wanted))
-
-
 def test_micro_batches_change_no_update():
     x, y = table()
-    made = [
-        trained(ready(DatasetDataModule(Pairs(x, y), batch_size=8, micro_batch_size=m)))
+    one, other = (
+        weights(trained(ready(DatasetDataModule(Pairs(x, y), batch_size=8, micro_batch_size=m))))
         for m in (None, 3)
-    ]
-    torch.testing.assert_close(weights(made[1]), weights(made[0]), rtol=1e-5, atol=1e-6)
+    )
+    torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6)
 
 
 def test_a_regression_trains():
@@ -602,15 +556,8 @@ def test_a_plain_trainer_takes_it():
     x, y = table()
     data = DatasetDataModule(Pairs(x, y), val_fraction=0.2, batch_size=8)
     module = SupervisedModule(torch.nn.Linear(D, C), CrossEntropy(), partial(gdtrain.SGD, lr=0.1))
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[ExactBatchNorm()],
-    )
+    options = {"logger": False, "enable_checkpointing": False, **QUIET}
+    trainer = Trainer(max_epochs=2, callbacks=[ExactBatchNorm()], **options)
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == module.updates == 10
     assert "loss/val" in trainer.callback_metrics
@@ -647,10 +594,3 @@ def test_the_command_trains_on_a_dataset_that_it_is_told(tmp_path):
     assert result.summary["updates"] == 2 * 7
     assert result.summary["data"]["val"] == 6
     assert result.module.model(torch.zeros(1, 1, 4, 4)).shape == (1, 3)
-
-
-def test_what_workers_get_can_be_pickled():
-    x, y = table()
-    data = ready(DatasetDataModule(Pairs(x, y), batch_size=8))
-    examples = pickle.loads(pickle.dumps(data.train_dataloader().examples))
-    assert torch.equal(examples[(0, [3, 1])][0], x[[3, 1]])
