@@ -333,15 +333,6 @@ def test_there_are_workers_where_they_pay(seconds, batch_size, cores, workers, m
     assert "ArrayDataModule" in said
 
 
-def test_the_state_loads_and_another_split_is_refused():
-    x, y = table()
-    data = ready(DatasetDataModule(Pairs(x, y), batch_size=5, val_fraction=0.2))
-    data.load_state_dict(data.state_dict())
-    other = ready(DatasetDataModule(Pairs(x, y), batch_size=5, val_fraction=0.3))
-    with pytest.raises(ValueError, match="another split"):
-        other.load_state_dict(data.state_dict())
-
-
 # ----------------------------------------------------------------- resident tensors
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from example_files import ready, reloaded, write_libsvm
 from scipy import sparse
-from sklearn.linear_model import LogisticRegression
 
 import gdtrain
 from gdtrain.data import (
@@ -262,7 +261,6 @@ def test_the_dense_array_is_never_made():
 @pytest.mark.parametrize("variant", ["gd", "sgd", "minibatch"])
 def test_training_is_that_of_the_dense_data(variant, loss):
     x, y = dense(), labels()
-
     options = {"variant": variant, "loss": loss, "standardize": False, "progress": False}
     options["batch_size"] = 16 if variant == "minibatch" else None
     wanted, got = (
@@ -275,27 +273,6 @@ def test_training_is_that_of_the_dense_data(variant, loss):
     for kind in (sparse.csc_array, np.asarray):
         np.testing.assert_array_equal(got.predict(kind(x)), wanted.predict(x))
         np.testing.assert_array_equal(wanted.predict(kind(x)), wanted.predict(x))
-
-
-def test_a_model_of_standardised_dense_data_answers_for_sparse_examples():
-    x, y = dense(), labels()
-    result = gdtrain.fit("linear", x, y, variant="gd", epochs=3, progress=False)
-    np.testing.assert_array_equal(result.predict(sparse.csr_array(x)), result.predict(x))
-
-
-def test_full_batch_descent_reaches_the_optimum_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    x = dense(200, 6, share=0.3)
-    y = (x @ rng.normal(size=6) + rng.normal(size=200) > 0).astype(int)
-    options = {"loss": Logistic(), "lr": 2.0, "schedule": gdtrain.schedules.Constant()}
-    options |= {"standardize": False, "val_fraction": 0, "test_fraction": 0, "progress": False}
-    ours = gdtrain.fit("linear", sparse.csr_array(x), y, variant="gd", epochs=400, **options)
-    theirs = LogisticRegression(C=np.inf, tol=1e-8).fit(x, y)
-    weight = ours.model.state_dict()
-    flat = torch.cat([w.reshape(-1) for w in weight.values()]).numpy()
-    np.testing.assert_allclose(
-        np.sort(flat), np.sort(np.append(theirs.coef_, theirs.intercept_)), rtol=5e-3, atol=5e-3
-    )
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
