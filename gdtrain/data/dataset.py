@@ -57,9 +57,6 @@ class FetchedData(PreparedData):
         >>> data = FetchedData({"train": [(i / 100, i % 2) for i in range(100)]}, val_fraction=0.2)
         >>> data.num_train, data.input_shape, data.num_classes
         (80, (1,), 2)
-        >>> inputs, targets = next(iter(data.evaluation_loader("val")))
-        >>> inputs.shape, targets.shape
-        (torch.Size([20, 1]), torch.Size([20]))
     """
 
     def __init__(

@@ -243,12 +243,9 @@ def read_labelled(
 
 
 def _input(path: str | Path, key: str = "input") -> Path:
-    path = Path(path).expanduser()
-    if path.is_dir():
+    if Path(path).is_dir():
         raise ValueError(f"{key} must name a file. Received: {path}, a folder.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Set {key} to one that exists.")
-    return path
+    return existing(path, key)
 
 
 def _kind(path: Path, names: list[str] | None, first_feature: int | None) -> str:

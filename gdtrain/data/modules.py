@@ -417,18 +417,11 @@ class DatasetDataModule(DataModule):
         ValueError: An argument is out of range; later, examples that cannot be used.
 
     Example:
-        >>> class Squares(Dataset):
-        ...     def __len__(self):
-        ...         return 100
-        ...     def __getitem__(self, i):
-        ...         return torch.tensor([i / 100]), (i / 100) ** 2
-        >>> data = DatasetDataModule(Squares(), batch_size=10)
+        >>> squares = [(i / 100, (i / 100) ** 2) for i in range(100)]
+        >>> data = DatasetDataModule(squares, batch_size=10)
         >>> data.setup()
         >>> data.num_train, data.input_shape, data.num_classes
         (100, (1,), None)
-        >>> inputs, targets = next(iter(data.train_dataloader()))
-        >>> inputs.shape, targets.shape
-        (torch.Size([10, 1]), torch.Size([10]))
     """
 
     def __init__(

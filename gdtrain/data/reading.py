@@ -64,13 +64,13 @@ def _refused(path: str | Path, what: str) -> ValueError:
     return ValueError(f"{printable(path)} {what}")
 
 
-def existing(path: str | Path) -> Path:
-    """The path of a file to train on; raises where there is none."""
+def existing(path: str | Path, key: str = "data.path") -> Path:
+    """The path of a file of examples, named by a key; raises where there is none."""
     if path is None:
-        raise ValueError("data.path must name the file of examples. Received: null.")
+        raise ValueError(f"{key} must name the file of examples. Received: null.")
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Set data.path to one that exists.")
+        raise FileNotFoundError(f"There is no file {path}. Set {key} to one that exists.")
     return path
 
 
