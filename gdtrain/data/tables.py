@@ -11,7 +11,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO
 from zipfile import BadZipFile, ZipFile
@@ -135,12 +135,11 @@ class Table:
                 marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
                 encoding = "utf-16" if raw.peek(2)[:2] in marks else "utf-8-sig"
                 with io.TextIOWrapper(raw, encoding, newline="") as file:
-                    try:
-                        for _ in range(self._skipped_lines):
-                            file.readline()
-                        yield file
-                    except UnicodeDecodeError:
-                        raise ValueError(self._not_text()) from None
+                    for _ in range(self._skipped_lines):
+                        file.readline()
+                    yield file
+        except UnicodeDecodeError:
+            raise ValueError(self._not_text()) from None
         except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, BadZipFile) as error:
             raise ValueError(f"{self.path} could not be read: {error}.") from None
         finally:
@@ -166,14 +165,11 @@ class Table:
         """Where the first bytes stand that are not of the encoding."""
         where = ""
         with self._binary() as raw:
-            for number in count(1):
-                line = raw.readline(_LONGEST_LINE)
+            for number, line in enumerate(iter(lambda: raw.readline(_LONGEST_LINE), b""), 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
                     where = f", line {number}: {quoted(bytes(line[error.start :][:20]))}"
-                    break
-                if not line:
                     break
         return (
             f"{self.path} could not be read as CSV: expected text in UTF-8. Received{where}. Save "
@@ -200,9 +196,8 @@ class Table:
         return found
 
     def _lines(self, file: TextIO) -> Iterator[str]:
-        number = self._skipped_lines
-        while line := file.readline(_LONGEST_LINE):
-            number += 1
+        lines = iter(lambda: file.readline(_LONGEST_LINE), "")
+        for number, line in enumerate(lines, self._skipped_lines + 1):
             if len(line) == _LONGEST_LINE:
                 raise ValueError(
                     f"{self.path}, line {number}, has more than {_LONGEST_LINE:,} characters: no "

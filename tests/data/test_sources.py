@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from example_files import ready, reloaded, write, write_libsvm
+from example_files import ready, reloaded, write
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
 from torchvision import datasets
 
@@ -477,19 +477,6 @@ def test_npy_refuses_other_files(tmp_path):
 
 
 ONE, ZERO = "1 1:1 3:2\n-1 2:2\n", "1 0:1 2:2\n-1 1:2\n"  # counted from 1, and from 0
-
-
-@pytest.mark.parametrize("zero_based", [False, True])
-def test_libsvm_comes_back_as_it_was_written(tmp_path, zero_based):
-    x, y = table()
-    x = np.round(np.where(x > 0.5, x, 0), 2).astype(np.float32)
-    x[0, 0] = 1.0
-    path = write_libsvm(tmp_path / "t.svm.gz", x, 2 * y - 1, zero_based)
-    data = ready(LIBSVMDataModule(path, **WHOLE))
-    # The file has 16 digits.
-    np.testing.assert_allclose(data.examples("train")[0].numpy(), x, rtol=1e-15, atol=0)
-    assert data.preprocessing.classes == [-1.0, 1.0]
-    assert data.examples("train")[1].tolist() == y.tolist()
 
 
 @pytest.mark.parametrize(

@@ -366,12 +366,6 @@ def test_a_contradiction_is_told_before_the_file_is_read(tmp_path, options, mess
         LIBSVMDataModule(path, **options)
 
 
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "t.svm").write_text("")
-    with pytest.raises(ValueError, match="could not be read as LIBSVM"):
-        ready(LIBSVMDataModule(tmp_path / "t.svm", **RAW))
-
-
 def test_npz_of_scipy_trains_with_targets_in_a_file(tmp_path):
     x, y = one_hot()
     sparse.save_npz(tmp_path / "x.npz", sparse.coo_array(x))
