@@ -146,7 +146,9 @@ class FetchedData(PreparedData):
         wanted, because = wanted_task(self._task, self._loss)
         count, said = self._given_classes, ""
         if count is None or wanted == "regression":
-            y = self._some_targets(examples)
+            few = list(range(min(_PROBES, len(examples))))
+            resident = self._parts["train"][1] if self.is_resident else None
+            y = (examples.fetch(few)[1] if resident is None else resident).numpy()
             if wanted == "regression" or (wanted is None and not may_be_classes(y)):
                 said = decide(y, "regression", self._loss).said
                 return None, said if y.ndim > 1 else f"target: numbers{because}"
@@ -165,12 +167,6 @@ class FetchedData(PreparedData):
         if count < 2:
             raise ValueError(f"There must be at least two classes. Received: {count}.")
         return count, said or f"target: {count} classes{because}"
-
-    def _some_targets(self, examples: Examples) -> NDArray[Any]:
-        """Those of a few examples; all, where they are resident."""
-        if "train" in self._parts:
-            return self._parts["train"][1].numpy()
-        return examples.fetch(list(range(min(_PROBES, len(examples)))))[1].numpy()
 
     def _all_targets(self, examples: Examples) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """With the rows that they have in their set."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sized
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -248,7 +248,9 @@ class Examples(Dataset):
     def fetch(self, numbers: list[int], update: int = 0) -> tuple[Tensor, Tensor]:
         """Inputs (B, …) and targets (B, …) of examples, counted from 0 within these rows."""
         rows = self.rows[numbers]
-        with _drawing(self.seed, self.stream, update):
+        names = np.random.SeedSequence((self.seed, self.stream, update))
+        with same_after(()):  # what the Dataset draws is that of this update, wherever it is made
+            seed_all(int(names.generate_state(1)[0]))
             items = self.items(numbers)
         for row, item in zip(rows, items, strict=True):
             if not isinstance(item, tuple | list) or len(item) != 2:
@@ -346,11 +348,3 @@ def as_targets(y: Tensor, dtype: torch.dtype) -> Tensor:
     """Targets: floating-point numbers in `dtype`, others as whole numbers; (B, 1) as (B,)."""
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
     return y.to(dtype if y.is_floating_point() else torch.int64)
-
-
-@contextmanager
-def _drawing(*names: int) -> Iterator[None]:
-    """The global generators on the CPU give the numbers of these names; then go on as before."""
-    with same_after(()):
-        seed_all(int(np.random.SeedSequence(names).generate_state(1)[0]))
-        yield

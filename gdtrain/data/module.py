@@ -104,7 +104,12 @@ class DataModule(LightningDataModule):
         """Load, split and standardise; once, whatever the stage."""
         if self._prepared is not None:
             return
-        self._follow_trainer()
+        trainer = self.trainer
+        if trainer is not None:  # it knows the loss and the precision, where nobody has told them
+            if self._loss is None:
+                self._loss = getattr(trainer.lightning_module, "loss", None)
+            if str(trainer.precision) == "64-true":
+                self.dtype = torch.float64
         prepared = self._prepare()
         count = prepared.num_train
         if self.batch_size != "full" and self.batch_size > count:
@@ -136,16 +141,6 @@ class DataModule(LightningDataModule):
     def use_loss(self, loss: Loss | None) -> None:
         """Let a loss say what the targets are, where `task` does not; before `setup`."""
         self._loss = loss
-
-    def _follow_trainer(self) -> None:
-        """Ask a trainer for the loss and the precision, where nobody has told them."""
-        trainer = self.trainer
-        if trainer is None:
-            return
-        if self._loss is None:
-            self._loss = getattr(trainer.lightning_module, "loss", None)
-        if str(trainer.precision) == "64-true":
-            self.dtype = torch.float64
 
     @property
     def preprocessing(self) -> Preprocessing:
