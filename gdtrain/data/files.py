@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from gdtrain.data.columns import Kind, listed
 from gdtrain.data.frames import features
 from gdtrain.data.prepared import Raw
 from gdtrain.data.preprocessing import Preprocessing
@@ -28,7 +27,7 @@ from gdtrain.data.reading import (
     unpacked,
 )
 from gdtrain.data.sparse import ARRAYS, rows_of
-from gdtrain.data.tables import Header, Table, is_table
+from gdtrain.data.tables import Header, Kind, Table, is_table, listed
 from gdtrain.data.targets import Task, check_task
 
 __all__ = ["read_features", "read_labelled", "read_libsvm", "read_npy"]
@@ -316,24 +315,18 @@ def _check_labels(
     y: NDArray[Any], preprocessing: Preprocessing, path: Path, place: Callable[[int], str]
 ) -> None:
     """Raise, with its place, on a label that training did not have."""
-    if preprocessing.classes is None:
-        return
     try:
-        preprocessing.targets(y)
-    except ValueError as error:
-        message = error
-    else:
-        return
-    for label in dict.fromkeys(y.tolist()):
-        try:
-            preprocessing.targets(y[y == label][:1])
-        except ValueError as error:
+        if preprocessing.classes is not None:
+            preprocessing.targets(y)
+    except ValueError:
+        for label in dict.fromkeys(y.tolist()):
             rows = np.flatnonzero(y == label)
-            raise ValueError(
-                f"{path}, {place(int(rows[0]))}: {error}"
-                + f" There are {len(rows)} of this label." * (len(rows) > 1)
-            ) from None
-    raise message
+            try:
+                preprocessing.targets(y[rows[:1]])
+            except ValueError as error:
+                many = f" There are {len(rows)} of this label." if len(rows) > 1 else ""
+                raise ValueError(f"{path}, {place(int(rows[0]))}: {error}{many}") from None
+        raise
 
 
 # ---------------------------------------------------------------------- sparse files

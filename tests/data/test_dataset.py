@@ -54,19 +54,6 @@ class Pairs(Dataset):
         return self.inputs[i], self.labels[i]
 
 
-class Items(Dataset):
-    """A list of items of any kind."""
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.items[i]
-
-
 class Noisy(Pairs):
     """Draws from each of the global generators."""
 
@@ -184,18 +171,18 @@ def test_worker_processes_live_for_all_epochs_and_end_with_the_fit():
 
 
 def test_items_may_be_numbers_arrays_and_lists_and_come_several_at_once():
-    class Several(Items):
+    class Several(list):
         def __getitems__(self, numbers):
-            return [self.items[i] for i in numbers]
+            return [list.__getitem__(self, i) for i in numbers]
 
         def __getitem__(self, i):
             raise AssertionError("one by one")
 
     made = {
-        "tensors": Items([(torch.tensor([i, 1.0]), torch.tensor(i % 2)) for i in range(6)]),
-        "arrays": Items([(np.array([i, 1.0]), np.int32(i % 2)) for i in range(6)]),
-        "lists": Items([[[float(i), 1.0], i % 2] for i in range(6)]),
-        "booleans": Items([(np.float32([i, 1.0]), i % 2 == 1) for i in range(6)]),
+        "tensors": [(torch.tensor([i, 1.0]), torch.tensor(i % 2)) for i in range(6)],
+        "arrays": [(np.array([i, 1.0]), np.int32(i % 2)) for i in range(6)],
+        "lists": [[[float(i), 1.0], i % 2] for i in range(6)],
+        "booleans": [(np.float32([i, 1.0]), i % 2 == 1) for i in range(6)],
         "several": Several([([float(i), 1.0], i % 2) for i in range(6)]),
     }
     for name, dataset in made.items():
@@ -209,7 +196,7 @@ def test_items_may_be_numbers_arrays_and_lists_and_come_several_at_once():
 
 def test_types_of_inputs_and_targets():
     def first(item, **options):
-        data = ready(DatasetDataModule(Items([item] * 4), batch_size=2, **options))
+        data = ready(DatasetDataModule([item] * 4, batch_size=2, **options))
         inputs, targets = epochs(data)[0]
         return inputs.dtype, tuple(inputs.shape), targets.dtype, tuple(targets.shape)
 
@@ -234,7 +221,7 @@ def test_the_data_are_described():
     assert [data.count(part) for part in ("train", "val", "test")] == [N, 7, 9]
     assert (data.num_train, data.input_shape, data.num_classes) == (N, (D,), C)
     assert data.preprocessing.classes == [0, 1, 2]
-    regression = ready(DatasetDataModule(Items([(x[i], x[i, :2]) for i in range(N)])))
+    regression = ready(DatasetDataModule([(x[i], x[i, :2]) for i in range(N)]))
     assert (regression.num_classes, regression.num_targets) == (None, 2)
     with pytest.raises(ValueError, match=r"fetched one by one: use evaluation_loader\('val'\)"):
         data.examples("val")
@@ -404,7 +391,7 @@ def test_a_subclass_of_tensor_dataset_is_asked_for_its_items():
 )
 def test_examples_that_cannot_be_used_are_named(items, message):
     with pytest.raises(ValueError, match=message):
-        epochs(ready(DatasetDataModule(Items(items * (3 - len(items))), batch_size="full")))
+        epochs(ready(DatasetDataModule(items * (3 - len(items)), batch_size="full")))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -437,19 +424,19 @@ def test_tensors_are_checked_too():
     [
         (Stream(), {}, r"train must be a map-style Dataset.*Received: Stream"),
         (iter([]), {}, r"with __len__ and __getitem__"),
-        (Items([]), {}, "train must hold at least one example"),
-        (Items([1]), {"val": Stream()}, "val must be a map-style Dataset"),
-        (Items([1]), {"num_workers": -1}, "num_workers must be a whole number of at least 0, or a"),
-        (Items([1]), {"num_workers": True}, "Received: num_workers=True"),
-        (Items([1]), {"num_classes": 1}, "num_classes must be a whole number of at least 2, or nu"),
-        (Items([1]), {"task": "ranking"}, "task must be auto.*'ranking'"),
-        (Items([1]), {"standardize": True}, "standardize and standardize_targets must be false"),
-        (Items([1]), {"batch_size": 0}, "batch_size must be a whole number"),
-        (Items([(0.0, 0.5)] * 4), {"batch_size": 5}, "at most 4, the number of training examples"),
-        (Items([(0.0, 0.5)] * 4), {"val_fraction": 4}, "leave nothing of 4 examples"),
-        (Items([(0.0, 0.5)] * 4), {"task": "classification"}, "Labels must be whole numbers"),
+        ([], {}, "train must hold at least one example"),
+        ([1], {"val": Stream()}, "val must be a map-style Dataset"),
+        ([1], {"num_workers": -1}, "num_workers must be a whole number of at least 0, or a"),
+        ([1], {"num_workers": True}, "Received: num_workers=True"),
+        ([1], {"num_classes": 1}, "num_classes must be a whole number of at least 2, or nu"),
+        ([1], {"task": "ranking"}, "task must be auto.*'ranking'"),
+        ([1], {"standardize": True}, "standardize and standardize_targets must be false"),
+        ([1], {"batch_size": 0}, "batch_size must be a whole number"),
+        ([(0.0, 0.5)] * 4, {"batch_size": 5}, "at most 4, the number of training examples"),
+        ([(0.0, 0.5)] * 4, {"val_fraction": 4}, "leave nothing of 4 examples"),
+        ([(0.0, 0.5)] * 4, {"task": "classification"}, "Labels must be whole numbers"),
         (
-            Items([(0.0, 0.5)] * 4),
+            [(0.0, 0.5)] * 4,
             {"batch_size": 2, "micro_batch_size": "auto"},
             "micro_batch_size=auto is chosen for resident examples",
         ),
