@@ -381,6 +381,7 @@ def test_a_subclass_of_tensor_dataset_is_asked_for_its_items():
         ([{"x": 1.0, "y": 2}], "Received: dict of 2 as example 0"),
         ([7.0], r"Received: 7\.0 as example 0"),
         ([("text", 1)], r"input of an example must be a tensor.*Received: str in example 0"),
+        ([*FakeData(2, (1, 4, 4))], r"transform=torchvision\.transforms\.ToTensor\(\)"),
         ([(1.0, "text")], r"The target of an example must be a tensor.*Received: str"),
         ([(1.0, None)], "Received: NoneType"),
         ([(1.0, 0), (np.nan, 1)], r"Inputs must be finite.*in example 1 "),
@@ -401,11 +402,6 @@ def test_a_wrong_example_met_in_training_is_told_alike_by_workers(workers):
     data = ready(DatasetDataModule(Pairs(x, y), batch_size=8, num_classes=C, num_workers=workers))
     with pytest.raises(ValueError, match=r"^Labels must be whole numbers 0 … 2\. Received: 7"):
         epochs(data)
-
-
-def test_an_image_without_a_transform_is_told_what_to_do():
-    with pytest.raises(ValueError, match=r"transform=torchvision\.transforms\.ToTensor\(\)"):
-        ready(DatasetDataModule(FakeData(4, (1, 4, 4)), batch_size=1))
 
 
 def test_tensors_are_checked_too():

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 
 import gdtrain
 from gdtrain.data import ArrayDataModule, features
@@ -135,6 +136,10 @@ def test_numbers_of_any_type_of_pandas_are_features(name):
         ([[1, 2], [3]], "lists of different lengths"),
         ([[1, "2"]], "must be numbers"),
         (pd.DataFrame(), "N and D >= 1"),
+        (sparse.csr_array((0, 3)), r"N and D >= 1. Received: shape \(0, 3\)"),
+        (sparse.csr_array((3, 0)), r"Received: shape \(3, 0\)"),
+        (sparse.coo_array(np.ones(3)), r"Received: shape \(3,\)"),
+        (sparse.csr_array(np.eye(2) * 1j), "dtype complex128"),
     ],
 )
 def test_all_columns_that_are_no_numbers_are_named_together(values, message):

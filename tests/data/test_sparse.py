@@ -16,7 +16,6 @@ from gdtrain.data import (
     NPYDataModule,
     Preprocessing,
     SparseInputs,
-    features,
 )
 from gdtrain.losses import CrossEntropy, Logistic
 
@@ -158,21 +157,6 @@ def test_whole_numbers_booleans_and_zeros_are_features(x, dtype):
     data = ready(ArrayDataModule(sparse.csr_array(x.astype(dtype)), labels(20), **RAW))
     wanted = torch.from_numpy(x[data.split["train"]]).float()
     assert torch.equal(data.examples("train")[0][:], wanted)
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (sparse.csr_array((0, 3)), r"N and D >= 1. Received: shape \(0, 3\)"),
-        (sparse.csr_array((3, 0)), r"Received: shape \(3, 0\)"),
-        (sparse.coo_array(np.ones(3)), r"Received: shape \(3,\)"),
-        (sparse.csr_array(np.eye(2) * 1j), "dtype complex128"),
-    ],
-    ids=["no examples", "no features", "flat", "complex"],
-)
-def test_what_is_no_table_of_numbers_is_refused(made, message):
-    with pytest.raises(ValueError, match=message):
-        features(made)
 
 
 def test_standardising_is_refused_and_told_how_to_go_on():
