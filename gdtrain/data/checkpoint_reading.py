@@ -194,21 +194,12 @@ class _Pickle:
             return _Opaque()
         raise ValueError(f"it asks to call {printable(name)}")
 
-    def _tensor(
-        self,
-        storage: Any,
-        offset: Any,
-        shape: Any,
-        stride: Any,
-        requires_grad: Any,
-        hooks: Any,
-        metadata: Any = None,
-    ) -> _Opaque:
+    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> _Opaque:
         whole = isinstance(shape, tuple) and isinstance(stride, tuple)
         whole = whole and all(type(n) is int and n >= 0 for n in (offset, *shape, *stride))
         if not isinstance(storage, _Storage) or not whole or len(shape) != len(stride):
             raise ValueError("it has a tensor of another kind")
-        if hooks or metadata:
+        if any(more[1:]):  # behind requires_grad, hooks and metadata
             raise ValueError("it has a tensor with more than numbers")
         count = math.prod(shape)
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))

@@ -131,11 +131,12 @@ def test_a_class_of_one_example_is_a_class_wherever_it_falls():
         assert sum(data.count(part) for part in PARTS) == 30
 
 
-def test_set_up_twice_is_set_up_once():
-    data = ready(ArrayDataModule(*table(), batch_size=4))
+def test_set_up_twice_is_set_up_once_and_full_is_the_whole_training_part():
+    data = ready(ArrayDataModule(*table(), batch_size="full"))
     first = data.examples("train")[0]
     data.setup("fit")
     assert data.examples("train")[0] is first
+    assert data.examples_per_update == data.num_train == 28
 
 
 @pytest.mark.parametrize(
@@ -173,11 +174,6 @@ def test_data_too_few_for_the_options_are_refused(options, message):
     for _ in range(2):
         with pytest.raises(ValueError, match=message):
             data.setup()
-
-
-def test_full_is_the_whole_training_part():
-    data = ready(ArrayDataModule(*table(), batch_size="full"))
-    assert data.examples_per_update == data.num_train == 28
 
 
 def test_another_split_or_order_is_refused_on_resuming():
