@@ -350,13 +350,11 @@ def test_subsets_of_a_tensor_dataset_are_resident_too():
 
 def test_a_resident_training_set_and_a_validation_set_that_is_not():
     x, y = table()
-    data = ready(DatasetDataModule(TensorDataset(x, y), Pairs(x, y), batch_size=5))
-    ((inputs, _),) = data.val_dataloader()
-    assert torch.equal(inputs, x)
-    other = ready(DatasetDataModule(Pairs(x, y), TensorDataset(x, y), batch_size=5))
-    ((inputs, _),) = other.val_dataloader()
-    assert torch.equal(inputs, x)
-    assert isinstance(other.train_dataloader(), PairLoader)
+    for train, val in ((TensorDataset, Pairs), (Pairs, TensorDataset)):
+        data = ready(DatasetDataModule(train(x, y), val(x, y), batch_size=5))
+        ((inputs, _),) = data.val_dataloader()
+        assert torch.equal(inputs, x)
+        assert isinstance(data.train_dataloader(), PairLoader) == (train is Pairs)
 
 
 def test_a_subclass_of_tensor_dataset_is_asked_for_its_items():

@@ -91,13 +91,32 @@ def test_features_are_counted_as_in_training(tmp_path, caplog):
         read_features(path, num_features=4, first_feature=1)
 
 
-def test_what_is_wrong_with_a_sparse_file_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"x\.npz could not be read as a matrix"):
-        read_features(write(tmp_path / "x.npz", "text"))
-    with pytest.raises(ValueError, match=r"label at the start of each line. Received, in line 1"):
-        read_features(write(tmp_path / "x.svm", "1:3 2:4\n"))
-    with pytest.raises(ValueError, match="could not be read as LIBSVM: it has no examples"):
-        read_features(write(tmp_path / "x.svm", ""))
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.npz", "text", r"x\.npz could not be read as a matrix"),
+        (
+            "x.svm",
+            "1:3 2:4\n",
+            r"label at the start of each line. Received, in line 1: 1:3 2:4 Mend",
+        ),
+        (
+            "x.svm",
+            "1 1:2 # 3\n1 a:b\n",
+            "whole_number:number for each feature. Received, in line 2",
+        ),
+        ("x.svm", "1 qid:1 2:1 1:1\n", "features of a line in ascending order, none twice"),
+        (
+            "x.svm",
+            "1 99999999:1\n",
+            "expected features from 0 to 33,554,431 in a file of this size",
+        ),
+        ("x.svm", "", "could not be read as LIBSVM: it has no examples"),
+    ],
+)
+def test_what_is_wrong_with_a_sparse_file_is_said(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_features(write(tmp_path / name, text))
 
 
 # ---------------------------------------------------------------------- read_labelled

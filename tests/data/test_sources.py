@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from example_files import ready, reloaded, write
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
+from sklearn.datasets import load_breast_cancer, load_iris
 from torchvision import datasets
 
 from gdtrain.data import (
@@ -142,10 +142,7 @@ def test_set_up_twice_is_set_up_once_and_full_is_the_whole_training_part():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"batch_size": 0},
-            "batch_size must be a whole number of at least 1, or full.*batch_size=0",
-        ),
+        ({"batch_size": 0}, "whole number of at least 1, or full. Received: batch_size=0"),
         ({"batch_size": 2.0}, "Received: batch_size=2.0"),
         ({"batch_size": True}, "Received: batch_size=True"),
         ({"batch_size": "all"}, "or full. Received: batch_size='all'"),
@@ -224,24 +221,16 @@ def test_images_are_standardised_by_channel():
     assert_standardised(data.examples("train")[0], (0, 2, 3))
 
 
-def test_regression_targets_are_standardised_and_answers_undoes_it():
-    _, y = load_diabetes(return_X_y=True)
-    data = ready(EmbeddedDataModule("diabetes", dtype="float64"))
-    assert_standardised(data.examples("train")[1][:, None], 0)
-    for part in PARTS:
-        answers = data.preprocessing.answers(data.examples(part)[1].unsqueeze(1))
-        np.testing.assert_allclose(answers, y[data.split[part]], rtol=1e-12)
-
-
-def test_several_target_columns_are_standardised_each():
+@pytest.mark.parametrize("columns", [1, 2])
+def test_target_columns_are_standardised_each_and_answers_undoes_it(columns):
     x, _ = table()
-    y = np.c_[x @ [1.0, 2.0, 3.0] * 10 + 5, x[:, 0] - 100]
+    y = np.c_[x @ [1.0, 2.0, 3.0] * 10 + 5, x[:, 0] - 100][:, :columns]
     data = ready(ArrayDataModule(x, y, batch_size=1, dtype="float64"))
-    assert data.num_targets == 2
-    assert_standardised(data.examples("train")[1], 0)
-    np.testing.assert_allclose(
-        data.preprocessing.answers(data.examples("test")[1]), y[data.split["test"]], rtol=1e-12
-    )
+    assert data.num_targets == columns
+    assert_standardised(data.examples("train")[1].reshape(-1, columns), 0)
+    for part in PARTS:
+        answers = data.preprocessing.answers(data.examples(part)[1].reshape(-1, columns))
+        np.testing.assert_allclose(answers.reshape(-1, columns), y[data.split[part]], rtol=1e-12)
 
 
 def test_what_is_not_standardised_stays_as_it_is_and_comes_back():
@@ -251,13 +240,6 @@ def test_what_is_not_standardised_stays_as_it_is_and_comes_back():
     np.testing.assert_array_equal(inputs.numpy(), x)
     np.testing.assert_array_equal(targets.numpy(), x[:, 0] * 7)
     np.testing.assert_array_equal(data.preprocessing.answers(targets.unsqueeze(1)), x[:, 0] * 7)
-
-
-def test_a_label_that_training_did_not_have_is_named():
-    x, y = table()
-    data = ArrayDataModule(x, y, test=(x[:2], np.array([0, 5])), batch_size=1)
-    with pytest.raises(ValueError, match=r"among those of the training data, 0, 1\. Received: 5"):
-        data.setup()
 
 
 @pytest.mark.parametrize("make", ["features", "images", "regression"])
@@ -401,7 +383,7 @@ def test_a_test_set_of_its_own_takes_nothing_from_the_others():
             np.zeros((2, 2)),
             np.array(["a", "b"]),
             {"task": "regression"},
-            "A regression needs numbers as targets",
+            "needs numbers as targets",
         ),
     ],
 )
