@@ -188,11 +188,8 @@ class DataModule(LightningDataModule):
     def planned_updates(self, trainer: Any) -> int | None:
         """T, from the epochs and steps that a trainer is allowed; None: no end."""
         per_epoch = -(-self.prepared.num_train // self.examples_per_update)
-        limits = []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            limits.append(trainer.max_epochs * per_epoch)
-        if trainer.max_steps >= 0:
-            limits.append(trainer.max_steps)
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs * per_epoch
+        limits = [limit for limit in (epochs, trainer.max_steps) if limit >= 0]
         return min(limits) if limits else None
 
     def val_dataloader(self) -> Iterable[tuple[Tensor, Tensor]]:

@@ -62,19 +62,14 @@ class Raw:
 
 
 class _Split(Mapping[str, NDArray[np.int64]]):
-    """Which examples each part has: kept in a byte for each example; in none without a split."""
+    """Which examples each part has: kept in a byte for each example."""
 
     def __init__(self, parts: Mapping[str, NDArray[np.int64]]) -> None:
-        self._size = sum(map(len, parts.values()))
-        self._part_of: NDArray[np.uint8] | None = None
-        if len(parts["train"]) < self._size:
-            self._part_of = np.zeros(self._size, np.uint8)
-            for code, name in enumerate(_PARTS):
-                self._part_of[parts[name]] = code
+        self._part_of = np.zeros(sum(map(len, parts.values())), np.uint8)
+        for code, name in enumerate(_PARTS):
+            self._part_of[parts[name]] = code
 
     def __getitem__(self, name: str) -> NDArray[np.int64]:
-        if self._part_of is None:
-            return np.arange({"train": self._size, "val": 0, "test": 0}[name])
         return np.flatnonzero(self._part_of == _PARTS.index(name))
 
     def __iter__(self) -> Iterator[str]:
