@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from example_files import ready, reloaded, write_libsvm
+from example_files import ready, reloaded, write, write_libsvm
 from scipy import sparse
 
 import gdtrain
@@ -338,10 +338,8 @@ def test_a_float64_module_reads_float64(tmp_path):
     ],
 )
 def test_a_contradiction_is_told_before_the_file_is_read(tmp_path, options, message):
-    path = tmp_path / "t.svm"
-    path.write_text("no such format")
     with pytest.raises(ValueError, match=message):
-        LIBSVMDataModule(path, **options)
+        LIBSVMDataModule(write(tmp_path / "t.svm", "no such format"), **options)
 
 
 def test_npz_of_scipy_trains_with_targets_in_a_file(tmp_path):

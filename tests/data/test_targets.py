@@ -28,19 +28,9 @@ class Poisson(Loss):
         return (prediction.exp() - target.reshape(prediction.shape) * prediction).sum(1)
 
 
-class Colour(enum.Enum):
-    RED = 1
-    BLUE = 2
-
-
-class Word(str, enum.Enum):
-    RED = "red"
-    BLUE = "blue"
-
-
-class Level(enum.IntEnum):
-    LOW = 0
-    HIGH = 1
+Colour = enum.Enum("Colour", ["RED", "BLUE"])
+Word = enum.Enum("Word", {"RED": "red", "BLUE": "blue"}, type=str)
+Level = enum.IntEnum("Level", ["LOW", "HIGH"], start=0)
 
 
 def cycled(labels, n=12):
