@@ -33,8 +33,7 @@ from gdtrain.analysis.diagnosis import (
     step_limit,
     what_helps,
 )
-from gdtrain.data.loader import IndexLoader
-from gdtrain.data.pairs import PairLoader
+from gdtrain.data.loader import IndexLoader, PairLoader
 from gdtrain.descent.monitors import (
     FINITE,
     Cause,

@@ -4,17 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gdtrain.data.arrays import read_npy
     from gdtrain.data.dataset import FetchedData
-    from gdtrain.data.files import read_features, read_labelled
+    from gdtrain.data.files import read_features, read_labelled, read_libsvm, read_npy
     from gdtrain.data.frames import features
-    from gdtrain.data.libsvm import read_libsvm
-    from gdtrain.data.loader import EvaluationLoader, IndexLoader
+    from gdtrain.data.loader import EvaluationLoader, IndexLoader, PairLoader
     from gdtrain.data.mapped import MappedInputs
-    from gdtrain.data.module import DataModule
     from gdtrain.data.modules import (
         ArrayDataModule,
         CSVDataModule,
+        DataModule,
         DatasetDataModule,
         EmbeddedDataModule,
         LIBSVMDataModule,
@@ -22,7 +20,6 @@ if TYPE_CHECKING:
         SyntheticDataModule,
         TorchvisionDataModule,
     )
-    from gdtrain.data.pairs import PairLoader
     from gdtrain.data.prepared import PreparedData, Raw, prepare
     from gdtrain.data.preprocessing import Preprocessing
     from gdtrain.data.sources import embedded, synthetic, torchvision_images
@@ -62,33 +59,24 @@ __all__ = [
 ]
 
 _HOME = {
-    "ArrayDataModule": "modules",
-    "CSVDataModule": "modules",
-    "DataModule": "module",
-    "DatasetDataModule": "modules",
-    "EmbeddedDataModule": "modules",
     "EvaluationLoader": "loader",
     "FetchedData": "dataset",
     "IndexLoader": "loader",
-    "LIBSVMDataModule": "modules",
     "MappedInputs": "mapped",
-    "NPYDataModule": "modules",
-    "PairLoader": "pairs",
+    "PairLoader": "loader",
     "PreparedData": "prepared",
     "Preprocessing": "preprocessing",
     "Raw": "prepared",
     "SparseInputs": "sparse",
-    "SyntheticDataModule": "modules",
     "Table": "tables",
-    "TorchvisionDataModule": "modules",
     "embedded": "sources",
     "features": "frames",
     "prepare": "prepared",
     "read_csv": "tables",
     "read_features": "files",
     "read_labelled": "files",
-    "read_libsvm": "libsvm",
-    "read_npy": "arrays",
+    "read_libsvm": "files",
+    "read_npy": "files",
     "synthetic": "sources",
     "torchvision_images": "sources",
 }
@@ -96,6 +84,6 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     # Lazily: only the data modules are to import Lightning.
-    if name in _HOME:
-        return getattr(import_module(f"gdtrain.data.{_HOME[name]}"), name)
+    if name in __all__:
+        return getattr(import_module(f"gdtrain.data.{_HOME.get(name, 'modules')}"), name)
     raise AttributeError(f"module 'gdtrain.data' has no attribute {name!r}")

@@ -58,20 +58,6 @@ def check_checkpoint(path: str | Path) -> None:
     The archive is not compressed, each storage is as large as its tensors need, and all tensors
     together take memory in proportion to the file. So `torch.load(path, weights_only=True)` makes
     nothing large of a small file.
-
-    Args:
-        path: Of the file.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is no such file.
-
-    Example:
-        >>> import tempfile
-        >>> import torch
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     torch.save({"weight": torch.ones(3)}, Path(folder) / "last.ckpt")
-        ...     check_checkpoint(Path(folder) / "last.ckpt")
     """
     size = file_size(path)
     infos = archive_entries(path)
@@ -200,9 +186,7 @@ class _Pickle:
             return arguments[0]
         if name == "collections OrderedDict" and not arguments:
             return {}
-        if name == "torch Size":
-            return _Opaque()
-        if name == "torch device":
+        if name in ("torch Size", "torch device"):
             return _Opaque()
         if name in ("__builtin__ set", "builtins set"):
             return {_scalar(value) for value in arguments[0]}
@@ -210,21 +194,12 @@ class _Pickle:
             return _Opaque()
         raise ValueError(f"it asks to call {printable(name)}")
 
-    def _tensor(
-        self,
-        storage: Any,
-        offset: Any,
-        shape: Any,
-        stride: Any,
-        requires_grad: Any,
-        hooks: Any,
-        metadata: Any = None,
-    ) -> _Opaque:
+    def _tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *more: Any) -> _Opaque:
         whole = isinstance(shape, tuple) and isinstance(stride, tuple)
         whole = whole and all(type(n) is int and n >= 0 for n in (offset, *shape, *stride))
         if not isinstance(storage, _Storage) or not whole or len(shape) != len(stride):
             raise ValueError("it has a tensor of another kind")
-        if hooks or metadata:
+        if any(more[1:]):  # behind requires_grad, hooks and metadata
             raise ValueError("it has a tensor with more than numbers")
         count = math.prod(shape)
         last = offset + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
@@ -280,24 +255,7 @@ def _scalar(key: Any) -> Any:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running anything that it may hold.
-
-    Args:
-        path: Of a checkpoint of gdtrain.
-
-    Returns:
-        Its content: tensors and plain containers.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no checkpoint of gdtrain.
-
-    Example:
-        >>> load_checkpoint("missing.ckpt")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. ...
-    """
+    """Tensors and plain containers of a checkpoint of gdtrain; nothing that it may hold is run."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(

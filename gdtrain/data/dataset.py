@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sized
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -17,11 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from gdtrain.data.loader import IndexLoader
-from gdtrain.data.pairs import Examples, PairLoader, SizedPairLoader, as_inputs, as_targets
+from gdtrain.data.loader import (
+    Examples,
+    IndexLoader,
+    PairLoader,
+    SizedPairLoader,
+    as_inputs,
+    as_targets,
+)
 from gdtrain.data.prepared import Part, PreparedData, held_out
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.targets import Task, check_task, decide, may_be_classes, wanted_task
+from gdtrain.generators import same_after
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -40,17 +47,8 @@ _PROBE_SECONDS = 0.2  # as long as that, at most
 class FetchedData(PreparedData):
     """Examples of map-style Datasets: what `DatasetDataModule` trains on, without Lightning.
 
-    Args:
-        sets: The training set as "train"; "val" and "test" where they have sets of their own.
-        num_classes: As for `DatasetDataModule`, and so the following.
-        task: "classification", "regression" or "auto".
-        num_workers: W, or "auto".
-        val_fraction: Share of the training set, or count.
-        test_fraction: Likewise.
-        split_seed: Of the split.
-        seed: Of what the Datasets draw from global generators.
-        dtype: Of the tensors.
-        loss: As for `prepare`.
+    `sets` has the training set as "train", and "val" and "test" where they have sets of their own;
+    the options are those of `DatasetDataModule`, and `dtype` and `loss` as for `prepare`.
 
     Raises:
         ValueError: The examples cannot be used, or not be split as asked.
@@ -59,9 +57,6 @@ class FetchedData(PreparedData):
         >>> data = FetchedData({"train": [(i / 100, i % 2) for i in range(100)]}, val_fraction=0.2)
         >>> data.num_train, data.input_shape, data.num_classes
         (80, (1,), 2)
-        >>> inputs, targets = next(iter(data.evaluation_loader("val")))
-        >>> inputs.shape, targets.shape
-        (torch.Size([20, 1]), torch.Size([20]))
     """
 
     def __init__(
@@ -81,9 +76,7 @@ class FetchedData(PreparedData):
         self._sets = {name: check_dataset(dataset, name) for name, dataset in sets.items()}
         self._task, self._given_classes, self._loss = check_task(task), num_classes, loss
         self.num_workers = num_workers
-        counts = held_out(
-            len(cast(Sized, self._sets["train"])), val_fraction, test_fraction, sets.keys()
-        )
+        counts = held_out(len(sets["train"]), val_fraction, test_fraction, sets.keys())
         split = self._rows(counts, split_seed)
         own = {name: self._sets.get(name, self._sets["train"]) for name in split}
         self._examples = {
@@ -92,8 +85,8 @@ class FetchedData(PreparedData):
         }
         train = self._examples["train"]
         x, y = train.fetch([0])
-        found = {name: _resident(own[name], split[name], dtype) for name in split}
-        parts = {name: part for name, part in found.items() if part is not None}
+        resident = {name: _resident(own[name], split[name], dtype) for name in split}
+        parts = {name: part for name, part in resident.items() if part is not None}
         super().__init__(parts, split, Preprocessing())
         self._seconds, self._slice = 0.0, 1
         self._loaders: list[PairLoader] = []
@@ -109,35 +102,34 @@ class FetchedData(PreparedData):
                 parts[name] = inputs, examples.labels(targets, split[name])
         for name, (inputs, targets) in parts.items():
             self._examples[name].check(inputs, targets, split[name])
-        self._shape = tuple(x.shape[1:])
         self._columns = 1 if classes is not None or y.ndim == 1 else int(y.shape[1])
         self.preprocessing = Preprocessing(
             classes=None if classes is None else list(range(classes)),
-            input_shape=list(self._shape),
+            input_shape=list(x.shape[1:]),
         )
 
     def _rows(self, counts: Mapping[str, int], seed: int) -> dict[str, NDArray[np.int64]]:
         """Which examples of its set each part has."""
-        order = np.arange(len(cast(Sized, self._sets["train"])))
+        order = np.arange(len(self._sets["train"]))
         if any(counts.values()):
             order = np.random.default_rng(seed).permutation(order)
         val, test, train = np.split(order, [counts["val"], sum(counts.values())])
         split = {"train": np.sort(train), "val": np.sort(val), "test": np.sort(test)}
-        for name in ("val", "test"):
-            if name in self._sets:
-                split[name] = np.arange(len(cast(Sized, self._sets[name])))
+        for name in self._sets.keys() - {"train"}:
+            split[name] = np.arange(len(self._sets[name]))
         return split
 
     def _measure(self, examples: Examples, size: int) -> None:
         """Time of one example, from a few."""
         probes = np.linspace(0, len(examples) - 1, min(_PROBES, len(examples))).astype(np.int64)
         times: list[float] = []
-        for number in probes.tolist():
-            started = time.perf_counter()
-            examples.items([number])
-            times.append(time.perf_counter() - started)
-            if sum(times) > _PROBE_SECONDS:
-                break
+        with same_after(()):  # what the Dataset draws is not the model's, and how much is chance
+            for number in probes.tolist():
+                started = time.perf_counter()
+                examples.items([number])
+                times.append(time.perf_counter() - started)
+                if sum(times) > _PROBE_SECONDS:
+                    break
         self._seconds = float(np.median(times))  # not the mean: the first may open files
         self._slice = max(1, _SLICE_BYTES // max(size, 1))
 
@@ -154,7 +146,9 @@ class FetchedData(PreparedData):
         wanted, because = wanted_task(self._task, self._loss)
         count, said = self._given_classes, ""
         if count is None or wanted == "regression":
-            y = self._some_targets(examples)
+            few = list(range(min(_PROBES, len(examples))))
+            resident = self._parts["train"][1] if self.is_resident else None
+            y = (examples.fetch(few)[1] if resident is None else resident).numpy()
             if wanted == "regression" or (wanted is None and not may_be_classes(y)):
                 said = decide(y, "regression", self._loss).said
                 return None, said if y.ndim > 1 else f"target: numbers{because}"
@@ -174,12 +168,6 @@ class FetchedData(PreparedData):
             raise ValueError(f"There must be at least two classes. Received: {count}.")
         return count, said or f"target: {count} classes{because}"
 
-    def _some_targets(self, examples: Examples) -> NDArray[Any]:
-        """Those of a few examples; all, where they are resident."""
-        if "train" in self._parts:
-            return self._parts["train"][1].numpy()
-        return examples.fetch(list(range(min(_PROBES, len(examples)))))[1].numpy()
-
     def _all_targets(self, examples: Examples) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """With the rows that they have in their set."""
         if "train" in self._parts:
@@ -195,11 +183,7 @@ class FetchedData(PreparedData):
         return torch.cat([y for _, y in self._in_order(examples)]).numpy(), examples.rows
 
     def how_fetched(self, size: int) -> str:
-        """How the training examples are had, for the log.
-
-        Args:
-            size: B.
-        """
+        """How the training examples are had in batches of a size, for the log."""
         if self.is_resident:
             return (
                 "The training set is a TensorDataset: its tensors are used by index, as they are "
@@ -215,14 +199,7 @@ class FetchedData(PreparedData):
         )
 
     def examples(self, part: Part) -> tuple[Any, Tensor]:
-        """Inputs and targets of one part, where they are resident; else see `evaluation_loader`.
-
-        Args:
-            part: "train", "val" or "test".
-
-        Raises:
-            ValueError: They are fetched one by one.
-        """
+        """Inputs and targets of one part, where they are resident; else see `evaluation_loader`."""
         if part not in self._parts:
             raise ValueError(
                 f"The {part} examples of a Dataset are fetched one by one: use "
@@ -231,17 +208,8 @@ class FetchedData(PreparedData):
         return self._parts[part]
 
     def count(self, part: Part) -> int:
-        """Number of examples of one part.
-
-        Args:
-            part: "train", "val" or "test".
-        """
+        """Number of examples of one part."""
         return len(self._examples[part])
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example."""
-        return self._shape
 
     @property
     def num_targets(self) -> int:
@@ -249,12 +217,7 @@ class FetchedData(PreparedData):
         return self._columns
 
     def train_loader(self, plan: IndexLoader, pin_memory: bool = False) -> PairLoader:
-        """The batches of training examples that a plan names, until `close`.
-
-        Args:
-            plan: Which examples make which update; from now on, one update a block.
-            pin_memory: As for `PairLoader`.
-        """
+        """The batches of training examples that a plan names, one update a block; until `close`."""
         plan.updates_per_sweep = 1
         workers = self._workers(plan.batch_size, plan.updates_per_epoch)
         loader = PairLoader(
@@ -266,14 +229,7 @@ class FetchedData(PreparedData):
     def evaluation_loader(
         self, part: Part, rank: int = 0, ranks: int = 1, batch_size: int = 1024
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """All examples of one part, in their order: see `PreparedData.evaluation_loader`.
-
-        Args:
-            part: "train", "val" or "test".
-            rank: Of this process; only resident examples are divided.
-            ranks: Number of processes.
-            batch_size: Examples in one pair, at most, range [1, ∞).
-        """
+        """All examples of one part, in order; only resident ones are divided between ranks."""
         if part in self._parts or not self.count(part):
             return super().evaluation_loader(part, rank, ranks, batch_size)
         return self._in_order(self._examples[part], batch_size)
@@ -295,7 +251,7 @@ class FetchedData(PreparedData):
         self._loaders.clear()
 
 
-def check_dataset(dataset: Any, name: str) -> Dataset:
+def check_dataset(dataset: Any, name: str) -> Any:
     """The Dataset of a part; raises where it has no length, no items, or none at all."""
     has_both = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
     if isinstance(dataset, IterableDataset) or not has_both:
@@ -306,7 +262,7 @@ def check_dataset(dataset: Any, name: str) -> Dataset:
         )
     if not len(dataset):
         raise ValueError(f"{name} must hold at least one example. Received: none.")
-    return cast(Dataset, dataset)
+    return dataset
 
 
 def _resident(
@@ -327,27 +283,29 @@ def _resident(
 
 def _told_classes(dataset: Any) -> int | None:
     """C as the Dataset tells it, in the ways of torchvision."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
+    dataset = _whole_set(dataset)
     count = getattr(dataset, "num_classes", None)
     if isinstance(count, int):
         return count
     names = getattr(dataset, "classes", None)
-    if isinstance(names, list | tuple):
-        return len(names)
-    return None
+    return len(names) if isinstance(names, list | tuple) else None
 
 
 def _told_targets(dataset: Any) -> NDArray[Any] | None:
     """All targets, as torchvision's sets hold them."""
-    while type(dataset) is Subset:
-        dataset = dataset.dataset
-    targets = getattr(dataset, "targets", None)
+    targets = getattr(_whole_set(dataset), "targets", None)
     if isinstance(targets, Tensor | np.ndarray | list) and len(targets):
         labels = np.asarray(targets)
         if labels.ndim == 1 and labels.dtype.kind in "iub":
             return labels
     return None
+
+
+def _whole_set(dataset: Any) -> Any:
+    """What a Subset is of."""
+    while type(dataset) is Subset:
+        dataset = dataset.dataset
+    return dataset
 
 
 def _cores() -> int:

@@ -1,25 +1,127 @@
-"""Examples from a file that is not the one trained on: to predict, and to evaluate."""
+"""Examples in files: NumPy's and LIBSVM's (tables: see `tables`), to train, predict and evaluate.
+
+N examples, D features.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from gdtrain.data.arrays import load_npy, load_npz
-from gdtrain.data.columns import Kind, listed
 from gdtrain.data.frames import features
-from gdtrain.data.libsvm import load_libsvm
+from gdtrain.data.prepared import Raw
 from gdtrain.data.preprocessing import Preprocessing
-from gdtrain.data.tables import Header, Table, is_table
+from gdtrain.data.reading import (
+    check_unpacked,
+    existing,
+    printable,
+    read_array,
+    read_arrays,
+    unpacked,
+)
+from gdtrain.data.sparse import ARRAYS, rows_of
+from gdtrain.data.tables import Header, Kind, Table, is_table, listed
+from gdtrain.data.targets import Task, check_task
 
-__all__ = ["read_features", "read_labelled"]
+__all__ = ["read_features", "read_labelled", "read_libsvm", "read_npy"]
 
 _log = logging.getLogger("gdtrain")
+
+# Below this share of entries that are not zero, CSR takes less than half of the dense memory, and
+# its indexed sums beat the dense ones.
+_SPARSE_BELOW = 0.25
+_LINE = 2**20  # bytes of a line of LIBSVM that are looked at, where one is wrong
+_DENSE_BYTES = 8e9  # the most that a file of LIBSVM may take as a dense array
+_LEAVE = "train on other columns"
+
+
+# ---------------------------------------------------------------------- to train on
+
+
+def read_npy(
+    path: str | Path,
+    target: int = -1,
+    *,
+    target_path: str | Path | None = None,
+    memory_map: bool = False,
+    task: Task = "auto",
+) -> Raw:
+    """The examples of a NumPy file of numbers; the arguments are those of `NPYDataModule`.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.save(Path(folder) / "table.npy", np.arange(6.0).reshape(2, 3))
+        ...     raw = read_npy(Path(folder) / "table.npy")
+        >>> raw.inputs, raw.targets
+        (array([[0., 1.],
+               [3., 4.]]), array([2., 5.]))
+    """
+    path = existing(path)
+    sparse = path.suffix.lower() == ".npz" and target_path is not None
+    x = _sparse_array(path) if sparse else read_array(path, memory_map)
+    if target_path is not None:
+        y = read_array(existing(target_path))
+    else:
+        if x.ndim != 2 or not -x.shape[1] <= target < x.shape[1]:
+            raise ValueError(
+                f"{path} must be a table with a column {target} for the target, or "
+                f"target_path must name a file of targets. Received: shape {x.shape}."
+            )
+        x, y = np.delete(x, target, axis=1), x[:, target]
+    return Raw(features(x), y, check_task(task))
+
+
+def read_libsvm(
+    path: str | Path,
+    *,
+    test_path: str | Path | None = None,
+    sparse: bool | Literal["auto"] = "auto",
+    standardize: bool = True,
+    dtype: torch.dtype = torch.float32,
+    task: Task = "auto",
+) -> Raw:
+    r"""The examples of a LIBSVM (svmlight) file; the arguments are those of `LIBSVMDataModule`.
+
+    They are read in float64 if they are to be standardised, or are to be tensors of that dtype.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "table.svm"
+        ...     _ = path.write_text("+1 1:0.5 3:2\n-1 2:1\n")
+        ...     read_libsvm(path).inputs
+        array([[0.5, 0. , 2. ],
+               [0. , 1. , 0. ]])
+    """
+    paths = [existing(p) for p in (path, test_path) if p is not None]
+    single = dtype == torch.float32 and not standardize
+    tables, targets, first = _libsvm(paths, np.float32 if single else np.float64)
+    if sparse == "auto":
+        density = tables[0].nnz / (tables[0].shape[0] * tables[0].shape[1])
+        large = _dense_bytes(tables[0]) > _DENSE_BYTES
+        sparse = not standardize and (density < _SPARSE_BELOW or large)
+    if not sparse:
+        for i, (file, x) in enumerate(zip(paths, tables, strict=True)):
+            if _dense_bytes(x) > _DENSE_BYTES:
+                raise ValueError(
+                    f"{file} has {x.shape[0]} examples of {x.shape[1]} features, more than "
+                    f"8 GB as a dense array. Select features first, or keep them sparse: "
+                    f"standardize=false."
+                )
+            tables[i] = x.toarray()
+    test = (tables[1], targets[1]) if len(tables) > 1 else None
+    return Raw(tables[0], targets[0], check_task(task), test=test, first_feature=first)
+
+
+# ---------------------------------------------------------------------- to predict and evaluate
 
 
 def read_features(
@@ -61,12 +163,10 @@ def read_features(
     """
     path = _input(path)
     kind = _kind(path, feature_names, first_feature)
-    if kind == "npy":
-        return features(load_npy(path))
-    if kind == "npz":
-        return features(load_npz(path))
+    if kind in ("npy", "npz"):
+        return _array_features(path, kind)
     if kind == "libsvm":
-        return load_libsvm([path], np.float64, first_feature, num_features)[0][0]
+        return _libsvm([path], np.float64, first_feature, num_features)[0][0]
     names = _stripped(feature_names)
     table = Table(path, header, expected=names, key="header")
     return table.read(_there(table, names), advice=_LEAVE)[0]
@@ -90,12 +190,11 @@ def read_labelled(
         header: As for `Table`.
 
     Returns:
-        The features as from `read_features`, and the targets, which training has seen if they are
-        classes.
+        The features, as from `read_features`, and the targets (N,).
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: As for `read_features`; or the target is not found, or has another label.
+        ValueError: As for `read_features`; or a target is missing, or is none that training had.
 
     Example:
         >>> import tempfile
@@ -116,17 +215,18 @@ def read_labelled(
         taken = _there(table, names)
         target = _target(table, names, target)
         own = taken if names is not None else [name for name in taken if name != target]
-        x, y = table.read(own, target, _labels(preprocessing), _LEAVE)
+        is_text = isinstance((preprocessing.classes or [0])[0], str)
+        read_as: Kind = "text" if is_text else "numbers"  # so that they can be those of training
+        x, y = table.read(own, target, read_as, _LEAVE)
         assert y is not None
         _check_labels(y, preprocessing, path, lambda row: f"line {table.lines([row])[row][0]}")
         return x, y
     if kind == "libsvm":
         width = int(np.prod(preprocessing.input_shape)) if preprocessing.input_shape else None
-        tables, labels, _ = load_libsvm([path], np.float64, first, width)
+        tables, labels, _ = _libsvm([path], np.float64, first, width)
         x, y = tables[0], labels[0]
     else:
-        x = features(load_npz(path) if kind == "npz" else load_npy(path))
-        x, y = _apart(x, target, path, kind)
+        x, y = _apart(_array_features(path, kind), target, path, kind)
     if len(y) != x.shape[0]:
         raise ValueError(
             f"{path}: expected one target for each example. Received: {x.shape[0]} examples and "
@@ -141,16 +241,10 @@ def read_labelled(
     return x, y
 
 
-_LEAVE = "train on other columns"
-
-
 def _input(path: str | Path, key: str = "input") -> Path:
-    path = Path(path).expanduser()
-    if path.is_dir():
+    if Path(path).is_dir():
         raise ValueError(f"{key} must name a file. Received: {path}, a folder.")
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}. Set {key} to one that exists.")
-    return path
+    return existing(path, key)
 
 
 def _kind(path: Path, names: list[str] | None, first_feature: int | None) -> str:
@@ -200,10 +294,14 @@ def _target(table: Table, names: list[str] | None, target: str | None) -> str:
     return others[0]
 
 
+def _array_features(path: Path, kind: str) -> Any:
+    return features(_sparse_array(path) if kind == "npz" else read_array(path))
+
+
 def _apart(x: Any, target: str | None, path: Path, kind: str) -> tuple[Any, NDArray[Any]]:
     """Inputs and targets of NumPy's files."""
     if target is not None and not target.strip().lstrip("-").isdigit():
-        return x, load_npy(_input(target, "target"))
+        return x, read_array(_input(target, "target"))
     column = -1 if target is None else int(target)
     if kind == "npz" or x.ndim != 2 or not -x.shape[1] <= column < x.shape[1]:
         raise ValueError(
@@ -213,30 +311,153 @@ def _apart(x: Any, target: str | None, path: Path, kind: str) -> tuple[Any, NDAr
     return np.delete(x, column, axis=1), x[:, column]
 
 
-def _labels(preprocessing: Preprocessing) -> Kind:
-    """How targets are to be read, so that they can be those of training."""
-    return "text" if isinstance((preprocessing.classes or [0])[0], str) else "numbers"
-
-
 def _check_labels(
     y: NDArray[Any], preprocessing: Preprocessing, path: Path, place: Callable[[int], str]
 ) -> None:
     """Raise, with its place, on a label that training did not have."""
-    if preprocessing.classes is None:
-        return
     try:
-        preprocessing.targets(y)
-    except ValueError as error:
-        message = error
-    else:
-        return
-    for label in dict.fromkeys(y.tolist()):
-        try:
-            preprocessing.targets(y[y == label][:1])
-        except ValueError as error:
+        if preprocessing.classes is not None:
+            preprocessing.targets(y)
+    except ValueError:
+        for label in dict.fromkeys(y.tolist()):
             rows = np.flatnonzero(y == label)
-            raise ValueError(
-                f"{path}, {place(int(rows[0]))}: {error}"
-                + f" There are {len(rows)} of this label." * (len(rows) > 1)
-            ) from None
-    raise message
+            try:
+                preprocessing.targets(y[rows[:1]])
+            except ValueError as error:
+                many = f" There are {len(rows)} of this label." if len(rows) > 1 else ""
+                raise ValueError(f"{path}, {place(int(rows[0]))}: {error}{many}") from None
+        raise
+
+
+# ---------------------------------------------------------------------- sparse files
+
+
+def _sparse_array(path: Path) -> Any:
+    """A matrix as `scipy.sparse.save_npz` keeps it, made of arrays that were checked."""
+    from scipy import sparse
+
+    try:
+        found = read_arrays(path)
+        kind = found["format"].item()
+        kind = kind.decode() if isinstance(kind, bytes) else kind
+        shape = tuple(int(n) for n in found["shape"])
+        numbers = tuple(found[name] for name in ARRAYS[kind])
+        whole = all(array.dtype.kind in "iu" for array in (found["shape"], *numbers[1:]))
+        if not whole or numbers[0].dtype.kind not in "fiub":
+            raise TypeError("its values are no numbers, or its indices not whole ones")
+        # SciPy makes offsets fit its type of index, and so another matrix.
+        if kind == "dia" and (abs(numbers[1].astype(float)) >= max(shape)).any():
+            raise ValueError("an offset is out of range")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} could not be read as a matrix of scipy.sparse.save_npz ({error})."
+        ) from None
+    stored = sum(a.nbytes for a in numbers)
+    if len(shape) != 2 or shape[0] > stored + 2**20 or shape[1] > _most_features(stored):
+        raise ValueError(
+            f"{path} could not be read as a matrix of scipy.sparse.save_npz: it claims the shape "
+            f"{shape}, and has {stored:,} bytes of entries."
+        )
+    parts: Any = (numbers[0], tuple(numbers[1:])) if kind == "coo" else numbers
+    try:
+        return rows_of(getattr(sparse, f"{kind}_array")(parts, shape=shape))
+    except (ValueError, TypeError, IndexError, OverflowError) as error:
+        raise ValueError(f"{path} could not be read as a matrix: {error}") from None
+
+
+def _libsvm(
+    paths: list[Path], number: type[np.floating], first: int | None = None, width: int | None = None
+) -> tuple[list[Any], list[NDArray[Any]], int]:
+    """CSR arrays and targets of files with features counted alike, and from which number.
+
+    `first`: from which; None: from 0 if one of the files has a feature 0, else from 1.
+    `width`: how many features there are; None: as many as in the first file. Further ones are left
+    out.
+    """
+    from scipy.sparse import csr_array
+    from sklearn.datasets import load_svmlight_file
+
+    tables, targets = [], []
+    for path in paths:
+        check_unpacked(path)
+        try:
+            x, y = load_svmlight_file(str(path), zero_based=True, dtype=number)
+        except (ValueError, OSError, OverflowError, EOFError) as error:
+            raise _bad_libsvm(path, error) from None
+        if x.shape[1] > _most_features(path.stat().st_size):
+            raise _bad_libsvm(path)
+        tables.append(csr_array(x))
+        targets.append(y)
+    has_zero = any((x.indices == 0).any() for x in tables)
+    if first is None:
+        first = 0 if has_zero else 1
+    elif first == 1 and has_zero:
+        raise ValueError(
+            f"{paths[0]} has a feature 0. Expected features counted from 1, as in training."
+        )
+    width = tables[0].shape[1] - first if width is None else width
+    if width < 1 or not tables[0].shape[0]:
+        raise ValueError(f"{paths[0]} could not be read as LIBSVM: it has no examples or features.")
+    for i, (path, x) in enumerate(zip(paths, tables, strict=True)):
+        unseen = np.unique(x.indices[x.indices >= first + width])
+        if len(unseen):  # no weight was learnt for them
+            several = f"{len(unseen)}, from {unseen[0]} to {unseen[-1]}"
+            _log.info(
+                f"{path}: features that training did not have are left out: "
+                f"{several if len(unseen) > 1 else unseen[0]}."
+            )
+            x = x[:, : first + width]
+        columns = x.indices - np.asarray(first, dtype=x.indices.dtype)
+        tables[i] = csr_array((x.data, columns, x.indptr), shape=(x.shape[0], width))
+    return tables, targets, first
+
+
+def _bad_libsvm(path: Path, error: Exception | None = None) -> ValueError:
+    """What is wrong with a file, by its first line that no LIBSVM file has."""
+    widest = _most_features(path.stat().st_size)
+    with contextlib.suppress(OSError, EOFError), unpacked(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LINE), b""), 1):
+            if why := _wrong_in(line.partition(b"#")[0].split(), widest):
+                shown = printable(line[:60].decode(errors="replace").rstrip())
+                return ValueError(
+                    f"{path} could not be read as LIBSVM: {why}. Received, in line {number}: "
+                    f"{shown}{'…' if len(line) > 60 else ''} Mend that line."
+                )
+    return ValueError(
+        f"{path} could not be read as LIBSVM, lines of a label and feature:value "
+        f"({type(error).__name__}). Is it damaged, or of another kind?"
+    )
+
+
+def _wrong_in(words: list[bytes], widest: int) -> str:
+    """Why no line of a LIBSVM file has these words; nothing, where one may."""
+    before = -1
+    try:
+        if words:
+            float(words[0])
+    except ValueError:
+        return "expected a number as label at the start of each line"
+    for word in words[1:]:
+        feature, _, value = word.partition(b":")
+        if feature == b"qid":
+            continue
+        try:
+            number = int(feature)
+            float(value)
+        except ValueError:
+            return "expected whole_number:number for each feature"
+        if not 0 <= number < widest:
+            return f"expected features from 0 to {widest - 1:,} in a file of this size"
+        if number <= before:
+            return "expected the features of a line in ascending order, none twice"
+        before = number
+    return ""
+
+
+def _most_features(stored: int) -> int:
+    """How many features a file of so many bytes may have: a weight is made for each."""
+    return max(2**25, 8 * stored)
+
+
+def _dense_bytes(x: Any) -> float:
+    return float(x.shape[0]) * x.shape[1] * x.dtype.itemsize

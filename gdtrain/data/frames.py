@@ -6,20 +6,111 @@ N examples, D features.
 from __future__ import annotations
 
 import logging
+import mmap
+import numbers
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from gdtrain.data.preprocessing import check_whole
-from gdtrain.data.sparse import is_sparse, rows_of
-from gdtrain.data.target_values import is_of, kind_of, raw_array
+from gdtrain._compat.numpy_memmap import file_map
+from gdtrain.data.sparse import check_entries, is_sparse, rows_of
 
-__all__ = ["check_aligned", "feature_names", "features"]
+__all__ = [
+    "CHUNK",
+    "check_aligned",
+    "check_features",
+    "check_whole",
+    "feature_names",
+    "features",
+    "give_back",
+    "is_of",
+    "kind_of",
+    "raw_array",
+    "series_array",
+]
 
 _log = logging.getLogger("gdtrain")
 
+CHUNK = 32 * 2**20  # bytes of raw features that are looked at together
 _NUMERIC = {"boolean", "whole number", "number", "fraction"}
+_EXACT = 2**53  # up to which float64 has all whole numbers
+_BLUR = 1e-6  # of the range of a column, that rounding to float64 may cost
+
+
+# ---------------------------------------------------------------------- what users have
+
+
+def is_of(package: str, value: Any) -> bool:
+    """Whether its class is of a package, which need not be imported to tell."""
+    return package in sys.modules and any(
+        base.__module__.partition(".")[0] == package for base in type(value).__mro__
+    )
+
+
+def kind_of(value: Any) -> str:
+    """What an entry of a list or table is, in a word: "text", "whole number", …"""
+    if isinstance(value, bool | np.bool_):
+        return "boolean"
+    if isinstance(value, numbers.Integral):
+        return "whole number"
+    if isinstance(value, Decimal | Fraction):
+        return "fraction"
+    if isinstance(value, numbers.Real):
+        return "number"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, bytes):
+        return "bytes"
+    return type(value).__name__
+
+
+def raw_array(values: Any) -> Any:
+    """A list, array or tensor of a user's as an array: only what NumPy cannot hold is converted."""
+    if isinstance(values, list | tuple) and values and isinstance(values[0], Tensor):
+        values = [raw_array(value) for value in values]
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.to_dense() if values.layout is not torch.strided else values
+        values = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+        return values.resolve_conj().resolve_neg().numpy()
+    if isinstance(values, np.ma.MaskedArray):
+        mask = np.ma.getmaskarray(values)
+        if mask.any():
+            place = np.argwhere(mask)[0].tolist()
+            column = f", column {place[1]}" if len(place) == 2 else ""
+            raise ValueError(
+                f"Masked entries are missing values. Received: {mask.sum()} of them, the first in "
+                f"example {place[0]} (counted from 0){column}. Fill in or drop missing values "
+                f"first."
+            )
+        return np.asarray(values.data)
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        if "inhomogeneous" not in str(error):
+            raise
+        raise ValueError(
+            "Expected as many numbers in each example. Received: lists of different lengths."
+        ) from None
+
+
+def series_array(series: Any) -> NDArray[Any]:
+    """A Series without missing values: numbers of pandas' own types or Arrow's become NumPy's."""
+    import pandas as pd
+
+    if isinstance(series.dtype, np.dtype | pd.SparseDtype):
+        return np.asarray(series)
+    plain = getattr(series.dtype, "numpy_dtype", None) if series.dtype.kind in "biuf" else object
+    made: NDArray[Any] = series.to_numpy(dtype=plain)
+    return made
 
 
 def features(inputs: Any, names: list[str] | None = None) -> Any:
@@ -28,9 +119,8 @@ def features(inputs: Any, names: list[str] | None = None) -> Any:
     Args:
         inputs: (N,), (N, D) or (N, C, H, W); or (N, D) of `scipy.sparse`; or a table: a DataFrame
             of pandas or polars, or a dict of columns.
-        names: Of the D columns that a table must have, in this order, as `feature_names` tells
-            them; its other columns are left out. None: all columns. What has no names is taken by
-            position.
+        names: Of the D columns that a table must have, in this order; its other columns are left
+            out. None: all columns. What has no names is taken by position.
 
     Returns:
         (N, D) or (N, C, H, W); a memory-mapped array stays one, and what is of `scipy.sparse` is
@@ -40,8 +130,6 @@ def features(inputs: Any, names: list[str] | None = None) -> Any:
         ValueError: They are no numbers, there are none, or some are missing.
 
     Example:
-        >>> features([[1, 2], [3, 4]]).shape
-        (2, 2)
         >>> features({"b": [1, 2], "a": [3, 4]}, ["a", "b"])
         array([[3, 1],
                [4, 2]])
@@ -66,50 +154,17 @@ def features(inputs: Any, names: list[str] | None = None) -> Any:
 
 
 def feature_names(inputs: Any) -> list[str] | None:
-    """Names of a table's columns; None: it has none, or is no table.
-
-    Columns that are numbered 0 … D − 1, as pandas does by itself, have no names.
-
-    Args:
-        inputs: As for `features`.
-
-    Raises:
-        ValueError: Two columns have one name.
-
-    Example:
-        >>> feature_names({"age": [31, 45], "height": [1.7, 1.6]})
-        ['age', 'height']
-    """
+    """Names of a table's columns; None: it has none but 0 … D − 1, or is no table."""
     table = _table(inputs)
     if table is None or _is_numbered(table):
         return None
     names = [str(name) for name in table.columns]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(
-            f"The columns of a table must have different names. Received: {twice!r} more than once."
-        )
+    _check_different(names, names)
     return names
 
 
 def check_aligned(inputs: Any, targets: Any) -> None:
-    """Raise where tables of pandas have one index, in two orders.
-
-    Args:
-        inputs: Of the examples.
-        targets: Likewise.
-
-    Raises:
-        ValueError: They have.
-
-    Example:
-        >>> import pandas as pd
-        >>> y = pd.Series([1.0, 2.0])
-        >>> check_aligned(pd.DataFrame({"a": [3, 4]}, index=[1, 0]), y)
-        Traceback (most recent call last):
-        ...
-        ValueError: Inputs and targets have the same index in different orders. ...
-    """
+    """Raise where inputs and targets are tables of pandas with one index, in two orders."""
     if not (is_of("pandas", inputs) and is_of("pandas", targets)):
         return
     one, other = getattr(inputs, "index", None), getattr(targets, "index", None)
@@ -120,13 +175,6 @@ def check_aligned(inputs: Any, targets: Any) -> None:
             "Inputs and targets have the same index in different orders. y.loc[X.index] brings the "
             "targets into the order of the inputs; y.to_numpy() takes them by position."
         )
-
-
-def _is_numbered(table: Any) -> bool:
-    names = list(table.columns)
-    return all(kind_of(name) == "whole number" for name in names) and names == list(
-        range(len(names))
-    )
 
 
 def _table(inputs: Any) -> Any:
@@ -147,6 +195,21 @@ def _table(inputs: Any) -> Any:
     return series.to_frame(0 if series.name is None else series.name)
 
 
+def _is_numbered(table: Any) -> bool:
+    names = list(table.columns)
+    numbered = names == list(range(len(names)))
+    return numbered and all(kind_of(name) == "whole number" for name in names)
+
+
+def _check_different(names: list[str], wanted: Iterable[str]) -> None:
+    counts = Counter(names)
+    twice = next((name for name in wanted if counts[name] > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"The columns of a table must have different names. Received: {twice!r} more than once."
+        )
+
+
 def _chosen(table: Any, names: list[str] | None) -> Any:
     """The columns by name, in the order of training; by position where either has no names."""
     own = [str(name) for name in table.columns]
@@ -164,17 +227,11 @@ def _chosen(table: Any, names: list[str] | None) -> Any:
             f"The examples lack {len(missing)} of the {len(names)} features of the training data: "
             f"{_quoted(missing)}. Received: the columns {_quoted(own)}."
         )
-    places = [own.index(name) for name in names]
+    _check_different(own, names)
     others = [name for name in own if name not in names]
-    twice = [name for name in names if own.count(name) > 1]
-    if twice:
-        raise ValueError(
-            f"The columns of a table must have different names. Received: {twice[0]!r} more than "
-            f"once."
-        )
     if others:
         _log.info("features: the columns %s were not in training and are left out", _quoted(others))
-    return table.iloc[:, places]
+    return table.iloc[:, [own.index(name) for name in names]]
 
 
 def _numbers(table: Any) -> NDArray[Any]:
@@ -190,17 +247,17 @@ def _numbers(table: Any) -> NDArray[Any]:
         column = table.iloc[:, k]
         missing = column.isna().to_numpy()
         present = column[~missing] if missing.any() else column
-        numbers = _column(present)
-        if numbers is None:
+        values = _column(present)
+        if values is None:
             other = next((v for v in present if kind_of(v) not in _NUMERIC), present.iloc[0])
             refused.append(f"{name} (such as {other!r})")
         elif missing.any():
             count = f", {missing.sum():,} in all" if missing.sum() > 1 else ""
             gaps.append(f"{name} (example {int(missing.argmax())}{count})")
         else:
-            if numbers.dtype.kind in "iu" and numbers.dtype.itemsize == 8:
-                check_whole(numbers[:, None], [str(name)])
-            columns.append(numbers)
+            if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+                check_whole(values[:, None], [str(name)])
+            columns.append(values)
     problems = []
     if refused:
         problems.append(
@@ -224,20 +281,67 @@ def _column(column: Any) -> NDArray[Any] | None:
 
     if isinstance(column.dtype, pd.CategoricalDtype):
         column = column.astype(column.cat.categories.dtype)
-    if isinstance(column.dtype, np.dtype | pd.SparseDtype):
-        values = np.asarray(column)
-    elif column.dtype.kind in "biuf":
-        values = column.to_numpy(dtype=getattr(column.dtype, "numpy_dtype", None))
-    else:
-        return None
-    if values.dtype.kind == "O":
-        kinds = {kind_of(value) for value in values}
-        if not kinds <= _NUMERIC:
-            return None
-        return np.array([float(value) for value in values])
+    values = series_array(column)
+    if values.dtype.kind == "O" and {kind_of(value) for value in values} <= _NUMERIC:
+        values = np.array([float(value) for value in values])
     return values if values.dtype.kind in "biuf" else None
 
 
 def _quoted(names: list[str], most: int = 20) -> str:
     shown = ", ".join(repr(name) for name in names[:most])
     return shown + (f", … ({len(names)} in all)" if len(names) > most else "")
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def check_features(x: Any, names: list[str] | None = None, number: int = 0) -> None:
+    """Raise, with its place, on a feature that is not finite.
+
+    `names`: of the columns. `number`: of the first example, for the message.
+    """
+    if is_sparse(x):
+        check_entries(x, names)
+        return
+    if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and x.ndim == 2:
+        check_whole(x, names)
+    if x.dtype.kind != "f" or not len(x):
+        return
+    size = max(1, CHUNK // max(x[0].nbytes, 1))
+    for first in range(0, len(x), size):
+        finite = np.isfinite(x[first : first + size])
+        give_back(x)
+        if not finite.all():  # places are looked for only then: that takes 60 times as long
+            index = np.argwhere(~finite)[0].tolist()
+            place = (first + index[0], *index[1:])
+            feature = place[1] if len(place) == 2 else place[1:]
+            name = names[place[1]] if names else feature
+            raise ValueError(
+                f"Features must be finite numbers. Received: {x[place]} in example "
+                f"{number + place[0]} (counted from 0), feature {name}. Fill in or drop missing "
+                f"values first."
+            )
+
+
+def check_whole(x: NDArray[Any], names: list[str] | None = None) -> None:
+    """Raise on whole numbers (N, D) of 64 bits that float64, in which all is computed, blurs.
+
+    Rounding may cost a millionth of the range of a column.
+    """
+    low, high = (f(axis=0).tolist() for f in (x.min, x.max))
+    give_back(x)
+    for k, (least, most) in enumerate(zip(low, high, strict=True)):
+        size = max(abs(least), abs(most))
+        if size > _EXACT and 0 < most - least < np.spacing(float(size)) / _BLUR:
+            name = names[k] if names else k
+            raise ValueError(
+                f"Whole numbers above 2^53 lose digits in float64. Received: {least} … {most} in "
+                f"column {name}. Subtract a whole number first, such as the smallest."
+            )
+
+
+def give_back(array: NDArray[Any]) -> None:
+    """Tell the system that the pages of a memory-mapped array need not stay in memory."""
+    mapped = file_map(array)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)

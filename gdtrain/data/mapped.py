@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain.data.preprocessing import Preprocessing, give_back
+from gdtrain.data.frames import give_back
+from gdtrain.data.preprocessing import Preprocessing
 
 __all__ = ["MappedInputs"]
 
@@ -35,13 +36,9 @@ class MappedInputs:
         out: Type of the tensors; None: `dtype`.
 
     Example:
-        >>> import tempfile
-        >>> from pathlib import Path
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.save(Path(folder) / "x.npy", np.arange(6.0).reshape(3, 2))
-        ...     array = np.load(Path(folder) / "x.npy", mmap_mode="r")
-        ...     inputs = MappedInputs(array, np.array([0, 2]), Preprocessing())
-        ...     inputs[torch.tensor([1])]
+        >>> array = np.arange(6.0).reshape(3, 2)  # as good as numpy.load(path, mmap_mode="r")
+        >>> inputs = MappedInputs(array, np.array([0, 2]), Preprocessing())
+        >>> inputs[torch.tensor([1])]
         tensor([[4., 5.]])
     """
 
@@ -93,12 +90,7 @@ class MappedInputs:
         return made
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> MappedInputs:
-        """The same rows, as tensors elsewhere or of another type.
-
-        Args:
-            device: Of the tensors.
-            dtype: Of the tensors; None: as they are.
-        """
+        """The same rows, as tensors elsewhere or of another type (None: as they are)."""
         return MappedInputs(
             self.array, self.rows, self.preprocessing, self.dtype, device, dtype or self.out
         )

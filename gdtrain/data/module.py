@@ -6,20 +6,17 @@ N training examples, B examples per update, D features, C classes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from lightning import LightningDataModule
-from numpy.typing import NDArray
 from torch import Tensor
 
 from gdtrain.data.loader import IndexLoader
-from gdtrain.data.mapped import MappedInputs
-from gdtrain.data.prepared import Part, PreparedData, Raw, check_fraction, prepare
+from gdtrain.data.prepared import Inputs, Part, PreparedData, Raw, check_fraction, prepare
 from gdtrain.data.preprocessing import Preprocessing
-from gdtrain.data.sparse import SparseInputs
 from gdtrain.descent.plan import Sampling
 from gdtrain.ranges import Whole
 
@@ -59,7 +56,7 @@ class DataModule(LightningDataModule):
 
     Example:
         >>> from gdtrain.data import ArrayDataModule
-        >>> data = ArrayDataModule(np.random.rand(100, 3), np.arange(100) % 2, batch_size=10)
+        >>> data = ArrayDataModule(torch.rand(100, 3), torch.arange(100) % 2, batch_size=10)
         >>> data.setup()
         >>> data.num_train, data.input_shape, data.num_classes
         (70, (3,), 2)
@@ -104,17 +101,15 @@ class DataModule(LightningDataModule):
         """Read the source."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Load, split and standardise; once, whatever the stage.
-
-        Args:
-            stage: Lightning's; not used.
-
-        Raises:
-            ValueError: The data cannot be split or standardised as asked.
-        """
+        """Load, split and standardise; once, whatever the stage."""
         if self._prepared is not None:
             return
-        self._follow_trainer()
+        trainer = self.trainer
+        if trainer is not None:  # it knows the loss and the precision, where nobody has told them
+            if self._loss is None:
+                self._loss = getattr(trainer.lightning_module, "loss", None)
+            if str(trainer.precision) == "64-true":
+                self.dtype = torch.float64
         prepared = self._prepare()
         count = prepared.num_train
         if self.batch_size != "full" and self.batch_size > count:
@@ -144,94 +139,42 @@ class DataModule(LightningDataModule):
         return self._prepared
 
     def use_loss(self, loss: Loss | None) -> None:
-        """Let a loss say what the targets are, where `task` does not; before `setup`.
-
-        Args:
-            loss: That is trained on them; None: not known.
-        """
+        """Let a loss say what the targets are, where `task` does not; before `setup`."""
         self._loss = loss
-
-    def _follow_trainer(self) -> None:
-        """Ask a trainer for the loss and the precision, where nobody has told them."""
-        trainer = self.trainer
-        if trainer is None:
-            return
-        if self._loss is None:
-            self._loss = getattr(trainer.lightning_module, "loss", None)
-        if str(trainer.precision) == "64-true":
-            self.dtype = torch.float64
 
     @property
     def preprocessing(self) -> Preprocessing:
         """What has made tensors of the examples; before `setup`, nothing is learnt."""
         return Preprocessing() if self._prepared is None else self._prepared.preprocessing
 
-    @property
-    def target_said(self) -> str:
-        """What the targets were taken for, for the log of a run."""
-        return self.prepared.target_said
+    # What `PreparedData` tells of the examples, from `setup` on.
+    target_said = property(attrgetter("prepared.target_said"))
+    split = property(attrgetter("prepared.split"))
+    split_fingerprint = property(attrgetter("prepared.split_fingerprint"))
+    is_resident = property(attrgetter("prepared.is_resident"))
+    num_train = property(attrgetter("prepared.num_train"))
+    input_shape = property(attrgetter("prepared.input_shape"))
+    num_classes = property(attrgetter("prepared.num_classes"))
+    num_targets = property(attrgetter("prepared.num_targets"))
 
-    @property
-    def split(self) -> Mapping[str, NDArray[np.int64]]:
-        """Which examples of the source each part has, in ascending order; made when asked for."""
-        return self.prepared.split
-
-    @property
-    def split_fingerprint(self) -> str:
-        """Twelve hexadecimal digits of the split's SHA-256: equal for equal splits."""
-        return self.prepared.split_fingerprint
-
-    def examples(self, part: Part) -> tuple[Tensor | MappedInputs | SparseInputs, Tensor]:
-        """Inputs and targets of one part, standardised: see `PreparedData.examples`.
-
-        Args:
-            part: "train", "val" or "test".
-        """
+    def examples(self, part: Part) -> tuple[Inputs, Tensor]:
+        """Inputs and targets of one part, standardised: see `PreparedData.examples`."""
         return self.prepared.examples(part)
 
     def count(self, part: Part) -> int:
-        """Number of examples of one part.
-
-        Args:
-            part: "train", "val" or "test".
-        """
+        """Number of examples of one part."""
         return self.prepared.count(part)
-
-    @property
-    def is_resident(self) -> bool:
-        """Whether the training examples are there by index, in memory or in a mapped file."""
-        return self.prepared.is_resident
-
-    @property
-    def num_train(self) -> int:
-        """N."""
-        return self.prepared.num_train
-
-    @property
-    def input_shape(self) -> tuple[int, ...]:
-        """Shape of one example."""
-        return self.prepared.input_shape
-
-    @property
-    def num_classes(self) -> int | None:
-        """C, or None for regression."""
-        return self.prepared.num_classes
-
-    @property
-    def num_targets(self) -> int:
-        """Target columns of a regression."""
-        return self.prepared.num_targets
 
     @property
     def examples_per_update(self) -> int:
         """B."""
-        return self.num_train if self.batch_size == "full" else self.batch_size
+        return self.prepared.num_train if self.batch_size == "full" else self.batch_size
 
     def train_dataloader(self) -> IndexLoader:
         """Blocks of example numbers, from the trainer's update on."""
         trainer = self.trainer
         loader = IndexLoader(
-            self.num_train,
+            self.prepared.num_train,
             self.examples_per_update,
             sampling=self.sampling,
             seed=self.seed,
@@ -243,20 +186,10 @@ class DataModule(LightningDataModule):
         return loader
 
     def planned_updates(self, trainer: Any) -> int | None:
-        """T, from the epochs and steps that a trainer is allowed.
-
-        Args:
-            trainer: Lightning's.
-
-        Returns:
-            Updates; None: no end.
-        """
-        per_epoch = -(-self.num_train // self.examples_per_update)
-        limits = []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            limits.append(trainer.max_epochs * per_epoch)
-        if trainer.max_steps >= 0:
-            limits.append(trainer.max_steps)
+        """T, from the epochs and steps that a trainer is allowed; None: no end."""
+        per_epoch = -(-self.prepared.num_train // self.examples_per_update)
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs * per_epoch
+        limits = [limit for limit in (epochs, trainer.max_steps) if limit >= 0]
         return min(limits) if limits else None
 
     def val_dataloader(self) -> Iterable[tuple[Tensor, Tensor]]:
@@ -270,14 +203,7 @@ class DataModule(LightningDataModule):
     def evaluation_loader(
         self, part: Part, rank: int = 0, ranks: int = 1, batch_size: int = 1024
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """All examples of one part, in their order: see `PreparedData.evaluation_loader`.
-
-        Args:
-            part: "train", "val" or "test".
-            rank: Of this process, which gets its part of them.
-            ranks: Number of processes.
-            batch_size: Examples in one pair, at most, range [1, ∞).
-        """
+        """All examples of one part, in order: see `PreparedData.evaluation_loader`."""
         return self.prepared.evaluation_loader(part, rank, ranks, batch_size)
 
     def _evaluation(self, part: Literal["val", "test"]) -> Iterable[tuple[Tensor, Tensor]]:
@@ -307,25 +233,11 @@ class DataModule(LightningDataModule):
         return {**self.prepared.state_dict(), "order": order}
 
     def check_same_data(self, state_dict: dict[str, Any]) -> None:
-        """Raise if the split or the preprocessing is not that of a checkpoint.
-
-        Args:
-            state_dict: What `state_dict` returned.
-
-        Raises:
-            ValueError: It is another.
-        """
+        """Raise ValueError if the split or the preprocessing is not that of a checkpoint."""
         self.prepared.check_same_data(state_dict)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check that a run is resumed on the data that it was training on.
-
-        Args:
-            state_dict: What `state_dict` returned.
-
-        Raises:
-            ValueError: The split, or the order of the examples, is another.
-        """
+        """Raise ValueError if a run is resumed on other data, or in another order of them."""
         if getattr(getattr(self.trainer, "lightning_module", None), "checks_data", False):
             return  # it tells all that differs at once
         self.check_same_data(state_dict)

@@ -13,13 +13,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch.utils.data import Dataset
 
-from gdtrain.data.arrays import read_npy
 from gdtrain.data.dataset import FetchedData, check_dataset
+from gdtrain.data.files import read_libsvm, read_npy
 from gdtrain.data.frames import check_aligned, feature_names, features
-from gdtrain.data.libsvm import read_libsvm
-from gdtrain.data.loader import IndexLoader
+from gdtrain.data.loader import IndexLoader, PairLoader
 from gdtrain.data.module import DataModule, whole_or
-from gdtrain.data.pairs import PairLoader
 from gdtrain.data.prepared import Raw
 from gdtrain.data.reading import existing
 from gdtrain.data.sources import (
@@ -37,6 +35,7 @@ from gdtrain.data.targets import Task, check_task
 __all__ = [
     "ArrayDataModule",
     "CSVDataModule",
+    "DataModule",
     "DatasetDataModule",
     "EmbeddedDataModule",
     "LIBSVMDataModule",
@@ -60,11 +59,8 @@ class EmbeddedDataModule(DataModule):
     | diabetes | 442 | 10 | a number |
 
     Args:
-        name: Which.
+        name: Which; a ValueError if it is none of these.
         **options: As for `DataModule`.
-
-    Raises:
-        ValueError: Unknown name.
 
     Example:
         >>> data = EmbeddedDataModule("digits")
@@ -152,8 +148,7 @@ class ArrayDataModule(DataModule):
         ValueError: The arrays are not of these shapes; later, sparse inputs are to be standardised.
 
     Example:
-        >>> import numpy as np
-        >>> data = ArrayDataModule(np.random.rand(50, 2), np.arange(50) % 3)
+        >>> data = ArrayDataModule(torch.rand(50, 2), torch.arange(50) % 3)
         >>> data.setup()
         >>> data.num_classes
         3
@@ -197,18 +192,13 @@ class NPYDataModule(DataModule):
         **options: As for `DataModule`.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: The file holds no such array.
 
     Example:
-        >>> import numpy as np
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.save(Path(folder) / "table.npy", np.random.rand(20, 3))
-        ...     data = NPYDataModule(Path(folder) / "table.npy", batch_size=4)
-        ...     data.setup()
-        >>> data.input_shape, data.num_classes
-        ((2,), None)
+        >>> NPYDataModule("table.npy", batch_size=4)
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no file table.npy. Set data.path to one that exists.
     """
 
     def __init__(
@@ -242,7 +232,7 @@ class NPYDataModule(DataModule):
 
 
 class CSVDataModule(DataModule):
-    r"""A CSV file with a header; numeric features and one target column.
+    """A CSV file with a header; numeric features and one target column.
 
     What is read as a table is written at `gdtrain.data.tables.Table`. Booleans are taken as 0 and
     1. A first column without a name, as R and pandas write for the rows, is left out.
@@ -257,18 +247,13 @@ class CSVDataModule(DataModule):
         **options: As for `DataModule`.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: No such column, rows of several lengths, text in a feature, or missing values.
 
     Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "table.csv"
-        ...     _ = path.write_text("a,b,kind\n" + "1,2,yes\n3,4,no\n" * 10)
-        ...     data = CSVDataModule(path, target="kind", batch_size=4)
-        ...     data.setup()
-        >>> data.preprocessing.classes
-        ['no', 'yes']
+        >>> CSVDataModule("table.csv", target="price", batch_size=4)
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no file table.csv. Set data.path to one that exists.
     """
 
     def __init__(
@@ -299,7 +284,7 @@ class CSVDataModule(DataModule):
 
 
 class LIBSVMDataModule(DataModule):
-    r"""A LIBSVM (svmlight) file, plain or compressed; held as a dense or a sparse array.
+    """A LIBSVM (svmlight) file, plain or compressed; held as a dense or a sparse array.
 
     Features are divided by their standard deviation and centred like others; pass
     `standardize=False` for one-hot data such as a9a, which then stays sparse.
@@ -314,19 +299,14 @@ class LIBSVMDataModule(DataModule):
         **options: As for `DataModule`.
 
     Raises:
-        FileNotFoundError: There is no such file.
         ValueError: The file cannot be read, would take more than 8 GB as a dense array, or is to
             be sparse and standardised.
 
     Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "table.svm"
-        ...     _ = path.write_text("+1 1:0.5 3:2\n-1 2:1\n" * 10)
-        ...     data = LIBSVMDataModule(path, batch_size=4)
-        ...     data.setup()
-        >>> data.input_shape, data.preprocessing.classes
-        ((3,), [-1.0, 1.0])
+        >>> LIBSVMDataModule("a9a.svm", standardize=False)
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: There is no file a9a.svm. Set data.path to one that exists.
     """
 
     def __init__(
@@ -437,18 +417,11 @@ class DatasetDataModule(DataModule):
         ValueError: An argument is out of range; later, examples that cannot be used.
 
     Example:
-        >>> class Squares(Dataset):
-        ...     def __len__(self):
-        ...         return 100
-        ...     def __getitem__(self, i):
-        ...         return torch.tensor([i / 100]), (i / 100) ** 2
-        >>> data = DatasetDataModule(Squares(), batch_size=10)
+        >>> squares = [(i / 100, (i / 100) ** 2) for i in range(100)]
+        >>> data = DatasetDataModule(squares, batch_size=10)
         >>> data.setup()
         >>> data.num_train, data.input_shape, data.num_classes
         (100, (1,), None)
-        >>> inputs, targets = next(iter(data.train_dataloader()))
-        >>> inputs.shape, targets.shape
-        (torch.Size([10, 1]), torch.Size([10]))
     """
 
     def __init__(
@@ -472,32 +445,20 @@ class DatasetDataModule(DataModule):
                 "standardize_targets must be false: scale them in its transform, or put them into "
                 "an ArrayDataModule."
             )
-        check_task(task)
         self._sets = {"train": check_dataset(train, "train")}
         for name, dataset in (("val", val), ("test", test)):
             if dataset is not None:
                 self._sets[name] = check_dataset(dataset, name)
         self._given_classes: int | None = whole_or("num_classes", num_classes, 2, None)
         self.num_workers: int | Literal["auto"] = whole_or("num_workers", num_workers, 0, "auto")
-        self._task = task
+        self._task = check_task(task)
 
     def load(self) -> Raw:
-        """Not for a Dataset, whose examples are fetched when they are needed.
-
-        Raises:
-            NotImplementedError: Always.
-        """
+        """Not for a Dataset, whose examples are fetched when they are needed."""
         raise NotImplementedError("The examples of a Dataset are fetched one by one.")
 
     def setup(self, stage: str | None = None) -> None:
-        """Split, look at a few examples, count the classes; once, whatever the stage.
-
-        Args:
-            stage: Lightning's; not used.
-
-        Raises:
-            ValueError: The examples cannot be used, or not be split as asked.
-        """
+        """Split, look at a few examples, count the classes; once, whatever the stage."""
         if self._prepared is None:
             super().setup(stage)
             _log.info(self.prepared.how_fetched(self.examples_per_update))
@@ -542,10 +503,6 @@ class DatasetDataModule(DataModule):
         return self.prepared.train_loader(plan, pin_memory=cuda)
 
     def teardown(self, stage: str) -> None:
-        """End the worker processes.
-
-        Args:
-            stage: Lightning's; not used.
-        """
+        """End the worker processes."""
         if self._prepared is not None:
             self.prepared.close()

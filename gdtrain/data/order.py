@@ -25,23 +25,11 @@ _ROUNDS = 6
 
 
 class Order:
-    """A random permutation of 0 … N−1, equal for equal seeds.
+    """A random permutation of 0 … N−1, 1 ≤ N ≤ 2^60, equal for equal seeds.
 
-    Args:
-        count: N, range [1, 2^60].
-        seed: Of `numpy.random.default_rng`.
-
-    Example:
-        >>> order = Order(5, seed=(0, 1))
-        >>> order(0, 5).tolist(), order(3, 2).tolist()
-        ([1, 4, 3, 0, 2], [0, 2])
-        >>> sorted(Order(100_000, seed=7)(0, 100_000).tolist()) == list(range(100_000))
-        True
-
-    References:
-        Luby and Rackoff, How to construct pseudorandom permutations from pseudorandom functions,
-        SIAM Journal on Computing, 1988.
-        Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002 (cycle walking).
+    Luby and Rackoff, How to construct pseudorandom permutations from pseudorandom functions, SIAM
+    Journal on Computing, 1988; Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA
+    2002 (cycle walking).
     """
 
     def __init__(self, count: int, seed: int | tuple[int, ...]) -> None:
@@ -57,15 +45,7 @@ class Order:
         self._keys = generator.integers(2**32, size=_ROUNDS, dtype=np.uint32)
 
     def __call__(self, first: int, count: int) -> NDArray[np.int64]:
-        """The numbers at positions first … first + count − 1.
-
-        Args:
-            first: Range [0, N).
-            count: Range [0, N − first].
-
-        Returns:
-            (count,).
-        """
+        """The numbers at positions first … first + count − 1, all of them below N."""
         if self._table is not None:
             return self._table[first : first + count]
         made = np.arange(first, first + count)
@@ -97,14 +77,7 @@ class Order:
 class Draws:
     """Independent draws from 0 … N−1, equal for equal seeds; any part can be had without the rest.
 
-    Args:
-        count: N, range [1, 2^60].
-        seed: Of `numpy.random.default_rng`, and a number for each block of draws.
-
-    Example:
-        >>> draws = Draws(5, seed=(0, 1))
-        >>> draws(0, 4).tolist(), draws(2, 2).tolist()
-        ([2, 4, 4, 2], [4, 2])
+    Each block of 65,536 has a generator of its own.
     """
 
     def __init__(self, count: int, seed: tuple[int, ...]) -> None:
@@ -112,15 +85,7 @@ class Draws:
         self._kept: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))
 
     def __call__(self, first: int, count: int) -> NDArray[np.int64]:
-        """The draws at positions first … first + count − 1.
-
-        Args:
-            first: Range [0, ∞).
-            count: Range [0, ∞).
-
-        Returns:
-            (count,).
-        """
+        """The draws at positions first … first + count − 1, of which there is no end."""
         blocks = [self._block(b) for b in range(first // _TABLE, -(-(first + count) // _TABLE))]
         start = first % _TABLE
         return np.concatenate([*blocks, np.empty(0, np.int64)])[start : start + count]

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gdtrain.data.frames import check_features, check_whole
 from gdtrain.data.loader import EvaluationLoader
 from gdtrain.data.mapped import MappedInputs
-from gdtrain.data.preprocessing import Preprocessing, check_features, check_whole
+from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.targets import Decision, Task, decide
 from gdtrain.ranges import Interval
@@ -31,6 +33,7 @@ __all__ = ["PreparedData", "Raw", "prepare"]
 
 _PARTS = ("train", "val", "test")
 
+Inputs = Tensor | MappedInputs | SparseInputs
 Part = Literal["train", "val", "test"]
 
 
@@ -48,8 +51,6 @@ class Raw:
 
     Example:
         >>> raw = Raw(np.zeros((4, 2)), np.array([0, 1, 0, 1]), "classification")
-        >>> raw.inputs.shape
-        (4, 2)
     """
 
     inputs: Any
@@ -61,19 +62,14 @@ class Raw:
 
 
 class _Split(Mapping[str, NDArray[np.int64]]):
-    """Which examples each part has: kept in a byte for each example; in none without a split."""
+    """Which examples each part has: kept in a byte for each example."""
 
     def __init__(self, parts: Mapping[str, NDArray[np.int64]]) -> None:
-        self._size = sum(map(len, parts.values()))
-        self._part_of: NDArray[np.uint8] | None = None
-        if len(parts["train"]) < self._size:
-            self._part_of = np.zeros(self._size, np.uint8)
-            for code, name in enumerate(_PARTS):
-                self._part_of[parts[name]] = code
+        self._part_of = np.zeros(sum(map(len, parts.values())), np.uint8)
+        for code, name in enumerate(_PARTS):
+            self._part_of[parts[name]] = code
 
     def __getitem__(self, name: str) -> NDArray[np.int64]:
-        if self._part_of is None:
-            return np.arange({"train": self._size, "val": 0, "test": 0}[name])
         return np.flatnonzero(self._part_of == _PARTS.index(name))
 
     def __iter__(self) -> Iterator[str]:
@@ -101,44 +97,32 @@ class PreparedData:
 
     def __init__(
         self,
-        parts: Mapping[str, tuple[Tensor | MappedInputs | SparseInputs, Tensor]],
+        parts: Mapping[str, tuple[Inputs, Tensor]],
         split: Mapping[str, NDArray[np.int64]],
         preprocessing: Preprocessing,
         target_said: str = "",
     ) -> None:
         self._parts, self.preprocessing, self.target_said = parts, preprocessing, target_said
         self.split = split
-        self._split_fingerprint: str | None = None
 
-    @property
+    @cached_property
     def split_fingerprint(self) -> str:
         """Twelve hexadecimal digits of the split's SHA-256: equal for equal splits."""
-        if self._split_fingerprint is None:
-            digest = hashlib.sha256()
-            for name, rows in sorted(self.split.items()):
-                digest.update(name.encode())
-                digest.update(np.ascontiguousarray(rows, dtype="<i8").data)
-            self._split_fingerprint = digest.hexdigest()[:12]
-        return self._split_fingerprint
+        digest = hashlib.sha256()
+        for name, rows in sorted(self.split.items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(rows, dtype="<i8").data)
+        return digest.hexdigest()[:12]
 
-    def examples(self, part: Part) -> tuple[Tensor | MappedInputs | SparseInputs, Tensor]:
-        """Inputs and targets of one part, standardised.
+    def examples(self, part: Part) -> tuple[Inputs, Tensor]:
+        """Inputs (N, …) and targets (N,) or (N, K) of one part, standardised, on the CPU.
 
-        Args:
-            part: "train", "val" or "test".
-
-        Returns:
-            (N, …) and (N,) or (N, K); on CPU. Inputs that are mapped from a file stay there,
-            and sparse ones stay sparse.
+        Inputs that are mapped from a file stay there, and sparse ones stay sparse.
         """
         return self._parts[part]
 
     def count(self, part: Part) -> int:
-        """Number of examples of one part.
-
-        Args:
-            part: "train", "val" or "test".
-        """
+        """Number of examples of one part."""
         return len(self._parts[part][0])
 
     @property
@@ -154,7 +138,7 @@ class PreparedData:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example."""
-        return tuple(self._parts["train"][0].shape[1:])
+        return tuple(self.preprocessing.input_shape or ())
 
     @property
     def num_classes(self) -> int | None:
@@ -171,16 +155,9 @@ class PreparedData:
     def evaluation_loader(
         self, part: Part, rank: int = 0, ranks: int = 1, batch_size: int = 1024
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """All examples of one part, in their order.
+        """All examples of one part, in order, as pairs of at most so many; none of an empty part.
 
-        Args:
-            part: "train", "val" or "test".
-            rank: Of this process, which gets its part of them.
-            ranks: Number of processes.
-            batch_size: Examples in one pair, at most, range [1, ∞).
-
-        Returns:
-            Pairs of inputs and targets; empty for an empty part.
+        Each of several processes (`rank` of `ranks`) gets its share of them.
         """
         if not self.count(part):
             return []
@@ -215,14 +192,7 @@ class PreparedData:
         }
 
     def check_same_data(self, state_dict: dict[str, Any]) -> None:
-        """Raise if the split or the preprocessing is not that of a checkpoint.
-
-        Args:
-            state_dict: What `state_dict` returned.
-
-        Raises:
-            ValueError: It is another.
-        """
+        """Raise ValueError if the split or the preprocessing is not that of a checkpoint."""
         if state_dict["split_fingerprint"] != self.split_fingerprint:
             raise ValueError(
                 "The checkpoint was trained on another split of the data: use the same data, "
@@ -255,18 +225,8 @@ def prepare(
 ) -> PreparedData:
     """Decide what the targets are, split, and standardise with the statistics of the training part.
 
-    Args:
-        raw: The examples.
-        val_fraction: As for `DataModule`, and so the following.
-        test_fraction: Share of all examples, or count.
-        standardize: Whether to standardise features.
-        standardize_targets: Whether to standardise the targets of a regression.
-        split_seed: Of the split.
-        dtype: Of the tensors: torch.float32 or torch.float64.
-        loss: That is trained on them, and says what the targets are where `raw.task` does not.
-
-    Returns:
-        The tensors, with what has made them.
+    The options are those of `DataModule`; `dtype` is torch.float32 or torch.float64, and `loss`,
+    which is trained on them, says what the targets are where `raw.task` does not.
 
     Raises:
         ValueError: The data cannot be split or standardised as asked.
@@ -299,13 +259,10 @@ def prepare(
         first_feature=raw.first_feature,
     )
 
-    def part(
-        x: Any, y: Any, rows: NDArray[np.int64]
-    ) -> tuple[Tensor | MappedInputs | SparseInputs, Tensor]:
-        mapped = isinstance(x, np.memmap)
+    def part(x: Any, y: Any, rows: NDArray[np.int64]) -> tuple[Inputs, Tensor]:
         inputs = (
             MappedInputs(x, rows, preprocessing, dtype)
-            if mapped
+            if isinstance(x, np.memmap)
             else preprocessing.inputs(x, dtype, rows)
         )
         return inputs, preprocessing.targets(y if len(rows) == x.shape[0] else y[rows], dtype)

@@ -6,28 +6,22 @@ N examples, D features. Statistics come from the training part only.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain._compat.numpy_memmap import file_map
+from gdtrain.data.frames import CHUNK, check_features, give_back
 from gdtrain.data.sparse import SparseInputs, check_entries, is_sparse
-from gdtrain.data.target_values import check_numbers, label_array, read
-from gdtrain.data.targets import class_numbers
+from gdtrain.data.targets import check_numbers, class_numbers, label_array, read
 
 __all__ = ["Preprocessing"]
 
-_PLAIN = ("classes", "feature_names", "input_shape", "first_feature")
-_CHUNK = 32 * 2**20  # bytes of raw features that are looked at together
 _HALF = (torch.bfloat16, torch.float16)  # NumPy has no bfloat16
-_EXACT = 2**53  # up to which float64 has all whole numbers
-_BLUR = 1e-6  # of the range of a column, that rounding to float64 may cost
 
 
 @dataclass
@@ -80,24 +74,18 @@ class Preprocessing:
         rows: NDArray[np.int64] | None = None,
         first_feature: int | None = None,
     ) -> Preprocessing:
-        """Learn the statistics of a training set.
+        """Learn the statistics of a training set: some rows of it, or all.
 
         Args:
             inputs: (N, D), or images (N, C, H, W); may be memory-mapped, or of `scipy.sparse`.
             targets: (N,) or (N, K).
             classify: Whether the targets are classes.
-            classes: All labels; those in `targets` if None.
-            standardize: Whether to standardise features.
+            classes: All labels; None: those in `targets`.
+            standardize: Whether to standardise features; sparse ones cannot be.
             standardize_targets: Whether to standardise the targets of a regression.
-            feature_names: Names of the D columns.
+            feature_names: As for the class, and so is `first_feature`.
             rows: The examples to learn from; None: all.
-            first_feature: As for the class.
-
-        Returns:
-            The transformation.
-
-        Raises:
-            ValueError: Sparse features are to be standardised, or statistics are not finite.
+            first_feature: From which number a LIBSVM file counted.
         """
         made = cls(
             feature_names=feature_names,
@@ -111,49 +99,30 @@ class Preprocessing:
                 "it, or dense inputs (inputs.toarray())."
             )
         if standardize:
-            mean, scale = _moments(inputs, rows)
-            made.mean, made.scale = mean, _nonzero(scale, mean)
-            _check_finite("features", mean, scale)
+            made.mean, made.scale = _statistics("features", inputs, rows)
         if classify:
             targets = targets if rows is None else targets[rows]
             made.classes = classes if classes is not None else np.unique(targets).tolist()
         elif standardize_targets:
-            target_mean, target_scale = _moments(targets.reshape(len(targets), -1), rows)
-            _check_finite("targets", target_mean, target_scale)
-            made.target_mean = target_mean
-            made.target_scale = _nonzero(target_scale, target_mean)
+            columns = targets.reshape(len(targets), -1)
+            made.target_mean, made.target_scale = _statistics("targets", columns, rows)
         return made
-
-    @overload
-    def inputs(
-        self, raw: NDArray[Any], dtype: torch.dtype = ..., rows: NDArray[np.int64] | None = ...
-    ) -> Tensor: ...
-
-    @overload
-    def inputs(
-        self, raw: Any, dtype: torch.dtype = ..., rows: NDArray[np.int64] | None = ...
-    ) -> Tensor | SparseInputs: ...
 
     def inputs(
         self, raw: Any, dtype: torch.dtype = torch.float32, rows: NDArray[np.int64] | None = None
-    ) -> Tensor | SparseInputs:
-        """Raw features, (N, D) or (N, C, H, W), as a standardised tensor.
+    ) -> Any:
+        """Raw features, (N, D) or (N, C, H, W), as a standardised tensor, or as `SparseInputs`.
 
-        Args:
-            raw: Numbers, finite. Images may be flat, (N, C·H·W). What is of `scipy.sparse` stays
-                sparse, unless it is to be standardised or reshaped.
-            dtype: Of the result.
-            rows: Which of them; None: all.
-
-        Raises:
-            ValueError: Another shape than in training, or values that are not finite.
+        Images may be flat, (N, C·H·W). What is of `scipy.sparse` stays sparse, unless it is to be
+        standardised or reshaped. `rows`: which of them; None: all. Raises ValueError on another
+        shape than in training, and on values that are not finite.
         """
         shape = tuple(self.input_shape or raw.shape[1:])
-        if is_sparse(raw) and self.mean is None and raw.shape[1:] == shape:
-            kept = SparseInputs.from_scipy(raw, rows, dtype)
-            check_entries(kept, self.feature_names)
-            return kept if kept.dtype == dtype else kept.to("cpu", dtype)
         if is_sparse(raw):
+            if self.mean is None and raw.shape[1:] == shape:
+                kept = SparseInputs.from_scipy(raw, rows, dtype)
+                check_entries(kept, self.feature_names)
+                return kept if kept.dtype == dtype else kept.to("cpu", dtype)
             raw, rows = (raw if rows is None else raw[rows]).toarray(), None
         if raw.ndim == 2 and raw.shape[1] == math.prod(shape):
             raw = raw.reshape(-1, *shape)
@@ -170,7 +139,7 @@ class Preprocessing:
         # By chunks: what is needed beside the result does not grow with N.
         count = len(raw) if rows is None else len(rows)
         x = np.empty((count, *shape), number)
-        size = max(1, _CHUNK // max(math.prod(shape) * number.itemsize, 1))
+        size = max(1, CHUNK // max(math.prod(shape) * number.itemsize, 1))
         for first in range(0, count, size):
             part = slice(first, min(first + size, count))
             taken = np.asarray(raw[part if rows is None else rows[part]])
@@ -187,12 +156,8 @@ class Preprocessing:
     def targets(self, raw: Any, dtype: torch.dtype = torch.float32) -> Tensor:
         """Raw targets as class numbers (N,), int64, or as standardised numbers (N,) or (N, K).
 
-        Args:
-            raw: Labels or numbers, in whatever `gdtrain.data.targets.decide` takes.
-            dtype: Of numbers.
-
-        Raises:
-            ValueError: A label that training did not have, or a number that is not finite.
+        They come in whatever `gdtrain.data.targets.decide` takes. Raises ValueError on a label that
+        training did not have, and on a number that is not finite.
         """
         if self.classes is not None:
             return torch.from_numpy(class_numbers(raw, self.classes))
@@ -219,11 +184,7 @@ class Preprocessing:
     def answers(self, decided: Tensor) -> NDArray[Any]:
         """Class numbers as labels, standardised numbers in the units of the target.
 
-        Args:
-            decided: (N,) classes, or (N, K) numbers, from `Loss.decide`.
-
-        Returns:
-            (N,) labels, or (N, K) numbers, (N,) if K = 1.
+        `decided`: (N,) or (N, K), from `Loss.decide`; numbers of one column are answered as (N,).
         """
         decided = decided.detach().cpu()
         if self.classes is not None:
@@ -236,21 +197,16 @@ class Preprocessing:
 
     def state_dict(self) -> dict[str, Any]:
         """As plain containers and tensors, for a checkpoint."""
-        arrays = {
-            name: None if value is None else torch.from_numpy(np.ascontiguousarray(value))
-            for name in ("mean", "scale", "target_mean", "target_scale")
-            for value in [getattr(self, name)]
+        return {
+            name: torch.from_numpy(np.ascontiguousarray(value))
+            if isinstance(value, np.ndarray)
+            else value
+            for name, value in vars(self).items()
         }
-        lists = {name: getattr(self, name) for name in _PLAIN}
-        return {**arrays, **lists}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Preprocessing:
-        """The inverse of `state_dict`.
-
-        Args:
-            state: What `state_dict` returned.
-        """
+        """The inverse of `state_dict`."""
         plain: dict[str, Any] = {
             name: value.numpy() if isinstance(value, Tensor) else value
             for name, value in state.items()
@@ -263,73 +219,15 @@ def _is_shareable(array: NDArray[Any]) -> bool:
     return array.flags.c_contiguous and array.flags.writeable and array.dtype.isnative
 
 
-def check_features(x: Any, feature_names: list[str] | None = None, number: int = 0) -> None:
-    """Raise, with its place, on a feature that is not finite.
-
-    Args:
-        x: (N, D) or (N, C, H, W), or CSR of `scipy.sparse`.
-        feature_names: Names of the D columns.
-        number: Of the first example, for the message.
-
-    Raises:
-        ValueError: There is one.
-    """
-    if is_sparse(x):
-        check_entries(x, feature_names)
-        return
-    if x.dtype.kind in "iu" and x.dtype.itemsize == 8 and x.ndim == 2:
-        check_whole(x, feature_names)
-    if x.dtype.kind != "f" or not len(x):
-        return
-    size = max(1, _CHUNK // max(x[0].nbytes, 1))
-    for first in range(0, len(x), size):
-        finite = np.isfinite(x[first : first + size])
-        give_back(x)
-        if not finite.all():  # places are looked for only then: that takes 60 times as long
-            index = np.argwhere(~finite)[0].tolist()
-            place = (first + index[0], *index[1:])
-            break
-    else:
-        return
-    feature = place[1] if len(place) == 2 else place[1:]
-    name = feature_names[place[1]] if feature_names else feature
-    raise ValueError(
-        f"Features must be finite numbers. Received: {x[place]} in example {number + place[0]} "
-        f"(counted from 0), feature {name}. Fill in or drop missing values first."
-    )
-
-
-def check_whole(x: NDArray[Any], names: list[str] | None = None) -> None:
-    """Raise on whole numbers that float64, in which all is computed, cannot tell apart.
-
-    Args:
-        x: (N, D), of 64 bits.
-        names: Of the D columns.
-
-    Raises:
-        ValueError: Rounding would cost more than a millionth of the range of a column.
-    """
-    low, high = (f(axis=0).tolist() for f in (x.min, x.max))
-    give_back(x)
-    for k, (least, most) in enumerate(zip(low, high, strict=True)):
-        size = max(abs(least), abs(most))
-        if size > _EXACT and 0 < most - least < np.spacing(float(size)) / _BLUR:
-            name = names[k] if names else k
-            raise ValueError(
-                f"Whole numbers above 2^53 lose digits in float64. Received: {least} … {most} in "
-                f"column {name}. Subtract a whole number first, such as the smallest."
-            )
-
-
-def give_back(array: NDArray[Any]) -> None:
-    """Tell the system that the pages of a memory-mapped file need not stay in memory.
-
-    Args:
-        array: Mapped, or not: then nothing happens.
-    """
-    mapped = file_map(array)
-    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        mapped.madvise(mmap.MADV_DONTNEED)
+def _statistics(
+    what: str, array: NDArray[Any], rows: NDArray[np.int64] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and scale: 1 where a column is constant (to the rounding of its own numbers)."""
+    mean, deviation = _moments(array, rows)
+    if not (np.isfinite(mean).all() and np.isfinite(deviation).all()):
+        raise ValueError(f"The {what} are too large to be standardised in float64: rescale them.")
+    varies = deviation > 4 * np.finfo(np.float64).eps * np.abs(mean)
+    return mean, np.where(varies, deviation, 1.0)
 
 
 def _moments(
@@ -341,7 +239,7 @@ def _moments(
     """
     axes = (0, *range(2, inputs.ndim))
     rows = np.arange(len(inputs)) if rows is None else rows
-    size = max(1, _CHUNK // max(inputs[0].nbytes, 1))
+    size = max(1, CHUNK // max(inputs[0].nbytes, 1))
 
     def total(f: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[np.float64]:
         sums = 0.0
@@ -361,13 +259,3 @@ def _moments(
     unit = total(lambda part: np.abs(part - mean))
     unit = np.where(unit > 0, unit, 1.0)
     return mean, unit * np.sqrt(total(lambda part: ((part - mean) / unit) ** 2))
-
-
-def _check_finite(what: str, mean: NDArray[Any], scale: NDArray[Any]) -> None:
-    if not (np.isfinite(mean).all() and np.isfinite(scale).all()):
-        raise ValueError(f"The {what} are too large to be standardised in float64: rescale them.")
-
-
-def _nonzero(scale: NDArray[Any], mean: NDArray[Any]) -> NDArray[Any]:
-    """The scale, 1 where a column is constant (to the rounding of its own numbers)."""
-    return np.where(scale > 4 * np.finfo(np.float64).eps * np.abs(mean), scale, 1.0)

@@ -45,13 +45,7 @@ def check_name(name: Any, known: Any) -> None:
 
 
 def embedded(name: Embedded) -> Raw:
-    """A data set that comes inside scikit-learn: nothing is downloaded.
-
-    Args:
-        name: Which; `EmbeddedDataModule` lists them.
-
-    Raises:
-        ValueError: Unknown name.
+    """A data set that comes inside scikit-learn; `EmbeddedDataModule` lists them.
 
     Example:
         >>> embedded("digits").inputs.shape
@@ -78,18 +72,10 @@ def synthetic(
 ) -> tuple[Raw, NDArray[np.float64], float]:
     """Linear regression with a known answer: y = X w* + b* + noise.
 
-    Args:
-        num_examples: As for `SyntheticDataModule`, and so the following.
-        num_features: D.
-        noise: Standard deviation of the noise.
-        condition: Condition number of the covariance.
-        seed: Of X, w* and the noise.
+    The arguments are those of `SyntheticDataModule` (`seed`: its `data_seed`).
 
     Returns:
         The examples, w* (D,) and b*.
-
-    Raises:
-        ValueError: An argument is out of range.
 
     Example:
         >>> raw, weights, bias = synthetic(200, 5)
@@ -123,10 +109,7 @@ def torchvision_images(
 ) -> Raw:
     """MNIST, Fashion-MNIST or CIFAR-10, with torchvision's own test set.
 
-    Args:
-        name: As for `TorchvisionDataModule`, and so the following.
-        root: Folder of the files.
-        download: Whether to fetch what is missing.
+    The arguments are those of `TorchvisionDataModule`.
 
     Raises:
         ValueError: Unknown name, or damaged files.
@@ -149,43 +132,30 @@ def _read(name: str, root: Path, train: bool, download: bool) -> tuple[NDArray[A
 
     kind, folder, files = _TORCHVISION[name]
     cls = getattr(datasets, kind)
-    for packed in (root / cls.__name__ / "raw").glob("*-ubyte.gz"):
+    for packed in (root / kind / "raw").glob("*-ubyte.gz"):
         if not packed.with_suffix("").exists():
             datasets.utils.extract_archive(str(packed), str(packed.parent))
-    noise = io.StringIO()  # torchvision prints while it downloads
     try:
         dataset = cls(root=root, train=train, download=False)
     except (RuntimeError, ValueError, AssertionError) as error:
         if not str(error).startswith("Dataset not found"):
             raise ValueError(f"The files of {name} in {root} could not be read: {error}") from None
-        problem = "download is off"
+        made = [path for path in (root, *root.parents) if not path.exists()]
+        noise = io.StringIO()  # torchvision prints while it downloads
         try:
             if not download:
-                raise OSError(problem) from None
-            made = [path for path in (root, *root.parents) if not path.exists()]
+                raise OSError("download is off") from None
             with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
                 dataset = cls(root=root, train=train, download=True)
         except (OSError, RuntimeError) as error:
-            problem = " ".join(str(error).split()) or type(error).__name__
-            if download:
-                _remove_empty(root, made)
+            for path in (root / kind / "raw", root / kind, *made) if download else ():
+                with contextlib.suppress(OSError):  # only if it is there and empty
+                    path.rmdir()
             raise FileNotFoundError(
                 f"The files of {name} are not in {root} and could not be fetched "
-                f"({problem}). Put {files} into "
-                f"{root / folder}/, or set data.root to the folder that "
-                f"has them."
+                f"({' '.join(str(error).split()) or type(error).__name__}). Put {files} into "
+                f"{root / folder}/, or set data.root to the folder that has them."
             ) from None
     images = np.asarray(dataset.data)
     images = images[:, None] if images.ndim == 3 else images.transpose(0, 3, 1, 2)
     return images, np.asarray(dataset.targets)
-
-
-def _remove_empty(root: Path, made: list[Path]) -> None:
-    """Take away the empty folders that a failed download has left."""
-    for path in (root / "MNIST" / "raw", root / "FashionMNIST" / "raw"):
-        for folder in (path, path.parent):
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-    for folder in made:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()

@@ -14,50 +14,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["SparseInputs", "is_sparse", "rows_of"]
+__all__ = ["ARRAYS", "SparseInputs", "check_entries", "is_sparse", "rows_of"]
+
+# The values of each format and its indices, as SciPy's constructors take them.
+ARRAYS = {
+    "csr": ("data", "indices", "indptr"),
+    "csc": ("data", "indices", "indptr"),
+    "bsr": ("data", "indices", "indptr"),
+    "coo": ("data", "row", "col"),
+    "dia": ("data", "offsets"),
+}
 
 _MOST_FEATURES = 2**31 - 1  # columns are kept as int32
 _DENSE_BYTES = 64 * 2**20  # of rows that are made dense together, where nobody says how many
 
 
 def is_sparse(x: Any) -> bool:
-    """Whether this is a matrix or array of `scipy.sparse`.
-
-    Args:
-        x: Anything.
-
-    Example:
-        >>> from scipy.sparse import coo_array
-        >>> is_sparse(coo_array([[0, 1]])), is_sparse(np.eye(2))
-        (True, False)
-    """
+    """Whether this is a matrix or array of `scipy.sparse`."""
     scipy_sparse = sys.modules.get("scipy.sparse")  # imported, if anybody has made one
     return scipy_sparse is not None and bool(scipy_sparse.issparse(x))
 
 
 def rows_of(matrix: Any) -> Any:
-    """A sparse matrix as compressed rows, once its indices are known to lie in it.
+    """A matrix (N, D) of `scipy.sparse` as CSR, once its indices are known to lie in it.
 
     SciPy's own conversions, and our kernels, read where the indices say.
-
-    Args:
-        matrix: (N, D), of `scipy.sparse`, in any format; not changed.
-
-    Returns:
-        CSR; the matrix itself if it is.
-
-    Raises:
-        ValueError: An index is out of range, or the arrays do not belong together.
-
-    Example:
-        >>> from scipy.sparse import coo_array
-        >>> rows_of(coo_array([[0, 1]])).format
-        'csr'
     """
     try:
         _check_structure(matrix)
         made = matrix if matrix.format == "csr" else matrix.tocsr()
-        if matrix.format not in ("csr", "csc", "coo", "bsr", "dia"):
+        if matrix.format not in ARRAYS:
             _check_structure(made)
     except (ValueError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ValueError(
@@ -76,14 +62,7 @@ def _check_structure(matrix: Any) -> None:
     if matrix.ndim != 2 or min(matrix.shape) < 0:
         raise ValueError("not two axes")
     kind = matrix.format
-    indices = {
-        "csr": ("indices", "indptr"),
-        "csc": ("indices", "indptr"),
-        "bsr": ("indices", "indptr"),
-        "coo": ("row", "col"),
-        "dia": ("offsets",),
-    }
-    for name in indices.get(kind, ()):
+    for name in ARRAYS.get(kind, ())[1:]:
         found = getattr(matrix, name)
         if found.dtype.kind not in "iu" or found.ndim != 1:
             raise ValueError(f"{name} are not whole numbers")
@@ -162,12 +141,6 @@ class SparseInputs:
             matrix: (N, D), of `scipy.sparse`, in any format.
             rows: Which of its rows, in which order; None: all.
             dtype: Of the values: torch.float32 or torch.float64.
-
-        Returns:
-            The rows.
-
-        Raises:
-            ValueError: An index is out of range.
         """
         from scipy.sparse import csr_array
 
@@ -217,24 +190,16 @@ class SparseInputs:
         return max(1, _DENSE_BYTES // max(1, self.num_features * self.dtype.itemsize))
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """The rows in their order, as dense pieces (like `torch.Tensor.split`, one at a time).
-
-        Args:
-            size: Rows in each but the last, range [1, ∞); `rows_at_once` if that is less.
-        """
+        """The rows in their order, as dense pieces of `size` rows (of `rows_at_once`, if less)."""
         size = min(size, self.rows_at_once)
         for first in range(0, len(self), size):
             yield self[first : first + size]
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SparseInputs:
-        """The same rows, as tensors elsewhere or of another type.
+        """The same rows, as tensors elsewhere or of another type (None: as they are).
 
         The values themselves become float32 or float64 where that is the type, so that an engine
         on the arrays computes in it.
-
-        Args:
-            device: Of the tensors.
-            dtype: Of the tensors; None: as they are.
         """
         dtype = self.dtype if dtype is None else dtype
         own = {torch.float32: np.float32, torch.float64: np.float64}.get(dtype, self.values.dtype)
@@ -249,22 +214,13 @@ class SparseInputs:
 
 
 def check_entries(matrix: Any, feature_names: list[str] | None = None) -> None:
-    """Raise, with its place, on an entry that is not finite.
-
-    Args:
-        matrix: (N, D), CSR of `scipy.sparse`, or `SparseInputs`.
-        feature_names: Names of the D columns.
-
-    Raises:
-        ValueError: There is one.
-    """
-    own = isinstance(matrix, SparseInputs)
-    values = matrix.values if own else matrix.data
+    """Raise, with its place, on an entry of CSR or of `SparseInputs` that is not finite."""
+    if isinstance(matrix, SparseInputs):
+        values, columns, starts = matrix.values, matrix.columns, matrix.row_starts
+    else:
+        values, columns, starts = matrix.data, matrix.indices, matrix.indptr
     if values.dtype.kind != "f" or np.isfinite(values).all():
         return
-    starts, columns = (
-        (matrix.row_starts, matrix.columns) if own else (matrix.indptr, matrix.indices)
-    )
     entry = int(np.argmin(np.isfinite(values)))
     example = int(np.searchsorted(starts, entry, side="right")) - 1
     column = int(columns[entry])

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import logging
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO
 from zipfile import BadZipFile, ZipFile
@@ -21,19 +19,8 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from gdtrain.data.columns import (
-    Fault,
-    Kind,
-    column_numbers,
-    column_targets,
-    explain,
-    is_number,
-    listed,
-    look_like_values,
-    quoted,
-)
 from gdtrain.data.prepared import Raw
-from gdtrain.data.reading import check_unpacked, existing
+from gdtrain.data.reading import PACKED, check_unpacked, existing, unpacked
 from gdtrain.data.targets import Task, check_task
 
 __all__ = ["Table", "is_table", "read_csv"]
@@ -41,30 +28,32 @@ __all__ = ["Table", "is_table", "read_csv"]
 _log = logging.getLogger("gdtrain")
 
 Header = bool | Literal["auto"]
+Kind = Literal["auto", "labels", "numbers", "text"]
 
 _DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _LONGEST_LINE = 2**24  # characters
 _MOST_BYTES = 8e9  # of the numbers, as a dense array
+_MOST_FAULTS = 10  # columns in a message
+_TARGET = "the target"
+_EXACT = 2**53  # float64 has every whole number up to here
+_MISSING = frozenset(
+    ["", "na", "n/a", "<na>", "nan", "-nan", "nat", "null", "none", "?"]
+    + [f"#{word}" for word in ("n/a", "div/0!", "num!", "value!", "ref!", "name?")]  # Excel's
+)
+_TEXT = "Encode text as numbers."
+_FILL = "Fill in or drop missing values first."
+_PLAIN = "Write numbers with a point and nothing else, as in 1234.5."
 
 
 def is_table(path: Path) -> bool:
-    """Whether a file's name says that it is a table: `.csv` or `.tsv`, plain or compressed.
-
-    Args:
-        path: Of the file.
-
-    Example:
-        >>> is_table(Path("new.CSV")), is_table(Path("new.tsv.gz")), is_table(Path("new.npy"))
-        (True, True, False)
-    """
+    """Whether a file's name says that it is a table: `.csv` or `.tsv`, plain or compressed."""
     return _suffix(path) in (".csv", ".tsv")
 
 
 def _suffix(path: Path) -> str:
     """The suffix in lower case, before that of a compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in (*_OPENERS, ".zip"):
+    if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
 
@@ -120,7 +109,7 @@ class Table:
             # "Unnamed: 0" is what pandas calls a column without a name, and then writes.
             names = [re.sub(r"^Unnamed: \d+$", "", field.strip()) for field in fields]
             known = bool(expected) and set(expected or ()) <= set(names)
-            if header == "auto" and not known and look_like_values(names):
+            if header == "auto" and not known and _look_like_values(names):
                 shown = quoted(self.delimiter.join(fields))
                 raise ValueError(
                     f"{self.path}, line {self._first_line}: expected the columns' names. Received "
@@ -144,12 +133,11 @@ class Table:
                 marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
                 encoding = "utf-16" if raw.peek(2)[:2] in marks else "utf-8-sig"
                 with io.TextIOWrapper(raw, encoding, newline="") as file:
-                    try:
-                        for _ in range(self._skipped_lines):
-                            file.readline()
-                        yield file
-                    except UnicodeDecodeError:
-                        raise ValueError(self._not_text()) from None
+                    for _ in range(self._skipped_lines):
+                        file.readline()
+                    yield file
+        except UnicodeDecodeError:
+            raise ValueError(self._not_text()) from None
         except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, BadZipFile) as error:
             raise ValueError(f"{self.path} could not be read: {error}.") from None
         finally:
@@ -157,33 +145,29 @@ class Table:
 
     @contextmanager
     def _binary(self) -> Iterator[Any]:
-        suffix = self.path.suffix.lower()
-        if suffix == ".zip":
-            with ZipFile(self.path) as archive:
-                names = [n for n in archive.namelist() if not n.startswith("__MACOSX/")]
-                if len(names) != 1:
-                    raise ValueError(
-                        f"{self.path} must hold one file. Received: {len(names)}"
-                        f"{listed(names) and f', {listed(names)}'}."
-                    )
-                with archive.open(names[0]) as file:
-                    yield file
-        else:
-            with _OPENERS.get(suffix, open)(self.path, "rb") as file:
+        if self.path.suffix.lower() != ".zip":
+            with unpacked(self.path) as file:
+                yield file
+            return
+        with ZipFile(self.path) as archive:
+            names = [n for n in archive.namelist() if not n.startswith("__MACOSX/")]
+            if len(names) != 1:
+                raise ValueError(
+                    f"{self.path} must hold one file. Received: {len(names)}"
+                    f"{listed(names) and f', {listed(names)}'}."
+                )
+            with archive.open(names[0]) as file:
                 yield file
 
     def _not_text(self) -> str:
         """Where the first bytes stand that are not of the encoding."""
         where = ""
         with self._binary() as raw:
-            for number in count(1):
-                line = raw.readline(_LONGEST_LINE)
+            for number, line in enumerate(iter(lambda: raw.readline(_LONGEST_LINE), b""), 1):
                 try:
                     line.decode()
                 except UnicodeDecodeError as error:
                     where = f", line {number}: {quoted(bytes(line[error.start :][:20]))}"
-                    break
-                if not line:
                     break
         return (
             f"{self.path} could not be read as CSV: expected text in UTF-8. Received{where}. Save "
@@ -210,9 +194,8 @@ class Table:
         return found
 
     def _lines(self, file: TextIO) -> Iterator[str]:
-        number = self._skipped_lines
-        while line := file.readline(_LONGEST_LINE):
-            number += 1
+        lines = iter(lambda: file.readline(_LONGEST_LINE), "")
+        for number, line in enumerate(lines, self._skipped_lines + 1):
             if len(line) == _LONGEST_LINE:
                 raise ValueError(
                     f"{self.path}, line {number}, has more than {_LONGEST_LINE:,} characters: no "
@@ -276,14 +259,7 @@ class Table:
         return last
 
     def lines(self, rows: Iterable[int]) -> dict[int, tuple[int, list[str]]]:
-        """Where rows stand in the file, and their fields as they are written.
-
-        Args:
-            rows: Their numbers, counted from 0.
-
-        Returns:
-            By row, the line that it begins in and its fields.
-        """
+        """By row, from 0 on, the line that it begins in, and its fields as they are written."""
         wanted = set(rows)
         with self._open() as file:
             records = self._records(file)
@@ -298,11 +274,7 @@ class Table:
         return [name for name in self._columns if name]
 
     def all_names(self) -> list[str]:
-        """Of all columns but a first one without a name, which numbers the rows.
-
-        Raises:
-            ValueError: Another column has values and no name.
-        """
+        """Of all columns but a first one without a name, which numbers the rows."""
         if 0 in self._unnamed:
             _log.info(f"{self.path}: the first column has no name: left out, as names of the rows.")
         unnamed = sorted(self._unnamed - {0})
@@ -332,9 +304,6 @@ class Table:
                 for "labels", but numbers that are written in another way (1,5 or 5 €), or that
                 stand among a few words, are refused.
             advice: What else can be done about features that are no numbers.
-
-        Returns:
-            The features (N, D), and the targets (N,).
 
         Raises:
             ValueError: A column does not exist or stands there twice; or columns have values that
@@ -377,16 +346,16 @@ class Table:
         features = np.empty((self.num_rows, len(names)))
         faults = []
         for i, name in enumerate(names):
-            features[:, i], bad = column_numbers(frame[places[name]])
+            features[:, i], bad = _numbers(frame[places[name]])
             if bad.any():
-                faults.append(Fault(name, int(bad.argmax()), int(bad.sum())))
+                faults.append(("column", name, int(bad.argmax()), int(bad.sum())))
         targets = None
         if target is not None:
-            targets, bad = column_targets(frame[places[target]], kind)
+            targets, bad = _targets(frame[places[target]], kind)
             if bad.any():
-                faults.append(Fault(target, int(bad.argmax()), int(bad.sum()), is_target=True))
+                faults.append((_TARGET, target, int(bad.argmax()), int(bad.sum())))
         if faults:
-            raise ValueError(explain(self.path, self._columns, faults, self.lines, kind, advice))
+            raise ValueError(_explained(self, faults, kind, advice))
         return features, targets
 
     def _places(self, chosen: list[str]) -> dict[str, int]:
@@ -409,6 +378,38 @@ class Table:
         return {name: places[name][0] for name in chosen}
 
 
+def _explained(
+    table: Table, faults: list[tuple[str, str, int, int]], kind: Kind, advice: str
+) -> str:
+    """All bad columns (the target last): which, name, first bad row, how many; and advice."""
+    shown = faults[:_MOST_FAULTS]
+    if faults[-1][0] == _TARGET:
+        shown[-1] = faults[-1]
+    records = table.lines(row for _, _, row, _ in shown)
+    said, remedies = [], []
+    for which, name, row, many in shown:
+        line, fields = records[row]
+        what, remedy = _reason(fields[table._columns.index(name)].strip())
+        if remedy == _TEXT and which != _TARGET:
+            remedy = f"{remedy[:-1]}, or {advice}."
+        elif remedy == _TEXT:
+            labels = "all targets as numbers, or set task=classification to take them as labels"
+            remedy = f"Write {labels if kind == 'auto' else 'targets as numbers'}."
+        remedies.append(remedy)
+        more = f" ({many - 1} more)" if many > 1 else ""
+        said.append(f"{which} {quoted(name)}, line {line}: {what}{more}")
+    if len(faults) > len(shown):
+        said.append(f"and {len(faults) - len(shown)} more columns")
+    return "\n  ".join(
+        [
+            f"{table.path}: expected a value in each row, and features that are finite numbers. "
+            f"Received:",
+            *said,
+            *dict.fromkeys(remedies),
+        ]
+    )
+
+
 def read_csv(
     path: str | Path,
     target: str | None = None,
@@ -417,14 +418,7 @@ def read_csv(
     header: Header = "auto",
     task: Task = "auto",
 ) -> Raw:
-    r"""The examples of a table: numeric features and one target column.
-
-    Args:
-        path: As for `CSVDataModule`, and so the following.
-        target: Name of the target column; None: the last.
-        columns: Names of the feature columns; None: all others.
-        header: Whether the first line holds names.
-        task: "classification", "regression" or "auto".
+    r"""The examples of a table; the arguments are those of `CSVDataModule`.
 
     Example:
         >>> import tempfile
@@ -437,9 +431,8 @@ def read_csv(
     """
     path, task = existing(path), check_task(task)
     target = None if target is None else str(target).strip()
-
     said = [*(columns or []), *([] if target is None else [target])]
-    words = [name for name in said if not is_number(name)]  # a number may be of an example
+    words = [name for name in said if not _is_number(name)]  # a number may be of an example
     table = Table(path, header, expected=words)
     everything = table.all_names() if target is None or columns is None else []
     if target is None:
@@ -459,3 +452,111 @@ def read_csv(
     features, targets = table.read(names, target, kinds.get(task, "auto"))
     assert targets is not None
     return Raw(features, targets, task, names)
+
+
+# ---------------------------------------------------------------------- columns
+
+
+def _numbers(column: Any) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """A column of pandas as float64, and which of its values are no finite number."""
+    import pandas as pd
+
+    if column.dtype.kind in "biuf":
+        values = column.to_numpy(dtype=np.float64)
+    else:
+        text = column.astype(str).str.strip().str.lower()
+        switches = text.map({"true": 1.0, "false": 0.0})
+        if switches.notna().any() and (switches.notna() | text.isin(_MISSING)).all():
+            values = switches.to_numpy(dtype=np.float64)
+        else:
+            values = pd.to_numeric(text, errors="coerce").to_numpy(dtype=np.float64)
+    bad = ~np.isfinite(values)
+    if column.dtype.kind != "f" and (np.abs(values[~bad]) >= _EXACT).any():
+        for row in np.flatnonzero(~bad & (np.abs(values) >= _EXACT)):
+            written = str(column.iloc[row]).strip()
+            whole = re.fullmatch(r"[+-]?\d+", written)
+            bad[row] = whole is not None and int(written) != int(values[row])
+    return values, bad
+
+
+def _targets(column: Any, kind: Kind) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+    """A column of pandas as numbers or labels, and which of its values are none."""
+    if column.dtype.kind in "biuf":
+        values = column.to_numpy()
+        return values, ~np.isfinite(values)
+    text = column.astype(str).str.strip()
+    labels = text.to_numpy(dtype=object)
+    empty = labels == ""
+    if kind == "text":
+        return labels, empty
+    numbers, bad = _numbers(column)
+    bad = ~np.isfinite(numbers)
+    if kind == "numbers":
+        return numbers, bad
+    missing = text.str.lower().isin(_MISSING).to_numpy()
+    if not missing.all() and not (bad & ~missing).any():
+        return numbers, bad
+    if kind == "auto" and not missing.all():
+        words = text[~missing & bad]
+        alike = all(_is_decorated(word) for word in words.unique())
+        if alike or (2 * len(words) < len(text) and text.nunique() > 20):
+            return labels, bad
+    return labels, empty
+
+
+def _reason(value: str) -> tuple[str, str]:
+    """Why a value of a table is no finite number, and what to do about it."""
+    if not value:
+        return "empty", _FILL
+    shown = quoted(value)
+    if value.lower() in _MISSING:
+        return f"{shown}, a missing value", _FILL
+    if _is_number(value):
+        if "inf" in value.lower():
+            return f"{shown}, which is not finite", _FILL
+        if not np.isfinite(float(value)):
+            return f"{shown}, beyond float64", "Divide such numbers by a constant first."
+        return (
+            f"{shown}, which float64 rounds: it has whole numbers up to 2^53 only",
+            "Subtract a constant from such numbers first, or leave them out if they name things.",
+        )
+    if _is_decorated(value):
+        return f"{shown}, with a decimal comma, a separator or a unit", _PLAIN
+    return f"{shown}, which is text", _TEXT
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number as tables write them."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return "_" not in text  # Python's own
+
+
+def _is_decorated(text: str) -> bool:
+    """Whether it is a number with a decimal comma, separators of thousands, or a unit's sign."""
+    bare = re.sub("[\\s\u00a0\u202f'’$€£¥%]", "", text).replace(",", ".").replace("−", "-")
+    return re.fullmatch(r"[+-]?\d+(\.\d+)*(e[+-]?\d+)?", bare, re.IGNORECASE) is not None
+
+
+def _look_like_values(names: list[str]) -> bool:
+    """Whether columns' names look like the values of an example.
+
+    They do if half of them are numbers; but not if text stands beside 0, 1, 2, … or 1990, 1991, ….
+    """
+    numbers = [float(name) for name in names if _is_number(name)]
+    if len(numbers) < len(names) and len(numbers) > 1 and set(np.diff(numbers)) == {1.0}:
+        return False
+    return 2 * len(numbers) >= len(names)
+
+
+def quoted(value: str | bytes, most: int = 60) -> str:
+    """As Python writes it, and not longer than a line."""
+    return repr(value if len(value) <= most else value[:most]) + "…" * (len(value) > most)
+
+
+def listed(names: list[str], most: int = 20) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    shown = ", ".join(quoted(name) for name in names[:most])
+    return shown + f" and {len(names) - most} more" * (len(names) > most)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from gdtrain.data.loader import IndexLoader
-from gdtrain.data.pairs import PairLoader
+from gdtrain.data.loader import IndexLoader, PairLoader
 from gdtrain.descent.loop import Loop
 from gdtrain.descent.plan import Plan
 from gdtrain.descent.race import Race

@@ -1,30 +1,17 @@
 """Examples from new files: to predict from, and to evaluate on."""
 
-import gzip
-
 import numpy as np
 import pytest
+from example_files import write, write_libsvm
 from scipy import sparse
-from sklearn.datasets import dump_svmlight_file
 
 from gdtrain.data import CSVDataModule, Preprocessing, read_features, read_labelled
-
-
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def numbers():
     x = np.where(np.random.default_rng(0).random((30, 6)) < 0.4, 1.5, 0.0)
     x[0] = 1.0
     return x, np.arange(30) % 2
-
-
-def written(path, x, y, zero_based=False):
-    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as file:
-        dump_svmlight_file(x, y, file, zero_based=zero_based)
-    return path
 
 
 # ---------------------------------------------------------------------- read_features
@@ -80,9 +67,9 @@ def test_sparse_files(tmp_path):
     sparse.save_npz(tmp_path / "x.npz", sparse.csc_array(x))
     np.testing.assert_array_equal(read_features(tmp_path / "x.npz").toarray(), x)
     for name in ("x.svm", "x.libsvm.gz", "x.svmlight", "x.SVM"):
-        path = written(tmp_path / name, x, y)
+        path = write_libsvm(tmp_path / name, x, y)
         np.testing.assert_array_equal(read_features(path).toarray(), x)
-    path = written(tmp_path / "a9a", x, y)
+    path = write_libsvm(tmp_path / "a9a", x, y)
     np.testing.assert_array_equal(read_features(path, first_feature=1).toarray(), x)
     with pytest.raises(ValueError, match=r"must come as .*, or sparse as"):
         read_features(path)
@@ -104,17 +91,39 @@ def test_features_are_counted_as_in_training(tmp_path, caplog):
         read_features(path, num_features=4, first_feature=1)
 
 
-def test_what_is_wrong_with_a_sparse_file_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"x\.npz could not be read as a matrix"):
-        read_features(write(tmp_path / "x.npz", "text"))
-    with pytest.raises(ValueError, match=r"label at the start of each line. Received, in line 1"):
-        read_features(write(tmp_path / "x.svm", "1:3 2:4\n"))
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("x.npz", "text", r"x\.npz could not be read as a matrix"),
+        (
+            "x.svm",
+            "1:3 2:4\n",
+            r"label at the start of each line. Received, in line 1: 1:3 2:4 Mend",
+        ),
+        (
+            "x.svm",
+            "1 1:2 # 3\n1 a:b\n",
+            "whole_number:number for each feature. Received, in line 2",
+        ),
+        ("x.svm", "1 qid:1 2:1 1:1\n", "features of a line in ascending order, none twice"),
+        (
+            "x.svm",
+            "1 99999999:1\n",
+            "expected features from 0 to 33,554,431 in a file of this size",
+        ),
+        ("x.svm", "", "could not be read as LIBSVM: it has no examples"),
+    ],
+)
+def test_what_is_wrong_with_a_sparse_file_is_said(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_features(write(tmp_path / name, text))
 
 
 # ---------------------------------------------------------------------- read_labelled
 
 WORDS = Preprocessing(classes=["NA", "no", "yes"], feature_names=["a", "b"], input_shape=[2])
 WHOLE = Preprocessing(classes=[1, 2], feature_names=["a", "b"], input_shape=[2])
+DIGITS = Preprocessing(classes=["1", "2", "3+"], feature_names=["a", "b"], input_shape=[2])
 PRICES = Preprocessing(feature_names=["a", "b"], input_shape=[2])
 
 
@@ -125,6 +134,7 @@ PRICES = Preprocessing(feature_names=["a", "b"], input_shape=[2])
         (",kind;b;a\n,yes;2;1\n".replace(",", "0;"), WORDS, "kind", ["yes"]),
         ("kind,b,a,extra\nyes,2,1,\nNA,4,3,x\n", WORDS, "kind", ["yes", "NA"]),
         ("b,a,kind\n2,1,2.0\n4,3,1.0\n", WHOLE, None, [2, 1]),
+        ("b,a,kind\n2,1,1\n4,3,2\n", DIGITS, None, ["1", "2"]),  # text, as in training
         ("b,a,price\n2,1,7\n4,3,1e3\n", PRICES, "price", [7, 1000]),
     ],
 )
@@ -132,12 +142,6 @@ def test_a_labelled_table(tmp_path, text, preprocessing, target, labels):
     x, y = read_labelled(write(tmp_path / "new.csv", text), preprocessing, target)
     assert x.tolist() == [[1, 2], [3, 4]][: len(labels)]
     assert y.tolist() == labels
-
-
-def test_labels_of_digits_are_text_where_training_had_text(tmp_path):
-    digits = Preprocessing(classes=["1", "2", "3+"], feature_names=["a"], input_shape=[1])
-    _, y = read_labelled(write(tmp_path / "new.csv", "a,y\n5,1\n6,2\n"), digits)
-    assert y.tolist() == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +173,7 @@ def test_labelled_arrays_and_sparse_files(tmp_path):
     np.save(tmp_path / "xy.npy", np.column_stack([x, y]))
     np.save(tmp_path / "yx.npy", np.column_stack([y, x]))
     sparse.save_npz(tmp_path / "x.npz", sparse.csr_array(x))
-    written(tmp_path / "x.svm", np.column_stack([x, np.ones(30)]), y)  # with one feature more
+    write_libsvm(tmp_path / "x.svm", np.column_stack([x, np.ones(30)]), y)  # with one feature more
     for name, target in (
         ("x.npy", str(tmp_path / "y.npy")),
         ("xy.npy", None),

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
 
 import gdtrain
 from gdtrain.data import ArrayDataModule, features
@@ -108,7 +109,7 @@ def test_numbers_of_any_type_of_pandas_are_features(name):
 
 
 @pytest.mark.parametrize(
-    ("columns", "message"),
+    ("values", "message"),
     [
         (
             {"a": ["x", "y"], "b": pd.Categorical(["u", "v"]), "c": [1, 2]},
@@ -126,24 +127,22 @@ def test_numbers_of_any_type_of_pandas_are_features(name):
         ({"a": pd.Categorical([1, None])}, "missing values in 1 of the 1 columns: a .example 1"),
         ({"a": ["x", None]}, "others in 1 of the 1 columns: a .such as 'x'"),
         ({"a": [2**60, 2**60 + 1], "b": [0.5, 1]}, "above 2.53 lose digits.* in column a"),
-    ],
-)
-def test_all_columns_that_are_no_numbers_are_named_together(columns, message):
-    with pytest.raises(ValueError, match=message):
-        features(pd.DataFrame(columns))
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
+        (
+            {"a": pd.array([None, None], dtype="string")},
+            "missing values in 1 of the 1 columns: a .example 0, 2 in all",
+        ),
         (np.ma.masked_array(np.ones((2, 2)), [[0, 0], [0, 1]]), "Masked.*example 1 .*column 1"),
         ([[Decimal(1), None]], "missing values in 1 of the 2 columns: 1 .example 0"),
         ([[1, 2], [3]], "lists of different lengths"),
         ([[1, "2"]], "must be numbers"),
         (pd.DataFrame(), "N and D >= 1"),
+        (sparse.csr_array((0, 3)), r"N and D >= 1. Received: shape \(0, 3\)"),
+        (sparse.csr_array((3, 0)), r"Received: shape \(3, 0\)"),
+        (sparse.coo_array(np.ones(3)), r"Received: shape \(3,\)"),
+        (sparse.csr_array(np.eye(2) * 1j), "dtype complex128"),
     ],
-)  # fmt: skip
-def test_arrays_that_are_no_numbers_are_refused(values, message):
+)
+def test_all_columns_that_are_no_numbers_are_named_together(values, message):
     with pytest.raises(ValueError, match=message):
         features(values)
 

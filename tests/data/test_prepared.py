@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from example_files import ready, write_libsvm
 
 import gdtrain.data
 from gdtrain.data import (
     CSVDataModule,
-    DatasetDataModule,
     EmbeddedDataModule,
-    FetchedData,
     LIBSVMDataModule,
     NPYDataModule,
     SyntheticDataModule,
@@ -68,54 +67,33 @@ def files(folder):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 3)), rng.integers(0, 2, 30)
     np.save(folder / "t.npy", np.column_stack([x, y]))
-    rows = "".join(f"{','.join(map(str, row))},{label}\n" for row, label in zip(x, y, strict=True))
-    (folder / "t.csv").write_text("a,b,c,kind\n" + rows)
-    pairs = [" ".join(f"{k + 1}:{v}" for k, v in enumerate(row)) for row in x]
-    rows = "".join(f"{label} {pair}\n" for label, pair in zip(y, pairs, strict=True))
-    (folder / "t.svm").write_text(rows)
+    np.savetxt(
+        folder / "t.csv", np.column_stack([x, y]), header="a,b,c,kind", comments="", delimiter=","
+    )
+    write_libsvm(folder / "t.svm", x, y)
 
 
 @pytest.mark.parametrize(
-    ("raw", "module"),
+    ("read", "make", "source"),
     [
-        (lambda folder: embedded("wine"), lambda folder: EmbeddedDataModule("wine")),
-        (
-            lambda folder: synthetic(50, 4)[0],
-            lambda folder: SyntheticDataModule(50, 4, standardize=True, standardize_targets=True),
-        ),
-        (lambda f: read_npy(f / "t.npy"), lambda f: NPYDataModule(f / "t.npy", batch_size=4)),
-        (lambda f: read_csv(f / "t.csv"), lambda f: CSVDataModule(f / "t.csv", batch_size=4)),
-        (lambda f: read_libsvm(f / "t.svm"), lambda f: LIBSVMDataModule(f / "t.svm", batch_size=4)),
+        (embedded, EmbeddedDataModule, "wine"),
+        (lambda n: synthetic(n)[0], SyntheticDataModule, 50),
+        (read_npy, NPYDataModule, "t.npy"),
+        (read_csv, CSVDataModule, "t.csv"),
+        (read_libsvm, LIBSVMDataModule, "t.svm"),
     ],
-    ids=["embedded", "synthetic", "npy", "csv", "libsvm"],
 )
-def test_a_source_and_its_module_give_the_same_tensors(raw, module, tmp_path):
+def test_a_source_and_its_module_give_the_same_tensors(read, make, source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     files(tmp_path)
-    plain, shell = prepare(raw(tmp_path)), module(tmp_path)
-    shell.setup()
+    options = {"standardize": True, "standardize_targets": True, "batch_size": 4}
+    plain, shell = prepare(read(source)), ready(make(source, **options))
     for part in ("train", "val", "test"):
         for one, other in zip(plain.examples(part), shell.examples(part), strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert plain.state_dict().keys() | {"order"} == shell.state_dict().keys()
     assert plain.fingerprints().items() <= shell.settings().items()
     plain.check_same_data(shell.state_dict())
-
-
-def test_a_dataset_is_split_alike_without_lightning():
-    pairs = [(torch.tensor([float(i)]), i % 3) for i in range(40)]
-    plain = FetchedData({"train": pairs}, val_fraction=0.25)
-    shell = DatasetDataModule(pairs, val_fraction=0.25, batch_size=5)
-    shell.setup()
-    assert (plain.num_train, plain.num_classes) == (shell.num_train, shell.num_classes) == (30, 3)
-    (x, y), (u, v) = (next(iter(d.evaluation_loader("val"))) for d in (plain, shell))
-    assert torch.equal(x, u)
-    assert torch.equal(y, v)
-
-
-@pytest.mark.parametrize("name", ["val_fraction", "test_fraction"])
-def test_fractions_out_of_range_are_named(name):
-    with pytest.raises(ValueError, match=rf"{name} must be a fraction in .* {name}=-0\.5"):
-        prepare(embedded("iris"), **{name: -0.5})
 
 
 def test_data_that_are_not_there_yet_say_so():

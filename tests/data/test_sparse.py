@@ -1,16 +1,13 @@
 """Sparse inputs: the same numbers as dense ones, without ever making them dense."""
 
-import gzip
-import io
 import pickle
 import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+from example_files import ready, reloaded, write, write_libsvm
 from scipy import sparse
-from sklearn.datasets import dump_svmlight_file
-from sklearn.linear_model import LogisticRegression
 
 import gdtrain
 from gdtrain.data import (
@@ -19,7 +16,6 @@ from gdtrain.data import (
     NPYDataModule,
     Preprocessing,
     SparseInputs,
-    features,
 )
 from gdtrain.losses import CrossEntropy, Logistic
 
@@ -38,11 +34,6 @@ def dense(n=60, d=9, share=0.2, seed=0):
 
 def labels(n=60):
     return np.arange(n) % 2
-
-
-def ready(data):
-    data.setup()
-    return data
 
 
 def inputs_of(x, **options):
@@ -105,6 +96,8 @@ def test_the_arrays_are_what_a_kernel_needs():
     )
     assert matrix.nnz == 4  # the user's matrix is as it was
     assert matrix.indices.tolist() == [2, 0, 2, 1]
+    matrix.data[:] = 9
+    assert inputs[:].tolist() == [[2, 0, 5, 0], [0] * 4, [0] * 4]
 
 
 def test_selected_rows_come_in_their_order():
@@ -115,14 +108,6 @@ def test_selected_rows_come_in_their_order():
     assert len(inputs) == 4
     np.testing.assert_array_equal(inputs[:].numpy(), x[rows])
     assert len(inputs.values) == np.count_nonzero(x[rows])
-
-
-def test_changes_of_the_matrix_do_not_change_the_rows():
-    matrix = sparse.csr_array(dense())
-    inputs = SparseInputs.from_scipy(matrix)
-    before = inputs[:]
-    matrix.data[:] = 9
-    assert torch.equal(inputs[:], before)
 
 
 def test_to_changes_the_type_of_tensors_and_values():
@@ -139,16 +124,11 @@ def test_to_changes_the_type_of_tensors_and_values():
     assert half.is_floating_point()
 
 
-def test_split_yields_every_row_once():
+def test_split_yields_every_row_once_and_so_does_that_of_a_pickled_copy():
     inputs = inputs_of(dense())
-    parts = list(inputs.split(25))
+    parts = list(pickle.loads(pickle.dumps(inputs)).split(25))
     assert [len(part) for part in parts] == [25, 25, 10]
     assert torch.equal(torch.cat(parts), inputs[:])
-
-
-def test_they_survive_pickling():
-    inputs = inputs_of(dense())
-    assert torch.equal(pickle.loads(pickle.dumps(inputs))[:], inputs[:])
 
 
 # --------------------------------------------------------------------- preprocessing
@@ -165,41 +145,18 @@ def test_every_format_of_scipy_is_taken(form, kind):
     np.testing.assert_array_equal(got[:].numpy(), x[data.split["train"]])
 
 
-def test_whole_numbers_and_booleans_are_features():
-    x = dense(20) != 0
-    for dtype in (bool, np.int8, np.uint16):
-        data = ready(ArrayDataModule(sparse.csr_array(x.astype(dtype)), labels(20), **RAW))
-        assert torch.equal(
-            data.examples("train")[0][:], torch.from_numpy(x[data.split["train"]]).float()
-        )
-
-
-@pytest.mark.parametrize(
-    ("made", "message"),
-    [
-        (sparse.csr_array((0, 3)), r"N and D >= 1. Received: shape \(0, 3\)"),
-        (sparse.csr_array((3, 0)), r"Received: shape \(3, 0\)"),
-        (sparse.coo_array(np.ones(3)), r"Received: shape \(3,\)"),
-        (sparse.csr_array(np.eye(2) * 1j), "dtype complex128"),
-    ],
-    ids=["no examples", "no features", "flat", "complex"],
-)
-def test_what_is_no_table_of_numbers_is_refused(made, message):
-    with pytest.raises(ValueError, match=message):
-        features(made)
-
-
-def test_a_table_of_zeros_is_a_table():
-    data = ready(ArrayDataModule(sparse.csr_array((10, 3)), labels(10), **RAW))
-    assert torch.equal(data.examples("train")[0][:], torch.zeros(7, 3))
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint16])
+@pytest.mark.parametrize("x", [dense(20) != 0, np.zeros((20, 3))], ids=["some", "zeros"])
+def test_whole_numbers_booleans_and_zeros_are_features(x, dtype):
+    data = ready(ArrayDataModule(sparse.csr_array(x.astype(dtype)), labels(20), **RAW))
+    wanted = torch.from_numpy(x[data.split["train"]]).float()
+    assert torch.equal(data.examples("train")[0][:], wanted)
 
 
 def test_standardising_is_refused_and_told_how_to_go_on():
     data = ArrayDataModule(sparse.csr_array(dense()), labels(), batch_size=1)
     with pytest.raises(ValueError, match=r"centring would fill.*standardize=False"):
         data.setup()
-    with pytest.raises(ValueError, match=r"standardize=False"):
-        gdtrain.fit("linear", sparse.csr_array(dense()), labels(), progress=False)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -250,22 +207,9 @@ def test_another_number_of_features_is_refused():
         preprocessing.inputs(sparse.csr_array(dense(d=8)))
 
 
-def test_evaluation_slices_hold_all_examples():
-    x = dense(3000, 4)
-    data = ready(ArrayDataModule(sparse.csr_array(x), labels(3000), **RAW, test_fraction=2000))
-    parts = list(data.test_dataloader())
-    assert [len(p) for p, _ in parts] == [1024, 976]
-    assert torch.equal(
-        torch.cat([p for p, _ in parts]), torch.from_numpy(x[data.split["test"]]).float()
-    )
-
-
 def test_the_state_loads_with_weights_only_and_an_older_one_is_taken():
     data = ready(ArrayDataModule(sparse.csr_array(dense()), labels(), **RAW))
-    file = io.BytesIO()
-    torch.save(data.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
+    state = reloaded(data.state_dict())
     data.load_state_dict(state)
     del state["preprocessing"]["first_feature"]
     data.load_state_dict(state)
@@ -295,59 +239,18 @@ def test_the_dense_array_is_never_made():
 @pytest.mark.parametrize("variant", ["gd", "sgd", "minibatch"])
 def test_training_is_that_of_the_dense_data(variant, loss):
     x, y = dense(), labels()
-
-    def train(kind):
-        return gdtrain.fit(
-            "linear",
-            kind(x),
-            y,
-            variant=variant,
-            loss=loss,
-            epochs=3,
-            batch_size=16 if variant == "minibatch" else None,
-            standardize=False,
-            progress=False,
-        )
-
-    wanted, got = train(np.asarray), train(sparse.csr_array)
+    options = {"variant": variant, "loss": loss, "standardize": False, "progress": False}
+    options["batch_size"] = 16 if variant == "minibatch" else None
+    wanted, got = (
+        gdtrain.fit("linear", kind(x), y, epochs=3, **options)
+        for kind in (np.asarray, sparse.csr_array)
+    )
     for p, q in zip(wanted.model.parameters(), got.model.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
     assert got.metrics == pytest.approx(wanted.metrics, rel=1e-4)
     for kind in (sparse.csc_array, np.asarray):
         np.testing.assert_array_equal(got.predict(kind(x)), wanted.predict(x))
         np.testing.assert_array_equal(wanted.predict(kind(x)), wanted.predict(x))
-
-
-def test_a_model_of_standardised_dense_data_answers_for_sparse_examples():
-    x, y = dense(), labels()
-    result = gdtrain.fit("linear", x, y, variant="gd", epochs=3, progress=False)
-    np.testing.assert_array_equal(result.predict(sparse.csr_array(x)), result.predict(x))
-
-
-def test_full_batch_descent_reaches_the_optimum_of_scikit_learn():
-    rng = np.random.default_rng(0)
-    x = dense(200, 6, share=0.3)
-    y = (x @ rng.normal(size=6) + rng.normal(size=200) > 0).astype(int)
-    ours = gdtrain.fit(
-        "linear",
-        sparse.csr_array(x),
-        y,
-        variant="gd",
-        loss=Logistic(),
-        epochs=400,
-        lr=2.0,
-        schedule=gdtrain.schedules.Constant(),
-        standardize=False,
-        val_fraction=0,
-        test_fraction=0,
-        progress=False,
-    )
-    theirs = LogisticRegression(C=np.inf, tol=1e-8).fit(x, y)
-    weight = ours.model.state_dict()
-    flat = torch.cat([w.reshape(-1) for w in weight.values()]).numpy()
-    np.testing.assert_allclose(
-        np.sort(flat), np.sort(np.append(theirs.coef_, theirs.intercept_)), rtol=5e-3, atol=5e-3
-    )
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
@@ -377,17 +280,11 @@ def one_hot(n=60, d=40):
     return x, 2 * labels(n) - 1
 
 
-def written(path, x, y, zero_based=False):
-    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as file:
-        dump_svmlight_file(x, y, file, zero_based=zero_based)
-    return path
-
-
 @pytest.mark.parametrize("zero_based", [False, True])
 @pytest.mark.parametrize("name", ["t.svm", "t.svm.gz"])
 def test_a_libsvm_file_is_the_same_sparse_and_dense(tmp_path, zero_based, name):
     x, y = one_hot()
-    path = written(tmp_path / name, x, y, zero_based)
+    path = write_libsvm(tmp_path / name, x, y, zero_based)
     a = ready(LIBSVMDataModule(path, sparse=False, **RAW))
     b = ready(LIBSVMDataModule(path, sparse=True, **RAW))
     assert isinstance(b.examples("train")[0], SparseInputs)
@@ -401,9 +298,9 @@ def test_a_libsvm_file_is_the_same_sparse_and_dense(tmp_path, zero_based, name):
 
 
 def test_auto_is_sparse_for_few_entries_that_are_not_standardised(tmp_path):
-    path = written(tmp_path / "few.svm", *one_hot())
+    path = write_libsvm(tmp_path / "few.svm", *one_hot())
     x, y = dense(60, 9, share=0.4), labels()
-    many = written(tmp_path / "many.svm", x, y)
+    many = write_libsvm(tmp_path / "many.svm", x, y)
 
     def kept(path, **options):
         data = ready(LIBSVMDataModule(path, batch_size=1, **options))
@@ -417,8 +314,8 @@ def test_auto_is_sparse_for_few_entries_that_are_not_standardised(tmp_path):
 
 
 def test_what_would_be_too_large_dense_is_kept_sparse_or_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("gdtrain.data.libsvm._DENSE_BYTES", 1000)
-    path = written(tmp_path / "t.svm", dense(60, 9, share=0.4), labels())
+    monkeypatch.setattr("gdtrain.data.files._DENSE_BYTES", 1000)
+    path = write_libsvm(tmp_path / "t.svm", dense(60, 9, share=0.4), labels())
     assert isinstance(ready(LIBSVMDataModule(path, **RAW)).examples("train")[0], SparseInputs)
     for options in ({"batch_size": 1}, {**RAW, "sparse": False}):
         with pytest.raises(ValueError, match=r"60 examples of 9 features.*standardize=false"):
@@ -441,26 +338,8 @@ def test_a_float64_module_reads_float64(tmp_path):
     ],
 )
 def test_a_contradiction_is_told_before_the_file_is_read(tmp_path, options, message):
-    path = tmp_path / "t.svm"
-    path.write_text("no such format")
     with pytest.raises(ValueError, match=message):
-        LIBSVMDataModule(path, **options)
-
-
-def test_a_sparse_test_file_has_the_features_of_the_training_file(tmp_path):
-    x, y = one_hot()
-    written(tmp_path / "train.svm", x, y)
-    (tmp_path / "test.svm").write_text("1 2:5\n-1 1:6\n")
-    data = LIBSVMDataModule(tmp_path / "train.svm", test_path=tmp_path / "test.svm", **RAW)
-    got = ready(data).examples("test")[0]
-    assert got.shape == (2, 40)
-    assert got[:].nonzero().tolist() == [[0, 1], [1, 0]]
-
-
-def test_an_empty_file_is_refused(tmp_path):
-    (tmp_path / "t.svm").write_text("")
-    with pytest.raises(ValueError, match="could not be read as LIBSVM"):
-        ready(LIBSVMDataModule(tmp_path / "t.svm", **RAW))
+        LIBSVMDataModule(write(tmp_path / "t.svm", "no such format"), **options)
 
 
 def test_npz_of_scipy_trains_with_targets_in_a_file(tmp_path):

@@ -10,8 +10,7 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-from sklearn.datasets import load_iris
+from example_files import ready, reloaded, write
 
 from gdtrain.data import CSVDataModule, Table, read_features
 from gdtrain.data.targets import decide
@@ -25,11 +24,6 @@ WHOLE = {
     "test_fraction": 0,
 }
 TABLE = "a,b,y\n1,2,u\n3,4,v\n"
-
-
-def write(path, content):
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def load(tmp_path, content, name="t.csv", **options):
@@ -59,17 +53,12 @@ def test_a_table_comes_back_as_it_was_written(tmp_path):
     kinds = ["sun", "rain"]
     rows = [",".join([*map(repr, row.tolist()), kinds[i % 2]]) for i, row in enumerate(x)]
     path = write(tmp_path / "t.csv", "a,b,c,kind\n" + "\n".join(rows) + "\n")
-    data = CSVDataModule(path, target="kind", **WHOLE)
-    data.setup()
+    data = ready(CSVDataModule(path, target="kind", **WHOLE))
     np.testing.assert_array_equal(data.examples("train")[0].numpy(), x)
     assert data.preprocessing.classes == ["rain", "sun"]
     assert data.examples("train")[1].tolist() == [1, 0] * 20
     assert data.preprocessing.feature_names == ["a", "b", "c"]
-    file = io.BytesIO()
-    torch.save(data.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    assert state["preprocessing"]["feature_names"] == ["a", "b", "c"]
+    assert reloaded(data.state_dict())["preprocessing"]["feature_names"] == ["a", "b", "c"]
 
 
 def test_the_last_column_is_the_target_and_columns_are_named(tmp_path):
@@ -144,11 +133,12 @@ def test_what_was_taken_is_said(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("word", ["True", "TRUE", "true"])
-def test_booleans_are_features_and_classes(tmp_path, word):
+def test_booleans_are_features_and_classes_and_a_blank_is_none(tmp_path, word):
     raw = load(tmp_path, f"a,y\n{word},False\nFalse,{word}\n")
     assert raw.inputs.tolist() == [[1], [0]]
     assert raw.targets.tolist() == [False, True]
     assert decide(raw.targets, raw.task).classes is not None
+    assert "column 'a', line 3: empty" in said(tmp_path, f"a,y\n{word},1\n,2\n")
 
 
 # ------------------------------------------------------------------------ header
@@ -181,11 +171,6 @@ def test_numbers_may_be_names(tmp_path):
     np.testing.assert_array_equal(
         read_features(write(tmp_path / "n.csv", "1,0\n5,6\n"), ["0", "1"]), [[6, 5]]
     )
-
-
-def test_header_must_be_a_word_that_it_knows(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.header must be true, false or auto.*'no'"):
-        load(tmp_path, TABLE, header="no")
 
 
 # ------------------------------------------------------------------------ targets
@@ -287,10 +272,6 @@ def test_a_value_that_is_no_number_is_named(tmp_path, value, words):
     assert f"column 'a', line 3: {words}" in said(tmp_path, f'a,y\n1,1.5\n"{value}",2.5\n')
 
 
-def test_a_blank_among_booleans_is_what_is_wrong(tmp_path):
-    assert "column 'a', line 3: empty" in said(tmp_path, "a,y\nTrue,1\n,2\n")
-
-
 @pytest.mark.parametrize("value", [2**53, 2**53 + 2, 10**20, -(2**60)])
 def test_whole_numbers_that_float64_has_are_read(tmp_path, value):
     assert load(tmp_path, f"a,y\n{value},1.5\n3,2\n").inputs[0, 0] == value
@@ -342,17 +323,10 @@ REFUSED = {
         {"name": "t.csv.gz"},
         "t.csv.gz could not be read as CSV: expected text in UTF-8. Received, line 2",
     ),
-    "a cut archive": (
-        gzip.compress(TABLE.encode())[:-9],
-        {"name": "t.csv.gz"},
-        "cannot be unpacked",
-    ),
+    "a cut archive": (gzip.compress(TABLE.encode())[:-9], {"name": "t.csv.gz"}, "be unpacked"),
     "no archive": (TABLE, {"name": "t.csv.zip"}, "t.csv.zip is no archive"),
-    "two files": (
-        zipped("a.csv", "b.csv"),
-        {"name": "t.csv.zip"},
-        "must hold one file. Received: ",
-    ),
+    "two files": (zipped("a.csv", "b.csv"), {"name": "t.csv.zip"}, "must hold one file. Received"),
+    "no word for a header": (TABLE, {"header": "no"}, "data.header must be true, false or auto. R"),
     "a feature twice": (TABLE, {"columns": ["a", "a"]}, "columns must name each feature once"),
 }
 
@@ -407,19 +381,3 @@ def test_random_tables_are_read_as_pandas_wrote_them(tmp_path, seed):
     raw = CSVDataModule(path, target="y", columns=names).load()
     np.testing.assert_array_equal(raw.inputs, frame[names].to_numpy())
     assert raw.targets.tolist() == label.tolist()
-
-
-def test_iris_without_its_header_is_the_same_data(tmp_path):
-    iris = load_iris(as_frame=True)
-    frame = iris.data.assign(kind=iris.target_names[iris.target])
-    frame.to_csv(tmp_path / "t.data", index=False, header=False)
-    raw = CSVDataModule(tmp_path / "t.data", header=False).load()
-    np.testing.assert_array_equal(raw.inputs, iris.data.to_numpy())
-    assert raw.targets.tolist() == frame["kind"].tolist()
-
-
-def test_a_path_that_is_missing_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no file .*away\.csv"):
-        CSVDataModule(tmp_path / "away.csv")
-    with pytest.raises(ValueError, match=r"data\.path must name the file"):
-        CSVDataModule(None)

@@ -9,14 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from example_files import ready
 from scipy import sparse
 
 from gdtrain.data import ArrayDataModule, Preprocessing
-from gdtrain.data.target_values import read
-from gdtrain.data.targets import class_numbers, decide
+from gdtrain.data.targets import class_numbers, decide, read
 from gdtrain.losses import CrossEntropy, Logistic, Loss, SquaredError
 
 RNG = np.random.default_rng(0)
+WHOLE = {"batch_size": 1, "val_fraction": 0, "test_fraction": 0}
 
 
 class Poisson(Loss):
@@ -27,19 +28,9 @@ class Poisson(Loss):
         return (prediction.exp() - target.reshape(prediction.shape) * prediction).sum(1)
 
 
-class Colour(enum.Enum):
-    RED = 1
-    BLUE = 2
-
-
-class Word(str, enum.Enum):
-    RED = "red"
-    BLUE = "blue"
-
-
-class Level(enum.IntEnum):
-    LOW = 0
-    HIGH = 1
+Colour = enum.Enum("Colour", ["RED", "BLUE"])
+Word = enum.Enum("Word", {"RED": "red", "BLUE": "blue"}, type=str)
+Level = enum.IntEnum("Level", ["LOW", "HIGH"], start=0)
 
 
 def cycled(labels, n=12):
@@ -83,10 +74,6 @@ def test_whole_numbers_of_any_type_are_classes_or_counts(values, classes, dtype)
         assert found.classes == sorted(set(map(int, values)))
 
 
-def test_two_signs_are_classes():
-    assert decide(np.array([-1.0, 1.0, 1.0])).classes == [-1, 1]
-
-
 def test_what_was_decided_is_said_with_the_word_that_changes_it():
     assert decide(np.arange(12) % 3).said == (
         "target: 3 classes (0, 1, 2); task=regression would make them numbers"
@@ -118,6 +105,7 @@ def test_what_was_decided_is_said_with_the_word_that_changes_it():
         else (["b", "a"], ["a", "b"]),
         ([Word.RED, Word.BLUE], ["blue", "red"]),
         ([Level.HIGH, Level.LOW], [0, 1]),
+        ([-1.0, 1.0, 1.0], [-1, 1]),
         ([True, False], [False, True]),
         (np.array([True, False], dtype=object), [False, True]),
         (torch.tensor([True, False]), [False, True]),
@@ -141,9 +129,7 @@ def test_what_was_decided_is_said_with_the_word_that_changes_it():
     ],
 )
 def test_labels_are_kept_as_plain_values_and_come_back(values, classes):
-    x = np.zeros((len(values), 1))
-    data = ArrayDataModule(x, values, batch_size=1, val_fraction=0, test_fraction=0)
-    data.setup()
+    data = ready(ArrayDataModule(np.zeros((len(values), 1)), values, **WHOLE))
     found = data.preprocessing.classes
     assert found == classes
     assert all(type(label) in (str, bool, int, float) for label in found)
@@ -242,8 +228,7 @@ def test_one_hot_targets_are_classes(dtype):
 def test_columns_of_zeros_and_ones_are_regressed_as_they_are_where_that_is_asked_for():
     y = np.array([[1, 1, 0], [0, 1, 0]] * 5)
     x = np.arange(10.0)[:, None]
-    data = ArrayDataModule(x, y, task="regression", batch_size=1, val_fraction=0, test_fraction=0)
-    data.setup()
+    data = ready(ArrayDataModule(x, y, task="regression", **WHOLE))
     assert data.preprocessing.target_mean is None
     assert data.examples("train")[1].tolist() == y.tolist()
     assert decide(y, loss=SquaredError()).said == (
@@ -278,7 +263,7 @@ def test_a_task_decides_then_a_loss_then_the_targets():
 
 def test_a_loss_may_want_its_targets_as_they_are():
     counts = np.arange(10) * 7
-    data = ArrayDataModule(counts[:, None], counts, batch_size=1, val_fraction=0, test_fraction=0)
+    data = ArrayDataModule(counts[:, None], counts, **WHOLE)
     data.use_loss(Poisson())
     data.setup()
     assert data.examples("train")[1].tolist() == counts.tolist()

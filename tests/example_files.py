@@ -1,0 +1,32 @@
+"""Data modules that are set up, and the files that tests of the data write."""
+
+import gzip
+import io
+
+import torch
+from sklearn.datasets import dump_svmlight_file
+
+
+def ready(data):
+    """A data module after `setup`."""
+    data.setup()
+    return data
+
+
+def reloaded(state):
+    """What a checkpoint gives back of a state."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def write_libsvm(path, x, y, zero_based=False):
+    with gzip.open(path, "wb") if path.suffix == ".gz" else open(path, "wb") as file:
+        dump_svmlight_file(x, y, file, zero_based=zero_based)
+    return path
