@@ -114,8 +114,7 @@ def test_what_is_loaded_answers_as_what_was_saved(tmp_path, kind):
     result = KINDS[kind]()
     again = gdtrain.load(result.save(tmp_path / "deep" / "model.pt"))
     X = images()[0] if result.data.input_shape == (1, 8, 8) else IRIS[0]
-    if result.data.input_shape not in ((1, 8, 8), (4,)):
-        X = load_diabetes().data if kind == "numbers" else IRIS[0][:, :2]
+    X = {"numbers": load_diabetes().data, "several": IRIS[0][:, :2]}.get(kind, X)
     assert np.array_equal(again.predict(X), result.predict(X))
     assert again.metrics == result.metrics
     assert again.summary == result.summary
@@ -143,24 +142,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["model.pt"]
 
 
-def test_a_model_of_ones_own_class_is_given_and_filled(tmp_path):
-    result = fit(Residual(5, slope=0.2))
-    path = result.save(tmp_path / "own.pt")
-    with pytest.raises(ValueError, match=r"own class, Residual.*model=Residual\(…\)"):
-        gdtrain.load(path)
-    for given in (Residual(5, slope=0.2), lambda shape, outputs: Residual(5, slope=0.2)):
-        again = gdtrain.load(path, model=given)
-        assert np.array_equal(again.predict(IRIS[0]), result.predict(IRIS[0]))
-    for other, message in (
-        (Residual(5, slope=0.3), "model.slope: 0.2 then, 0.3 now"),
-        (Residual(6, slope=0.2), "model.inner: Linear"),
-        (MLP((4,), 3), "model: Residual then, MLP now"),
-    ):
-        with pytest.raises(ValueError, match="The model is not that of") as caught:
-            gdtrain.load(path, model=other)
-        assert message in str(caught.value)
-
-
 class Sine(Activation):
     """An activation of the user's own."""
 
@@ -170,20 +151,44 @@ class Sine(Activation):
         return z.sin()
 
 
-@pytest.mark.parametrize("place", ["checkpoint", "file"])
-def test_a_model_of_ours_with_an_activation_of_ones_own_is_given_and_filled(tmp_path, place):
-    make = partial(MLP, hidden=[5], activation=Sine)
-    result = fit(make, directory=tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    if place == "file":
-        path = result.save(tmp_path / "sine.pt")
-    with pytest.raises(ValueError, match=r"MLP, with something of your own.*model=MLP\(…\)"):
-        gdtrain.load(path)
-    for given in (make, make((4,), 3)):
-        again = gdtrain.load(path, model=given)
-        assert np.array_equal(again.predict(IRIS[0]), result.predict(IRIS[0]))
-    with pytest.raises(ValueError, match=r"model\.activation: 'sine' then, 'tanh' now"):
-        gdtrain.load(path, model=MLP((4,), 3, hidden=[5], activation="tanh"))
+def residual(shape=(4,), outputs=3):
+    return Residual(5, slope=0.2)
+
+
+# How it is made, what is said of it, and what is said of others that are given in its place.
+OWN = {
+    "class": (
+        residual,
+        r"own class, Residual.*model=Residual\(…\)",
+        [
+            (Residual(5, slope=0.3), "model.slope: 0.2 then, 0.3 now"),
+            (Residual(6, slope=0.2), "model.inner: Linear"),
+            (MLP((4,), 3), "model: Residual then, MLP now"),
+        ],
+    ),
+    "activation": (
+        partial(MLP, hidden=[5], activation=Sine),
+        r"MLP, with something of your own.*model=MLP\(…\)",
+        [(MLP((4,), 3, hidden=[5]), "model.activation: 'sine' then, 'relu' now")],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_a_model_with_something_of_ones_own_is_given_and_filled(tmp_path, kind):
+    make, asked, others = OWN[kind]
+    result = fit(make, directory=tmp_path)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    for path in (last, result.save(tmp_path / "own.pt")):
+        with pytest.raises(ValueError, match=asked):
+            gdtrain.load(path)
+        for given in (make, make((4,), 3)):
+            again = gdtrain.load(path, model=given)
+            assert np.array_equal(again.predict(IRIS[0]), result.predict(IRIS[0]))
+        for other, message in others:
+            with pytest.raises(ValueError, match="The model is not that of") as caught:
+                gdtrain.load(path, model=other)
+            assert message in str(caught.value)
 
 
 def test_a_loss_of_ones_own_class_is_given_and_filled(tmp_path):
