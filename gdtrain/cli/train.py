@@ -204,7 +204,7 @@ def _show(result: Result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from gdtrain.runs.summary import loss_name, rows
+    from gdtrain.runs.result import loss_name, rows
 
     summary = result.summary
     table = Table(title=summary["variant"], title_justify="left")

@@ -7,13 +7,14 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gdtrain import models
 from gdtrain._compat.lightning_restoring import restores
 from gdtrain.callbacks import History
 from gdtrain.data import Preprocessing
@@ -24,8 +25,8 @@ from gdtrain.lightning.module import SupervisedModule
 from gdtrain.lightning.resuming import check_model
 from gdtrain.losses import Loss
 from gdtrain.runs.descriptions import (
-    build_loss,
     build_model,
+    build_part,
     check_description,
     default_loss,
     first_difference,
@@ -48,48 +49,35 @@ _LARGEST = 2**27  # numbers in an example which a checkpoint may ask for
 
 
 @dataclass
-class Trained:
-    """A model from a checkpoint, and what it needs to answer.
+class DataOfFile:
+    """What a file tells of the data that its model was trained on; the examples are not in it."""
 
-    Args:
-        module: With the trained weights.
-        preprocessing: As learnt in training.
-        state: The checkpoint.
-        trust: Further packages whose classes may be built.
-        data: What the data module has put into it.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> module = SupervisedModule(nn.Linear(1, 1), SquaredError(), lambda params: None)
-        >>> Trained(module, Preprocessing(), {}).preprocessing.classes is None
-        True
-    """
-
-    module: SupervisedModule
     preprocessing: Preprocessing
     state: dict[str, Any]
-    trust: tuple[str, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the file has it."""
+        return self.state
+
+
+@dataclass
+class Trained:
+    """A model from a checkpoint, and what it needs to answer; `state` is the whole checkpoint."""
+
+    path: Path
+    module: SupervisedModule
+    data: DataOfFile
+    state: dict[str, Any]
+    trust: tuple[str, ...]
+
+    @property
+    def described_data(self) -> dict[str, Any]:
+        """How the data module was made; empty for arrays."""
+        return (self.module.description or {}).get("data") or {}
 
 
 def find_checkpoint(folder: str | Path) -> Path:
-    """The last checkpoint of a run.
-
-    Args:
-        folder: The run's, or its `checkpoints`.
-
-    Returns:
-        The path of `last.ckpt`.
-
-    Raises:
-        FileNotFoundError: There is no such folder, or no checkpoint in it.
-
-    Example:
-        >>> find_checkpoint("missing")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no folder missing. ...
-    """
+    """The last checkpoint of a run, or of its folder `checkpoints`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}. A run's is outputs/<name>/<time>.")
@@ -111,35 +99,17 @@ def load_trained(
     """Build the model of a checkpoint or of a file of `Result.save`, and load its weights.
 
     Building calls what the file names. Only gdtrain, torch.nn and torchvision models are called,
-    unless `trust` names more: a file may come from anybody.
-
-    Args:
-        path: Of the file.
-        trust: Further packages whose classes may be called, such as ("mypackage",).
-        model: To be filled, where the file does not say how its model is built: a module, or a
-            function from (input_shape, num_outputs) to one.
-        loss: Likewise.
-
-    Returns:
-        The model, ready to answer.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no such file, names a class that is not trusted, or holds a model of
-            somebody's own class, which must be given, or another one than was given.
-
-    Example:
-        >>> load_trained("missing.ckpt")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. ...
+    unless `trust` names more packages: a file may come from anybody. A `model` (or a function from
+    input_shape and num_outputs to one) and a `loss` that are given are filled instead.
     """
     state = load_checkpoint(path)
     description = state["gdtrain"].get("description")
     if not isinstance(description, Mapping):
         raise ValueError(f"{path} does not say how its model is built.")
+    settings = dict(state["gdtrain"].get("settings", {}))
     for part, given in (("model", model), ("loss", loss)):
-        _check_given(description.get(part), part, given, path)
+        if given is None:
+            _check_buildable(description.get(part), part, path)
     try:
         check_description(description, trust)
         data = _data_state(state)
@@ -147,7 +117,7 @@ def load_trained(
         weights = _weights(state)
         if loss is None:
             named = description.get("loss")
-            loss = build_loss(named, trust) if named else default_loss(data["num_classes"])
+            loss = build_part("loss", named, trust) if named else default_loss(data["num_classes"])
         shape = tuple(data["input_shape"])
 
         def outputs() -> int:
@@ -165,17 +135,17 @@ def load_trained(
     floating = [v.dtype for v in weights.values() if v.is_floating_point()]
     module.to(floating[0] if floating else None)
     if model is not None:
-        check_model(state["gdtrain"].get("settings", {}), module.model, path)
+        check_model(settings, module.model, path)
     check_fits(weights, module, path)
     _check_weights(weights, module, path)
     module.load_state_dict(weights)
     module.description = {**description}
     module.from_file = model is None and not trust
-    module.noted_settings = dict(state["gdtrain"].get("settings", {}))
+    module.noted_settings = settings
     module.updates = state["gdtrain"].get("updates", 0)
     module.examples_seen = state["gdtrain"].get("examples_seen", 0)
     module.eval()
-    return Trained(module, preprocessing, state, trust, data)
+    return Trained(Path(path), module, DataOfFile(preprocessing, data), state, trust)
 
 
 def _check_weights(weights: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
@@ -197,15 +167,18 @@ def _check_weights(weights: Mapping[str, Tensor], module: nn.Module, path: str |
             )
 
 
-def _check_given(found: Any, part: str, given: Any, path: str | Path) -> None:
-    """Raise where a model or a loss of somebody's own class is not given."""
-    if given is None and isinstance(found, Mapping) and "own" in found:
-        name = printable(found["own"])
-        raise ValueError(
-            f"{path} holds the weights of a {part} of your own class, {name}, and no code comes "
-            f"from a file. Build the {part} and give it: gdtrain.load({str(path)!r}, "
-            f"{part}={name}(…))."
-        )
+def _check_buildable(found: Any, part: str, path: str | Path) -> None:
+    """Raise on a model or a loss that has something of somebody's own, and must be given."""
+    if not isinstance(found, Mapping) or "own" not in found:
+        return
+    name = printable(found["own"])
+    what = f"a {part} of your own class, {name}"
+    if hasattr(models, name) or hasattr(nn, name):
+        what = f"a {part}, {name}, with something of your own in it: an activation, a layer, a hook"
+    raise ValueError(
+        f"{path} holds the weights of {what}, and no code comes from a file. Build the {part} as "
+        f"it was trained and give it: gdtrain.load({str(path)!r}, {part}={name}(…))."
+    )
 
 
 def _weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -253,47 +226,33 @@ def _check_preprocessing(state: Mapping[str, Any], shape: Sequence[Any], data: A
     of = {"mean": shape, "scale": shape, "target_mean": columns, "target_scale": columns}
     lengths = {"classes": data["num_classes"], "feature_names": math.prod(shape)}
     for name, value in state.items():
+        if value is None and name in known:
+            continue
         if name in of:
-            right = value is None or (
+            right = (
                 isinstance(value, Tensor)
                 and value.is_floating_point()
                 and value.ndim <= len(of[name])
                 and all(
-                    n in (1, size)
-                    for n, size in zip(value.shape[::-1], of[name][::-1], strict=False)
+                    n in (1, m) for n, m in zip(value.shape[::-1], of[name][::-1], strict=False)
                 )
             )
         elif name in lengths:
-            right = value is None or (
+            right = (
                 isinstance(value, list)
                 and len(value) == lengths[name]
                 and all(isinstance(x, bool | int | float | str) for x in value)
             )
         elif name == "input_shape":
-            right = value is None or list(value) == list(shape)
+            right = list(value) == list(shape)
         else:
-            right = name in known and (value is None or isinstance(value, bool | int | float | str))
+            right = name in known and isinstance(value, bool | int | float | str)
         if not right:
             raise ValueError(f"its preprocessing is damaged: {name!r:.80} does not fit the data.")
 
 
 def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path) -> None:
-    """Raise where the tensors of a checkpoint and of a module differ in name or shape.
-
-    Args:
-        state: The checkpoint's "state_dict".
-        module: To be filled from it.
-        path: Of the checkpoint, for the message.
-
-    Raises:
-        ValueError: They differ.
-
-    Example:
-        >>> check_fits({"weight": torch.ones(2, 2)}, nn.Linear(2, 1, bias=False), "last.ckpt")
-        Traceback (most recent call last):
-        ...
-        ValueError: The checkpoint last.ckpt does not match the model: expected weight of shape ...
-    """
+    """Raise where the tensors of a checkpoint and of a module differ in name or shape."""
     found = first_difference(module, state)
     if found is not None:
         name, own, saved = found
@@ -306,30 +265,13 @@ def check_fits(state: Mapping[str, Tensor], module: nn.Module, path: str | Path)
 def unfinished(checkpoint: str | Path, max_epochs: int | None, max_steps: int) -> Path | None:
     """The folder of a run of which only the evaluation and the summary are left.
 
-    Args:
-        checkpoint: In `checkpoints`, in the run's folder.
-        max_epochs: Of the trainer that is to go on.
-        max_steps: Likewise; -1: as many as the epochs have.
-
-    Returns:
-        Where the run is to be finished; None: it is finished, or there are updates left.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: It cannot be used.
-
-    Example:
-        >>> unfinished("missing.ckpt", 1, -1)
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. ...
+    None: it is finished, or a trainer with these limits (-1: none) has updates left to make.
     """
     own = load_checkpoint(checkpoint)["gdtrain"]
     place = Path(checkpoint).parent
     folder = place.parent
-    if place.name != "checkpoints" or not (folder / "config.yaml").is_file():
-        return None
-    if (folder / "summary.json").exists():
+    is_run = place.name == "checkpoints" and (folder / "config.yaml").is_file()
+    if not is_run or (folder / "summary.json").exists():
         return None
     then, planned = own.get("settings") or {}, own.get("planned")
     limits = [str(then.get(f"trainer.{name}")) for name in ("max_epochs", "max_steps")]
@@ -339,31 +281,19 @@ def unfinished(checkpoint: str | Path, max_epochs: int | None, max_steps: int) -
 
 
 def is_over(state: Mapping[str, Any], planned: int | None, path: Path) -> bool:
-    """Whether only the evaluation and the summary are left of a run, which was killed then.
+    """Whether only the evaluation and the summary are left of a run of T `planned` updates.
 
-    Args:
-        state: Of its last checkpoint.
-        planned: Updates of the run that goes on; None: there is no end to them.
-        path: Of the checkpoint.
-
-    Raises:
-        ValueError: Nothing is left to do: the run has its summary.
-
-    Example:
-        >>> is_over({"gdtrain": {"updates": 9, "stop": None}}, 20, Path("checkpoints/last.ckpt"))
-        False
+    `state` is its last checkpoint, at `path`. Raises where nothing is left to do.
     """
-    summary = path.parent.parent / "summary.json"
-    made = planned is not None and state["gdtrain"]["updates"] >= planned
-    if summary.is_file():
-        if made:
-            count = state["gdtrain"]["updates"]
-            raise ValueError(
-                f"The run of {path} has made all its {count} updates: there is nothing left to do. "
-                f"Raise trainer.max_epochs (of gdtrain.fit: epochs) to train on."
-            )
-        return False
-    return made or _stopped(state["gdtrain"])
+    own = state["gdtrain"]
+    made = planned is not None and own["updates"] >= planned
+    finished = (path.parent.parent / "summary.json").is_file()
+    if finished and made:
+        raise ValueError(
+            f"The run of {path} has made all its {own['updates']} updates: there is nothing left "
+            f"to do. Raise trainer.max_epochs (of gdtrain.fit: epochs) to train on."
+        )
+    return not finished and (made or _stopped(own))
 
 
 def _stopped(own: Mapping[str, Any]) -> bool:
@@ -374,18 +304,7 @@ def _stopped(own: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def restoring(checkpoint: str | Path | None) -> Iterator[None]:
-    """Say of a checkpoint from which Lightning cannot restore the run which part is damaged.
-
-    Args:
-        checkpoint: Its path; None: the run starts anew.
-
-    Raises:
-        ValueError: It is damaged.
-
-    Example:
-        >>> with restoring(None):
-        ...     pass
-    """
+    """Say of a checkpoint from which Lightning cannot restore the run which part is damaged."""
     try:
         yield
     except Exception as error:
@@ -402,27 +321,6 @@ def restoring(checkpoint: str | Path | None) -> Iterator[None]:
         ) from error
 
 
-class DataOfFile:
-    """What a file tells of the data that its model was trained on; the examples are not in it.
-
-    Args:
-        preprocessing: As learnt in training, with classes and feature names.
-        state: What the data module has put into the file.
-
-    Example:
-        >>> DataOfFile(Preprocessing(classes=["no", "yes"]), {}).preprocessing.classes
-        ['no', 'yes']
-    """
-
-    def __init__(self, preprocessing: Preprocessing, state: Mapping[str, Any]) -> None:
-        self.preprocessing = preprocessing
-        self._state = dict(state)
-
-    def state_dict(self) -> dict[str, Any]:
-        """As the file has it."""
-        return self._state
-
-
 def load(
     path: str | Path,
     *,
@@ -432,21 +330,20 @@ def load(
 ) -> Result:
     """Read a trained model, with all that it needs to answer.
 
-    No code comes from the file: models by name, and those of layers of `torch.nn`, are built again
-    from their description; one of your own class must be given, and is filled.
+    No code comes from the file: models of gdtrain and of layers of `torch.nn` are built again from
+    their description; one with something of your own in it must be given, and is filled.
 
     Args:
         path: Of a file that `Result.save` has made, or of a checkpoint, `best.ckpt` or `last.ckpt`
             in the `checkpoints` of a run.
-        model: For a model of your own class: a module of the same structure, which is filled, or a
+        model: For one with something of your own in it: a module of the same structure, or a
             function from (input_shape, num_outputs) to one.
         loss: For a loss of your own class.
         trust: Further packages whose classes the file may name, such as ("mypackage",).
 
     Returns:
-        As `fit` returns it: `model`, `predict`, `metrics`, `history`, `stop`, `summary`, `plot`.
-        Its `data` has the preprocessing alone. A checkpoint has no `metrics` and no `stop`, unless
-        it is that of the run's end, and its `summary.json` lies there.
+        As `fit` returns it, but `data` has the preprocessing alone. A checkpoint has no `metrics`
+        and no `stop`, unless it is that of the run's end, and its `summary.json` lies there.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -459,33 +356,31 @@ def load(
         >>> X, y = load_wine(return_X_y=True)
         >>> result = gdtrain.fit("mlp", X, y, variant="minibatch", epochs=5)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = result.save(Path(folder) / "wine.pt")
-        ...     again = load(path)
-        >>> bool((again.predict(X) == result.predict(X)).all()), again.metrics == result.metrics
-        (True, True)
+        ...     again = gdtrain.load(result.save(Path(folder) / "wine.pt"))
+        >>> bool((again.predict(X) == result.predict(X)).all())
+        True
     """
-    path = Path(path)
     trained = load_trained(path, trust, model, loss)
     own, callbacks = trained.state["gdtrain"], trained.state.get("callbacks") or {}
     curves = own.get("history") or callbacks.get("LossCurves") or {}
-    summary = own.get("summary") or _summary(trained, path)
+    summary = own.get("summary") or _summary(trained)
     stop = Stop.from_state_dict(own["stop"]) if own.get("stop") else _stop(summary)
-    folder = path.parent.parent if path.parent.name == "checkpoints" else None
+    place = trained.path.parent
     return Result(
         trained.module,
-        DataOfFile(trained.preprocessing, trained.data),  # type: ignore[arg-type]
+        trained.data,  # type: ignore[arg-type]
         History(curves.get("train", {}), curves.get("val", {})),
         stop,  # type: ignore[arg-type]
         summary,
-        folder,
+        place.parent if place.name == "checkpoints" else None,
     )
 
 
-def _summary(trained: Trained, path: Path) -> dict[str, Any]:
+def _summary(trained: Trained) -> dict[str, Any]:
     """That of the run, where the checkpoint is of its end; else what the checkpoint tells."""
     own = trained.state["gdtrain"]
     try:
-        found = read_json(path.parent.parent / "summary.json")
+        found = read_json(trained.path.parent.parent / "summary.json")
         if found["updates"] == own.get("updates"):
             return found
     except (OSError, ValueError, KeyError, TypeError):
@@ -498,6 +393,5 @@ def _summary(trained: Trained, path: Path) -> dict[str, Any]:
 def _stop(summary: Mapping[str, Any]) -> Stop | None:
     if "stop_reason" not in summary:
         return None
-    parts = (summary.get(f"stop_{name}") for name in ("message", "numbers", "advice"))
-    message, numbers, advice = parts
+    message, numbers, advice = (summary.get(f"stop_{n}") for n in ("message", "numbers", "advice"))
     return Stop(StopReason(summary["stop_reason"]), message or "", numbers or {}, advice or "")

@@ -22,38 +22,20 @@ __all__ = [
     "conf_directory",
     "flatten",
     "out_of_range",
+    "plain_containers",
     "read_defaults",
 ]
 
 
 def conf_directory() -> Path:
-    """The folder of YAML files: inside an installed package, or beside it in a checkout.
-
-    Returns:
-        Its absolute path.
-
-    Example:
-        >>> (conf_directory() / "train.yaml").is_file()
-        True
-    """
+    """The folder of YAML files: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def read_defaults(choice: str) -> dict[str, Any]:
-    """One YAML file of a group, as it stands.
-
-    Args:
-        choice: Such as "optimizer/sgd".
-
-    Returns:
-        Its content.
-
-    Example:
-        >>> read_defaults("optimizer/sgd")["data"]["batch_size"]
-        1
-    """
+    """One YAML file, such as "optimizer/sgd", as it stands."""
     text = (conf_directory() / f"{choice}.yaml").read_text(encoding="utf-8")
     return yaml.safe_load(text)
 
@@ -123,18 +105,6 @@ def check(config: Mapping[str, Any]) -> None:
 
     What needs the data (a batch size above N, labels that do not fit the loss) is found when they
     are read.
-
-    Args:
-        config: The composed configuration, as plain containers.
-
-    Raises:
-        ConfigurationError: With the key, what was expected and what came.
-
-    Example:
-        >>> check({"variant": "sgd"})
-        Traceback (most recent call last):
-        ...
-        gdtrain.errors.ConfigurationError: seed is missing: it cannot be taken away.
     """
     missing_keys = [key for key in _KEYS if key not in config]
     if missing_keys:
@@ -164,13 +134,9 @@ def check(config: Mapping[str, Any]) -> None:
     for key, within in _NUMBERS.items():
         if key not in flat or (flat[key] is None and key in _OPTIONAL):
             continue
-        if key in _AUTOMATIC and flat[key] == "auto":
-            continue
-        try:
-            within.check(key, flat[key])
-        except ValueError:
-            other = ", or auto" * (key in _AUTOMATIC)
-            raise out_of_range(key, within, flat[key], other) from None
+        automatic = key in _AUTOMATIC
+        if not (automatic and flat[key] == "auto") and not _lies_in(within, flat[key]):
+            raise out_of_range(key, within, flat[key], ", or auto" * automatic)
     for key in _SWITCHES:
         if key in flat and not isinstance(flat[key], bool):
             raise ConfigurationError(f"{key} must be true or false. Received: {flat[key]!r}.")
@@ -184,7 +150,7 @@ def check(config: Mapping[str, Any]) -> None:
     _check_batch_size(flat)
     _check_step_size(config, flat)
     steps = flat.get("trainer.max_steps", -1)
-    if steps != -1 and not _is_whole(steps, Whole(1, 2**63 - 1)):
+    if steps != -1 and not _lies_in(Whole(1, 2**63 - 1), steps):
         raise ConfigurationError(
             f"trainer.max_steps must be a whole number of updates at least 1 and below 2^63, or -1 "
             f"for as many as the epochs have. Received: trainer.max_steps={_short(steps)}"
@@ -195,7 +161,7 @@ def check(config: Mapping[str, Any]) -> None:
             f"metric/accuracy/test. Received: optimized_metric={flat['optimized_metric']}"
         )
     devices = flat.get("trainer.devices", 1)
-    if (_is_whole(devices, Whole(-(2**63), 0)) and devices != -1) or (
+    if (_lies_in(Whole(-(2**63), 0), devices) and devices != -1) or (
         isinstance(devices, str) and devices != "auto" and not re.fullmatch(r"[\d, ]+", devices)
     ):
         raise ConfigurationError(
@@ -218,29 +184,17 @@ def check(config: Mapping[str, Any]) -> None:
 def out_of_range(
     key: str, within: Interval | Whole, value: Any, other: str = ""
 ) -> ConfigurationError:
-    """What to say of a number that is none, or not in its range.
-
-    Args:
-        key: As it was typed.
-        within: Its range.
-        value: What came.
-        other: What else it may be.
-
-    Example:
-        >>> raise out_of_range("optimizer.lr", Interval(0, math.inf), -1, ", or auto")
-        Traceback (most recent call last):
-        ...
-        gdtrain.errors.ConfigurationError: optimizer.lr must be a number in (0, ∞), or auto. ...
-    """
+    """What to say of a number that is none, or not in its range."""
     what = f"{within}" if isinstance(within, Whole) else f"a number in {within}"
     return ConfigurationError(f"{key} must be {what}{other}. Received: {key}={_short(value)}")
 
 
-def _is_whole(value: Any, within: Whole) -> bool:
+def _lies_in(within: Interval | Whole, value: Any) -> bool:
     try:
-        return within.check("", value) == value
+        within.check("", value)
     except ValueError:
         return False
+    return True
 
 
 def _short(value: Any) -> str:
@@ -304,7 +258,7 @@ def _check_batch_size(flat: Mapping[str, Any]) -> None:
     size, variant = flat.get("data.batch_size"), flat.get("variant")
     if "data.batch_size" not in flat:
         return
-    if size != "full" and not _is_whole(size, Whole(1)):
+    if size != "full" and not _lies_in(Whole(1), size):
         raise ConfigurationError(
             f"data.batch_size must be a whole number of at least 1, or full (all N training "
             f"examples). Received: data.batch_size={size}"
@@ -330,39 +284,19 @@ def _check_batch_size(flat: Mapping[str, Any]) -> None:
 
 
 def checked(config: DictConfig) -> dict[str, Any]:
-    """A configuration as plain containers, with all that it refers to filled in, and checked.
-
-    Args:
-        config: Composed from `conf/train.yaml`.
-
-    Raises:
-        ConfigurationError: As `check`.
-
-    Example:
-        >>> checked(OmegaConf.create({"seed": 1, "variant": "${seed}"}))
-        Traceback (most recent call last):
-        ...
-        gdtrain.errors.ConfigurationError: ckpt_path is missing: it cannot be taken away.
-    """
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    """A configuration as plain containers, and checked."""
+    plain = plain_containers(config)
     check(plain)
     return plain
 
 
+def plain_containers(config: DictConfig) -> dict[str, Any]:
+    """A configuration with all that it refers to filled in."""
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
 def closest(word: str, words: list[str]) -> str:
-    """A hint for a misspelt word.
-
-    Args:
-        word: What came.
-        words: What there is.
-
-    Returns:
-        " Did you mean …?", or nothing.
-
-    Example:
-        >>> closest("optimizer.lrr", ["optimizer.lr", "seed"])
-        ' Did you mean optimizer.lr?'
-    """
+    """A hint for a misspelt word: " Did you mean …?", or nothing."""
     found = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     if not found and "." not in word:  # perhaps only the last part of a key was typed
         found = [w for w in words if w.rsplit(".", 1)[-1] == word][:1]
@@ -370,16 +304,7 @@ def closest(word: str, words: list[str]) -> str:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Keys with dots, and their values.
-
-    Args:
-        config: Mappings in mappings.
-        prefix: Of each key.
-
-    Example:
-        >>> dict(flatten({"seed": 0, "model": {"hidden": [8]}}))
-        {'seed': 0, 'model.hidden': [8]}
-    """
+    """Keys with dots, and their values."""
     for name, value in config.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
 """Build models, losses and data modules from plain descriptions, which may come from anybody.
 
 A description is what a checkpoint keeps: `{"_target_": "gdtrain.models.MLP", "hidden": [128]}`.
-Nothing in it is resolved, looked up in the environment, or called, but public classes of trusted
-packages, of the kind that belongs in that place, with plain values.
+Nothing in it is resolved, looked up in the environment, or called, but public classes of packages
+in `trust`, or trusted in any case, of the kind that belongs in that place, with plain values.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ from gdtrain.data.module import DataModule
 from gdtrain.losses import CrossEntropy, Loss, SquaredError
 
 __all__ = [
-    "build_data",
-    "build_loss",
     "build_model",
+    "build_part",
     "check_description",
     "check_outputs",
-    "check_plain",
     "default_loss",
     "first_difference",
 ]
@@ -41,6 +39,9 @@ _TEXT = 4096  # characters of one
 _WIDEST = 2**16  # what a whole number of a model may be in any case
 _OPERATIONS = 100  # while a model is built, for each of its tensors
 
+_Make = Callable[[Mapping[str, Any]], Any]  # from input_shape and num_outputs to an object
+
+_PARTS: dict[str, type] = {"model": nn.Module, "loss": Loss, "data": DataModule}
 # Packages whose public classes may be built without being named by the user, by kind.
 _TRUSTED: dict[type, tuple[str, ...]] = {
     nn.Module: ("gdtrain.models", "torch.nn", "torchvision.models"),
@@ -56,6 +57,8 @@ _WORDS: dict[type, str] = {
     Dataset: "torch Dataset",
     object: "class",
 }
+# What may stand in an argument of one.
+_NESTED: dict[type, type] = {nn.Module: nn.Module, Dataset: object, object: object}
 # Pretrained weights change how these compute, beyond the weights.
 _CHANGED_BY_WEIGHTS = ("googlenet", "inception_v3")
 
@@ -64,67 +67,45 @@ class _ExcessError(ValueError):
     """A model would be larger than the weights that are there for it."""
 
 
-# ---------------------------------------------------------------------- plain values
-
-
-def check_plain(value: Any, most: int = _VALUES, what: str = "The description") -> None:
-    """Raise unless a value is made of plain containers, of bounded size, with nothing to resolve.
-
-    Args:
-        value: None, a boolean, number or text, or a list or dict of them; keys are texts.
-        most: Values in all.
-        what: It is, for the message.
-
-    Raises:
-        ValueError: It holds something else, or is too deep or too large.
-
-    Example:
-        >>> check_plain({"hidden": [128, 64]})
-        >>> check_plain({"hidden": "${oc.env:HOME}"})
-        Traceback (most recent call last):
-        ...
-        ValueError: The description must hold plain values only. Received: '${oc.env:HOME}', ...
-    """
-    left, count = [(value, 0)], 0
+def _check_plain(value: Any) -> None:
+    """Raise unless a value is made of plain containers, not too many, with nothing to resolve."""
+    left, count = [(value, 0)], 1
     while left:
         node, depth = left.pop()
-        count += 1
-        if count > most or depth > _DEPTH:
-            raise ValueError(
-                f"{what} is too large: expected at most {most:,} values, and {_DEPTH} containers "
-                f"in each other."
-            )
+        inner: Sequence[Any] = ()
         if isinstance(node, str):
-            _check_text(node, what)
+            _check_text(node)
         elif isinstance(node, Mapping):
-            for key, item in node.items():
-                if not isinstance(key, str):
-                    raise ValueError(f"{what} must have texts as keys. Received: {key!r:.80}.")
-                _check_text(key, what)
-                left.append((item, depth + 1))
+            for key in node:
+                _check_text(key)
+            inner = list(node.values())
         elif isinstance(node, list | tuple):
-            if len(node) > most:
-                count = most
-            left.extend((item, depth + 1) for item in node[: most + 1])
+            inner = node
         elif isinstance(node, int) and abs(node) >= 2**63:
-            raise ValueError(f"{what} must hold whole numbers of at most 64 bits.")
+            raise ValueError("The description must hold whole numbers of at most 64 bits.")
         elif not (node is None or isinstance(node, bool | int | float)):
             raise ValueError(
-                f"{what} must hold plain values only. Received: a {type(node).__name__}."
+                f"The description must hold plain values only. Received: a {type(node).__name__}."
             )
+        count += len(inner)
+        if count > _VALUES or (inner and depth == _DEPTH):
+            raise ValueError(
+                f"The description is too large: expected at most {_VALUES:,} values, and {_DEPTH} "
+                f"containers in each other."
+            )
+        left.extend((item, depth + 1) for item in inner)
 
 
-def _check_text(text: str, what: str) -> None:
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"The description must have texts as keys. Received: {text!r:.80}.")
     if len(text) > _TEXT:
-        raise ValueError(f"{what} must hold texts of at most {_TEXT} characters.")
+        raise ValueError(f"The description must hold texts of at most {_TEXT} characters.")
     if "${" in text:
         raise ValueError(
-            f"{what} must hold plain values only. Received: {text[:80]!r}, which asks to be "
-            f"resolved."
+            f"The description must hold plain values only. Received: {text[:80]!r}, which asks to "
+            f"be resolved."
         )
-
-
-# ---------------------------------------------------------------------- what is built
 
 
 def build_model(
@@ -138,31 +119,11 @@ def build_model(
 
     It is built without memory first (on torch's "meta" device), and its tensors are compared with
     the weights.
-
-    Args:
-        description: With `_target_`, and `_partial_: true` where the sizes are still to be given.
-        input_shape: Of one example, to a model that asks for it.
-        num_outputs: To a model that asks for it.
-        weights: Its future `state_dict`.
-        trust: Further packages whose classes may be built.
-
-    Returns:
-        The model, with first weights of its own.
-
-    Raises:
-        ValueError: The description is not plain, names something else, or does not fit the weights.
-
-    Example:
-        >>> mlp = {"_target_": "gdtrain.models.MLP", "_partial_": True, "hidden": [8]}
-        >>> own = build_model(mlp, (4,), 3, {
-        ...     "layers.1.weight": torch.zeros(8, 4), "layers.1.bias": torch.zeros(8),
-        ...     "layers.3.weight": torch.zeros(3, 8), "layers.3.bias": torch.zeros(3)})
-        >>> own(torch.zeros(2, 4)).shape
-        torch.Size([2, 3])
     """
-    check_plain(description)
+    _check_plain(description)
     make = _prepared(description, nn.Module, trust, "model")
-    own = _is_own_package(description, trust)
+    module = description["_target_"].rpartition(".")[0]
+    own = module not in _TRUSTED[nn.Module] and _within(module, trust) is not None
     if not own:
         _check_whole_numbers(description, max(_WIDEST, _numbers(weights)))
     sizes = {"input_shape": tuple(input_shape), "num_outputs": num_outputs}
@@ -180,108 +141,40 @@ def build_model(
                 f"The checkpoint does not match the model that it describes: expected "
                 f"{different[0]} of shape {different[1]}. Received: {different[2]}."
             )
+    with nullcontext() if own else _Bounded(weights):
+        return _made(description, make, sizes)
+
+
+def build_part(place: str, description: Any, trust: Sequence[str] = ()) -> Any:
+    """A "loss", or a "data" module, which reads nothing before `setup`."""
+    _check_plain(description)
+    return _made(description, _prepared(description, _PARTS[place], trust, place), {})
+
+
+def _made(description: Mapping[str, Any], make: _Make, sizes: Mapping[str, Any]) -> Any:
     try:
-        with nullcontext() if own else _Bounded(weights):
-            return make(sizes)
+        return make(sizes)
     except (ValueError, OSError):
         raise
     except Exception as error:
         raise ValueError(_unbuildable(description, error)) from error
 
 
-def build_loss(description: Any, trust: Sequence[str] = ()) -> Loss:
-    """A loss.
-
-    Args:
-        description: With `_target_`.
-        trust: Further packages whose classes may be built.
-
-    Returns:
-        The loss.
-
-    Raises:
-        ValueError: The description is not plain, or names something else.
-
-    Example:
-        >>> build_loss({"_target_": "gdtrain.losses.Huber", "delta": 2.0})
-        Huber(delta=2.0)
-    """
-    return _built(description, Loss, trust, "loss")
-
-
 def default_loss(num_classes: int | None) -> Loss:
-    """Cross-entropy for classes, squared error for numbers.
-
-    Args:
-        num_classes: Of the data; None for numbers.
-
-    Returns:
-        The loss.
-
-    Example:
-        >>> default_loss(num_classes=3), default_loss(num_classes=None)
-        (CrossEntropy(), SquaredError())
-    """
+    """Cross-entropy for classes, squared error for numbers."""
     return SquaredError() if num_classes is None else CrossEntropy()
 
 
-def build_data(description: Any, trust: Sequence[str] = ()) -> DataModule:
-    """A data module; it reads nothing before `setup`.
-
-    Args:
-        description: With `_target_`. A `DatasetDataModule` has further ones in `train`, `val` and
-            `test`, of packages in `trust`.
-        trust: Further packages whose classes may be built.
-
-    Returns:
-        The data module.
-
-    Raises:
-        FileNotFoundError: It names a file that is not there.
-        ValueError: The description is not plain, or names something else.
-
-    Example:
-        >>> build_data({"_target_": "gdtrain.data.EmbeddedDataModule", "name": "iris"}).name
-        'iris'
-    """
-    return _built(description, DataModule, trust, "data")
-
-
 def check_description(description: Any, trust: Sequence[str] = ()) -> None:
-    """Raise where a model, its loss or its data would be refused; nothing is built.
-
-    Args:
-        description: With `model`, `loss` (or None) and `data` (or None: arrays).
-        trust: Further packages whose classes may be built.
-
-    Raises:
-        ValueError: The description is not plain, or names something else.
-
-    Example:
-        >>> check_description({"model": {"_target_": "os.system"}, "loss": None, "data": {}})
-        Traceback (most recent call last):
-        ...
-        ValueError: The model asks to call 'os.system', which is no public model ...
-    """
-    check_plain(description)
+    """Raise where a model, its loss or its data would be refused; nothing is built."""
+    _check_plain(description)
     if not isinstance(description, Mapping) or not {"model", "data"} <= description.keys():
         raise ValueError("The description must have a model, its loss and its data.")
-    for place, kind in (("model", nn.Module), ("loss", Loss), ("data", DataModule)):
+    for place, kind in _PARTS.items():
         node = description.get(place)
         # A model or loss of the user's own class is only named, and given by him.
         if (node or place == "model") and not (isinstance(node, Mapping) and "own" in node):
             _prepared(node, kind, trust, place)
-
-
-def _built(description: Any, kind: type, trust: Sequence[str], place: str) -> Any:
-    check_plain(description)
-    make = _prepared(description, kind, trust, place)
-    try:
-        return make({})
-    except (ValueError, OSError):
-        raise
-    except Exception as error:
-        raise ValueError(_unbuildable(description, error)) from error
 
 
 def _unbuildable(description: Mapping[str, Any], error: Exception) -> str:
@@ -292,9 +185,7 @@ def _unbuildable(description: Mapping[str, Any], error: Exception) -> str:
 # ---------------------------------------------------------------------- from words to a call
 
 
-def _prepared(
-    node: Any, kind: type, trust: Sequence[str], place: str
-) -> Callable[[Mapping[str, Any]], Any]:
+def _prepared(node: Any, kind: type, trust: Sequence[str], place: str) -> _Make:
     """What builds the object from sizes; raises on whatever may not be built, before any is."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         raise ValueError(f"The description of the {place} must have a _target_.")
@@ -331,9 +222,7 @@ def _prepared(
     return make
 
 
-def _sequential(
-    node: Mapping[str, Any], trust: Sequence[str], place: str
-) -> Callable[[Mapping[str, Any]], Any]:
+def _sequential(node: Mapping[str, Any], trust: Sequence[str], place: str) -> _Make:
     """Layers by name, one after the other: `{"_target_": "torch.nn.Sequential", "children": …}`."""
     children = node.get("children")
     if node.keys() != {"_target_", "children"} or not isinstance(children, Mapping):
@@ -347,21 +236,14 @@ def _sequential(
     return lambda sizes: nn.Sequential(OrderedDict((n, m(sizes)) for n, m in makes.items()))
 
 
-def _argument(
-    value: Any, kind: type, trust: Sequence[str], place: str
-) -> Callable[[Mapping[str, Any]], Any]:
+def _argument(value: Any, kind: type, trust: Sequence[str], place: str) -> _Make:
     """What gives an argument its value, anew at each call: nested objects are built then."""
     if isinstance(value, Mapping) and "_target_" in value:
-        inner: type | None = None
-        if kind is nn.Module:
-            inner = nn.Module
-        elif place in ("data.train", "data.val", "data.test"):
-            inner = Dataset
-        elif kind in (Dataset, object):
-            inner = object
-        if inner is None:
+        if place in ("data.train", "data.val", "data.test"):
+            return _prepared(value, Dataset, trust, place)
+        if kind not in _NESTED:
             raise ValueError(f"{place} must be a plain value. Received: a nested _target_.")
-        return _prepared(value, inner, trust, place)
+        return _prepared(value, _NESTED[kind], trust, place)
     if isinstance(value, Mapping):
         items = {k: _argument(v, kind, trust, f"{place}.{k}") for k, v in value.items()}
         for key in items:
@@ -376,43 +258,35 @@ def _argument(
 
 def _public(target: Any, kind: type, trust: Sequence[str], place: str) -> Callable[..., Any]:
     """The class (or factory) that a name stands for, where a trusted package has made it public."""
+    packages = " or ".join([*_TRUSTED[kind], *trust]) or "a package that you trust"
     refusal = (
-        f"The {place} asks to call {str(target)[:120]!r}, which is no public "
-        f"{_WORDS[kind]} of "
-        f"{' or '.join([*_TRUSTED[kind], *trust]) or 'a package that you trust'}. "
+        f"The {place} asks to call {str(target)[:120]!r}, which is no public {_WORDS[kind]} of "
+        f"{packages}. "
     )
     parts = target.split(".") if isinstance(target, str) else []
     if len(parts) < 2 or not all(part.isidentifier() and part[0] != "_" for part in parts):
         raise ValueError(refusal)
     module, name = ".".join(parts[:-1]), parts[-1]
-    own = [p for p in trust if module == p or module.startswith(f"{p}.")]
-    if module in _TRUSTED[kind]:
-        package = module
-    elif own:
-        package = own[0]
-    else:
+    own = _within(module, trust)
+    package = module if module in _TRUSTED[kind] else own
+    if package is None:
         hint = f"If you know where the file comes from, name its package: trust={parts[0]}"
         raise ValueError(refusal + hint * (parts[0] not in ("gdtrain", "torch")))
     try:
-        found = _exported(module, name)
+        holder = importlib.import_module(module)
+        found = getattr(holder, name, None) if name in getattr(holder, "__all__", [name]) else None
     except Exception as error:
         raise ValueError(f"{refusal}{module} cannot be imported: {error}") from error
-    home = str(getattr(found, "__module__", ""))
-    at_home = home == package or home.startswith(f"{package}.")
-    if not at_home or not (_is_class(found, kind) or _is_factory(found, kind, module, bool(own))):
+    at_home = _within(str(getattr(found, "__module__", "")), [package])
+    is_class = inspect.isclass(found) and issubclass(found, kind) and not inspect.isabstract(found)
+    if not at_home or not (is_class or _is_factory(found, kind, module, bool(own))):
         raise ValueError(refusal)
     return typing.cast("Callable[..., Any]", found)
 
 
-def _exported(module: str, name: str) -> Any:
-    """What a module has under a public name; None where it has none."""
-    found = importlib.import_module(module)
-    public = getattr(found, "__all__", None)
-    return getattr(found, name, None) if public is None or name in public else None
-
-
-def _is_class(found: Any, kind: type) -> bool:
-    return inspect.isclass(found) and issubclass(found, kind) and not inspect.isabstract(found)
+def _within(module: str, packages: Sequence[str]) -> str | None:
+    """The first of some packages that a module is of."""
+    return next((p for p in packages if module == p or module.startswith(f"{p}.")), None)
 
 
 def _is_factory(found: Any, kind: type, module: str, own: bool) -> bool:
@@ -447,30 +321,19 @@ def _without_downloads(target: Any, arguments: dict[str, Any]) -> dict[str, Any]
     return kept
 
 
-def _is_own_package(description: Mapping[str, Any], trust: Sequence[str]) -> bool:
-    """Whether the model is of a package that the user has named."""
-    module = str(description["_target_"]).rpartition(".")[0]
-    return module not in _TRUSTED[nn.Module] and any(
-        module == p or module.startswith(f"{p}.") for p in trust
-    )
-
-
 # ---------------------------------------------------------------------- bounds
 
 
 def _check_whole_numbers(node: Any, most: int) -> None:
     """Raise on a whole number that no layer for such weights has."""
-    if isinstance(node, Mapping):
-        for value in node.values():
+    for value in node.values() if isinstance(node, Mapping) else node:
+        if isinstance(value, Mapping | list | tuple):
             _check_whole_numbers(value, most)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            _check_whole_numbers(value, most)
-    elif isinstance(node, int) and not isinstance(node, bool) and abs(node) > most:
-        raise _ExcessError(
-            f"The model is larger than its weights: its description says {node:,}, and there are "
-            f"weights for {most:,} numbers at most."
-        )
+        elif isinstance(value, int) and abs(value) > most:
+            raise _ExcessError(
+                f"The model is larger than its weights: its description says {value:,}, and there "
+                f"are weights for {most:,} numbers at most."
+            )
 
 
 class _Bounded(TorchDispatchMode):
@@ -505,21 +368,6 @@ def check_outputs(model: nn.Module, example: Tensor) -> None:
     """Raise where a layer of a model makes very much more of an example than is there.
 
     It runs without memory, on torch's "meta" device.
-
-    Args:
-        model: From a file, with its weights.
-        example: Such as it will take, (1, …).
-
-    Raises:
-        ValueError: A layer gives more than 2²⁰ numbers, 64 for each of the model's and 4096 for
-            each of the example's; or the model takes no such examples.
-
-    Example:
-        >>> check_outputs(nn.Upsample(10**5), torch.zeros(1, 1, 4))
-        >>> check_outputs(nn.Upsample(10**9), torch.zeros(1, 1, 4))
-        Traceback (most recent call last):
-        ...
-        ValueError: The model cannot be used: one of its layers makes more than 1,048,576 numbers...
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     most = max(2**20, 64 * _numbers(state), 4096 * example.numel())
@@ -562,20 +410,7 @@ def _numbers(weights: Mapping[str, Tensor]) -> int:
 
 
 def first_difference(model: nn.Module, weights: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
-    """The first tensor, by name, that a model and its saved weights do not have alike.
-
-    Args:
-        model: To be filled.
-        weights: Saved, as a `state_dict`.
-
-    Returns:
-        Its name, and its shape in the model and as saved, or what stands there; None: all are
-        alike.
-
-    Example:
-        >>> first_difference(nn.Linear(2, 1, bias=False), {"weight": torch.ones(2, 2)})
-        ('weight', (1, 2), (2, 2))
-    """
+    """The first tensor, by name, that a model and its saved weights do not have alike."""
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     saved = {
         k: tuple(v.shape) if isinstance(v, Tensor) else f"a {type(v).__name__}"

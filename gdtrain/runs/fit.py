@@ -43,10 +43,8 @@ from gdtrain.step_sizes import StepSize
 
 __all__ = ["fit"]
 
-Variant = Literal["gd", "sgd", "minibatch"]
 _OPTIMIZERS = {"gd": GD, "sgd": SGD, "minibatch": MiniBatchSGD}
 _MODELS = {"linear": Linear, "mlp": MLP, "cnn": CNN}
-_RATE = Interval(0, math.inf)
 _log = logging.getLogger("gdtrain")
 
 
@@ -55,7 +53,7 @@ def fit(
     X: ArrayLike,  # noqa: N803 (scikit-learn's name)
     y: ArrayLike,
     *,
-    variant: Variant = "sgd",
+    variant: Literal["gd", "sgd", "minibatch"] = "sgd",
     lr: float | Literal["auto"] = "auto",
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -78,8 +76,7 @@ def fit(
     Args:
         model: "linear", "mlp" or "cnn", sized from the data; a module; or a function from
             (input_shape, num_outputs) to one.
-        X: (N, D), or images (N, C, H, W). The columns of a DataFrame are matched by name at
-            `predict`.
+        X: (N, D), or images (N, C, H, W).
         y: (N,) classes or numbers, or (N, K) numbers; which of them, the log says (logger
             "gdtrain"), and `task` or a loss decides: see `gdtrain.data.targets.decide`.
         variant: "gd" (an update averages all examples), "sgd" (one) or "minibatch".
@@ -90,20 +87,18 @@ def fit(
         nesterov: Nesterov momentum.
         weight_decay: λ, range [0, ∞); not on biases.
         loss: None: cross-entropy for classes, squared error for numbers.
-        schedule: The factor on η; None: a warm-up and a decay to zero, but constant where a rule
-            finds the length of full-batch steps ("auto" of `SupervisedModule`).
+        schedule: The factor on η; None: "auto" of `SupervisedModule`.
         step_size: A rule that computes η, with `lr="auto"`; None: the automatic one.
         seed: Of initial weights (if the model is built here), order and dropout.
         engine: How updates are made, see `SupervisedModule`.
         directory: Folder for TensorBoard events, `metrics.csv`, checkpoints and `summary.json`;
             None: nothing is written. It must not hold a run, but the one of `checkpoint` where all
             its updates were made, and only the evaluation is left.
-        checkpoint: Go on with the run of this checkpoint. All that its next update depends on must
-            be the same; more epochs are taken where the schedule is not stretched over them.
+        checkpoint: Go on with its run. All that the next update depends on must be the same; more
+            epochs are taken where the schedule is not stretched over them.
         progress: Whether to draw a progress bar on a terminal.
-        interruptible: True: at the first Ctrl-C or SIGTERM the run ends in good order, and the
-            result says INTERRUPTED. False: signals are the program's; Ctrl-C is a
-            KeyboardInterrupt, and SIGTERM ends the process.
+        interruptible: Whether at the first Ctrl-C or SIGTERM the run ends in good order, and the
+            result says INTERRUPTED; else signals are the program's.
         **data_options: As for `ArrayDataModule`: `val_fraction`, `test_fraction`, `task`, `test`,
             `sampling`, `standardize`, `dtype` (in which all is trained; None: the model's), …
 
@@ -137,7 +132,10 @@ def fit(
     if isinstance(model, str) and model not in _MODELS:
         raise ValueError(f"model must be one of {', '.join(_MODELS)}. Received: {model!r}.")
     dtype = data_options.pop("dtype", None)
-    if dtype is not None or _is_double(model):
+    double = torch.get_default_dtype() == torch.float64
+    if isinstance(model, nn.Module):
+        double = any(p.dtype == torch.float64 for p in model.parameters())
+    if dtype is not None or double:
         data_options["dtype"] = "float64" if dtype is None else dtype
     data = ArrayDataModule(
         X,
@@ -157,9 +155,12 @@ def fit(
         built = built.to(data.dtype)
     if not built.training:  # as a loaded model is
         built.train()
+    options: dict[str, Any] = {"momentum": momentum, "nesterov": nesterov}
+    options["weight_decay"] = weight_decay
     if lr != "auto":
+        options["lr"] = lr
         try:
-            _RATE.check("lr", lr)
+            Interval(0, math.inf).check("lr", lr)
         except ValueError as error:
             raise ValueError(f"{error} Or set lr='auto'.") from None
     if lr != "auto" and step_size is not None and not step_size.needs.lr:
@@ -170,13 +171,7 @@ def fit(
     module = SupervisedModule(
         built,
         loss,
-        partial(
-            _OPTIMIZERS[variant],
-            **({} if lr == "auto" else {"lr": lr}),
-            momentum=momentum,
-            nesterov=nesterov,
-            weight_decay=weight_decay,
-        ),
+        partial(_OPTIMIZERS[variant], **options),
         schedule if schedule is not None else "auto",
         step_size=step_size if step_size is not None or lr != "auto" else "auto",
         engine=engine,
@@ -188,15 +183,14 @@ def fit(
     callbacks: list[Any] = [Divergence(), LossCurves(), Convergence()]
     if interruptible:
         callbacks.append(Interrupt())
-    loggers: list[Any] = []
     if progress:
         callbacks.append(ProgressLine())
+    loggers: list[Any] = []
     hyperparameters = {"variant": variant, "lr": lr, "momentum": momentum, "seed": seed}
     if directory is not None:
         callbacks.append(BestAndLast)
         loggers = [partial(c, name="", version="") for c in (TensorBoardLogger, CSVLogger)]
         loggers[0].keywords.update(default_hp_metric=False, max_queue=1000)
-    config = {**hyperparameters, "epochs": arguments["max_epochs"]}
     finishes = (
         checkpoint is not None
         and directory is not None
@@ -207,9 +201,8 @@ def fit(
     def keep(error: BaseException) -> bool:
         return module.total_updates is not None and module.updates > 0
 
-    with (
-        nullcontext() if directory is None or finishes else reserved(Path(directory), config, keep)
-    ):
+    config = None if finishes else {**hyperparameters, "epochs": arguments["max_epochs"]}
+    with nullcontext() if directory is None else reserved(Path(directory), config, keep):
         result = run(
             module,
             data,
@@ -228,10 +221,3 @@ def fit(
     lost = result.stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
     _log.log(logging.WARNING if lost else logging.INFO, "%s", result.stop)
     return result
-
-
-def _is_double(model: Any) -> bool:
-    """Whether it is a module in float64, or will be made in it."""
-    if not isinstance(model, nn.Module):
-        return torch.get_default_dtype() == torch.float64
-    return any(p.dtype == torch.float64 for p in model.parameters())

@@ -25,9 +25,8 @@ from gdtrain.lightning.module import SupervisedModule
 from gdtrain.lightning.resuming import check_resumes
 from gdtrain.lightning.strategy import ExactDDP, alone_in
 from gdtrain.runs.checkpoints import check_fits, is_over, restoring
-from gdtrain.runs.folder import holds, write_file
-from gdtrain.runs.result import Result
-from gdtrain.runs.summary import log_result, log_text, summarise, why_it_ended
+from gdtrain.runs.folder import complete, holds
+from gdtrain.runs.result import Result, log_result, log_text, summarise, why_it_ended
 from gdtrain.schedules import ReduceOnPlateau
 
 __all__ = ["quiet_libraries", "run"]
@@ -49,55 +48,24 @@ def run(
     hyperparameters: Mapping[str, Any] | None = None,
     description: dict[str, Any] | None = None,
 ) -> Result:
-    """Fit, evaluate on every part, and leave a summary.
+    """Fit, evaluate on every part, and leave a summary in `directory`, if there is one.
 
-    Args:
-        module: To train.
-        data: To train on.
-        trainer: From `callbacks=`, `logger=` and `enable_checkpointing=` to a trainer.
-        callbacks: Callbacks, or functions from `directory=` (for checkpoints) to one.
-        loggers: Functions from `save_dir=` to a logger.
-        directory: The run's folder; None: nothing is written.
-        variant: For the summary.
-        seed: Of torch's own random layers, and whatever else draws while training. (The order of
-            the examples and gdtrain's dropout follow the data module's seed.)
-        checkpoint: Go on from this checkpoint.
-        hyperparameters: Shown in TensorBoard's HParams tab.
-        description: Kept in checkpoints, so that a model can be built again from them.
-
-    Returns:
-        The finished run.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint.
-        ValueError: The checkpoint, or the data, does not fit.
-
-    Example:
-        >>> from functools import partial
-        >>> from gdtrain import GD
-        >>> from gdtrain.data import EmbeddedDataModule
-        >>> from gdtrain.losses import CrossEntropy
-        >>> from gdtrain.models import Linear
-        >>> data = EmbeddedDataModule("iris", batch_size="full")
-        >>> module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(GD, lr=0.5))
-        >>> result = run(module, data, callbacks=[LossCurves()],
-        ...     trainer=partial(Trainer, max_epochs=100, accelerator="cpu",
-        ...         enable_progress_bar=False, enable_model_summary=False))
-        >>> result.summary["updates"]
-        100
+    `trainer`, `loggers`, and callbacks that write files, are functions that the run calls. `seed`
+    is of torch's own random layers: order and gdtrain's dropout follow the data module's.
     """
     folder = None if directory is None else Path(directory)
     data.use_loss(module.loss)
     data.setup()
     if checkpoint is not None:
         state = load_checkpoint(checkpoint)
-    description = module.describe(data) if description is None else description
-    module.description = {**description, "variant": variant}
-    built = _build_callbacks(callbacks, folder)
+    module.description = {**(description or module.describe(data)), "variant": variant}
+    built = [c for c in callbacks if isinstance(c, Callback)]
+    if folder is not None:
+        makers = [c for c in callbacks if not isinstance(c, Callback)]
+        built += [make(directory=folder / "checkpoints") for make in makers]
     curves = next((c for c in built if isinstance(c, LossCurves)), None)
     if curves is None:
-        curves = LossCurves()
-        built.append(curves)
+        built.append(curves := LossCurves())
     if not any(isinstance(c, Interrupt) for c in built):
         built.append(OwnSignals())
     with quiet_libraries(), alone_in(folder, trainer) as make_trainer:
@@ -134,61 +102,42 @@ def run(
             log_text(lightning, "configuration", f"```yaml\n{config}```", module.updates)
         with as_keyboard_interrupt(), restoring(checkpoint):
             lightning.fit(module, datamodule=data, ckpt_path=checkpoint)
-        seconds = curves.seconds
-        stop = why_it_ended(lightning, module)
+        seconds, stop = curves.seconds, why_it_ended(lightning, module)
         metrics = {}
-        rank, ranks = lightning.global_rank, lightning.world_size
         parts: tuple[Literal["train", "val", "test"], ...] = ("train", "val", "test")
         for part in parts:
             if data.count(part):
-                loader = data.evaluation_loader(part, rank, ranks)
+                loader = data.evaluation_loader(part, lightning.global_rank, lightning.world_size)
                 metrics.update(module.evaluate(loader, part))
+        summary = summarise(lightning, module, data, stop, metrics, seconds, variant, seed)
         if lightning.is_global_zero:
-            log_result(lightning, module, data, stop, metrics, seconds, hyperparameters or {})
+            log_result(lightning, module, data, summary, metrics, hyperparameters or {})
         for logger in made_loggers:
             logger.finalize("success")
-    summary = summarise(lightning, module, data, stop, metrics, seconds, variant, seed)
     if folder is not None and lightning.is_global_zero:
-        content = json.dumps(summary, indent=2, allow_nan=False) + "\n"
-        write_file(folder / "summary.json", lambda file: file.write(content.encode()))
+        with complete(folder / "summary.json") as new:
+            new.write_bytes(f"{json.dumps(summary, indent=2, allow_nan=False)}\n".encode())
         np.savez_compressed(folder / "split.npz", allow_pickle=False, **data.split)
     return Result(module, data, curves.history, stop, summary, folder)
-
-
-def _build_callbacks(callbacks: Sequence[Any], folder: Path | None) -> list[Callback]:
-    built: list[Callback] = []
-    for callback in callbacks:
-        if isinstance(callback, Callback):
-            built.append(callback)
-        elif folder is not None:  # a factory: what it makes writes files
-            built.append(callback(directory=folder / "checkpoints"))
-    return built
 
 
 def _check_monitors(
     callbacks: Sequence[Callback], module: SupervisedModule, data: DataModule
 ) -> None:
     """Early stopping and plateau schedules need a validation metric that will be there."""
-    validated = data.count("val") > 0
     tags = module.tags("val")
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
-        if not isinstance(monitor, str):  # no tag: something of the callback's own
-            continue
-        if monitor not in tags:
+        if isinstance(monitor, str) and monitor not in tags:  # else something of its own
             raise ValueError(
                 f"{type(callback).__name__} can monitor {', '.join(tags)}. Received: "
                 f"monitor={monitor}."
             )
-        if isinstance(callback, EarlyStopping) and not validated:
-            raise ValueError(
-                "Early stopping needs a validation part. Received: val_fraction=0, or too few "
-                "examples for one."
-            )
-    if isinstance(module.schedule, ReduceOnPlateau) and not validated:
+    stops = any(isinstance(callback, EarlyStopping) for callback in callbacks)
+    if not data.count("val") and (stops or isinstance(module.schedule, ReduceOnPlateau)):
         raise ValueError(
-            "schedule=reduce_on_plateau needs a validation part. Received: val_fraction=0, or too "
-            "few examples for one."
+            f"{'Early stopping' if stops else 'schedule=reduce_on_plateau'} needs a validation "
+            f"part. Received: val_fraction=0, or too few examples for one."
         )
 
 
@@ -233,12 +182,7 @@ class _Finish(Callback):
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep from the screen what a user of gdtrain cannot act on.
-
-    Example:
-        >>> with quiet_libraries():
-        ...     warnings.warn("The dataloader does not have many workers.", stacklevel=1)
-    """
+    """Keep from the screen what a user of gdtrain cannot act on."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

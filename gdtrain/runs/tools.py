@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
@@ -19,23 +20,23 @@ import gdtrain.data as data_modules
 from gdtrain.data import DataModule, EvaluationLoader, SparseInputs, read_features, read_labelled
 from gdtrain.data.checkpoint_reading import load_checkpoint
 from gdtrain.data.loader import IndexLoader
-from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.reading import printable, unpacked_bytes
 from gdtrain.data.tables import Header
 from gdtrain.descent.optimizer import parameter_groups
+from gdtrain.descent.preparation import resident_objective
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.lightning.strategy import alone_in
 from gdtrain.objective import Objective
 from gdtrain.penalised import weight_decays
 from gdtrain.ranges import Interval
-from gdtrain.runs.build import USER_ERRORS, build, message, options_of, plain_containers
 from gdtrain.runs.checkpoints import Trained, check_fits, load_trained
-from gdtrain.runs.configuration import closest
-from gdtrain.runs.descriptions import build_data, check_outputs
+from gdtrain.runs.configuration import plain_containers
+from gdtrain.runs.descriptions import build_part, check_outputs
 from gdtrain.runs.folder import complete_file, complete_folder, free_folder, new_folder
 from gdtrain.runs.result import predict
 from gdtrain.runs.run import quiet_libraries
+from gdtrain.runs.train import USER_ERRORS, build, message, unknown_option
 
 if TYPE_CHECKING:
     from gdtrain.analysis.landscape_figure import Grid, Line
@@ -58,30 +59,10 @@ def evaluate(
     target: str | None = None,
     header: Header | None = None,
 ) -> dict[str, float]:
-    """Metrics of a checkpoint, on the test part of its data or on a file of new examples.
+    """Metrics by tag of a checkpoint, on the test part of its data or on a file of new examples.
 
-    Args:
-        path: Of a checkpoint that the command made.
-        overrides: Changes to the data's configuration, such as {"root": "data"}.
-        trust: As for `load_trained`.
-        input_path: Examples with targets, all of which are tested on (see
-            `gdtrain.data.read_labelled`); None: the test part of the data that was trained on.
-        target: Where the targets of `input_path` are, as for `read_labelled`; None: as in training.
-        header: Of `input_path`, as for `gdtrain.data.Table`; None: as in training.
-
-    Returns:
-        By tag: `loss/test`, `metric/<name>/test`.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint, or no such data.
-        ValueError: The checkpoint cannot be used, its data is another, or the new examples are not
-            like those of training.
-
-    Example:
-        >>> evaluate("missing.ckpt")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. ...
+    `overrides` change the data's configuration, such as {"root": "data"}; `target` and `header` of
+    a new file are as in training, unless they are given.
     """
     trained = load_trained(path, trust)
     if input_path is not None:
@@ -94,19 +75,17 @@ def evaluate(
     else:
         if target is not None or header is not None:
             raise ValueError("target=… and header=… are of a new file: input=… must name it.")
-        loader = _test_loader(trained, path, overrides)
-    trained.module.use_target_scale(trained.preprocessing.target_scale)
+        loader = _test_loader(trained, overrides)
+    trained.module.use_target_scale(trained.data.preprocessing.target_scale)
     if trained.module.from_file:
         check_outputs(trained.module.model, next(iter(loader))[0][:1])
     return trained.module.evaluate(loader, "test")
 
 
-def _test_loader(
-    trained: Trained, path: str | Path, overrides: Mapping[str, Any] | None
-) -> Iterable[tuple[Tensor, Tensor]]:
+def _test_loader(trained: Trained, overrides: Mapping[str, Any] | None) -> Any:
     """The test part of the data that a checkpoint was trained on."""
     try:
-        data = _same_data(trained, path, overrides)
+        data = _same_data(trained, overrides)
     except ValueError as error:
         if "path" in (overrides or {}):
             raise ValueError(f"{error} A new file is tested on with input=FILE.") from None
@@ -122,7 +101,7 @@ def _labelled_loader(
     trained: Trained, input_path: str | Path, target: str | None, header: Header | None
 ) -> Iterable[tuple[Tensor, Tensor]]:
     """All examples of a new file, prepared as those of training."""
-    described = trained.state["gdtrain"]["description"].get("data") or {}
+    described, preprocessing = trained.described_data, trained.data.preprocessing
     numpy_file = Path(input_path).suffix.lower() in (".npy", ".npz")
     if target is None and numpy_file == str(described.get("_target_")).endswith("NPYDataModule"):
         if described.get("target_path") is not None:
@@ -132,16 +111,15 @@ def _labelled_loader(
             )
         target = None if described.get("target") is None else str(described["target"])
     header = described.get("header", "auto") if header is None else header
-    raw, labels = read_labelled(input_path, trained.preprocessing, target, header=header)
-    columns = trained.data["num_targets"]
+    raw, labels = read_labelled(input_path, preprocessing, target, header=header)
+    columns = trained.data.state["num_targets"]
     if math.prod(labels.shape[1:]) != columns:
         raise ValueError(
             f"The targets of {input_path} must have {columns} number{'s' * (columns > 1)} for each "
             f"example, as in training. Received: an array of shape {labels.shape}."
         )
     dtype = next(trained.module.model.parameters()).dtype
-    inputs = trained.preprocessing.inputs(raw, dtype)
-    targets = trained.preprocessing.targets(labels, dtype)
+    inputs, targets = preprocessing.inputs(raw, dtype), preprocessing.targets(labels, dtype)
     size = min(1024, inputs.rows_at_once) if isinstance(inputs, SparseInputs) else 1024
     return EvaluationLoader(inputs, targets, size)
 
@@ -154,38 +132,16 @@ def predict_file(
     *,
     header: Header | None = None,
 ) -> int:
-    """Predictions for a file of examples, as CSV.
+    """Write predictions for a file of examples, as CSV, and say how many there are.
 
-    Args:
-        path: Of a checkpoint, or of a file of `Result.save`.
-        input_path: A table (columns by name where training had names; others are not used),
-            `.npy`, or sparse: LIBSVM or `.npz` (see `gdtrain.data.read_features`).
-        output_path: A new file, with a column "prediction" (or prediction_0, … for several
-            targets); with tabs if it ends in `.tsv`, compressed if it ends in `.gz` and the like.
-        trust: As for `load_trained`.
-        header: Of `input_path`, as for `gdtrain.data.Table`; None: as in training.
-
-    Returns:
-        The number of examples.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        FileExistsError: `output_path` exists.
-        ValueError: The examples do not have the training data's shape, or `output_path` cannot be
-            written. It is written whole or not at all.
-
-    Example:
-        >>> predict_file("missing.ckpt", "new.csv", "predictions.csv")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. ...
+    The file has a column "prediction" (or prediction_0, … for several targets); tabs if its name
+    ends in `.tsv`, and compressed if it ends in `.gz` and the like.
     """
     import pandas as pd
 
     with complete_file(Path(output_path).expanduser()) as output:
         trained = load_trained(path, trust)
-        preprocessing = trained.preprocessing
-        described = (trained.state["gdtrain"].get("description") or {}).get("data") or {}
+        preprocessing, described = trained.data.preprocessing, trained.described_data
         inputs = read_features(
             input_path,
             preprocessing.feature_names,
@@ -193,33 +149,32 @@ def predict_file(
             first_feature=preprocessing.first_feature,
             header=described.get("header", "auto") if header is None else header,
         )
-        answers = predict(trained.module, trained.preprocessing, inputs)
-        columns = answers.reshape(len(answers), -1)
-        names = (
-            ["prediction"]
-            if columns.shape[1] == 1
-            else [f"prediction_{i}" for i in range(columns.shape[1])]
-        )
-        table = pd.DataFrame({name: columns[:, i] for i, name in enumerate(names)})
+        answers = predict(trained.module, preprocessing, inputs)
+        table = pd.DataFrame(answers.reshape(len(answers), -1)).add_prefix("prediction_")
+        if table.shape[1] == 1:
+            table.columns = ["prediction"]
         table.to_csv(output, index=False, sep="\t" if ".tsv" in output.name.lower() else ",")
     return len(answers)
 
 
-def _same_data(
-    trained: Trained, path: str | Path, overrides: Mapping[str, Any] | None
-) -> DataModule:
+def _same_data(trained: Trained, overrides: Mapping[str, Any] | None) -> DataModule:
     """The data that a checkpoint was trained on, split and prepared as then."""
-    described = trained.state["gdtrain"]["description"].get("data")
-    if not described:
+    path = trained.path
+    if not trained.described_data:
         raise ValueError(
             f"{path} was trained on arrays in Python, which are not in the file, so their examples "
             f"are not at hand here. In Python, result.metrics has the metrics of the run; "
             f"predictions for new examples: predict.py ckpt_path={path} input=… output=…"
         )
     own = dict(overrides or {})
-    named = _merged(described, own)
-    _check_data_options(named, own)
-    size = _count(named.get("num_examples")) * _count(named.get("num_features"))
+    merged = OmegaConf.merge(trained.described_data, own)
+    named: dict[str, Any] = OmegaConf.to_container(merged)  # type: ignore[assignment]
+    kind = getattr(data_modules, str(named.get("_target_")).removeprefix("gdtrain.data."), None)
+    wrong = unknown_option(kind, own, "data") if inspect.isclass(kind) else ""
+    if wrong:
+        raise ValueError(wrong)
+    sizes = [named.get(key) for key in ("num_examples", "num_features")]
+    size = math.prod(n for n in sizes if type(n) is int and n > 0)
     if size > _MOST_DRAWN and not {"num_examples", "num_features"} & own.keys():
         raise ValueError(
             f"{path} asks for {size:,} numbers to be drawn as its data. If that is meant, say so: "
@@ -228,9 +183,9 @@ def _same_data(
     for key in ("path", "test_path", "target_path", "root"):
         if isinstance(named.get(key), str):
             _log.info("data: read from %s (%s)", printable(named[key]), key)
-    data = build_data(named, trained.trust)
+    data = build_part("data", named, trained.trust)
     if getattr(data, "download", False) and not own.get("download"):
-        data.download = False  # type: ignore[attr-defined]  # to fetch files, the user must ask
+        data.download = False  # to fetch files, the user must ask
     data.prepare_data()
     data.use_loss(trained.module.loss)
     weights = trained.state["state_dict"]  # as they were trained, whatever the model is now
@@ -238,66 +193,23 @@ def _same_data(
         data.dtype = torch.float64
     data.setup()
     try:
-        data.check_same_data(trained.data)
+        data.check_same_data(trained.data.state)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no preprocessing that can be compared.") from error
     return data
 
 
-def _check_data_options(named: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise on a change to the data's configuration that its class does not take."""
-    found = getattr(data_modules, str(named.get("_target_")).removeprefix("gdtrain.data."), None)
-    if not inspect.isclass(found):
-        return
-    known, _, complete = options_of(found)
-    for name in own:
-        if complete and name not in known and not name.startswith("_"):
-            raise ValueError(
-                f"data.{name}: {found.__name__} has no option {name}.{closest(name, known)} It "
-                f"has: {', '.join(known)}."
-            )
-
-
-def _count(value: Any) -> int:
-    return value if type(value) is int and value > 0 else 1
-
-
-def _merged(then: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A description with the user's changes."""
-    merged = dict(then)
-    for key, value in own.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+@contextmanager
+def _trainer(config: DictConfig, **options: Any) -> Iterator[Any]:
+    """The configuration's, which leaves nothing behind."""
+    with quiet_libraries(), alone_in(None, instantiate(config.trainer, _convert_="all")) as make:
+        yield make(logger=False, enable_checkpointing=False, **options)
 
 
 def find_lr(config: DictConfig, directory: str | Path, name: str = "", **options: Any) -> RateCurve:
-    """Build what the configuration names, make a range test, and leave the curve in a folder.
+    """Build what the configuration names, make a range test, and leave the curve in a new folder.
 
-    Args:
-        config: Composed from `conf/train.yaml`; lr and schedule are not used.
-        directory: The test's folder; it must not be there, or be empty.
-        name: Of the test, in its picture.
-        **options: As for `gdtrain.analysis.rate_finder.find_lr`.
-
-    Returns:
-        The curve, with the suggestion.
-
-    Raises:
-        ConfigurationError: The configuration, the data, an option or the folder is wrong. Nothing
-            was written.
-
-    Example:
-        >>> import tempfile
-        >>> from hydra import compose, initialize_config_dir
-        >>> from gdtrain.runs.configuration import conf_directory
-        >>> words = ["data=iris", "model=linear", "optimizer=gd", "optimizer.lr=1.0"]
-        >>> with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        ...     config = compose("train", words)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     curve = find_lr(config, Path(folder) / "test", updates=50)
-        ...     (Path(folder) / "test" / "find_lr.png").is_file()
-        True
+    `options` are those of `gdtrain.analysis.rate_finder.find_lr`; `name` stands in the picture.
     """
     folder = new_folder(directory)
     try:
@@ -319,11 +231,7 @@ def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
         state = load_checkpoint(config.ckpt_path)
         check_fits(state["state_dict"], module, config.ckpt_path)
         module.load_state_dict(state["state_dict"])
-    with (
-        quiet_libraries(),
-        alone_in(None, instantiate(config.trainer, _convert_="all")) as make_trainer,
-    ):
-        trainer = make_trainer(logger=False, enable_checkpointing=False)
+    with _trainer(config) as trainer:
         if trainer.world_size > 1:
             raise ValueError(
                 f"The test runs on one device. Received: {trainer.world_size} processes. Set "
@@ -333,7 +241,7 @@ def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
         module.to(trainer.strategy.root_device)
         if module.step_size == "auto":
             module.step_size = None  # what is looked for
-        objective = _objective(module, data, data.examples_per_update)
+        objective = _objective(module, data, data.examples_per_update, data.micro_batch_size)
         size = min(data.examples_per_update, len(objective.targets))
         plan = IndexLoader(len(objective.targets), size, sampling=data.sampling, seed=data.seed)
         with trainer.precision_plugin.forward_context():
@@ -350,25 +258,7 @@ def _range_test(config: DictConfig, options: dict[str, Any]) -> RateCurve:
 def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
     """Train what the configuration names up to an update, and write that one out in full.
 
-    Args:
-        config: Composed from `conf/train.yaml`.
-        update: Which, range [0, T).
-        **options: As for `gdtrain.analysis.explanation.Explanation.text`.
-
-    Returns:
-        The text.
-
-    Raises:
-        ConfigurationError: The configuration, the data or an option is wrong, or the update cannot
-            be explained.
-
-    Example:
-        >>> from hydra import compose, initialize_config_dir
-        >>> from gdtrain.runs.configuration import conf_directory
-        >>> with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        ...     config = compose("train", ["experiment=demo_iris_sgd"])
-        >>> "The model, before the update" in explain(config)
-        True
+    `options` are those of `gdtrain.analysis.explanation.Explanation.text`.
     """
     from gdtrain.callbacks.explain import ExplainUpdate
 
@@ -380,11 +270,7 @@ def explain(config: DictConfig, update: int = 0, **options: Any) -> str:
             )
         explained = ExplainUpdate(update)
         data, module = build(config)
-        with (
-            quiet_libraries(),
-            alone_in(None, instantiate(config.trainer, _convert_="all")) as make_trainer,
-        ):
-            trainer = make_trainer(callbacks=[explained], logger=False, enable_checkpointing=False)
+        with _trainer(config, callbacks=[explained]) as trainer:
             if trainer.world_size > 1 or "mixed" in str(trainer.precision):
                 raise ValueError(
                     f"One update is written out on one device, in one precision. Received: "
@@ -410,39 +296,10 @@ def landscape(
     overrides: Mapping[str, Any] | None = None,
     trust: tuple[str, ...] = (),
 ) -> tuple[Path, Mapping[str, Line | Grid]]:
-    """Draw the objective around a checkpoint, and the path of its run, into a folder.
+    """Draw the objective around a checkpoint, and the path of its run, into a new folder.
 
-    `landscape-1d.png` and `landscape-2d.png` (random directions, filter-normalised), and
-    `trajectory.png` where the run has left `trajectory.npz`; for a model with one or two
-    parameters `surface.png` instead, in float64. Beside them their numbers, `landscape.npz`, and
-    the same pictures as TensorBoard's images.
-
-    Args:
-        path: Of a checkpoint that the command made.
-        directory: Where to; it must not be there, or be empty. None: `landscape`, or the first free
-            of `landscape-2`, …, in the run's folder.
-        span: Of the random directions, range (0, 10⁶], in lengths of the weights; None: 1. A model
-            with one or two parameters has none.
-        points: Of each axis of a plane, range [3, 1000]; None: 31, for a surface 61.
-        examples: Of the training part, on which J is, range [1, ∞).
-        seed: Of the sample of examples, and of the directions.
-        megabytes: That may be taken, range (0, ∞).
-        overrides: Changes to the data's configuration, such as {"root": "data"}.
-        trust: As for `load_trained`.
-
-    Returns:
-        The folder, and the pictures by name.
-
-    Raises:
-        FileNotFoundError: There is no such checkpoint, or no such data.
-        ValueError: The checkpoint cannot be used, an argument is out of range, the folder is taken,
-            or memory does not suffice. Nothing was written.
-
-    Example:
-        >>> landscape("missing.ckpt")
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: There is no checkpoint missing.ckpt. ...
+    Directions are random, and filter-normalised; for a model with one or two parameters there is a
+    surface instead, in float64. The pictures lie there as files and as TensorBoard's images.
     """
     from gdtrain.analysis.landscape import Landscape, Surface
     from gdtrain.analysis.landscape_figure import save
@@ -475,14 +332,12 @@ def landscape(
         model.float()
     needed = Landscape.bytes_needed(parameters, params[0].element_size())
     _check_memory(read + needed, megabytes, f"Pictures of {parameters:,} parameters")
-    objective, total = _training_objective(trained, path, overrides)
-    made = kind(
-        objective,
-        weight_decay=_weight_decay(trained),
-        examples=examples,
-        total=total,
-        seed=seed,
-    )
+    data = _same_data(trained, overrides)
+    objective = _objective(trained.module, data)
+    if trained.module.from_file:
+        check_outputs(objective.model, objective.inputs[:1])
+    decay = _weight_decay(trained)
+    made = kind(objective, weight_decay=decay, examples=examples, total=data.num_train, seed=seed)
     with complete_folder(folder) as new:
         pictures = made.pictures(snapshots, span=span, points=points)
         save(pictures, new, update)
@@ -490,47 +345,20 @@ def landscape(
 
 
 def _check_memory(needed: int, megabytes: float, what: str) -> None:
-    if needed > megabytes * 2**20:
+    amount = needed / 2**20
+    if amount > megabytes:
         raise ValueError(
-            f"{what} take about {_rounded(needed / 2**20)} MB of memory, more than megabytes="
-            f"{megabytes:g}. Raise it if there is more."
+            f"{what} take about {f'{amount:,.0f}' if amount >= 10 else f'{amount:.2g}'} MB of "
+            f"memory, more than megabytes={megabytes:g}. Raise it if there is more."
         )
 
 
-def _rounded(amount: float) -> str:
-    return f"{amount:,.0f}" if amount >= 10 else f"{amount:.2g}"
-
-
-def _training_objective(
-    trained: Trained, path: Path, overrides: Mapping[str, Any] | None
-) -> tuple[Objective, int]:
-    """J of a checkpoint on its training examples, and their number N."""
-    data = _same_data(trained, path, overrides)
-    objective = _objective(trained.module, data)
-    if trained.module.from_file:
-        check_outputs(objective.model, objective.inputs[:1])
-    return objective, data.num_train
-
-
 def _objective(
-    module: SupervisedModule, data: DataModule, batch_size: int | None = None
+    module: SupervisedModule, data: DataModule, batch_size: int = 1, micro: Any = None
 ) -> Objective:
-    """J on the training examples, or on some of those that are fetched one by one.
-
-    With a batch size it is to be differentiated: then memory bounds a pass, as in training.
-    """
-    parameter = next(module.model.parameters())
-    inputs, targets = (
-        t.to(parameter.device, parameter.dtype if t.is_floating_point() else None)
-        for t in _examples(data)
-    )
-    micro: Any = None if batch_size is None else data.micro_batch_size
-    if batch_size is not None and micro is None:
-        if isinstance(inputs, MappedInputs):
-            micro = "auto"
-        elif isinstance(inputs, SparseInputs) and batch_size > inputs.rows_at_once:
-            micro = inputs.rows_at_once
-    return Objective(module.model, module.loss, inputs, targets, micro)
+    """J on the training examples, or on some of those that are fetched one by one."""
+    inputs, targets = map(module.to_model, _examples(data))
+    return resident_objective(module.model, module.loss, inputs, targets, batch_size, micro)
 
 
 def _examples(data: DataModule) -> tuple[Any, Tensor]:

@@ -4,15 +4,19 @@ import gzip
 import json
 import re
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from sklearn.datasets import dump_svmlight_file
 
+from gdtrain import cli
 from gdtrain.runs.configuration import check, conf_directory
 from gdtrain.runs.train import train
 
@@ -39,20 +43,22 @@ def composed(*overrides):
         return compose("train", list(overrides))
 
 
-def own_files(folder):
-    """Small files of one's own, for the data sets that ask for a path."""
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(60, 3)), np.arange(60) % 2
-    np.save(folder / "table.npy", np.column_stack([x, y]))
-    np.savetxt(
-        folder / "table.csv", np.column_stack([x, y]), delimiter=",", header="a,b,c,y", comments=""
-    )
-    lines = [
-        f"{label} " + " ".join(f"{i + 1}:{v}" for i, v in enumerate(row))
-        for row, label in zip(x, y, strict=True)
-    ]
-    (folder / "table.svm").write_text("\n".join(lines))
-    return {"csv": "table.csv", "npy": "table.npy", "libsvm": "table.svm"}
+def trained(words, folder):
+    """The run that words of the command line make, without what is written beside it."""
+    return train(composed(*words.split(), "callbacks=none", "logger=none"), folder / "run")
+
+
+def own_file(kind, folder):
+    """A small file of one's own, for the data sets that ask for a path."""
+    x, y = np.random.default_rng(0).normal(size=(60, 3)), np.arange(60) % 2
+    path = folder / f"table.{kind}"
+    if kind == "npy":
+        np.save(path, np.column_stack([x, y]))
+    elif kind == "csv":
+        pd.DataFrame(x, columns=list("abc")).assign(y=y).to_csv(path, index=False)
+    else:
+        dump_svmlight_file(x, y, str(path), zero_based=False)
+    return path
 
 
 def test_each_group_has_the_choices_that_it_should():
@@ -64,7 +70,7 @@ def test_each_group_has_the_choices_that_it_should():
 def test_each_file_composes_and_instantiates(group, choice, tmp_path):
     overrides = [f"{group}={choice}"]
     if group == "data" and choice in ("csv", "npy", "libsvm"):
-        overrides.append(f"data.path={tmp_path / own_files(tmp_path)[choice]}")
+        overrides.append(f"data.path={own_file(choice, tmp_path)}")
     if (group, choice) == ("data", "dataset"):
         overrides += [
             "data.train._target_=torchvision.datasets.FakeData",
@@ -141,35 +147,18 @@ def test_real_mnist_is_learnt(choice, least, tmp_path):
 @pytest.mark.parametrize("choice", [c for g, c in CHOICES if g == "schedule"])
 @pytest.mark.parametrize("variant", ["gd", "sgd", "minibatch"])
 def test_each_schedule_trains_with_each_variant(choice, variant, tmp_path):
-    config = composed(
-        f"schedule={choice}",
-        f"optimizer={variant}",
-        "optimizer.lr=0.1",
-        "data=iris",
-        "model=linear",
-        "trainer.max_epochs=2",
-        "callbacks=none",
-        "logger=none",
-    )
-    result = train(config, tmp_path / "run")
+    words = f"schedule={choice} optimizer={variant} optimizer.lr=0.1 data=iris model=linear"
+    result = trained(f"{words} trainer.max_epochs=2", tmp_path)
     rates = result.history.array("train", "lr")
     assert (rates > 0).all()
-    assert (rates <= config.optimizer.lr * (1 + 1e-12)).all()
+    assert (rates <= 0.1 * (1 + 1e-12)).all()
 
 
 @pytest.mark.parametrize("choice", ["csv", "npy", "libsvm"])
 def test_each_file_of_ones_own_trains(choice, tmp_path):
-    name = own_files(tmp_path)[choice]
-    config = composed(
-        f"data={choice}",
-        f"data.path={tmp_path / name}",
-        "optimizer=gd",
-        "model=linear",
-        "trainer.max_epochs=2",
-        "callbacks=none",
-        "logger=none",
-    )
-    assert train(config, tmp_path / "run").summary["data"]["train"] == 42
+    words = f"data={choice} data.path={own_file(choice, tmp_path)} optimizer=gd model=linear"
+    result = trained(f"{words} trainer.max_epochs=2", tmp_path)
+    assert result.summary["data"]["train"] == 42
 
 
 @pytest.mark.parametrize(
@@ -178,57 +167,25 @@ def test_each_file_of_ones_own_trains(choice, tmp_path):
 )
 def test_each_loss_trains(loss, tmp_path):
     data = "diabetes" if loss == "huber" else "breast_cancer"
-    config = composed(
-        f"loss={loss}",
-        f"data={data}",
-        "model=linear",
-        "optimizer=gd",
-        "trainer.max_epochs=200",
-        "callbacks=none",
-        "logger=none",
-    )
-    result = train(config, tmp_path / "run")
+    words = f"loss={loss} data={data} model=linear optimizer=gd trainer.max_epochs=200"
+    metrics = trained(words, tmp_path).metrics
     tag = "metric/r2/test" if loss == "huber" else "metric/accuracy/test"
-    assert result.metrics[tag] > (0.2 if loss == "huber" else 0.9)
+    assert metrics[tag] > (0.2 if loss == "huber" else 0.9)
 
 
 def test_any_torch_optimizer_can_stand_in(tmp_path):
-    config = composed(
-        "optimizer=adam",
-        "optimizer._target_=torch.optim.RMSprop",
-        "~optimizer.betas",
-        "data=iris",
-        "trainer.max_epochs=2",
-        "callbacks=none",
-        "logger=none",
-    )
-    assert train(config, tmp_path / "run").summary["updates"] == 8
+    words = "optimizer=adam optimizer._target_=torch.optim.RMSprop ~optimizer.betas data=iris"
+    assert trained(f"{words} trainer.max_epochs=2", tmp_path).summary["updates"] == 8
 
 
 def test_a_module_of_ones_own_needs_no_sizes(tmp_path):
-    config = composed(
-        "data=iris",
-        "optimizer=gd",
-        "model._target_=torch.nn.Linear",
-        "~model.hidden",
-        "~model.activation",
-        "~model.dropout",
-        "~model.init",
-        "~model.std",
-        "+model.in_features=4",
-        "+model.out_features=3",
-        "trainer.max_epochs=2",
-        "callbacks=none",
-        "logger=none",
-    )
-    assert train(config, tmp_path / "run").summary["parameters"] == 15
+    words = "data=iris optimizer=gd trainer.max_epochs=2 model._target_=torch.nn.Linear"
+    words += " ~model.hidden ~model.activation ~model.dropout ~model.init ~model.std"
+    result = trained(f"{words} +model.in_features=4 +model.out_features=3", tmp_path)
+    assert result.summary["parameters"] == 15
 
 
 def test_ones_own_folder_of_configs(tmp_path, monkeypatch):
-    import sys
-
-    from gdtrain import cli
-
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "tiny.yaml").write_text(
         "# @package _global_\ndefaults:\n  - override /data: iris\n  - override /optimizer: gd\n"

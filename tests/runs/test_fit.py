@@ -1,9 +1,10 @@
 """Runs in Python: exact counts, resumed runs, summaries, what a run leaves."""
 
 import json
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -27,9 +28,9 @@ from gdtrain.losses import (
     SquaredHinge,
 )
 from gdtrain.models import CNN, MLP, Linear
-from gdtrain.runs.build import build
 from gdtrain.runs.configuration import conf_directory
 from gdtrain.runs.run import run
+from gdtrain.runs.train import build
 from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
 
 QUIET = {
@@ -38,6 +39,13 @@ QUIET = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
 }
+IRIS = load_iris(return_X_y=True)
+
+
+def trainer(max_epochs=1, **options):
+    """Lightning's, by itself."""
+    quiet = {"logger": False, "enable_checkpointing": False, **QUIET}
+    return Trainer(**{"max_epochs": max_epochs, **quiet, **options})
 
 
 def make(batch_size=1, dropout=0.5, schedule=None, momentum=0.9, **options):
@@ -64,7 +72,7 @@ def train(module, data, folder=None, checkpoint=None, callbacks=(), **arguments)
 
 
 class StopAt(Callback):
-    """Ends the run once so many updates are made; `at_epoch_end` waits for the hook."""
+    """Ends the run once so many updates are made."""
 
     def __init__(self, update):
         self.update = update
@@ -74,14 +82,18 @@ class StopAt(Callback):
             trainer.should_stop = True
 
 
-class Updates(Callback):
-    """Notes the example numbers of every update."""
+class Notes(Callback):
+    """Notes what a function of the module, its outputs and the batch gives after each block."""
 
-    def __init__(self):
-        self.blocks = []
+    def __init__(self, note):
+        self.note, self.found = note, []
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.blocks += [row.tolist() for row in batch]
+        self.found += self.note(pl_module, outputs, batch)
+
+
+def examples_seen():
+    return Notes(lambda module, outputs, batch: batch.tolist())
 
 
 def same_state(a, b):
@@ -89,22 +101,16 @@ def same_state(a, b):
 
 
 @pytest.mark.parametrize(("batch_size", "per_epoch"), [(1, 105), (16, 7), ("full", 1)])
-def test_global_step_counts_updates_whatever_the_sweep(batch_size, per_epoch):
-    for updates_per_sweep in (1, 5, 64):
+def test_updates_are_counted_and_are_the_same_whatever_the_sweep(batch_size, per_epoch):
+    states = []
+    for updates_per_sweep in (1, 7, 64):
         module, data = make(batch_size, updates_per_sweep=updates_per_sweep)
         result = train(module, data)
         assert module.trainer.global_step == module.updates == 3 * per_epoch
         assert result.summary["updates"] == 3 * per_epoch
         assert result.summary["examples_seen"] == 3 * 105
         assert result.summary["stop_reason"] == "BUDGET"
-
-
-def test_weights_do_not_depend_on_the_sweep_length():
-    states = []
-    for updates_per_sweep in (1, 7, 64):
-        module, data = make(updates_per_sweep=updates_per_sweep)
-        train(module, data)
-        states.append({k: v.clone() for k, v in module.model.state_dict().items()})
+        states.append(module.model.state_dict())
     assert same_state(states[0], states[1])
     assert same_state(states[0], states[2])
 
@@ -138,17 +144,26 @@ def test_micro_batches_give_the_same_run():
         assert torch.allclose(weights[0], other, rtol=1e-12, atol=1e-14)
 
 
+@cache
+def whole_run(batch_size):
+    seen = examples_seen()
+    result = train(*make(batch_size, updates_per_sweep=10), callbacks=[seen])
+    return result, seen.found
+
+
+def curves(result):
+    parts = result.history.train, result.history.val
+    return [{k: v for k, v in part.items() if k != "seconds"} for part in parts]
+
+
 @pytest.mark.parametrize("batch_size", [1, 16, "full"])
 @pytest.mark.parametrize("stop", [1, 40, 105, 150])
 def test_a_resumed_run_is_the_same_run(tmp_path, batch_size, stop):
+    result, seen = whole_run(batch_size)
     total = {1: 315, 16: 21, "full": 3}[batch_size]
     stop = max(1, stop * total // 315)
-    whole, data = make(batch_size, updates_per_sweep=10)
-    seen = Updates()
-    result = train(whole, data, tmp_path / "whole", callbacks=[seen])
-
     half, data = make(batch_size, updates_per_sweep=10)
-    first = Updates()
+    first = examples_seen()
     train(half, data, tmp_path / "half", callbacks=[first, StopAt(stop)])
     assert stop <= half.updates < stop + 10
     if half.updates == total:
@@ -156,22 +171,15 @@ def test_a_resumed_run_is_the_same_run(tmp_path, batch_size, stop):
 
     rest, data = make(batch_size, updates_per_sweep=10)
     torch.manual_seed(1234)  # whatever the generators were at, the checkpoint decides
-    second = Updates()
+    second = examples_seen()
     last = tmp_path / "half" / "checkpoints" / "last.ckpt"
     resumed = train(rest, data, tmp_path / "rest", last, callbacks=[second])
 
-    assert first.blocks + second.blocks == seen.blocks
-    assert same_state(whole.model.state_dict(), rest.model.state_dict())
+    assert first.found + second.found == seen
+    assert same_state(result.model.state_dict(), rest.model.state_dict())
     assert resumed.summary["updates"] == total
     assert resumed.summary["metrics"] == result.summary["metrics"]
-    for column in ("update", "examples", "loss", "lr"):
-        assert (
-            resumed.history.array("train", column).tolist()
-            == result.history.array("train", column).tolist()
-        )
-    for column in result.history.val:
-        if column != "seconds":
-            assert resumed.history.val[column] == result.history.val[column]
+    assert curves(resumed) == curves(result)
 
 
 def test_a_run_resumed_from_its_best_checkpoint_is_the_same_run(tmp_path):
@@ -225,10 +233,10 @@ def test_the_last_update_is_validated_whatever_the_interval(tmp_path):
 
 
 def test_two_runs_of_fit_share_no_folder(tmp_path):
-    X, y = load_iris(return_X_y=True)
-    gdtrain.fit("linear", X, y, variant="gd", epochs=2, directory=tmp_path / "run")
+    again = partial(gdtrain.fit, "linear", *IRIS, variant="gd", epochs=2, directory=tmp_path)
+    again()
     with pytest.raises(ValueError, match="already holds a run"):
-        gdtrain.fit("linear", X, y, variant="gd", epochs=2, directory=tmp_path / "run")
+        again()
 
 
 def test_a_second_fit_of_a_module_starts_its_counts_anew():
@@ -239,23 +247,13 @@ def test_a_second_fit_of_a_module_starts_its_counts_anew():
         assert result.summary["examples_seen"] == 315
 
 
-def test_no_point_of_a_curve_is_at_step_0(tmp_path):
-    gdtrain.fit("linear", *load_iris(return_X_y=True), epochs=2, directory=tmp_path)
-    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
-    for tag in events.Tags()["scalars"]:
-        steps = [event.step for event in events.Scalars(tag)]
-        assert min(steps) > 0
-        if not tag.startswith("by_millisecond/"):
-            assert steps[-1] == (2 if tag.startswith("by_epoch/") else 210)
-
-
 def test_validate_and_predict_work_outside_fit():
     module, data = make(16)
-    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
-    trainer.fit(module, datamodule=data)
-    assert trainer.validate(module, datamodule=data, verbose=False)[0]["loss/val"] > 0
+    lightning = trainer()
+    lightning.fit(module, datamodule=data)
+    assert lightning.validate(module, datamodule=data, verbose=False)[0]["loss/val"] > 0
     X, y = data.examples("test")
-    answers = trainer.predict(module, DataLoader(TensorDataset(X, y), batch_size=10))
+    answers = lightning.predict(module, DataLoader(TensorDataset(X, y), batch_size=10))
     assert torch.cat(answers).shape == y.shape
 
 
@@ -290,24 +288,17 @@ def test_a_plateau_schedule_is_resumed(tmp_path):
     assert same_state(whole.model.state_dict(), rest.model.state_dict())
 
 
-def test_checkpoints_load_with_weights_only(tmp_path):
-    module, data = make()
-    train(module, data, tmp_path)
-    for name in ("best.ckpt", "last.ckpt"):
-        state = torch.load(tmp_path / "checkpoints" / name, weights_only=True)
-        assert state["gdtrain"]["updates"] <= 315
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
-        "best.ckpt",
-        "last.ckpt",
-    ]
-
-
-def test_best_checkpoint_has_the_lowest_validation_loss(tmp_path):
+def test_checkpoints_are_plain_and_the_best_has_the_lowest_validation_loss(tmp_path):
     module, data = make()
     result = train(module, data, tmp_path, max_epochs=8)
-    state = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    updates = {
+        path.stem: torch.load(path, weights_only=True)["gdtrain"]["updates"]
+        for path in folder.iterdir()
+    }
     best = int(np.argmin(result.history.array("val", "loss/val")))
-    assert state["gdtrain"]["updates"] == result.history.val["update"][best]
+    assert updates == {"best": result.history.val["update"][best], "last": 840}
 
 
 def test_same_seed_same_summary_and_weights():
@@ -344,21 +335,16 @@ def test_early_stopping_is_a_reason(tmp_path):
 
 
 def test_a_pair_of_tensors_from_any_loader_is_one_update():
-    X, y = load_iris(return_X_y=True)
-    dataset = TensorDataset(torch.tensor(X, dtype=torch.float32), torch.tensor(y))
-    loader = DataLoader(dataset, batch_size=16, shuffle=True)
+    X, y = map(torch.tensor, IRIS)
+    dataset = TensorDataset(X.float(), y)
     module = SupervisedModule(Linear((4,), 3), CrossEntropy(), partial(SGD, lr=0.05), Cosine())
-    trainer = Trainer(max_epochs=2, logger=False, enable_checkpointing=False, **QUIET)
-    in_order = DataLoader(dataset, batch_size=50)
-    trainer.fit(module, loader, in_order)
-    assert trainer.global_step == 20
+    lightning, in_order = trainer(2), DataLoader(dataset, batch_size=50)
+    lightning.fit(module, DataLoader(dataset, batch_size=16, shuffle=True), in_order)
+    assert lightning.global_step == module.total_updates == 20
     assert module.examples_seen == 300
-    assert module.total_updates == 20
-    assert trainer.callback_metrics["metric/accuracy/val"] > 0.5
-    assert set(trainer.test(module, in_order, verbose=False)[0]) == {
-        "loss/test",
-        "metric/accuracy/test",
-    }
+    assert lightning.callback_metrics["metric/accuracy/val"] > 0.5
+    (tested,) = lightning.test(module, in_order, verbose=False)
+    assert tested.keys() == {"loss/test", "metric/accuracy/test"}
 
 
 def test_own_module_own_metrics_and_frozen_parameters():
@@ -388,57 +374,38 @@ def test_weight_decay_spares_biases_unless_asked():
 
 
 def test_events_and_csv_hold_the_curves(tmp_path):
-    result = gdtrain.fit(
-        "mlp", *load_iris(return_X_y=True), variant="minibatch", epochs=5, directory=tmp_path
-    )
+    result = gdtrain.fit("mlp", *IRIS, epochs=2, directory=tmp_path)
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
-    tags = events.Tags()["scalars"]
-    for tag in (
-        "loss/train",
-        "loss/val",
-        "loss/test",
-        "lr",
-        "metric/accuracy/val",
-        "metric/accuracy/test",
-        "by_sample/loss/train",
-        "by_sample/loss/val",
-    ):
-        assert tag in tags
+    tags = {"lr", *(f"loss/{part}" for part in ("train", "val", "test"))}
+    tags |= {f"metric/accuracy/{part}" for part in ("val", "test")}
+    tags |= {f"by_sample/loss/{part}" for part in ("train", "val")}
+    assert tags <= set(events.Tags()["scalars"])
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert min(steps) > 0
+        if not tag.startswith("by_millisecond/"):
+            assert steps[-1] == (2 if tag.startswith("by_epoch/") else 210)
     by_update, by_sample = (events.Scalars(tag) for tag in ("loss/train", "by_sample/loss/train"))
-    assert [e.step for e in by_update] == result.history.train["update"] == list(range(1, 21))
+    assert [e.step for e in by_update] == result.history.train["update"] == list(range(1, 211))
     assert [e.step for e in by_sample] == result.history.train["examples"]
     assert [e.value for e in by_update] == pytest.approx(result.history.train["loss"], rel=1e-6)
     assert "custom_scalars__config__" in events.Tags()["tensors"]
-    import pandas as pd
-
     table = pd.read_csv(tmp_path / "metrics.csv")
     train_rows = table.dropna(subset="loss/train")
     assert train_rows["step"].tolist() == result.history.train["update"]
     assert train_rows["examples"].tolist() == result.history.train["examples"]
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert {
-        "variant",
-        "updates",
-        "examples_seen",
-        "fit_seconds",
-        "stop_reason",
-        "metrics",
-        "versions",
-    } <= summary.keys()
+    asked = "variant updates examples_seen fit_seconds stop_reason metrics versions"
+    assert set(asked.split()) <= summary.keys()
     split = np.load(tmp_path / "split.npz")
     assert sorted(np.concatenate([split[k] for k in split.files]).tolist()) == list(range(150))
 
 
 def test_points_of_the_curve_are_means_whatever_the_sweep():
-    curves = []
+    curves, lightning = [], partial(Trainer, max_epochs=3, **QUIET)
     for updates_per_sweep in (1, 13, 64):
         module, data = make(updates_per_sweep=updates_per_sweep)
-        result = run(
-            module,
-            data,
-            trainer=partial(Trainer, max_epochs=3, **QUIET),
-            callbacks=[LossCurves(points=20)],
-        )
+        result = run(module, data, trainer=lightning, callbacks=[LossCurves(points=20)])
         curves.append(result.history.train)
     assert curves[0]["update"] == curves[1]["update"] == curves[2]["update"]
     assert curves[0]["update"] == [*range(16, 315, 16), 315]
@@ -496,53 +463,36 @@ def test_fit_trains_on_several_targets():
 def test_fit_refuses_with_one_message(arguments, message):
     model = arguments.pop("model", "mlp")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        gdtrain.fit(model, *load_iris(return_X_y=True), **arguments)
-
-
-def test_a_checkpoint_of_another_model_or_data_is_refused(tmp_path):
-    module, data = make()
-    train(module, data, tmp_path, max_epochs=1)
-    last = tmp_path / "checkpoints" / "last.ckpt"
-    other = SupervisedModule(MLP((4,), 3, hidden=[9]), CrossEntropy(), partial(SGD, lr=0.1))
-    with pytest.raises(ValueError, match=r"hidden: \[8\] then, \[9\] now"):
-        train(other, EmbeddedDataModule("iris", batch_size=1), None, last)
-    for options, message in (
-        ({"split_seed": 1}, "split_seed: 0 then, 1 now"),
-        ({"batch_size": 2}, "batch_size: 1 then, 2 now"),
-        ({"seed": 3}, "seed: 0 then, 3 now"),
-    ):
-        module, data = make(**options)
-        with pytest.raises(ValueError, match=message):
-            train(module, data, None, last)
-    broken = tmp_path / "broken.ckpt"
-    broken.write_bytes(b"not a checkpoint")
-    foreign = tmp_path / "foreign.ckpt"
-    torch.save({"weights": torch.ones(1)}, foreign)
-    for path, message in ((broken, "cannot be read"), (foreign, "no checkpoint of gdtrain")):
-        module, data = make()
-        with pytest.raises(ValueError, match=message):
-            train(module, data, None, path)
+        gdtrain.fit(model, *IRIS, **arguments)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"val_check_interval": 3}, "val_check_interval counts Lightning steps"),
-        ({"limit_train_batches": 3}, "limit_train_batches counts Lightning steps"),
-        ({"overfit_batches": 2}, "overfit_batches counts Lightning steps"),
-    ],
+    ("content", "message"),
+    [(b"not a checkpoint", "cannot be read"), (None, "no checkpoint of gdtrain")],
 )
-def test_trainer_arguments_that_count_lightning_steps_are_refused(arguments, message):
-    module, data = make()
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, content, message):
+    path = tmp_path / "other.ckpt"
+    torch.save({"weights": torch.ones(1)}, path)
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        train(module, data, **arguments)
+        train(*make(), None, path)
+
+
+@pytest.mark.parametrize(
+    "argument", ["val_check_interval", "limit_train_batches", "overfit_batches"]
+)
+def test_trainer_arguments_that_count_lightning_steps_are_refused(argument):
+    module, data = make()
+    with pytest.raises(ValueError, match=f"{argument} counts Lightning steps"):
+        train(module, data, **{argument: 2})
 
 
 def test_fast_dev_run_makes_one_update():
     module, data = make()
-    trainer = Trainer(fast_dev_run=True, logger=False, **{**QUIET, "num_sanity_val_steps": None})
-    trainer.fit(module, datamodule=data)
-    assert trainer.global_step == module.updates == 1
+    lightning = Trainer(fast_dev_run=True, logger=False, **{**QUIET, "num_sanity_val_steps": None})
+    lightning.fit(module, datamodule=data)
+    assert lightning.global_step == module.updates == 1
 
 
 def test_a_run_without_validation_or_test_parts():
@@ -552,18 +502,14 @@ def test_a_run_without_validation_or_test_parts():
     assert set(result.metrics) == {"loss/train", "metric/accuracy/train"}
 
 
-class Layouts(Callback):
-    def __init__(self):
-        self.last = []
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        weight = pl_module.model.layers[0].weight
-        self.last.append(weight.is_contiguous(memory_format=torch.channels_last))
+def layout(module, *_):
+    weight = module.model.layers[0].weight
+    return [weight.is_contiguous(memory_format=torch.channels_last)]
 
 
 @pytest.mark.parametrize(("batch_size", "expected"), [(16, True), (1, False)])
 def test_convolutions_train_in_the_faster_layout_and_end_in_the_usual_one(batch_size, expected):
-    layouts = Layouts()
+    layouts = Notes(layout)
     images = np.random.default_rng(0).random((40, 2, 8, 8))
     data = ArrayDataModule(images, np.arange(40) % 2, batch_size=batch_size)
     seed_everything(0, verbose=False)
@@ -571,7 +517,7 @@ def test_convolutions_train_in_the_faster_layout_and_end_in_the_usual_one(batch_
         CNN((2, 8, 8), 2, channels=[3]), CrossEntropy(), partial(SGD, lr=0.1, momentum=0.9)
     )
     train(module, data, callbacks=[layouts], max_epochs=1)
-    assert set(layouts.last) == {expected}
+    assert set(layouts.found) == {expected}
     assert all(p.is_contiguous() for p in module.model.parameters())
 
 
@@ -612,20 +558,12 @@ def test_one_switch_trains_in_float64(monkeypatch):
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(
-    ("words", "dtype"),
-    [
-        ([], torch.float32),
-        (["data.dtype=float64"], torch.float64),
-        (["trainer.precision=64-true"], torch.float64),
-    ],
-)
-def test_one_switch_of_the_command_trains_in_float64(words, dtype):
-    config = composed("data=diabetes", "model=linear", "optimizer=gd", *words)
-    data, module = build(config)
-    assert {t.dtype for t in data.examples("train")} == {dtype}
-    if dtype == torch.float32 or "data" in words[0]:
-        assert {p.dtype for p in module.parameters()} == {dtype}
+@pytest.mark.parametrize("word", ["", "data.dtype=float64", "trainer.precision=64-true"])
+def test_one_switch_of_the_command_trains_in_float64(word):
+    words = ["data=diabetes", "model=linear", "optimizer=gd", *filter(None, [word])]
+    data, module = build(composed(*words))
+    dtype = torch.float64 if word else torch.float32
+    assert {t.dtype for t in (*data.examples("train"), *module.parameters())} == {dtype}
 
 
 def test_two_precisions_are_a_contradiction():
@@ -651,25 +589,22 @@ def composed(*words):
 
 def test_what_the_target_is_stands_once_in_the_log_of_a_run(caplog):
     caplog.set_level("INFO", logger="gdtrain")
-    gdtrain.fit("linear", *load_iris(return_X_y=True), variant="gd", epochs=3, progress=False)
+    gdtrain.fit("linear", *IRIS, variant="gd", epochs=3, progress=False)
     said = [text for text in caplog.messages if text.startswith("target")]
     assert said == ["target: 3 classes (0, 1, 2); task=regression would make them numbers"]
 
 
 def test_a_loss_decides_in_python_too():
-    X, y = load_iris(return_X_y=True)
     for loss, classes in ((SquaredError(), None), (CrossEntropy(), 3), (None, 3)):
         options = {"variant": "gd", "epochs": 2, "loss": loss, "progress": False}
-        assert gdtrain.fit("linear", X, y, **options).data.num_classes == classes
-    data = ArrayDataModule(X, y, batch_size=1)
-    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
-    trainer.fit(SupervisedModule(nn.Linear(4, 1), SquaredError(), partial(SGD, lr=0.01)), data)
-    assert data.num_classes is None
-    settled = ArrayDataModule(X, y, batch_size=1)
-    settled.setup()  # before anybody knew of a loss
+        assert gdtrain.fit("linear", *IRIS, **options).data.num_classes == classes
+    data, settled = (ArrayDataModule(*IRIS, batch_size=1) for _ in range(2))
     module = SupervisedModule(nn.Linear(4, 1), SquaredError(), partial(SGD, lr=0.01))
+    trainer().fit(module, data)
+    assert data.num_classes is None
+    settled.setup()  # before anybody knew of a loss
     with pytest.raises(ValueError, match=r"SquaredError is a loss for numbers.*3 classes"):
-        trainer.fit(module, settled)
+        trainer().fit(module, settled)
 
 
 class Logits(nn.Module):
@@ -698,12 +633,11 @@ def test_targets_of_a_loader_of_ones_own_mean_the_same_in_any_shape(loss):
         labels[:, None].float(),
         nn.functional.one_hot(labels, 2),
     ):
-        seen = Seen()
+        seen = Notes(lambda module, outputs, batch: outputs["losses"].tolist())
         module = SupervisedModule(Logits(outputs), loss, partial(SGD, lr=0.1))
-        quiet = {"logger": False, "enable_checkpointing": False, **QUIET}
-        trainer = Trainer(max_epochs=1, callbacks=[seen], **quiet)
-        trainer.fit(module, DataLoader(TensorDataset(x, targets), batch_size=6))
-        assert seen.losses == pytest.approx([wanted], rel=1e-6)
+        loader = DataLoader(TensorDataset(x, targets), batch_size=6)
+        trainer(callbacks=[seen]).fit(module, loader)
+        assert seen.found == pytest.approx([wanted], rel=1e-6)
         module.model.scale.data.fill_(1.0)
         found = module.evaluate([(x, targets)])
         assert found["loss/train"] == pytest.approx(wanted, rel=1e-6)
@@ -711,21 +645,12 @@ def test_targets_of_a_loader_of_ones_own_mean_the_same_in_any_shape(loss):
         assert found["metric/accuracy/train"] == pytest.approx(right)
 
 
-class Seen(Callback):
-    def __init__(self):
-        self.losses = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses += outputs["losses"].tolist()
-
-
 @pytest.mark.filterwarnings("ignore:You defined a .validation_step:UserWarning")
 def test_labels_out_of_range_are_named_in_every_batch_of_a_loader():
     batches = [(torch.ones(2, 1), torch.tensor([0, 1])), (torch.ones(2, 1), torch.tensor([0, -1]))]
     module = SupervisedModule(nn.Linear(1, 1), Logistic(), partial(SGD, lr=0.1))
-    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
     with pytest.raises(ValueError, match=r"integer labels 0 … 1.*from -1 to 0"):
-        trainer.fit(module, DataLoader(batches, batch_size=None))
+        trainer().fit(module, DataLoader(batches, batch_size=None))
 
 
 def test_the_score_of_numbers_far_from_zero_is_right():

@@ -10,11 +10,10 @@ from sklearn.datasets import load_iris
 
 import gdtrain
 from gdtrain import cli
-from gdtrain.runs.build import in_keys
 from gdtrain.runs.checkpoints import load_trained
 from gdtrain.runs.configuration import conf_directory
 from gdtrain.runs.tools import evaluate, landscape, predict_file
-from gdtrain.runs.train import train
+from gdtrain.runs.train import in_keys, train
 
 
 @pytest.fixture(scope="module")
@@ -29,50 +28,48 @@ def table():
 def checkpoint(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     table.to_csv(folder / "table.csv.gz", index=False)
-    words = [
-        "optimizer=gd",
-        "model=linear",
-        "data=csv",
-        f"data.path={folder}/table.csv.gz",
-        "optimizer.lr=1.0",
-        "trainer.max_epochs=30",
-        "logger=none",
-        "instruments=off",
-    ]
+    words = "optimizer=gd model=linear data=csv optimizer.lr=1.0 trainer.max_epochs=30 logger=none"
+    words += f" instruments=off data.path={folder}/table.csv.gz"
     with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        train(compose("train", words), folder / "run")
+        train(compose("train", words.split()), folder / "run")
     return folder / "run" / "checkpoints" / "last.ckpt"
 
 
-def said(main, monkeypatch, capsys, *words):
-    """Exit code, output and errors of a command."""
-    monkeypatch.setattr(sys, "argv", ["command", *map(str, words)])
-    code = 0
-    try:
-        main()
-    except SystemExit as error:
-        code = error.code
-    return (code, *capsys.readouterr())
+@pytest.fixture
+def said(monkeypatch, capsys, checkpoint):
+    """From a command and its words to its exit code, output and errors."""
+
+    def run(main, *words):
+        monkeypatch.setattr(sys, "argv", ["command", f"ckpt_path={checkpoint}", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return run
 
 
-def test_predictions_of_a_table_in_another_order(checkpoint, table, tmp_path, monkeypatch, capsys):
+def scores(checkpoint, table):
+    """Softmax regression by hand, on the columns as they were trained on."""
+    trained = load_trained(checkpoint)
+    w, b = (p.detach().double().numpy() for p in trained.module.model.parameters())
+    learnt = trained.data.preprocessing
+    return (table[list("abcd")].to_numpy() - learnt.mean) / learnt.scale @ w.T + b
+
+
+def test_predictions_of_a_table_in_another_order(checkpoint, table, tmp_path, said):
     new = table[["d", "c", "kind", "b", "a"]]
     new.to_csv(tmp_path / "NEW.TSV", sep="\t")  # with pandas' row names
-    words = (f"ckpt_path={checkpoint}", f"input={tmp_path}/NEW.TSV")
+    expected = np.array(["NA", "None", "virginica"])[scores(checkpoint, table).argmax(1)]
+    assert set(expected) == set(table["kind"])
     for name in ("out.csv", "out.tsv", "sub/out.csv.gz"):
-        code, out, _ = said(
-            cli.predict_main, monkeypatch, capsys, *words, f"output={tmp_path / name}"
-        )
+        words = f"input={tmp_path}/NEW.TSV", f"output={tmp_path / name}"
+        code, out, _ = said(cli.predict_main, *words)
         assert code == 0
         assert out == f"150 predictions in {tmp_path / name}\n"
         answers = pd.read_csv(tmp_path / name, keep_default_na=False)["prediction"]
-        assert set(answers) == set(table["kind"])
-        # Softmax regression by hand, on the columns as they were trained on.
-        trained = load_trained(checkpoint)
-        w, b = (p.detach().double().numpy() for p in trained.module.model.parameters())
-        mean, scale = trained.preprocessing.mean, trained.preprocessing.scale
-        scores = (table[list("abcd")].to_numpy() - mean) / scale @ w.T + b
-        expected = np.array(["NA", "None", "virginica"])[scores.argmax(1)]
         assert answers.tolist() == expected.tolist()
 
 
@@ -102,41 +99,32 @@ def test_nothing_is_left_of_predictions_that_fail(checkpoint, table, tmp_path, m
     assert [path.name for path in tmp_path.iterdir()] == ["new.csv"]
 
 
-def test_all_bad_columns_are_on_the_screen(checkpoint, table, tmp_path, monkeypatch, capsys):
+def test_all_bad_columns_are_on_the_screen(table, tmp_path, said):
     new = table.astype(object)
     new.loc[3, "a"], new.loc[4, "c"] = "red", None
     new.to_csv(tmp_path / "new.csv", index=False)
-    words = (f"ckpt_path={checkpoint}", f"input={tmp_path}/new.csv", f"output={tmp_path}/out.csv")
-    code, out, err = said(cli.predict_main, monkeypatch, capsys, *words)
+    words = f"input={tmp_path}/new.csv", f"output={tmp_path}/out.csv"
+    code, out, err = said(cli.predict_main, *words)
     assert (code, out) == (2, "")
     assert "column 'a', line 5: 'red', which is text" in err
     assert "column 'c', line 6: empty" in err
-    code, _, err = said(cli.predict_main, monkeypatch, capsys, *words, "header=maybe")
+    code, _, err = said(cli.predict_main, *words, "header=maybe")
     assert code == 2
     assert "header must be true, false or auto. Received: header=maybe" in err
 
 
-def test_metrics_of_a_new_labelled_file(checkpoint, table, tmp_path, monkeypatch, capsys):
+def test_metrics_of_a_new_labelled_file(checkpoint, table, tmp_path, said):
     new = table.sample(40, random_state=0)[["kind", "c", "d", "a", "b"]]
     new.to_csv(tmp_path / "new.csv", index=False)
-    code, out, _ = said(
-        cli.evaluate_main,
-        monkeypatch,
-        capsys,
-        f"ckpt_path={checkpoint}",
-        f"input={tmp_path}/new.csv",
-    )
+    code, out, _ = said(cli.evaluate_main, f"input={tmp_path}/new.csv")
     assert code == 0
     values = {tag: float(value) for tag, value in map(str.split, out.splitlines())}
     predict_file(checkpoint, tmp_path / "new.csv", tmp_path / "out.csv")
     answers = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)["prediction"].to_numpy()
     assert values["metric/accuracy/test"] == pytest.approx((answers == new["kind"]).mean())
-    trained = load_trained(checkpoint)
-    w, b = (p.detach().double().numpy() for p in trained.module.model.parameters())
-    x = (new[list("abcd")].to_numpy() - trained.preprocessing.mean) / trained.preprocessing.scale
-    scores = x @ w.T + b
-    own = scores[np.arange(40), new["kind"].map({"NA": 0, "None": 1, "virginica": 2})]
-    expected = (np.log(np.exp(scores).sum(1)) - own).mean()
+    z = scores(checkpoint, new)
+    own = z[np.arange(40), new["kind"].map({"NA": 0, "None": 1, "virginica": 2})]
+    expected = (np.log(np.exp(z).sum(1)) - own).mean()
     assert values["loss/test"] == pytest.approx(expected, rel=1e-5)
 
 
@@ -179,11 +167,8 @@ def test_a_label_that_training_did_not_have_is_named_with_its_line(checkpoint, t
         evaluate(checkpoint, input_path=tmp_path / "new.csv")
 
 
-def test_a_change_that_the_data_does_not_take_is_told_with_what_it_takes(
-    checkpoint, monkeypatch, capsys
-):
-    words = (f"ckpt_path={checkpoint}", "data.pathh=x.csv")
-    code, out, err = said(cli.evaluate_main, monkeypatch, capsys, *words)
+def test_a_change_that_the_data_does_not_take_is_told_with_what_it_takes(said):
+    code, out, err = said(cli.evaluate_main, "data.pathh=x.csv")
     assert (code, out) == (2, "")
     assert "data.pathh: CSVDataModule has no option pathh. Did you mean path?" in err
 
@@ -195,8 +180,8 @@ def test_a_small_amount_of_memory_is_told_as_it_is(checkpoint):
 
 def test_a_message_is_said_with_the_keys_that_were_typed():
     plain = {"seed": 1, "callbacks": {"a": {"share": 0.1}, "b": {"share": 7}}, "data": {"seed": 1}}
-    said = in_keys("share must lie in (0, 1]. Received: 7.", plain)
-    assert said == "callbacks.b.share must lie in (0, 1]. Received: callbacks.b.share=7."
+    found = in_keys("share must lie in (0, 1]. Received: 7.", plain)
+    assert found == "callbacks.b.share must lie in (0, 1]. Received: callbacks.b.share=7."
     for text in (
         "share must lie in (0, 1]. Received: 3.",  # which of two, nobody knows
         "seed must be a whole number. Received: seed=1.",
