@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_layers import (
-    BatchNorm,
-    Dropout,
-    NormWithStatistics,
-    TransposedConvolution,
+from gdtrain._compat.torch_modules import (
+    BATCH_NORMS,
+    DROPOUTS,
+    NORMS,
+    TRANSPOSED_CONVOLUTIONS,
 )
 from gdtrain.analysis.landscape_figure import Grid, Line
 from gdtrain.analysis.trajectory import Snapshots, as_snapshot, plane_of
@@ -42,7 +42,6 @@ _AXIS = Whole(3)  # points of an axis that a user draws
 _PASS = 64 * 2**20  # bytes that the outputs of the layers may take in one pass
 _WORTH_SAYING = 5.0  # seconds
 _TRIALS = 3  # by which the time of the pictures is foretold
-_NORMS = (NormWithStatistics, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[Tensor]:
@@ -78,7 +77,7 @@ def directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[Tensor]:
         arXiv 1712.09913.
     """
     of_norms = {
-        id(p) for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(recurse=False)
+        id(p) for m in model.modules() if isinstance(m, NORMS) for p in m.parameters(recurse=False)
     }
     params = [p for p in model.parameters() if p.requires_grad]
     weights = [p.ndim > 1 and id(p) not in of_norms for p in params]
@@ -88,7 +87,7 @@ def directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[Tensor]:
             "weight other than 0."
         )
     groups = {
-        id(m.weight): m.groups for m in model.modules() if isinstance(m, TransposedConvolution)
+        id(m.weight): m.groups for m in model.modules() if isinstance(m, TRANSPOSED_CONVOLUTIONS)
     }
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -189,7 +188,7 @@ class Landscape:
         if decays:
             parts.append(f"weight decay {', '.join(f'{d:g}' for d in decays)}")
         layers = [*self.objective.model.modules()]
-        kinds = (BatchNorm, Dropout)
+        kinds = (BATCH_NORMS, DROPOUTS)
         if any(isinstance(m, kinds) or "Dropout" in type(m).__name__ for m in layers):
             parts.append("evaluation mode")
         return ", ".join(parts)

@@ -9,7 +9,7 @@ import torch
 from lightning import Trainer
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_layers import BatchNorm
+from gdtrain._compat.torch_modules import BATCH_NORMS
 from gdtrain.analysis.gradients import NoiseEstimate, NoiseScale, gram, noise, noise_scale
 from gdtrain.analysis.trial_update import TrialUpdate
 from gdtrain.callbacks.instrument import Instrument
@@ -167,4 +167,4 @@ class GradientNoise(Instrument):
 
 def _least(module: nn.Module) -> int:
     """Examples in a group: BatchNorm takes no single one."""
-    return 2 if any(isinstance(m, BatchNorm) for m in module.modules()) else 1
+    return 2 if any(isinstance(m, BATCH_NORMS) for m in module.modules()) else 1

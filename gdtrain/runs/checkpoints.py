@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdtrain._compat.lightning_restoring import restores
+from gdtrain._compat.lightning_training import restores
 from gdtrain.callbacks import History
 from gdtrain.data import Preprocessing
 from gdtrain.data.checkpoint_reading import load_checkpoint
