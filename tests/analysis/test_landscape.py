@@ -479,7 +479,7 @@ def run(tmp_path_factory):
 def main(capsys, monkeypatch, *words):
     """The command in this process, but for what it sets for the whole process."""
     monkeypatch.setattr(sys, "argv", ["landscape.py", *map(str, words)])
-    monkeypatch.setattr(tools, "listen", lambda: None)
+    monkeypatch.setattr(tools, "set_up_process", lambda: None)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
     code = 0
     try:
