@@ -48,7 +48,6 @@ class Loss(nn.Module):
     A class that changes the value of another loss inherits none of these: see `states`.
 
     Example:
-        >>> import torch
         >>> class AbsoluteError(Loss):
         ...     task = "regression"
         ...     def forward(self, prediction, target):
@@ -77,9 +76,6 @@ class Loss(nn.Module):
 
         What a subclass inherits was said of another value, and is not believed.
 
-        Args:
-            names: Of attributes or methods.
-
         Example:
             >>> class Mine(SquaredError):
             ...     pass
@@ -93,10 +89,7 @@ class Loss(nn.Module):
 
         Args:
             num_classes: Of the data; None for regression.
-            num_targets: Target columns in regression.
-
-        Returns:
-            C.
+            num_targets: Columns of the targets in regression.
 
         Raises:
             ValueError: The loss does not fit such targets.
@@ -125,20 +118,12 @@ class Loss(nn.Module):
     def check(self, prediction: Tensor, target: Tensor) -> None:
         """Raise a clear error where shapes or labels do not fit; called once per fit.
 
-        Args:
-            prediction: (B, C).
-            target: (B,) or (B, C).
-
         Raises:
-            ValueError: Shapes or labels do not fit the loss, or an example's value depends on the
-                other examples.
+            ValueError: They do not, or an example's value depends on the other examples.
         """
-        name = type(self).__name__
+        shapes = f"predictions {tuple(prediction.shape)}, targets {tuple(target.shape)}"
         if prediction.ndim != 2 or len(prediction) != len(target):
-            raise ValueError(
-                f"{name} expects predictions (B, C) for targets (B, …). Received: predictions "
-                f"{tuple(prediction.shape)}, targets {tuple(target.shape)}."
-            )
+            raise self._unfit("predictions (B, C) for targets (B, …)", shapes)
         target = self.as_targets(target, prediction.shape[1])
         together = self(prediction, target)
         if together.shape == (len(target),):
@@ -147,10 +132,10 @@ class Loss(nn.Module):
             if torch.allclose(together, alone, rtol=1e-3, atol=1e-6, equal_nan=True):
                 return
         raise ValueError(
-            f"{name} must give one value for each example, from its own prediction and target: "
-            f"(B, C) and (B,) or (B, C) to (B,). Received: {tuple(together.shape)} from "
-            f"predictions {tuple(prediction.shape)} and targets {tuple(target.shape)}, and other "
-            f"values than for each example alone."
+            f"{type(self).__name__} must give one value for each example, from its own prediction "
+            f"and target: (B, C) and (B,) or (B, C) to (B,). Received: {tuple(together.shape)} "
+            f"from predictions {tuple(prediction.shape)} and targets {tuple(target.shape)}, and "
+            f"other values than for each example alone."
         )
 
     def as_targets(self, target: Tensor, outputs: int) -> Tensor:
@@ -167,44 +152,44 @@ class Loss(nn.Module):
         Raises:
             ValueError: They are no such targets.
         """
-        name = type(self).__name__
         count = len(target)
         if target.ndim == 2 and target.shape[1] == 1:
             target = target[:, 0]
         if self.task == "regression":
             fits = target.shape == ((count,) if outputs == 1 else (count, outputs))
             if not fits or target.is_complex():
-                raise ValueError(
-                    f"{name} expects one prediction for each target. Received: targets "
-                    f"{tuple(target.shape)} of {target.dtype} for {outputs} output(s) of the model."
+                raise self._unfit(
+                    "one prediction for each target",
+                    f"targets {tuple(target.shape)} of {target.dtype} for {outputs} output(s) of "
+                    f"the model",
                 )
             return target.float() if target.dtype == torch.bool else target
         if self.task == "binary" and outputs != 1:
-            raise ValueError(f"{name} expects one output. Received: {outputs}.")
+            raise self._unfit("one output", f"{outputs}")
         classes = outputs if self.task == "multiclass" else 2
         if not (target.is_floating_point() or target.is_complex()):
             target = target.long()  # torch compares no unsigned types
         if target.shape == (count, classes):
             if not bool(((target == 0) | (target == 1)).all() & (target.sum(1) == 1).all()):
-                raise ValueError(
-                    f"{name} expects class numbers, or one-hot targets: one 1 in each row, and "
-                    f"zeros. Received: targets {tuple(target.shape)} of other numbers."
+                raise self._unfit(
+                    "class numbers, or one-hot targets: one 1 in each row, and zeros",
+                    f"targets {tuple(target.shape)} of other numbers",
                 )
             return target.long().argmax(1)
         if target.ndim != 1:
-            raise ValueError(
-                f"{name} expects a class number for each example. Received: targets "
-                f"{tuple(target.shape)} for {classes} classes."
-            )
+            received = f"targets {tuple(target.shape)} for {classes} classes"
+            raise self._unfit("a class number for each example", received)
         labels = target.long()
         wrong = (labels != target) | (labels < 0) | (labels >= classes)
         if bool(wrong.any()):
-            raise ValueError(
-                f"{name} expects integer labels 0 … {classes - 1} for {outputs} outputs. "
-                f"Received: {target.dtype} from {target.min().item()} to "
-                f"{target.max().item()}."
+            raise self._unfit(
+                f"integer labels 0 … {classes - 1} for {outputs} outputs",
+                f"{target.dtype} from {target.min().item()} to {target.max().item()}",
             )
         return labels
+
+    def _unfit(self, expected: str, received: str) -> ValueError:
+        return ValueError(f"{type(self).__name__} expects {expected}. Received: {received}.")
 
     def _labels(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Class numbers (B,), int64, of targets whose shape and type leave no doubt."""
@@ -212,16 +197,13 @@ class Loss(nn.Module):
         outputs = 1 if self.task == "binary" else None
         fits = prediction.ndim == 2 and prediction.shape[1] == (outputs or prediction.shape[1])
         if not fits or target.shape not in ((count,), (count, 1)):
-            raise ValueError(
-                f"{type(self).__name__} expects predictions {'(B, 1)' if outputs else '(B, C)'} "
-                f"and class numbers (B,). Received: predictions {tuple(prediction.shape)}, "
-                f"targets {tuple(target.shape)}."
+            raise self._unfit(
+                f"predictions {'(B, 1)' if outputs else '(B, C)'} and class numbers (B,)",
+                f"predictions {tuple(prediction.shape)}, targets {tuple(target.shape)}",
             )
         if target.is_floating_point() or target.is_complex():
-            raise ValueError(
-                f"{type(self).__name__} expects class numbers of an integer type. Received: "
-                f"targets of {target.dtype}. target.long() makes them whole numbers."
-            )
+            received = f"targets of {target.dtype}. target.long() makes them whole numbers"
+            raise self._unfit("class numbers of an integer type", received)
         return target.reshape(count).long()
 
     def _one_hot(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -239,10 +221,10 @@ class Loss(nn.Module):
         single = prediction.shape == (count, 1) and target.shape == (count,)
         fits = single or target.shape == prediction.shape
         if prediction.ndim != 2 or not fits or target.is_complex():
-            raise ValueError(
-                f"{type(self).__name__} expects a number for each prediction (B, C). Received: "
+            raise self._unfit(
+                "a number for each prediction (B, C)",
                 f"predictions {tuple(prediction.shape)}, targets {tuple(target.shape)} of "
-                f"{target.dtype}."
+                f"{target.dtype}",
             )
         target = target.reshape(prediction.shape)
         return target if target.is_floating_point() else target.to(prediction.dtype)
@@ -252,40 +234,20 @@ class Loss(nn.Module):
         raise NotImplementedError
 
     def slope(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """∂ℓ/∂p of each example, a subgradient where there is a kink: (B, C) and (B, …) to (B, C).
-
-        Args:
-            prediction: (B, C).
-            target: (B,) or (B, C).
-        """
+        """∂ℓ/∂p of each example, a subgradient where there is a kink, (B, C)."""
         raise NotImplementedError
 
     def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """The diagonal of ∂²ℓ/∂p² of each example, (B, C).
-
-        Args:
-            prediction: (B, C).
-            target: (B,) or (B, C).
-        """
+        """The diagonal of ∂²ℓ/∂p² of each example, (B, C)."""
         raise NotImplementedError
 
     def hessian(self, prediction: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
-        """v ↦ ∂²ℓ/∂p² v of each example, (B, C) to (B, C); here, for a sum over c.
-
-        Args:
-            prediction: (B, C).
-            target: (B,) or (B, C).
-        """
+        """v ↦ ∂²ℓ/∂p² v of each example, (B, C) to (B, C); here, for a sum over c."""
         diagonal = self.curvature(prediction, target)
         return lambda v: diagonal * v
 
     def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
-        """ℓ*(α) = max_p ⟨α, p⟩ − ℓ(p), (B,), for α in the `domain`.
-
-        Args:
-            slope: α, (B, C).
-            target: (B,) or (B, C).
-        """
+        """ℓ*(α) = max_p ⟨α, p⟩ − ℓ(p), (B,), for α in the `domain`."""
         raise NotImplementedError
 
     def native(self) -> Callable[..., Any] | None:
@@ -299,11 +261,7 @@ class Loss(nn.Module):
         return None
 
     def decide(self, prediction: Tensor) -> Tensor:
-        """The answer that a prediction stands for: a class (B,), or the numbers (B, C) themselves.
-
-        Args:
-            prediction: (B, C).
-        """
+        """The answer that a prediction stands for: a class (B,), or the numbers (B, C)."""
         if self.task == "multiclass":
             return prediction.argmax(1)
         if self.task == "binary":
@@ -315,7 +273,6 @@ class SquaredError(Loss):
     """½ Σ_c (p_c − y_c)², gradient p − y.
 
     Example:
-        >>> import torch
         >>> SquaredError()(torch.tensor([[3.0]]), torch.tensor([1.0]))
         tensor([2.])
     """
@@ -353,7 +310,6 @@ class Huber(Loss):
         ValueError: delta is out of range.
 
     Example:
-        >>> import torch
         >>> Huber(delta=1.0)(torch.tensor([[3.0], [0.5]]), torch.tensor([0.0, 0.0]))
         tensor([2.5000, 0.1250])
 
@@ -399,7 +355,6 @@ class CrossEntropy(Loss):
     """log Σ_c exp(p_c) − p_y for classes y = 0 … C−1; softmax regression with a linear model.
 
     Example:
-        >>> import torch
         >>> CrossEntropy()(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
         tensor([0.6931])
     """
@@ -440,7 +395,6 @@ class OneHotSquaredError(Loss):
     cross-entropy's is not.
 
     Example:
-        >>> import torch
         >>> OneHotSquaredError()(torch.tensor([[1.0, 3.0, 0.0]]), torch.tensor([1]))
         tensor([2.5000])
     """
@@ -472,7 +426,6 @@ class Logistic(Loss):
     """log(1 + exp(−s p)) with s = +1 for class 1, −1 for class 0, and one output p.
 
     Example:
-        >>> import torch
         >>> Logistic()(torch.tensor([[0.0], [2.0]]), torch.tensor([1, 0]))
         tensor([0.6931, 2.1269])
     """
@@ -509,7 +462,6 @@ class Hinge(Loss):
     Not differentiable at s p = 1, where the subgradient 0 is used.
 
     Example:
-        >>> import torch
         >>> Hinge()(torch.tensor([[0.5], [2.0]]), torch.tensor([1, 1]))
         tensor([0.5000, 0.0000])
 
@@ -545,7 +497,6 @@ class SquaredHinge(Loss):
     """max(0, 1 − s p)² with s = ±1 for classes 1, 0; smooth.
 
     Example:
-        >>> import torch
         >>> SquaredHinge()(torch.tensor([[0.5], [2.0]]), torch.tensor([1, 1]))
         tensor([0.2500, 0.0000])
     """

@@ -1,10 +1,12 @@
-"""The oracle: the update rules as plain float64 loops over coordinates.
+"""The oracle: update rules as plain float64 loops over coordinates, losses of one example.
 
 Written to be trusted at a glance and to share nothing with `gdtrain.rules`: no tensors, no lists of
 tensors, no in-place kernels.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -48,3 +50,25 @@ def mean_gradient(
     for i in batch:
         total = total + np.array(example_gradient(theta, i))
     return total / len(batch)
+
+
+def loss_value(loss: Any, p: Sequence[float], y: Any) -> float:
+    """ℓ(p, y) of one example, by the name of the loss."""
+    name = type(loss).__name__
+    if name in ("Logistic", "Hinge", "SquaredHinge"):
+        m = p[0] if int(y) else -p[0]
+        return {
+            "Logistic": max(0.0, -m) + math.log1p(math.exp(-abs(m))),
+            "Hinge": max(0.0, 1 - m),
+            "SquaredHinge": max(0.0, 1 - m) ** 2,
+        }[name]
+    if name == "CrossEntropy":
+        top = max(p)
+        return top + math.log(sum(math.exp(v - top) for v in p)) - p[int(y)]
+    if name == "OneHotSquaredError":
+        return 0.5 * sum((v - (c == int(y))) ** 2 for c, v in enumerate(p))
+    r = [abs(v - t) for v, t in zip(p, np.atleast_1d(y), strict=True)]
+    if name == "Huber":
+        d = loss.delta
+        return sum(0.5 * v * v if v <= d else d * (v - 0.5 * d) for v in r)
+    return sum(0.5 * v * v for v in r)

@@ -3,18 +3,15 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 import gdtrain
 
 PACKAGE = Path(gdtrain.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {
+    path.relative_to(PACKAGE): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
 CLASS, FILE = 350, 600  # lines
 PUBLIC = ("_replace", "_fields", "_asdict", "_exit")  # of named tuples and of os, as documented
-
-
-def tree(path):
-    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def own_names(module):
@@ -46,10 +43,9 @@ def reached_into(module):
         yield f"{ast.unparse(node)} in line {node.lineno}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_private_attributes_are_their_own_modules(path):
-    if path.parent.name != "_compat":
-        assert not list(reached_into(tree(path)))
+def test_private_attributes_are_their_own_modules():
+    ours = {path: tree for path, tree in TREES.items() if path.parts[0] != "_compat"}
+    assert not [f"{path}: {found}" for path, tree in ours.items() for found in reached_into(tree)]
 
 
 def test_what_reaches_into_another_object_is_found():
@@ -57,16 +53,19 @@ def test_what_reaches_into_another_object_is_found():
     assert list(reached_into(module)) == ["b._y in line 3"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_rooms_are_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= FILE
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.ClassDef):
-            assert node.end_lineno - node.lineno + 1 <= CLASS, node.name
+def test_rooms_are_short():
+    for path, tree in TREES.items():
+        assert len((PACKAGE / path).read_text(encoding="utf-8").splitlines()) <= FILE, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                assert node.end_lineno - node.lineno + 1 <= CLASS, f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_the_states_of_generators_are_one_modules(path):
+def test_the_states_of_generators_are_one_modules():
     names = {"get_rng_state", "set_rng_state", "getstate", "setstate", "get_state", "set_state"}
-    used = {n.attr for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)} & names
-    assert not used or path == PACKAGE / "generators.py"
+    using = [
+        str(path)
+        for path, tree in TREES.items()
+        if names & {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    ]
+    assert using == ["generators.py"]

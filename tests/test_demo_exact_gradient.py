@@ -2,14 +2,16 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import called, loaded, process
+from commands import SCRIPTS, called, loaded
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def numbers():
-    done = process(ROOT, "demo_exact_gradient", "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPTS)  # for the two ranks
+        done = called(loaded("demo_exact_gradient").main, ROOT, "--json")
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return json.loads(done.stdout)

@@ -1,12 +1,14 @@
 """What the README and the pages in docs/ show is run as it stands; demonstrations have tests."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import command
+
+from gdtrain.cli.composition import compose
+from gdtrain.cli.words import jobs, read_flags
+from gdtrain.runs.configuration import checked
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -34,19 +36,11 @@ COMMANDS = sorted({
 })  # fmt: skip
 
 
-@pytest.mark.slow
-def test_each_python_example_runs(tmp_path):
+@pytest.mark.filterwarnings("ignore")
+def test_each_python_example_runs(tmp_path, monkeypatch):
     assert len(EXAMPLES) == 13
-    code = "\n\n".join(EXAMPLES)
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "MPLBACKEND": "agg"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n\n".join(EXAMPLES), "docs", "exec"), {})
     assert {"curve.png", "find_lr.png", "wine.pt"} <= {path.name for path in tmp_path.iterdir()}
 
 
@@ -61,28 +55,16 @@ def test_the_two_commands_of_a_fresh_machine_are_there():
     "line", [c for c in COMMANDS if c.startswith("python scripts/train.py") and "…" not in c]
 )
 def test_each_command_composes(line, tmp_path, monkeypatch):
-    from omegaconf import OmegaConf
-
-    from gdtrain.cli.composition import compose
-    from gdtrain.cli.overrides import flags, jobs
-    from gdtrain.runs.configuration import check
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").touch()
-    for overrides in jobs(flags(line.split()[2:])[0]):
-        check(OmegaConf.to_container(compose(overrides, None), resolve=True))
+    for overrides in jobs(read_flags(line.split()[2:])[0]):
+        checked(compose(overrides, None))
 
 
 def test_the_message_that_is_shown_is_the_message_that_comes(tmp_path):
     ((_, session),) = [found for found in blocks("console") if found[0] == "README"]
-    command, message = session.strip().split("\n", 1)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *command.split()[3:]],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    line, message = session.strip().split("\n", 1)
+    done = command(tmp_path, "train", *line.split()[3:])
     assert done.returncode == 2
     assert done.stderr.strip() == message
 

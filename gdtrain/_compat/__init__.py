@@ -1,3 +1,3 @@
-"""What gdtrain touches of other libraries that they call private: one file for each library."""
+"""What gdtrain touches of other libraries that they call private; tests/_compat says what for."""
 
 __all__: list[str] = []

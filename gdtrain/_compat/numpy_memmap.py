@@ -9,19 +9,7 @@ __all__ = ["file_map"]
 
 
 def file_map(array: Any) -> mmap.mmap | None:
-    """The map of the file under an array, or under the array that it is a view of.
-
-    Args:
-        array: Of NumPy.
-
-    Returns:
-        The map; None: the array is no part of a mapped file.
-
-    Example:
-        >>> import numpy as np
-        >>> file_map(np.ones(3)) is None
-        True
-    """
+    """The map of the file under an array, or under the array that it is a view of."""
     while array is not None and getattr(array, "_mmap", None) is None:
         array = getattr(array, "base", None)
     return None if array is None else array._mmap

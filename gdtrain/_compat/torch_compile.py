@@ -12,72 +12,35 @@ __all__ = ["compiler_errors", "decompositions", "inductor", "while_loop", "with_
 def while_loop(
     goes_on: Callable[..., Any], body: Callable[..., Any], carried: tuple[Any, ...]
 ) -> Any:
-    """A loop that is compiled as one graph, whose number of turns is not known beforehand.
-
-    Args:
-        goes_on: From what is carried to a tensor of one truth value.
-        body: From what is carried to the same after a turn.
-        carried: At the start.
-
-    Example:
-        >>> import torch
-        >>> while_loop(lambda i: i < 3, lambda i: (i + 1,), (torch.tensor(0),))
-        (tensor(3),)
-    """
+    """A loop that is compiled as one graph, whose number of turns is not known beforehand."""
     from torch._higher_order_ops import while_loop as loop
 
     return loop(goes_on, body, carried)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Inductor's decompositions by operator, as a table of one's own.
-
-    Example:
-        >>> import torch
-        >>> torch.ops.aten.addmm.default in decompositions()
-        True
-    """
+    """Inductor's decompositions by operator, as a table of one's own."""
     from torch._inductor.decomposition import select_decomp_table
 
     return dict(select_decomp_table())
 
 
 def inductor(options: dict[str, Any], table: dict[Any, Callable[..., Any]]) -> Callable[..., Any]:
-    """Inductor as a backend of `torch.compile`.
-
-    Args:
-        options: Of its configuration, that differ.
-        table: Its decompositions.
-
-    Example:
-        >>> callable(inductor({}, decompositions()))
-        True
-    """
+    """Inductor as a backend of `torch.compile`."""
     from torch._inductor.compile_fx import compile_fx
 
     return functools.partial(compile_fx, config_patches=options, decompositions=table)
 
 
 def with_strides() -> Any:
-    """Inductor's operator that puts a tensor into memory with given strides, not computed again.
-
-    Example:
-        >>> import torch
-        >>> with_strides()(torch.ones(2, 3), (1, 2)).stride()
-        (1, 2)
-    """
+    """Inductor's operator that puts a tensor into memory with given strides, not computed again."""
     import torch._inductor.inductor_prims  # registers it
 
     return torch.ops.prims.inductor_force_stride_order
 
 
 def compiler_errors() -> tuple[type[Exception], type[Exception], type[Exception]]:
-    """The errors that a backend fails with, that tracing fails with, and of too many compilations.
-
-    Example:
-        >>> [kind.__name__ for kind in compiler_errors()]
-        ['BackendCompilerFailed', 'TorchDynamoException', 'FailOnRecompileLimitHit']
-    """
+    """The errors of a backend, of tracing, and of too many compilations."""
     from torch._dynamo.exc import (
         BackendCompilerFailed,
         FailOnRecompileLimitHit,

@@ -1,4 +1,4 @@
-"""`torch.optim.Optimizer`: the wrapper of `step`, global hooks, the fused check."""
+"""Private names of `torch.optim.Optimizer`: the wrapper of `step`, hooks, the fused check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from torch.optim.optimizer import (
     _use_grad_for_differentiable,
 )
 
-__all__ = ["LightOptimizer", "check_fused", "with_hooks_if_there_are_any"]
+__all__ = [
+    "LightOptimizer",
+    "check_fused",
+    "has_step_hooks",
+    "mark_stepped",
+    "with_hooks_if_there_are_any",
+]
 
 check_fused = _device_dtype_check_for_fused
 
@@ -28,21 +34,6 @@ def with_hooks_if_there_are_any(step: Callable[..., Any]) -> Any:
 
     torch's own wrappers take 11 µs, as much as the update of a small model. They run here only
     where somebody looks on: a hook, the profiler, or torch.compile, which knows them.
-
-    Args:
-        step: Of a `LightOptimizer`.
-
-    Returns:
-        The step, wrapped.
-
-    Example:
-        >>> import torch
-        >>> class Still(LightOptimizer):
-        ...     @with_hooks_if_there_are_any
-        ...     def step(self, closure=None):
-        ...         return torch.is_grad_enabled()
-        >>> Still([torch.ones(1)], {"differentiable": False}).step()
-        False
     """
     unhooked = _use_grad_for_differentiable(step)
     hooked = Optimizer.profile_hook_step(unhooked)
@@ -71,12 +62,7 @@ def with_hooks_if_there_are_any(step: Callable[..., Any]) -> Any:
 
 
 class LightOptimizer(Optimizer):
-    """An optimizer whose `step` has `with_hooks_if_there_are_any`.
-
-    Example:
-        >>> issubclass(LightOptimizer, Optimizer)
-        True
-    """
+    """An optimizer whose `step` has `with_hooks_if_there_are_any`."""
 
     # The step of a subclass with torch's own wrapper around it, which runs the hooks.
     _watched_step: ClassVar[Any] = None
@@ -86,3 +72,13 @@ class LightOptimizer(Optimizer):
         super()._patch_step_function()
         if type(self).step is not before:
             type(self)._watched_step = type(self).step
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether somebody has registered a hook on the optimizer's own steps."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def mark_stepped(optimizer: Any) -> None:
+    """Tell torch's schedulers that updates were made: not every engine calls `step()`."""
+    optimizer._opt_called = True

@@ -20,8 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_layers import TransposedConvolution
-from gdtrain._compat.torch_modules import BATCH_NORMS, DROPOUTS, NORMS
+from gdtrain._compat.torch_modules import (
+    BATCH_NORMS,
+    DROPOUTS,
+    NORMS,
+    TRANSPOSED_CONVOLUTIONS,
+)
 from gdtrain.analysis.gradients import apart, flat
 from gdtrain.analysis.landscape_figure import Grid, Line
 from gdtrain.analysis.trajectory import Snapshots, as_snapshot, plane_of
@@ -65,7 +69,7 @@ def directions(model: nn.Module, count: int = 2, seed: int = 0) -> list[Tensor]:
             "Directions are as long as the weights, filter by filter. Received: a model without a "
             "weight other than 0."
         )
-    transposed = [m for m in model.modules() if isinstance(m, TransposedConvolution)]
+    transposed = [m for m in model.modules() if isinstance(m, TRANSPOSED_CONVOLUTIONS)]
     groups: dict[Tensor, int] = {m.weight: m.groups for m in transposed}
     generator = torch.Generator().manual_seed(seed)
     made = []

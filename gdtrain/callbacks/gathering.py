@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gdtrain._compat.lightning_accumulation import (
+from gdtrain._compat.lightning_training import (
     decide_steps,
     ends_epoch,
     leave_steps,

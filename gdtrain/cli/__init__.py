@@ -32,7 +32,6 @@ def train_main() -> None:
         >>> sys.argv = ["gdtrain", "optimizer=sdg"]
         >>> train_main()
         Traceback (most recent call last):
-        ...
         SystemExit: 2
     """
     _start("train", "train")
@@ -48,7 +47,6 @@ def compare_main() -> None:
         >>> sys.argv = ["compare.py", "runs=missing"]
         >>> compare_main()
         Traceback (most recent call last):
-        ...
         SystemExit: 2
     """
     _start("compare", "compare")
@@ -62,7 +60,6 @@ def evaluate_main() -> None:
         >>> sys.argv = ["gdtrain-evaluate", "ckpt_path=missing.ckpt"]
         >>> evaluate_main()
         Traceback (most recent call last):
-        ...
         SystemExit: 2
     """
     _start("tools", "evaluate")
@@ -76,7 +73,6 @@ def predict_main() -> None:
         >>> sys.argv = ["gdtrain-predict", "ckpt_path=missing.ckpt"]
         >>> predict_main()
         Traceback (most recent call last):
-        ...
         SystemExit: 2
     """
     _start("tools", "predict")
@@ -90,7 +86,6 @@ def find_lr_main() -> None:
         >>> sys.argv = ["find_lr.py", "min_lr=fast"]
         >>> find_lr_main()
         Traceback (most recent call last):
-        ...
         SystemExit: 2
     """
     _start("tools", "find_lr")
@@ -104,7 +99,6 @@ def explain_main() -> None:
         >>> sys.argv = ["explain.py", "update=first"]
         >>> explain_main()
         Traceback (most recent call last):
-        ...
         SystemExit: 2
     """
     _start("tools", "explain")
@@ -118,7 +112,6 @@ def landscape_main() -> None:
         >>> sys.argv = ["landscape.py", "run=outputs", "points=few"]
         >>> landscape_main()
         Traceback (most recent call last):
-        ...
         SystemExit: 2
     """
     _start("tools", "landscape")

@@ -20,13 +20,11 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from gdtrain.cli.composition import compose, composed
-from gdtrain.cli.messages import listen, one_message, shown
-from gdtrain.cli.options import Command, given, option
-from gdtrain.cli.overrides import typed
+from gdtrain.cli.messages import one_message, set_up_process, shown
+from gdtrain.cli.words import Command, given, option, read_overrides
 from gdtrain.errors import ConfigurationError
-from gdtrain.lightning.launch import check_processes
 from gdtrain.ranges import Interval, Whole
-from gdtrain.runs.configuration import check
+from gdtrain.runs.configuration import checked
 from gdtrain.runs.folder import discard_empty, new_folder
 
 if TYPE_CHECKING:
@@ -79,20 +77,11 @@ COMMAND = Command(
 
 
 def compare() -> None:
-    """Compare what the words name; ends the process where something was wrong.
-
-    Example:
-        >>> sys.argv = ["compare.py", "runs=missing"]
-        >>> compare()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
+    """Compare what the words name; ends the process where something was wrong."""
     with one_message():
-        check_processes({})
         words = COMMAND.read(sys.argv[1:])
         options = given(words.options)
-        listen()
+        set_up_process()
         if "runs" in options:
             folder, comparison = _compare_finished(options, words.overrides)
         else:
@@ -241,7 +230,7 @@ def _contenders(text: str) -> dict[str, list[str]]:
         name = " ".join(w.removeprefix("optimizer=").removeprefix("optimizer.") for w in overrides)
         if name in found:
             raise ConfigurationError(f"Contenders must differ. Received: {part.strip()} twice.")
-        found[name] = typed(overrides)
+        found[name] = read_overrides(overrides)
     if len(found) < 2:
         raise ConfigurationError(
             f"contenders must name at least two, separated by a semicolon, such as "
@@ -251,9 +240,8 @@ def _contenders(text: str) -> dict[str, list[str]]:
 
 
 def _check_contender(config: DictConfig, logger: str, overrides: list[str]) -> None:
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     try:
-        check(plain)
+        plain = checked(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"{' '.join(overrides)}: {error}") from None
     loggers = [str(entry.get("_target_")) for entry in (plain["logger"] or {}).values() if entry]
@@ -302,15 +290,15 @@ def _train_all(jobs: Sequence[_Job], processes: int, config_dir: str | None) -> 
 
 def _train(job: _Job, config_dir: str | None) -> str:
     """One run of a comparison; returns nothing, or why there is none."""
-    from gdtrain.runs.train import train
-
-    listen(signals=False)
+    set_up_process(signals=False)
     log = logging.getLogger("gdtrain")
     level = log.level
     log.setLevel(logging.CRITICAL)  # one line a run, below
     job.folder.mkdir(parents=True)  # from here on it has begun
     try:
         config = compose(job.overrides, config_dir)
+        from gdtrain.runs.train import train
+
         with open_dict(config):
             (config.callbacks or {}).pop("progress", None)
         # What a process loads once would else be in the seconds of its first run only.

@@ -19,7 +19,6 @@ from gdtrain.runs.configuration import closest, conf_directory
 
 __all__ = [
     "ELSEWHERE",
-    "check_folder",
     "check_package",
     "compose",
     "composed",
@@ -40,25 +39,8 @@ ELSEWHERE = {
 
 
 def compose(overrides: list[str], config_dir: str | None, whole: bool = False) -> DictConfig:
-    """The configuration of a run.
-
-    Args:
-        overrides: From `typed`.
-        config_dir: A folder of further configurations.
-        whole: With Hydra's own part.
-
-    Returns:
-        What `gdtrain.runs.run.train` takes.
-
-    Raises:
-        ConfigurationError: A key is unknown.
-
-    Example:
-        >>> compose(["optimizer=gd"], None).variant
-        'gd'
-    """
+    """The configuration of a run; `whole`: with Hydra's own part."""
     extra = []
-    check_folder(config_dir)
     if config_dir is not None:
         extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     try:
@@ -66,68 +48,33 @@ def compose(overrides: list[str], config_dir: str | None, whole: bool = False) -
             return hydra_compose("train", [*overrides, *extra], return_hydra_config=whole)
     except (HydraException, OmegaConfBaseException) as error:
         text = str(error)
-        gone = re.search(r"Could not delete from config. '([^']+)' does not exist", text)
-        if gone:
-            raise ConfigurationError(
-                f"~{gone.group(1)}: there is no key {gone.group(1)} to take away."
-                f"{closest(gone.group(1), known_keys(overrides))} `--cfg job` shows all keys."
-            ) from None
-        there = re.search(r"Could not append to config. An item is already at '([^']+)'", text)
-        if there:
-            name = there.group(1)
-            raise ConfigurationError(
-                f"{name} is there already: leave out the plus, {name}=…"
-            ) from None
-        unknown = re.search(r"Could not override '([^']+)'", text)
-        if unknown is None:
+        if gone := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
+            said = (
+                f"~{gone[1]}: there is no key {gone[1]} to take away."
+                f"{closest(gone[1], known_keys(overrides))} `--cfg job` shows all keys."
+            )
+        elif there := re.search(r"to config. An item is already at '([^']+)'", text):
+            said = f"{there[1]} is there already: leave out the plus, {there[1]}=…"
+        elif unknown := re.search(r"Could not override '([^']+)'", text):
+            said = _unknown(unknown[1], overrides)
+        else:
             raise
-        raise ConfigurationError(_unknown(unknown.group(1), overrides)) from None
+        raise ConfigurationError(said) from None
 
 
 def own_part(whole: DictConfig) -> DictConfig:
-    """The configuration without Hydra's part.
-
-    Args:
-        whole: As `compose` gives it.
-
-    Example:
-        >>> "hydra" in own_part(compose([], None, whole=True))
-        False
-    """
+    """The configuration without Hydra's part."""
     return OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
 
 
 def composed(words: list[str], config_dir: str | None) -> tuple[DictConfig, dict[str, str]]:
-    """The configuration of a run, and the choice of each group.
-
-    Args:
-        words: Overrides.
-        config_dir: A folder of further configurations.
-
-    Returns:
-        Both.
-
-    Example:
-        >>> composed(["data=iris"], None)[1]["data"]
-        'iris'
-    """
+    """The configuration of a run, and the choice of each group."""
     whole = compose(words, config_dir, whole=True)
     return own_part(whole), dict(whole.hydra.runtime.choices)
 
 
 def check_package(package: str, config: DictConfig) -> None:
-    """Raise where the part of the configuration that is to be shown is not there.
-
-    Args:
-        package: The part's key.
-        config: The whole configuration.
-
-    Raises:
-        ConfigurationError: It has no such key, or nothing is set there.
-
-    Example:
-        >>> check_package("optimizer", compose([], None))
-    """
+    """Raise where the part of the configuration that is to be shown is not there."""
     if package != "_global_" and OmegaConf.select(config, package) is None:
         raise ConfigurationError(
             f"--package (-p) must name a key that is set.{closest(package, known_keys([]))} "
@@ -136,43 +83,15 @@ def check_package(package: str, config: DictConfig) -> None:
 
 
 def known_keys(words: list[str]) -> list[str]:
-    """Of the configuration with the groups that were chosen, where they can be composed.
-
-    Args:
-        words: Overrides.
-
-    Returns:
-        Their names, and those of the groups.
-
-    Example:
-        >>> "optimizer.lr" in known_keys([])
-        True
-    """
+    """Of the configuration with the groups that were chosen, where they can be composed."""
     groups = [w for w in words if "." not in w.partition("=")[0] and "," not in w]
-    try:
-        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        try:
             config = hydra_compose("train", groups)
-    except (HydraException, OmegaConfBaseException):
-        with initialize_config_dir(str(conf_directory()), version_base="1.3"):
+        except (HydraException, OmegaConfBaseException):
             config = hydra_compose("train", [])
     plain: Any = OmegaConf.to_container(config, resolve=False)
     return [*_names(plain), "experiment"]
-
-
-def check_folder(config_dir: str | None) -> None:
-    """Raise where `--config-dir` names no folder.
-
-    Args:
-        config_dir: What it names; None: it was not given.
-
-    Example:
-        >>> check_folder(None)
-    """
-    if config_dir is not None and (not config_dir or not Path(config_dir).is_dir()):
-        raise ConfigurationError(
-            f"--config-dir must name a folder. Received: --config-dir={config_dir}, and there is "
-            f"none."
-        )
 
 
 def _unknown(key: str, words: list[str]) -> str:
@@ -217,10 +136,5 @@ def _names(node: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def groups() -> list[str]:
-    """The names of the groups.
-
-    Example:
-        >>> "optimizer" in groups()
-        True
-    """
+    """The names of the groups."""
     return sorted(path.name for path in conf_directory().iterdir() if path.is_dir())

@@ -11,29 +11,55 @@ from gdtrain.runs.configuration import conf_directory
 __all__ = ["documented", "overview"]
 
 _LINE = re.compile(r"( *)(\w+):(?: +([^#\s][^#]*?))?(?: +# *(.*))?")
+_BASE = re.compile(r"^  - (?!_self_)(\w+)$", re.MULTILINE)
+_TEXT = """\
+usage: gdtrain [GROUP=CHOICE …] [KEY=VALUE …] [-m] [--cfg job] [--config-dir=FOLDER]
+
+Trains a model by gradient descent: optimizer=gd averages all examples in each update,
+optimizer=sgd one, optimizer=minibatch data.batch_size of them.
+
+Groups (GROUP=CHOICE; the first choice shown is the default):
+{groups}
+
+Keys (KEY=VALUE; those of other choices: gdtrain GROUP=CHOICE --help):
+
+{keys}
+
+How words are written:
+  A list has brackets and no spaces: model.hidden=[256,128].
+  What has spaces, brackets or $ is quoted for the shell: 'data.target=price ($)'.
+  A key that is new has a plus: +callbacks.ema._target_=mypackage.EMA
+  With -m, several values make a run each: seed=0,1,2 or range(0,3), choice(a,b).
+
+Flags:
+  -m, --multirun            a run for each value that is separated by commas
+  --cfg job                 show the whole configuration, and train nothing
+  --config-dir=FOLDER       a folder of your own with groups and choices
+  -sc install=bash          the shell's completion: eval "$(gdtrain -sc install=bash)"
+  --hydra-help              more of Hydra
+
+Examples:
+{examples}
+  gdtrain data=csv data.path=table.csv data.target=price optimizer=minibatch
+  gdtrain ckpt_path=outputs/digits-mlp-sgd/…/checkpoints/last.ckpt
+
+Exit codes: 0, all went well; 2, the command was wrong, and nothing was trained;
+3, the run diverged; 130, interrupted. A sweep ends with the highest."""
 _NOT_SHOWN = ("_target_", "_partial_", "defaults", "hydra", "variant")
 
 
 def documented(path: Path, prefix: str = "") -> list[tuple[str, str, str]]:
-    """The keys that a YAML file sets, with what its comments say of them.
+    """Key, default and meaning, from the comment, of each key that a YAML file sets.
 
-    Args:
-        path: Of the file.
-        prefix: Of its keys, with a dot.
-
-    Returns:
-        Key, default and meaning of each; a choice that adds to another has the other's too.
-
-    Example:
-        >>> documented(conf_directory() / "model" / "mlp.yaml", "model.")[0]
-        ('model.hidden', '[128]', 'widths of the hidden layers')
+    A choice that adds to another has the other's too.
     """
     text = path.read_text(encoding="utf-8")
     if "# @package _global_" in text:
         prefix = ""
     found = []
-    for base in re.findall(r"^  - (\w+)$", text, re.MULTILINE) if path.stem != "train" else ():
-        found += documented(path.with_name(f"{base}.yaml"), prefix)
+    for base in _BASE.findall(text):
+        other = _choices(path.parent.name, path.parent.parent).get(base)
+        found += documented(other, prefix) if other else []
     above: list[str] = []
     for line in text.splitlines():
         match = _LINE.fullmatch(line)
@@ -46,50 +72,38 @@ def documented(path: Path, prefix: str = "") -> list[tuple[str, str, str]]:
     return found
 
 
+def _choices(group: str, further: Path | None) -> dict[str, Path]:
+    """The files of a group's choices, by name; of two, Hydra takes gdtrain's own."""
+    folders = [further, conf_directory()] if further else [conf_directory()]
+    return {path.stem: path for folder in folders for path in (folder / group).glob("*.yaml")}
+
+
 def _purpose(path: Path) -> str:
     lines = path.read_text(encoding="utf-8").splitlines()
     comments = [line.lstrip("# ").strip() for line in lines if line.startswith("#")]
-    return next(line for line in comments if line and not line.startswith("@package"))
+    return next((line for line in comments if line and not line.startswith("@package")), "")
 
 
-def overview(words: Sequence[str]) -> str:
-    """The help of `gdtrain`.
+def overview(words: Sequence[str], further: Path | None = None) -> str:
+    """The help of `gdtrain`: the choices of all groups, and the keys of those among the words.
 
-    Args:
-        words: Of the command line: choices of groups, whose keys are shown.
-
-    Returns:
-        The text.
-
-    Example:
-        >>> "model.channels" in overview(["model=cnn"])
-        True
+    `further` is a folder of more groups and choices.
     """
     folder = conf_directory()
     text = (folder / "train.yaml").read_text(encoding="utf-8")
     groups = dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
     given = dict(w.split("=", 1) for w in words if "=" in w)
-    lines = [
-        "usage: gdtrain [GROUP=CHOICE …] [KEY=VALUE …] [-m] [--cfg job] [--config-dir=FOLDER]",
-        "",
-        "Trains a model by gradient descent: optimizer=gd averages all examples in each update,",
-        "optimizer=sgd one, optimizer=minibatch data.batch_size of them.",
-        "",
-        "Groups (GROUP=CHOICE; the first choice shown is the default):",
-    ]
-    for group, default in groups.items():
-        lines += ["", f"  {group}="]
-        paths = sorted((folder / group).glob("*.yaml"), key=lambda p: (p.stem != default, p.stem))
-        lines += [f"    {path.stem:<26} {_purpose(path)}" for path in paths]
-    lines += [
-        "",
-        "Keys (KEY=VALUE; those of other choices: gdtrain GROUP=CHOICE --help):",
-        "",
-    ]
+    lines = []
+    own = [path.name for path in further.iterdir() if path.is_dir()] if further else []
+    for group in [*groups, *sorted(set(own) - groups.keys())]:
+        lines += ["", f"  {group}=" if group in groups else f"  +{group}="]
+        choices = _choices(group, further)
+        names = sorted(choices, key=lambda name: (name != groups.get(group), name))
+        lines += [f"    {name:<26} {_purpose(choices[name])}".rstrip() for name in names]
     keys = {key: (value, meaning) for key, value, meaning in documented(folder / "train.yaml")}
     for group, default in groups.items():
-        path = folder / group / f"{given.get(group, default)}.yaml"
-        if path.is_file():
+        path = _choices(group, further).get(given.get(group) or default)
+        if path is not None:
             found = documented(path, f"{group}.")
             said: dict[str, str] = {}  # of keys of the same name, the first has the comment
             for key, value, meaning in found:
@@ -97,36 +111,13 @@ def overview(words: Sequence[str]) -> str:
                 meaning = meaning or said.get(name) or keys.get(key, ("", ""))[1]
                 said.setdefault(name, meaning)
                 keys[key] = (value, meaning)
-    lines += [
-        f"  {f'{key}={value}':<44} {meaning}".rstrip() for key, (value, meaning) in keys.items()
-    ]
-    lines += [
-        "",
-        "How words are written:",
-        "  A list has brackets and no spaces: model.hidden=[256,128].",
-        "  What has spaces, brackets or $ is quoted for the shell: 'data.target=price ($)'.",
-        "  A key that is new has a plus: +callbacks.ema._target_=mypackage.EMA",
-        "  With -m, several values make a run each: seed=0,1,2 or range(0,3), choice(a,b).",
-        "",
-        "Flags:",
-        "  -m, --multirun            a run for each value that is separated by commas",
-        "  --cfg job                 show the whole configuration, and train nothing",
-        "  --config-dir=FOLDER       a folder of your own with groups and choices",
-        '  -sc install=bash          the shell\'s completion: eval "$(gdtrain -sc install=bash)"',
-        "  --hydra-help              more of Hydra",
-        "",
-        "Examples:",
-    ]
-    lines += [
+    examples = [
         "  " + line.lstrip("# ").replace("python scripts/train.py", "gdtrain")
         for line in text.splitlines()
         if line.startswith("#   python scripts/train.py")
     ]
-    lines += [
-        "  gdtrain data=csv data.path=table.csv data.target=price optimizer=minibatch",
-        "  gdtrain ckpt_path=outputs/digits-mlp-sgd/…/checkpoints/last.ckpt",
-        "",
-        "Exit codes: 0, all went well; 2, the command was wrong, and nothing was trained;",
-        "3, the run diverged; 130, interrupted. A sweep ends with the highest.",
-    ]
-    return "\n".join(lines)
+    return _TEXT.format(
+        groups="\n".join(lines),
+        keys="\n".join(f"  {f'{k}={v}':<44} {said}".rstrip() for k, (v, said) in keys.items()),
+        examples="\n".join(examples),
+    )

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gdtrain.cli.composition import composed
-from gdtrain.cli.messages import listen, one_message, shown
-from gdtrain.cli.options import Command, Options, Words, given, option
+from gdtrain.cli.messages import one_message, set_up_process, shown
+from gdtrain.cli.words import Command, given, option
 from gdtrain.errors import ConfigurationError
-from gdtrain.lightning.launch import check_processes
 from gdtrain.ranges import Interval, Whole
 from gdtrain.runs.configuration import checked
 
@@ -58,11 +57,6 @@ class _OfItsData(_OfCheckpoint):
     )
 
 
-def _read(command: Command[Options]) -> Words[Options]:
-    check_processes({})
-    return command.read(sys.argv[1:])
-
-
 def _packages(word: str | None) -> tuple[str, ...]:
     names = () if word is None else tuple(name.strip() for name in word.split(","))
     if not all(part.isidentifier() for name in names for part in name.split(".")):
@@ -80,9 +74,6 @@ def _has_header(word: str | None) -> Any:
     if found not in known:
         raise ConfigurationError(f"header must be true, false or auto. Received: header={word}")
     return known[found]
-
-
-# ---------------------------------------------------------------------- evaluate and predict
 
 
 @dataclass
@@ -104,11 +95,11 @@ EVALUATE = Command(
 @one_message()
 def evaluate() -> None:
     """Print a checkpoint's test metrics, or those on a new file."""
-    options = _read(EVALUATE).options
+    options = EVALUATE.read(sys.argv[1:]).options
     trust, header = _packages(options.trust), _has_header(options.header)
     from gdtrain.runs.tools import evaluate as run
 
-    listen()
+    set_up_process()
     metrics = run(
         options.ckpt_path,
         options.data,
@@ -146,16 +137,13 @@ PREDICT = Command(
 @one_message()
 def predict() -> None:
     """Write predictions for a file of examples."""
-    options = _read(PREDICT).options
+    options = PREDICT.read(sys.argv[1:]).options
     trust, header = _packages(options.trust), _has_header(options.header)
     from gdtrain.runs.tools import predict_file
 
-    listen()
+    set_up_process()
     count = predict_file(options.ckpt_path, options.input, options.output, trust, header=header)
     print(f"{count} predictions in {options.output}")
-
-
-# ---------------------------------------------------------------------- the rate finder
 
 
 @dataclass
@@ -188,7 +176,7 @@ FIND_LR = Command(
 @one_message()
 def find_lr() -> None:
     """Look for a learning rate."""
-    words = _read(FIND_LR)
+    words = FIND_LR.read(sys.argv[1:])
     config, choices = composed(words.overrides, words.config_dir)
     names = {name: str(choices[name]) for name in ("data", "model", "optimizer")}
     if "lr" in config.optimizer:
@@ -206,7 +194,7 @@ def find_lr() -> None:
     folder = Path(output) if output else Path("outputs") / "find_lr" / name / time
     from gdtrain.runs.tools import find_lr as run
 
-    listen()
+    set_up_process()
     _show_curve(run(config, folder, name, **options), folder)
 
 
@@ -221,18 +209,12 @@ def _show_curve(curve: RateCurve, folder: Path) -> None:
     for i, words in curve.rows().items():
         values = (curve.losses[i], curve.smoothed[i], curve.slopes[i])
         table.add_row(f"{curve.rates[i]:.2g}", *(f"{v:.4g}" for v in values), words)
-    console = Console()
-    console.print(table)
-    said = curve.basis if curve.suggestion is None else f"Suggestion: {curve.basis}"
-    console.print(said, highlight=False, soft_wrap=True, markup=False)
+    Console().print(table)
+    print(curve.basis if curve.suggestion is None else f"Suggestion: {curve.basis}")
     if curve.suggestion is not None:
-        console.print(f"Train with optimizer.lr={curve.suggestion:g}", highlight=False)
+        print(f"Train with optimizer.lr={curve.suggestion:g}")
     place = shown(folder)
-    for line in (f"Curve: {place}/find_lr.png", f"TensorBoard: tensorboard --logdir {place}"):
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
-
-
-# ---------------------------------------------------------------------- one update in full
+    print(f"Curve: {place}/find_lr.png\nTensorBoard: tensorboard --logdir {place}")
 
 
 @dataclass
@@ -255,7 +237,7 @@ EXPLAIN = Command(
 @one_message()
 def explain() -> None:
     """Print one update in full."""
-    words = _read(EXPLAIN)
+    words = EXPLAIN.read(sys.argv[1:])
     config, choices = composed(_with_readable_model(words.overrides), words.config_dir)
     checked(config)
     options = given(words.options)
@@ -263,7 +245,7 @@ def explain() -> None:
     names = f"{config.variant} on {choices['data']}, {choices['model']}"
     from gdtrain.runs.tools import explain as run
 
-    listen(log=False)
+    set_up_process(log=False)
     print(run(config, update, title=f"Update {update} of {names}", **options))
 
 
@@ -274,9 +256,6 @@ def _with_readable_model(words: list[str]) -> list[str]:
     of_mlp = ("model.hidden", "model.activation", "model.dropout")
     wants_mlp = any(w.partition("=")[0] in of_mlp for w in words)
     return ["experiment=demo_iris_sgd", *(["model=mlp"] if wants_mlp else []), *words]
-
-
-# ---------------------------------------------------------------------- the landscape
 
 
 @dataclass
@@ -313,7 +292,7 @@ LANDSCAPE = Command(
 @one_message()
 def landscape() -> None:
     """Draw the objective around a checkpoint."""
-    options = given(_read(LANDSCAPE).options)
+    options = given(LANDSCAPE.read(sys.argv[1:]).options)
     places = [key for key in ("ckpt_path", "run", "ckpt_dir") if key in options]
     if len(places) != 1:
         raise ConfigurationError(
@@ -324,7 +303,7 @@ def landscape() -> None:
     from gdtrain.runs.checkpoints import find_checkpoint
     from gdtrain.runs.tools import landscape as run
 
-    listen()
+    set_up_process()
     place = options.pop(places[0])
     path = place if places == ["ckpt_path"] else find_checkpoint(place)
     folder, pictures = run(

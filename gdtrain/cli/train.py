@@ -16,11 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gdtrain import __version__
-from gdtrain._compat.hydra_jobs import run_composed
+from gdtrain._compat.hydra import run_composed
 from gdtrain.cli.composition import check_package, compose, own_part
-from gdtrain.cli.messages import EXIT_CODES, complain, heard, listen, one_message, shown
-from gdtrain.cli.overrides import flags, jobs
+from gdtrain.cli.messages import (
+    EXIT_CODES,
+    explain_error,
+    one_message,
+    report_error,
+    set_up_process,
+    shown,
+)
 from gdtrain.cli.overview import overview
+from gdtrain.cli.words import config_folder, jobs, read_flags
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import check_processes, is_first_process
 from gdtrain.runs.configuration import checked, conf_directory
@@ -33,18 +40,11 @@ __all__ = ["train"]
 
 
 def train() -> None:
-    """Train what the words name; ends the process with its exit code.
-
-    Example:
-        >>> sys.argv = ["gdtrain", "optimizer.lrr=0.1"]
-        >>> train()
-        Traceback (most recent call last):
-        ...
-        SystemExit: 2
-    """
+    """Train what the words name; ends the process with its exit code."""
     words = sys.argv[1:]
     if any(word in ("-h", "--help") for word in words):
-        print(overview(words))
+        with one_message():
+            print(overview(words, config_folder(words)))
         sys.exit(0)
     if "--version" in words:
         print(f"gdtrain {__version__}")
@@ -56,13 +56,8 @@ def train() -> None:
 
 @one_message()
 def _prepare(words: list[str]) -> tuple[DictConfig, dict[str, Any]] | None:
-    """Tell all that can be told without torch before it is imported.
-
-    Returns:
-        The configuration of a single run, with Hydra's part and checked as plain containers; None:
-        Hydra makes what there is to do of the words.
-    """
-    arguments, sys.argv[1:] = flags(words)
+    """Tell all that can be told without torch before it is imported."""
+    arguments, sys.argv[1:] = read_flags(words)
     if arguments.shell_completion or arguments.hydra_help:
         return None
     several, only_shows = arguments.multirun, arguments.cfg or arguments.info
@@ -103,7 +98,7 @@ def _train(prepared: tuple[DictConfig, dict[str, Any]] | None, codes: str) -> in
         return value
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions out: what is not said below is a fault
-    listen()
+    set_up_process()
     conf = str(conf_directory())
     try:
         if prepared is None:
@@ -114,14 +109,16 @@ def _train(prepared: tuple[DictConfig, dict[str, Any]] | None, codes: str) -> in
         if _read(codes):
             raise
         place = error.filename or "The run's folder"
-        return complain(
+        return report_error(
             f"{place} cannot be made, or not be written to: {error.strerror or error}. Choose "
             f"another folder: hydra.run.dir=… (of a sweep hydra.sweep.dir=…)."
         )
     except ConfigurationError:  # said by the job; a sweeper of another kind does not go on
         pass
     except BrokenExecutor:
-        complain("The process of a run was killed; perhaps memory ran out. Run fewer side by side.")
+        report_error(
+            "The process of a run was killed; perhaps memory ran out. Run fewer side by side."
+        )
         return max(1, *_read(codes))
     except KeyboardInterrupt:  # before or after the training itself, which ends in good order
         return EXIT_CODES["INTERRUPTED"]
@@ -147,7 +144,7 @@ def _run(config: DictConfig, plain: dict[str, Any] | None) -> tuple[int, float]:
     from gdtrain.runs.train import train as run
 
     several = plain is None
-    listen(signals=False)
+    set_up_process(signals=False)
     try:
         if several and config.trainer.get("strategy") is not None:
             raise ConfigurationError(
@@ -158,8 +155,9 @@ def _run(config: DictConfig, plain: dict[str, Any] | None) -> tuple[int, float]:
     except (ConfigurationError, OmegaConfBaseException) as error:
         discard_empty(directory)
         overrides = HydraConfig.get().overrides.task
-        code = complain(heard(error), f" in {' '.join(overrides)}" if several else "")
-        if several and not _goes_on():
+        code = report_error(explain_error(error), f" in {' '.join(overrides)}" if several else "")
+        asks_for_values = not str(HydraConfig.get().sweeper._target_).endswith("BasicSweeper")
+        if several and asks_for_values:
             raise ConfigurationError(str(error)) from None
         return code, math.nan
     except BaseException:
@@ -175,13 +173,8 @@ def _run(config: DictConfig, plain: dict[str, Any] | None) -> tuple[int, float]:
     try:
         value = _optimized(config.optimized_metric, result.metrics)
     except ConfigurationError as error:
-        return complain(str(error)), math.nan
+        return report_error(str(error)), math.nan
     return EXIT_CODES.get(reason, 0), value
-
-
-def _goes_on() -> bool:
-    """Whether the sweeper asks nothing of a job's value."""
-    return str(HydraConfig.get().sweeper._target_).endswith("BasicSweeper")
 
 
 def _optimized(tag: str, metrics: dict[str, float]) -> float:
@@ -214,27 +207,20 @@ def _show(result: Result) -> None:
         table.add_column(part, justify="right")
     for row in values:
         table.add_row(*row)
-    console = Console()
-    console.print(table)
+    Console().print(table)
     updates, seconds = summary["updates"], max(summary["fit_seconds"], 1e-9)
-    console.print(
+    print(
         f"{updates:,} updates in {seconds:.1f} s ({updates / seconds:,.0f}/s), "
-        f"{summary['examples_seen']:,} examples seen.",
-        highlight=False,
-        soft_wrap=True,
+        f"{summary['examples_seen']:,} examples seen."
     )
     micro = summary["micro_batch_size"]
     if result.module.micro_batch_size_is_automatic and micro < summary["batch_size"]:
-        console.print(
-            f"Micro-batches of {micro} examples, by the memory that an example takes.",
-            highlight=False,
-        )
+        print(f"Micro-batches of {micro} examples, by the memory that an example takes.")
     if result.directory is not None:
         folder = shown(result.directory)
         root = folder.split(os.sep)[0] or folder
-        for line in (f"Run: {folder}", f"Curves: tensorboard --logdir {root}"):
-            console.print(line, highlight=False, soft_wrap=True, markup=False)
-    console.print(_verdict(result), highlight=False, soft_wrap=True, markup=False)
+        print(f"Run: {folder}\nCurves: tensorboard --logdir {root}")
+    print(_verdict(result))
 
 
 def _verdict(result: Result) -> str:

@@ -23,7 +23,7 @@ optimum α_i = ∇ℓ(z_i, y_i), and the gap is 0.
    that lie nearest to the margin; the others have α at a bound.
 
 All is computed in float64, whatever the type of the parameters. λ = 0 has no certificate of this
-kind: D is then −∞ unless A = 0 exactly. Least squares is the exception: see `least_squares_gap`.
+kind: D is then −∞ unless A = 0 exactly. Least squares is the exception: see `LeastSquares`.
 
 References:
     Fenchel duality for linear models: Shalev-Shwartz and Zhang, Stochastic Dual Coordinate Ascent
@@ -37,36 +37,25 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gdtrain.convex.conjugates import double
 from gdtrain.convex.problem import LinearProblem
 from gdtrain.convex.search import Search
-from gdtrain.losses import Loss, SquaredError
+from gdtrain.losses import Loss
 
-__all__ = ["Certificate", "certify", "duality_gap", "least_squares_gap"]
+__all__ = ["Certificate", "certify", "duality_gap"]
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """A bound on how far P is from its minimum.
+    """A bound on how far P is from its minimum: P − min P ≤ gap = P − D, of a feasible α.
 
-    Args:
-        primal: P at the parameters.
-        dual: D at the best feasible α that was found: a lower bound of min P.
-        gap: P − D, range [0, ∞) (rounding below 0 is shown as 0); P − min P is at most this.
-        relative_gap: gap / max(|P|, tiny).
-        work: Passes over the N examples that it took, each with a product of all inputs.
-        seconds: That it took to compute.
-
-    Example:
-        >>> Certificate(0.5, dual=0.49, gap=0.01, relative_gap=0.02, work=2.0, seconds=0.0).gap
-        0.01
+    `work` is what it took in passes over the N examples, each with a product of all inputs.
     """
 
     primal: float
@@ -77,20 +66,8 @@ class Certificate:
     seconds: float
 
     def numbers(self) -> dict[str, float]:
-        """All of them in a plain container.
-
-        Example:
-            >>> sorted(Certificate(0.5, 0.5, 0.0, 0.0, 2.0, 0.0).numbers())
-            ['dual', 'gap', 'primal', 'relative_gap', 'seconds', 'work']
-        """
-        return {
-            "primal": self.primal,
-            "dual": self.dual,
-            "gap": self.gap,
-            "relative_gap": self.relative_gap,
-            "work": self.work,
-            "seconds": self.seconds,
-        }
+        """All of them in a plain container."""
+        return asdict(self)
 
 
 def certify(
@@ -102,52 +79,26 @@ def certify(
     work: float = math.inf,
     lower: float = 0.0,
 ) -> Certificate:
-    """The gap at W and b.
+    """The gap at W (C, D) and b (C,).
 
-    Args:
-        problem: P and D.
-        weight: (C, D).
-        bias: (C,).
-        tolerance: A better α is looked for until the relative gap is at most this, or is known
-            to be owed to W and b; range [0, ∞).
-        work: Passes over the N examples, after which no better α is looked for; range (0, ∞].
-            The first α takes two, whatever it is. A search that has ended so goes on at the
-            next call; the answer depends on the calls before and on no clock.
-        lower: A lower bound of min P that is known already, such as `dual` of an earlier
-            certificate of this problem. (0 always is one.)
-
-    Returns:
-        P, D and their gap.
-
-    Raises:
-        ValueError: The shapes do not fit, or `work` is out of range.
-
-    Example:
-        >>> x, y = torch.tensor([[1.0]]), torch.tensor([1.0])
-        >>> problem = LinearProblem(x, y, SquaredError(), 1, weight_decay=1.0, bias=False)
-        >>> round(certify(problem, torch.tensor([[0.0]])).gap, 12)
-        0.25
+    A better α is looked for until the relative gap is at most `tolerance`, or is known to be owed
+    to W and b, or until `work` passes over the examples were made: the first α takes two. A search
+    that has ended so goes on at the next call; the answer depends on the calls before and on no
+    clock. `lower` is a lower bound of min P that is known already; 0 always is one.
     """
     if not work > 0:
         raise ValueError(f"work must lie in (0, ∞]. Received: work={work}.")
     started, before = time.perf_counter(), problem.passes
-    w, b = double(weight), None if bias is None else double(bias)
-    if (b is None) == problem.has_bias:
-        raise ValueError(
-            f"Expected {'a' if problem.has_bias else 'no'} bias. Received: "
-            f"{'none' if b is None else 'one'}."
-        )
+    theta = problem.joined(weight, bias)
+    z = problem.outputs(theta)
+    primal = problem.primal(theta, z)
     if problem.least_squares is not None:
-        primal = problem.primal(w, b)
-        lower = max(lower, primal - problem.least_squares.excess(w, b))
-    else:
-        z = problem.outputs(w, b)
-        primal = float(problem.dual.values(z).mean()) + problem.penalty(w, b)
-        if math.isfinite(primal):
-            wanted = max(tolerance * abs(primal), 1e-15)
-            search = Search(problem, primal, wanted, before + work, lower)
-            search.run(w, b, z)
-            lower = search.best
+        lower = max(lower, primal - problem.least_squares.excess(theta, z))
+    elif math.isfinite(primal):
+        wanted = max(tolerance * abs(primal), 1e-15)
+        search = Search(problem, primal, wanted, before + work, lower)
+        search.run(theta, z)
+        lower = search.best
     gap = max(primal - lower, 0.0) if math.isfinite(primal) else math.inf
     return Certificate(
         primal,
@@ -179,11 +130,11 @@ def duality_gap(
         inputs: (N, D).
         targets: (N,) or (N, C), as for the loss.
         loss: One that states its conjugate, as gdtrain's own do.
-        weight_decay: λ, range (0, ∞).
+        weight_decay: λ, range (0, ∞); for squared error also 0: then D is the minimum itself.
         bias_decay: λ_b, range [0, ∞).
         tolerance: A better α is looked for until the relative gap is at most this, or is known to
             be owed to W and b; range [0, ∞).
-        work: As for `certify`.
+        work: Passes over the N examples, after which no better α is looked for; range (0, ∞].
 
     Returns:
         P, D and their gap.
@@ -195,6 +146,7 @@ def duality_gap(
     Example:
         One example x = 1, y = 1, λ = 1: P(w) = ½(w − 1)² + ½w², least at w = ½, where it is ¼.
 
+        >>> from gdtrain.losses import SquaredError
         >>> gap = duality_gap([[0.0]], None, [[1.0]], [1.0], SquaredError(), weight_decay=1.0)
         >>> gap.primal, round(gap.dual, 12), round(gap.gap, 12)
         (0.5, 0.25, 0.25)
@@ -205,32 +157,6 @@ def duality_gap(
         x, y, loss, len(w), weight_decay, bias=b is not None, bias_decay=bias_decay
     )
     return certify(problem, w, b, tolerance=tolerance, work=work)
-
-
-def least_squares_gap(weight: Any, bias: Any, inputs: Any, targets: Any) -> Certificate:
-    """How far linear regression without weight decay is from its minimum, exactly.
-
-    With G = (1/N) Σ_i x̃_i x̃_iᵀ, x̃ = (x, 1), and the gradient g (C, D + 1) of P,
-    P − min P = ½ Σ_c ⟨g_c, G⁺ g_c⟩: P is quadratic. G⁺ is the pseudo-inverse.
-
-    Args:
-        weight: W, (C, D), D at most 1024.
-        bias: b, (C,); None: the model has none.
-        inputs: (N, D).
-        targets: (N,) or (N, C).
-
-    Returns:
-        P, min P (as `dual`) and their gap.
-
-    Raises:
-        NoCertificateError: There are more features.
-
-    Example:
-        >>> gap = least_squares_gap([[0.0]], None, [[1.0], [2.0]], [1.0, 2.0])
-        >>> gap.primal, round(gap.gap, 12)  # ½(1 + 4)/2, and w = 1 fits exactly
-        (1.25, 1.25)
-    """
-    return duality_gap(weight, bias, inputs, targets, SquaredError(), weight_decay=0.0)
 
 
 def _tensor(values: Any) -> Tensor:

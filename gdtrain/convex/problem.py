@@ -1,54 +1,45 @@
-"""A linear model's objective P and its dual D on one data set; see `gdtrain.convex.certificate`."""
+"""A linear model's objective P and its dual D on one data set; see `gdtrain.convex.certificate`.
+
+N examples, D features, C outputs, z and α (N, C). The mathematics of a loss stands on its class;
+`Conjugate` adds what a free intercept asks for, Σ_i α_i = 0.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from gdtrain.convex.conjugates import Conjugate, double
 from gdtrain.losses import Loss
 from gdtrain.models.structure import NotDenseError, dense_layers
 from gdtrain.objective import Objective, Rows
 from gdtrain.ranges import Interval
 
-__all__ = ["LeastSquares", "LinearProblem", "NoCertificateError", "linear_layer"]
+__all__ = [
+    "Conjugate",
+    "LeastSquares",
+    "LinearProblem",
+    "NoCertificateError",
+    "double",
+    "linear_layer",
+]
 
 _RESIDENT = 64 * 2**20  # bytes of inputs in float64 that are kept; more are converted in parts
 _FEATURES = 1024  # D, up to which a matrix (D, D) is made for least squares
 
 
 class NoCertificateError(ValueError):
-    """This model, loss or weight decay has no duality gap; the text says why.
-
-    Example:
-        >>> raise NoCertificateError("the model is not linear")
-        Traceback (most recent call last):
-        ...
-        gdtrain.convex.problem.NoCertificateError: the model is not linear
-    """
+    """This model, loss or weight decay has no duality gap; the text says why."""
 
 
 def linear_layer(model: nn.Module) -> nn.Linear:
-    """The layer of a linear model, z = W x + b.
-
-    Args:
-        model: gdtrain's `Linear`, `torch.nn.Linear`, or an `nn.Sequential` of one and `Flatten`.
-
-    Returns:
-        It.
-
-    Raises:
-        NoCertificateError: The model is another.
-
-    Example:
-        >>> linear_layer(nn.Sequential(nn.Flatten(), nn.Linear(4, 2))).out_features
-        2
-    """
+    """The layer of a linear model, z = W x + b; a NoCertificateError says what another one is."""
     try:
         layers = dense_layers(model)
     except NotDenseError as error:
@@ -59,27 +50,10 @@ def linear_layer(model: nn.Module) -> nn.Linear:
 
 
 class LinearProblem:
-    """P and D of one data set, loss and weight decay.
+    """P and D of one data set, loss and weight decay λ, which only least squares may lack.
 
-    Args:
-        inputs: (N, …), flattened to (N, D).
-        targets: (N,) or (N, C).
-        loss: One that states its conjugate, as gdtrain's own do.
-        outputs: C.
-        weight_decay: λ, range (0, ∞); for squared error also 0.
-        bias: Whether there is b.
-        bias_decay: λ_b, range [0, ∞).
-
-    Raises:
-        NoCertificateError: The loss states no conjugate, or λ = 0.
-        ValueError: λ_b is out of range, or there are no examples.
-
-    Example:
-        >>> from gdtrain.losses import Hinge
-        >>> x, y = torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 0])
-        >>> problem = LinearProblem(x, y, Hinge(), 1, weight_decay=1.0)
-        >>> problem.primal(torch.tensor([[1.0]]), torch.tensor([0.0]))
-        0.5
+    The inputs (N, …) are flattened to (N, D). Where there is b, x̃ = (x, 1) and θ = (W, b) is
+    (C, D + 1); else x̃ = x and θ = W. All of it is in float64.
     """
 
     def __init__(
@@ -114,34 +88,18 @@ class LinearProblem:
         self.dual = Conjugate(loss, targets, outputs)
         self.balances = bias and bias_decay == 0
         self.passes = 0.0  # over the N examples, that were made so far
-        self.lowest: tuple[float, Tensor, Tensor | None] | None = None  # P met so far, W, b
+        self.lowest: tuple[float, Tensor] | None = None  # P met so far, θ
         self._kept: Tensor | None = None
+        first = self._converted(slice(0, 1))[0]
+        self.decays = torch.full_like(first, weight_decay)  # of the columns of θ
+        if bias:
+            self.decays[-1] = bias_decay
+        self._rows = max(1, _RESIDENT // (8 * len(first)))  # that are converted at once
         self.least_squares = LeastSquares(self) if weight_decay == 0 else None
 
     @classmethod
     def of(cls, objective: Objective, optimizer: Optimizer) -> LinearProblem:
-        """The problem that a run solves.
-
-        Args:
-            objective: J.
-            optimizer: Whose groups tell the weight decay of each parameter.
-
-        Returns:
-            The problem.
-
-        Raises:
-            NoCertificateError: The model is not linear, the loss states no conjugate, or there is
-                no weight decay.
-
-        Example:
-            >>> from gdtrain import GD
-            >>> from gdtrain.losses import SquaredError
-            >>> model = nn.Linear(1, 1)
-            >>> objective = Objective(model, SquaredError(), torch.ones(1, 1), torch.ones(1))
-            >>> optimizer = GD(model.parameters(), weight_decay=0.5)
-            >>> LinearProblem.of(objective, optimizer).weight_decay
-            0.5
-        """
+        """The problem that a run solves, with the decays of the optimizer's groups."""
         layer = linear_layer(objective.model)
         decays: dict[int, float] = {}
         for group in optimizer.param_groups:
@@ -158,8 +116,7 @@ class LinearProblem:
         loss = objective.loss
         if not isinstance(loss, Loss):
             raise NoCertificateError("the loss is none of gdtrain's")
-        example = objective.inputs[:1]
-        if example.numel() != layer.in_features:
+        if objective.inputs[:1].numel() != layer.in_features:
             raise NoCertificateError("the linear layer is applied to a part of an example")
         return cls(
             objective.inputs,
@@ -171,146 +128,82 @@ class LinearProblem:
             bias_decay=0.0 if layer.bias is None else decays[id(layer.bias)],
         )
 
+    def joined(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """θ of W (C, D) and b (C,)."""
+        if (bias is None) == self.has_bias:
+            raise ValueError(
+                f"Expected {'a' if self.has_bias else 'no'} bias. Received: "
+                f"{'none' if bias is None else 'one'}."
+            )
+        w = double(weight)
+        return w if bias is None else torch.cat([w, double(bias)[:, None]], 1)
+
+    def _converted(self, which: slice | Tensor) -> Tensor:
+        x = double(self.inputs[which]).flatten(1)
+        return torch.cat([x, x.new_ones(len(x), 1)], 1) if self.has_bias else x
+
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the inputs, (n, D) in float64."""
-        if self._kept is None:
-            first = self.inputs[:1]
-            width = max(1, first.numel())
-            rows = max(1, _RESIDENT // (8 * width))
-            if self.count > rows:
-                for start in range(0, self.count, rows):
-                    part = slice(start, min(start + rows, self.count))
-                    yield part, double(self.inputs[part]).flatten(1)
-                return
-            self._kept = double(self.inputs[: self.count]).flatten(1).contiguous()
-        yield slice(0, self.count), self._kept
-
-    def outputs(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """z_i = W x_i + b, (N, C), in float64.
-
-        Args:
-            weight: (C, D), float64.
-            bias: (C,), float64.
-        """
-        self.passes += 1
-        made = torch.cat([x @ weight.T for _, x in self.parts()])
-        return made if bias is None else made + bias
+        """x̃_i of all examples, (n, …) at a time."""
+        if self._kept is None and self.count <= self._rows:
+            self._kept = self._converted(slice(0, self.count)).contiguous()
+        for start in range(0, self.count, self._rows):
+            part = slice(start, min(start + self._rows, self.count))
+            yield part, self._converted(part) if self._kept is None else self._kept
 
     def rows(self, which: Tensor) -> Tensor:
-        """Some rows of the inputs, (n, D) in float64.
-
-        Args:
-            which: (n,).
-        """
+        """x̃_i of some examples."""
         if self._kept is not None:
             return self._kept[which]
-        size = max(1, _RESIDENT // (8 * max(1, self.inputs[:1].numel())))
-        return torch.cat([double(self.inputs[part]).flatten(1) for part in which.split(size)])
+        return torch.cat([self._converted(part) for part in which.split(self._rows)])
+
+    def outputs(self, theta: Tensor) -> Tensor:
+        """z_i = θ x̃_i, (N, C)."""
+        self.passes += 1
+        return torch.cat([x @ theta.T for _, x in self.parts()])
 
     def gathered(self, alpha: Tensor) -> Tensor:
-        """A = (1/N) Σ_i α_i x_iᵀ, (C, D).
-
-        Args:
-            alpha: (N, C), float64.
-        """
+        """(A, a) = (1/N) Σ_i α_i x̃_iᵀ, of the shape of θ."""
         self.passes += 1
-        total: Tensor | float = 0.0
-        for part, x in self.parts():
-            total = total + alpha[part].T @ x
-        assert isinstance(total, Tensor)
-        return total / self.count
+        return reduce(torch.add, (alpha[part].T @ x for part, x in self.parts())) / self.count
 
-    def penalty(self, weight: Tensor, bias: Tensor | None) -> float:
-        """½λ‖W‖² + ½λ_b‖b‖².
+    def primal(self, theta: Tensor, z: Tensor) -> float:
+        """P(θ), with z its outputs: (1/N) Σ_i ℓ(z_i, y_i) + ½λ‖W‖² + ½λ_b‖b‖²."""
+        losses = self.dual.loss(z, self.dual.targets)
+        return float(losses.mean() + 0.5 * (self.decays * theta.square()).sum())
 
-        Args:
-            weight: (C, D), float64.
-            bias: (C,), float64.
-        """
-        made = 0.5 * self.weight_decay * float(weight.square().sum())
-        if bias is not None and self.bias_decay:
-            made += 0.5 * self.bias_decay * float(bias.square().sum())
-        return made
-
-    def primal(self, weight: Tensor, bias: Tensor | None = None) -> float:
-        """P(W, b).
-
-        Args:
-            weight: (C, D).
-            bias: (C,).
-
-        Example:
-            >>> from gdtrain.losses import SquaredError
-            >>> x, y = torch.tensor([[1.0]]), torch.tensor([1.0])
-            >>> LinearProblem(x, y, SquaredError(), 1, 1.0, bias=False).primal(torch.ones(1, 1))
-            0.5
-        """
-        w, b = double(weight), None if bias is None else double(bias)
-        return float(self.dual.values(self.outputs(w, b)).mean()) + self.penalty(w, b)
-
-    def lower_bound(self, alpha: Tensor, gathered: Tensor | None = None) -> float:
-        """D(α), for α in the domain of the conjugate and, where b is free, balanced.
-
-        Args:
-            alpha: (N, C), float64.
-            gathered: A, where it is known.
-        """
-        if gathered is None:
-            gathered = self.gathered(alpha)
-        made = -float(self.dual.conjugates(alpha).mean())
-        made -= float(gathered.square().sum()) / (2 * self.weight_decay)
-        if self.has_bias and self.bias_decay:
-            made -= float(alpha.mean(0).square().sum()) / (2 * self.bias_decay)
-        return made
+    def lower_bound(self, alpha: Tensor, gathered: Tensor) -> float:
+        """D(α), for α in the domain of ℓ* and, where b is free, balanced; `gathered` is (A, a)."""
+        decayed = self.decays > 0
+        squares = gathered[:, decayed].square() / (2 * self.decays[decayed])
+        conjugates = self.dual.loss.conjugate(alpha, self.dual.targets)
+        return -float(conjugates.mean() + squares.sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Where a search goes on, in plain containers: the lowest P that was met, its W and b."""
-        return {"lowest": None if self.lowest is None else list(self.lowest)}
+        if self.lowest is None:
+            return {"lowest": None}
+        value, theta = self.lowest
+        parts = [theta[:, :-1], theta[:, -1]] if self.has_bias else [theta, None]
+        return {"lowest": [value, *parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`: a search then answers as it would have.
-
-        Args:
-            state_dict: Of a problem with the same data.
-        """
+        """Go on from `state_dict`: a search then answers as it would have."""
         lowest = state_dict["lowest"]
-        self.lowest = None if lowest is None else (lowest[0], lowest[1], lowest[2])
+        self.lowest = None if lowest is None else (lowest[0], self.joined(*lowest[1:]))
 
 
 class LeastSquares:
-    """Least squares without weight decay: G = (1/N) Σ x̃_i x̃_iᵀ with x̃ = (x, 1), and its inverse.
-
-    Args:
-        problem: Of a quadratic loss.
-
-    Raises:
-        NoCertificateError: There are more than 1024 features.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0])
-        >>> problem = LinearProblem(x, y, SquaredError(), 1, weight_decay=0.0, bias=False)
-        >>> found = LeastSquares(problem).excess(torch.zeros(1, 1, dtype=torch.float64), None)
-        >>> round(found, 12)  # ½(1 + 4)/2, and w = 1 fits exactly
-        1.25
-    """
+    """Least squares without weight decay on W: G = (1/N) Σ x̃_i x̃_iᵀ, and its inverse."""
 
     def __init__(self, problem: LinearProblem) -> None:
-        width = problem.inputs[:1].numel()
-        if width > _FEATURES:
+        if problem.inputs[:1].numel() > _FEATURES:
             raise NoCertificateError(
                 f"without weight decay, least squares has a certificate up to {_FEATURES} "
                 f"features: set optimizer.weight_decay"
             )
         self.problem = problem
-        g: Tensor | float = 0.0
-        for _, x in problem.parts():
-            x = self._with_one(x)
-            g = g + x.T @ x
-        assert isinstance(g, Tensor)
-        g = g / problem.count
-        if problem.has_bias:
-            g[-1, -1] += problem.bias_decay
+        products = (x.T @ x for _, x in problem.parts())
+        g = reduce(torch.add, products) / problem.count + problem.decays.diag()
         # In units in which each feature has the mean square 1.
         size = g.diagonal().sqrt()
         self._unit = torch.where(size > 0, 1 / size.clamp(min=1e-300), 0.0)
@@ -319,21 +212,140 @@ class LeastSquares:
         self._inverse = torch.where(kept, 1 / values, 0.0)
         self._vectors = vectors
 
-    def _with_one(self, x: Tensor) -> Tensor:
-        return torch.cat([x, x.new_ones(len(x), 1)], 1) if self.problem.has_bias else x
-
-    def excess(self, w: Tensor, b: Tensor | None) -> float:
-        """P − min P = ½ Σ_c ⟨g_c, G⁺ g_c⟩ with the gradient g (C, D + 1).
-
-        Args:
-            w: W, (C, D), float64.
-            b: (C,), float64.
-        """
+    def excess(self, theta: Tensor, z: Tensor) -> float:
+        """P − min P = ½ Σ_c ⟨g_c, G⁺ g_c⟩ with the gradient g at θ, whose outputs are z."""
         problem = self.problem
-        alpha = problem.dual.slopes(problem.outputs(w, b))
-        gradient = problem.gathered(alpha)
-        if b is not None:
-            last = alpha.mean(0) + problem.bias_decay * b
-            gradient = torch.cat([gradient, last[:, None]], 1)
+        gradient = problem.gathered(problem.dual.slopes(z)) + problem.decays * theta
         turned = (gradient * self._unit) @ self._vectors
         return 0.5 * float((turned.square() * self._inverse).sum())
+
+
+# ---------------------------------------------------------------------- losses and their conjugates
+
+
+def double(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU where the device has none."""
+    tensor = tensor.detach()
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+
+
+class Conjugate:
+    """A loss on the targets of all examples, in float64, as the dual asks for it."""
+
+    def __init__(self, loss: Loss, targets: Tensor, outputs: int) -> None:
+        targets = loss.as_targets(targets, outputs)
+        self.loss = loss
+        self.targets = double(targets) if loss.task == "regression" else targets
+        self._shares = torch.zeros(0)
+        if loss.domain == "simplex":
+            self._one_hot = double(F.one_hot(targets, outputs))
+            self._shares = self._one_hot.mean(0)
+
+    def slopes(self, z: Tensor) -> Tensor:
+        """α_i = ∇ℓ(z_i, y_i), (N, C)."""
+        return self.loss.slope(z, self.targets)
+
+    def curvatures(self, z: Tensor) -> Tensor:
+        """Diagonals of ∇²ℓ(z_i, y_i), (N, C)."""
+        return self.loss.curvature(z, self.targets)
+
+    def shift(self, z: Tensor) -> Tensor:
+        """t (C,) that minimises Σ_i ℓ(z_i + t, y_i); 0 where there is none."""
+        if self.loss.domain == "simplex":
+            return _shift_of_classes(z, self._shares)
+        return _shift(self, z)
+
+    def balanced(self, alpha: Tensor) -> Tensor:
+        """An α near by, in the domain too, with Σ_i α_i = 0."""
+        if self.loss.domain == "everything":
+            return alpha - alpha.mean(0)
+        if self.loss.domain == "simplex":
+            return _mixed(alpha, self._one_hot, self._shares)
+        return _scaled(alpha)
+
+
+def _mixed(alpha: Tensor, one_hot: Tensor, shares: Tensor) -> Tensor:
+    """The distributions p = α + onehot(y), mixed with one so that their mean is π.
+
+    π_c is the share of class c. With a mean π + r: (1 − ε) p_i + ε u, u = π − r (1 − ε)/ε, and ε
+    the least for which u ≥ 0, the largest r_c/(π_c + r_c). Where a class has no example, b_c goes
+    to −∞, and its p_ic are 0.
+    """
+    p = (alpha + one_hot).clamp(min=0)
+    p = p / p.sum(1, keepdim=True)
+    mean = p.mean(0)
+    epsilon = float(((mean - shares) / mean.clamp(min=1e-300)).max().clamp(min=0))
+    if epsilon > 0:
+        u = (shares - (1 - epsilon) * mean).clamp(min=0)
+        p = (1 - epsilon) * p + u
+        p = p / p.sum(1, keepdim=True)
+    return p - one_hot
+
+
+def _scaled(alpha: Tensor) -> Tensor:
+    """In each column, the entries of the sign that outweighs are scaled down to the others' sum."""
+    positive, negative = alpha.clamp(min=0), (-alpha).clamp(min=0)
+    up, down = positive.sum(0), negative.sum(0)
+    least = torch.minimum(up, down)
+    share = [torch.where(side > 0, least / side.clamp(min=1e-300), 0.0) for side in (up, down)]
+    return positive * share[0] - negative * share[1]
+
+
+def _shift(dual: Conjugate, z: Tensor) -> Tensor:
+    """t (C,) with Σ_i ∇ℓ(z_i + t) = 0 for losses that add up over columns; 0 where none is.
+
+    Newton's method, by bisection where that leaves the bracket, for all columns at once.
+    """
+    low, high = z.new_full((z.shape[1],), -1.0), z.new_full((z.shape[1],), 1.0)
+    for _ in range(200):
+        below, above = dual.slopes(z + low).sum(0) < 0, dual.slopes(z + high).sum(0) > 0
+        if bool((below & above).all()):
+            break
+        low = torch.where(below, low, 2 * low)
+        high = torch.where(above, high, 2 * high)
+    found = below & above  # not so with one class alone: the best intercept is infinite
+    t = torch.zeros_like(low)
+    for _ in range(100):
+        slope = dual.slopes(z + t).sum(0)
+        low, high = torch.where(slope <= 0, t, low), torch.where(slope >= 0, t, high)
+        if bool((slope.abs() <= 1e-15 * len(z)).all()):
+            break
+        new = t - slope / dual.curvatures(z + t).sum(0)
+        inside = (new > low) & (new < high)  # false for what is not a number
+        new = torch.where(inside, new, (low + high) / 2)
+        if bool((new == t).all()):
+            break
+        t = new
+    return torch.where(found, t, 0.0)
+
+
+def _shift_of_classes(z: Tensor, shares: Tensor) -> Tensor:
+    """Newton's method on Σ_i log Σ_c exp(z_ic + t_c) − N ⟨π, t⟩, with halved steps."""
+    present = shares > 0
+    whole = z
+    found = torch.zeros_like(shares)
+    z, shares = z[:, present], shares[present]
+    t = torch.zeros_like(shares)
+
+    def level(t: Tensor) -> float:
+        return float(torch.logsumexp(z + t, 1).mean() - shares @ t)
+
+    value = level(t)
+    for _ in range(50):
+        p = torch.softmax(z + t, 1)
+        r = p.mean(0) - shares
+        if float(r.abs().max()) < 1e-15:
+            break
+        # Singular along (1, …, 1), to which r is orthogonal.
+        h = p.mean(0).diag() - p.T @ p / len(p) + 1 / len(shares)
+        step = torch.linalg.lstsq(h, -r[:, None]).solution[:, 0]
+        scale = 1.0
+        while scale > 1e-6 and not (new := level(t + scale * step)) < value:
+            scale /= 2
+        if scale <= 1e-6:
+            break
+        t, value = t + scale * step, new
+    found[present] = t
+    if not bool(present.all()):  # exp(−800) = 0
+        found[~present] = (z + t).min() - whole[:, ~present].amax(0) - 800
+    return found

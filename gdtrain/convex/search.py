@@ -1,21 +1,17 @@
 """The search for a good α: Newton's method for smooth losses, an interior-point method for hinge.
 
-Notation as in `gdtrain.convex.certificate`, whose steps 2 and 3 these are.
-
-References:
-    Ferris and Munson, Interior-Point Methods for Massive Support Vector Machines, 2002; Mehrotra,
-    On the Implementation of a Primal-Dual Interior Point Method, 1992.
+Notation and references as in `gdtrain.convex.certificate`, whose steps 2 and 3 these are.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gdtrain.convex.problem import LinearProblem
 from gdtrain.losses import Hinge
@@ -29,22 +25,7 @@ _NEWTON, _CONJUGATE, _INTERIOR = 30, 1000, 80  # most iterations
 class Search:
     """Looks for a good α: `best` is the largest D so far, a lower bound of min P.
 
-    Args:
-        problem: P and D.
-        primal: P at the parameters.
-        wanted: The gap that is small enough.
-        most: Passes, as the problem counts them, after which it is over.
-        lower: A lower bound of min P.
-
-    Example:
-        >>> from gdtrain.losses import Logistic
-        >>> x, y = torch.tensor([[1.0], [-1.0]]), torch.tensor([1, 0])
-        >>> problem = LinearProblem(x, y, Logistic(), 1, weight_decay=1.0, bias=False)
-        >>> w = torch.zeros(1, 1, dtype=torch.float64)
-        >>> search = Search(problem, problem.primal(w), 1e-9, math.inf, 0.0)
-        >>> search.run(w, None, problem.outputs(w))
-        >>> round(search.best, 3), round(search.least, 3)  # min P lies between
-        (0.593, 0.593)
+    It is over when the gap to `primal` is as `wanted`, or when the problem counts `most` passes.
     """
 
     def __init__(
@@ -71,97 +52,68 @@ class Search:
         """Whether as many passes were made as it may make."""
         return self.problem.passes >= self.most
 
-    def run(self, w: Tensor, b: Tensor | None, z: Tensor) -> None:
-        """Search from W and b on.
-
-        Args:
-            w: W, (C, D), float64.
-            b: (C,), float64.
-            z: Their outputs, (N, C).
-        """
+    def run(self, theta: Tensor, z: Tensor) -> None:
+        """Search from θ on, whose outputs are z."""
         if self.primal - self.best <= self.wanted:
             return
         if isinstance(self.problem.dual.loss, Hinge):
-            self._interior(w, z)
+            self._interior(z)
         else:
-            self._newton(w, b, z)
+            self._newton(theta, z)
 
-    def _newton(self, w: Tensor, b: Tensor | None, z: Tensor) -> None:
-        """α at (W, b), and then at better ones, by Newton's method with conjugate gradients.
+    def _newton(self, theta: Tensor, z: Tensor) -> None:
+        """α at θ, and then at better ones, by Newton's method with conjugate gradients.
 
         The direction solves (H + Λ) d = −∇P only as well as Newton's speed needs; the step is
         halved until P falls by 10⁻⁴ of what its slope promises.
         """
         problem, dual = self.problem, self.problem.dual
         if problem.lowest is not None and problem.lowest[0] < self.primal:
-            _, w, b = problem.lowest  # of an earlier search
-            z = problem.outputs(w, b)
+            theta = problem.lowest[1]  # of an earlier search
+            z = problem.outputs(theta)
         for _ in range(_NEWTON):
             if problem.balances:
-                assert b is not None
                 t = dual.shift(z)
-                b, z = b + t, z + t
+                theta, z = torch.cat([theta[:, :-1], theta[:, -1:] + t[:, None]], 1), z + t
             alpha = dual.slopes(z)
             if problem.balances:
                 alpha = dual.balanced(alpha)
             gathered = problem.gathered(alpha)
-            value = float(dual.values(z).mean()) + problem.penalty(w, b)
+            value = problem.primal(theta, z)
             if problem.lowest is None or value < problem.lowest[0]:
-                problem.lowest = value, w, b
+                problem.lowest = value, theta
             self.least = min(self.least, value)
             self.best = max(self.best, problem.lower_bound(alpha, gathered))
             if self.done:
                 return
-            gradient = gathered + problem.weight_decay * w
-            gradient_b = None
-            if b is not None:
-                gradient_b = alpha.mean(0) + problem.bias_decay * b
-            step, step_b = self._direction(z, gradient, gradient_b)
+            gradient = gathered + problem.decays * theta
+            step = self._direction(z, gradient)
             slope = float((gradient * step).sum())
-            if gradient_b is not None and step_b is not None:
-                slope += float((gradient_b * step_b).sum())
-            along = problem.outputs(step, step_b)
+            along = problem.outputs(step)
             scale = 1.0
             while scale > 1e-10:
-                w_new = w + scale * step
-                b_new = None if b is None or step_b is None else b + scale * step_b
-                new = float(dual.values(z + scale * along).mean()) + problem.penalty(w_new, b_new)
-                if new <= value + 1e-4 * scale * slope:
+                nearer, z_nearer = theta + scale * step, z + scale * along
+                if problem.primal(nearer, z_nearer) <= value + 1e-4 * scale * slope:
                     break
                 scale /= 2
             else:
                 return  # rounding: P cannot be told apart any more
-            w, b, z = w_new, b_new, z + scale * along
+            theta, z = nearer, z_nearer
 
-    def _direction(
-        self, z: Tensor, gradient: Tensor, gradient_b: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _direction(self, z: Tensor, gradient: Tensor) -> Tensor:
         """d with (H + Λ) d = −∇P, by conjugate gradients preconditioned with the diagonal."""
-        problem = self.problem
-        hessian, second = problem.dual.hessian(z), problem.dual.curvatures(z)
-        bias = gradient_b is not None
+        problem, dual = self.problem, self.problem.dual
+        hessian, second = dual.loss.hessian(z, dual.targets), dual.curvatures(z)
 
         def product(v: Tensor) -> Tensor:
-            """(H + Λ) v; v is (C, D + 1) with a bias, its last column."""
-            vw = v[:, :-1] if bias else v
-            bent = hessian(problem.outputs(vw, v[:, -1] if bias else None))
-            made = problem.gathered(bent) + problem.weight_decay * vw
-            if not bias:
-                return made
-            last = bent.mean(0) + problem.bias_decay * v[:, -1]
-            return torch.cat([made, last[:, None]], 1)
+            """(H + Λ) v."""
+            return problem.gathered(hessian(problem.outputs(v))) + problem.decays * v
 
-        diagonal = torch.zeros_like(gradient)
         problem.passes += 1
-        for part, x in problem.parts():
-            diagonal += second[part].T @ x.square() / problem.count
-        diagonal += problem.weight_decay
-        r = -gradient
-        if gradient_b is not None:
-            last = second.mean(0) + problem.bias_decay
-            diagonal = torch.cat([diagonal, last[:, None]], 1)
-            r = torch.cat([r, -gradient_b[:, None]], 1)
+        squares = (second[part].T @ x.square() for part, x in problem.parts())
+        diagonal = reduce(torch.add, squares) / problem.count + problem.decays
         diagonal = diagonal.clamp(min=1e-3 * problem.weight_decay)
+        r = -gradient
         x = torch.zeros_like(r)
         y = r / diagonal
         p, inner = y.clone(), float((r * y).sum())
@@ -182,41 +134,32 @@ class Search:
             new = float((r * y).sum())
             p = y + new / inner * p
             inner = new
-        if not bool(x.any()):
-            x = r / diagonal
-        return (x[:, :-1], x[:, -1]) if bias else (x, None)
+        return x if bool(x.any()) else r / diagonal
 
-    def _interior(self, w: Tensor, z: Tensor) -> None:
+    def _interior(self, z: Tensor) -> None:
         """β of the n examples nearest to the margin; the others' is 1 inside it and 0 outside."""
         problem, dual = self.problem, self.problem.dual
         signs = 2 * dual.targets.to(z) - 1
         distance = 1 - signs * z[:, 0]
-        width = w.shape[1]
-        n = problem.count
+        n, width = problem.count, len(problem.decays)
         if n * width**2 > _WHOLE:
-            n = min(n, max(1000, 10 * (width + 1)))
+            n = min(n, max(1000, 10 * width))
         while True:
             near = distance.abs().argsort()[:n]
-            beta = (distance > 0).to(z)
-            found = self._near(near, beta, signs)
+            found = self._near(near, (distance > 0).to(z), signs)
             if found is not None:
-                alpha = dual.balanced(-signs[:, None] * found[0][:, None])
-                if not problem.balances:
-                    alpha = -signs[:, None] * found[0][:, None]
+                beta, b = found
+                alpha = -(signs * beta)[:, None]
+                if problem.balances:
+                    alpha = dual.balanced(alpha)
                 gathered = problem.gathered(alpha)
                 self.best = max(self.best, problem.lower_bound(alpha, gathered))
-                w_new = -gathered / problem.weight_decay
-                b_new = None
-                if problem.has_bias:
-                    b_new = (
-                        found[1].reshape(1)
-                        if problem.balances
-                        else -alpha.mean(0) / problem.bias_decay
-                    )
-                distance_new = 1 - signs * problem.outputs(w_new, b_new)[:, 0]
-                value = float(F.relu(distance_new).mean()) + problem.penalty(w_new, b_new)
-                self.least = min(self.least, value)
-                distance = distance_new  # a better guess of who is near
+                theta = -gathered / problem.decays
+                if problem.balances:
+                    theta[:, -1] = b
+                z = problem.outputs(theta)
+                self.least = min(self.least, problem.primal(theta, z))
+                distance = 1 - signs * z[:, 0]  # a better guess of who is near
             if self.done or n == problem.count:
                 return
             n = min(problem.count, 4 * n)
@@ -237,14 +180,10 @@ class Search:
                     return None
                 if not (up and down):
                     return torch.zeros_like(beta), beta.new_zeros(())
-        x = problem.rows(near)
-        if problem.has_bias and problem.bias_decay:  # as a feature more, decayed like the others
-            more = math.sqrt(problem.weight_decay / problem.bias_decay)
-            x = torch.cat([x, x.new_full((len(x), 1), more)], 1)
-            fixed = torch.cat([fixed, (excess / problem.count * more).reshape(1)])
-        scale = problem.weight_decay * problem.count
-        linear = s * (x @ fixed) / problem.weight_decay - 1
-        factor = s[:, None] * x / math.sqrt(scale)
+        decayed = problem.decays > 0
+        x, decays = problem.rows(near)[:, decayed], problem.decays[decayed]
+        linear = s * (x @ (fixed[decayed] / decays)) - 1
+        factor = s[:, None] * x / (decays * problem.count).sqrt()
         # A step's matrix takes as many products as it has rows, and its solutions a few more.
         share, rows = len(near) / problem.count, min(factor.shape)
 
@@ -253,9 +192,8 @@ class Search:
             return problem.passes > self.most
 
         found, b = _box_quadratic(factor, linear, s if problem.balances else None, -excess, is_over)
-        made = others
-        made[near] = found.clamp(0, 1)
-        return made, b
+        others[near] = found.clamp(0, 1)
+        return others, b
 
 
 def _box_quadratic(
@@ -269,17 +207,7 @@ def _box_quadratic(
 
     Mehrotra's primal-dual interior-point method. z and u are the multipliers of β ≥ 0 and β ≤ 1,
     b that of the sum. Each step solves (MMᵀ + Θ) Δβ + s Δb = h with Θ = z/β + u/(1 − β), through
-    the (D, D) matrix I + MᵀΘ⁻¹M (Woodbury).
-
-    Args:
-        factor: M, (n, D).
-        linear: q, (n,).
-        signs: s, (n,); None: no sum is asked for.
-        total: Of s·β, a scalar.
-        is_over: Asked before each step whether to stop.
-
-    Returns:
-        β (n,), strictly inside, and b.
+    the (D, D) matrix I + MᵀΘ⁻¹M (Woodbury). Returns β, strictly inside, and b.
     """
     n, d = factor.shape
     beta = linear.new_full((n,), 0.5)

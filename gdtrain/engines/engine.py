@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gdtrain._compat.torch_modules import has_hooks, tensor_has_hooks
-from gdtrain._compat.torch_optimizer_hooks import has_step_hooks
+from gdtrain._compat.torch_optimizer import has_step_hooks
 from gdtrain.objective import Objective
 
 __all__ = [

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from gdtrain._compat.lightning_training import fetch_again
-from gdtrain._compat.torch_optimizer_hooks import mark_stepped
+from gdtrain._compat.torch_optimizer import mark_stepped
 from gdtrain.data import DatasetDataModule, PairLoader
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.module import DataModule

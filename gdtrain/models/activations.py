@@ -22,17 +22,6 @@ class Activation(nn.Module):
 
     A subclass defines `forward` and `name`. With `slope` it can be explained and, with `native`
     too, trained by the hand-written engine.
-
-    Example:
-        >>> class Sine(Activation):
-        ...     name, formula, slope_formula = "sine", "sin(z)", "cos(z)"
-        ...     def forward(self, z):
-        ...         return z.sin()
-        ...     def slope(self, z, h):
-        ...         return z.cos()
-        >>> from gdtrain.models import MLP
-        >>> MLP((2,), 1, hidden=[3], activation=Sine).layers[2]
-        Sine()
     """
 
     name: ClassVar[str]
@@ -47,42 +36,27 @@ class Activation(nn.Module):
     """The two values at whose neighbourhood a unit is saturated."""
     parameter: float = 0.0
     """Slope of leaky_relu, α of elu."""
+    option: ClassVar[str] = ""
+    """What `module` calls the parameter."""
 
     @classmethod
     def of(cls, module: Any) -> Activation | None:
-        """What a module of type `module` computes; None: with its options it is another.
-
-        Args:
-            module: Of torch's type.
-        """
-        return cls()
+        """What a module of type `cls.module` computes; None: with its options it is another."""
+        made = cls()
+        if cls.option:
+            made.parameter = float(getattr(module, cls.option))
+        return made
 
     def slope(self, z: Tensor, h: Tensor) -> Tensor:
-        """a′(z).
-
-        Args:
-            z: Of any shape.
-            h: a(z), from which it is often cheaper.
-        """
+        """a′(z), of z and h = a(z), from which it is often cheaper."""
         raise NotImplementedError
 
     def write(self, z: Tensor, out: Tensor) -> None:
-        """Write a(z).
-
-        Args:
-            z: Of any shape.
-            out: Of the same, written.
-        """
+        """Write a(z) into `out`."""
         out.copy_(self(z))
 
     def times_slope(self, z: Tensor, h: Tensor, delta: Tensor) -> None:
-        """δ ← δ ∘ a′(z).
-
-        Args:
-            z: Of any shape.
-            h: a(z).
-            delta: Of the same shape, in place.
-        """
+        """δ ← δ ∘ a′(z), with h = a(z)."""
         delta.mul_(self.slope(z, h))
 
     def native(self) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
@@ -171,16 +145,8 @@ class _SiLU(Activation):
 
 
 class _LeakyReLU(Activation):
-    name, module = "leaky_relu", nn.LeakyReLU
+    name, module, option, parameter = "leaky_relu", nn.LeakyReLU, "negative_slope", 0.01
     formula, slope_formula = "z where z > 0, else 0.01 z", "1 where z > 0, else 0.01"
-
-    def __init__(self, parameter: float = 0.01) -> None:
-        super().__init__()
-        self.parameter = parameter
-
-    @classmethod
-    def of(cls, module: Any) -> Activation | None:
-        return cls(float(module.negative_slope))
 
     def forward(self, z: Tensor) -> Tensor:
         return F.leaky_relu(z, self.parameter)
@@ -190,16 +156,8 @@ class _LeakyReLU(Activation):
 
 
 class _ELU(Activation):
-    name, module = "elu", nn.ELU
+    name, module, option, parameter = "elu", nn.ELU, "alpha", 1.0
     formula, slope_formula = "z where z > 0, else exp(z) − 1", "1 where z > 0, else exp(z)"
-
-    def __init__(self, parameter: float = 1.0) -> None:
-        super().__init__()
-        self.parameter = parameter
-
-    @classmethod
-    def of(cls, module: Any) -> Activation | None:
-        return cls(float(module.alpha))
 
     def forward(self, z: Tensor) -> Tensor:
         return F.elu(z, self.parameter)
@@ -243,19 +201,9 @@ ACTIVATIONS: dict[str, type[Activation]] = {
 
 
 def activation_of(module: nn.Module) -> Activation | None:
-    """What is known of a module as an activation.
+    """What is known of a module as an activation, with its options; None: nothing.
 
-    Args:
-        module: Of torch's, or an `Activation`; subclasses of torch's may compute anything.
-
-    Returns:
-        The activation, with the module's options; None: it is none that is known.
-
-    Example:
-        >>> activation_of(nn.LeakyReLU(0.3)).parameter
-        0.3
-        >>> activation_of(nn.Softmax(1)) is None
-        True
+    Subclasses of torch's modules may compute anything.
     """
     if isinstance(module, Activation):
         return module

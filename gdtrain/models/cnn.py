@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from gdtrain.models.dropout import Dropout
-from gdtrain.models.initialisation import Init, initialise_
+from gdtrain.models.initialisation import Init, check_hidden_init, initialise_
 from gdtrain.ranges import Whole
 
 __all__ = ["CNN", "resnet18"]
@@ -67,11 +67,7 @@ class CNN(nn.Module):
         if norm not in ("none", "group", "batch"):
             raise ValueError(f"norm must be one of none, group, batch. Received: {norm!r}.")
         Whole(1).check("hidden", hidden)
-        if init == "zeros":
-            raise ValueError(
-                "init=zeros is for linear models: hidden units that start equal stay equal. "
-                "Use init=default, gaussian, kaiming or xavier."
-            )
+        check_hidden_init(init)
         self.input_shape, self.num_outputs = tuple(input_shape), num_outputs
         self.channels, self.hidden = list(channels), hidden
         self.norm, self.dropout = norm, dropout
@@ -129,8 +125,7 @@ def resnet18(
     from torchvision.models import resnet18 as build
 
     depth, height, width = _image_shape(input_shape, "resnet18")
-    if init == "zeros":
-        raise ValueError("init=zeros is for linear models. Use default, gaussian, kaiming, xavier.")
+    check_hidden_init(init)
     model = build(weights=None, num_classes=num_outputs)
     if min(height, width) < 64:
         model.conv1 = nn.Conv2d(depth, 64, kernel_size=3, padding=1, bias=False)

@@ -28,19 +28,8 @@ _GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -772359229
 def drawing(draw: int, first: int) -> Iterator[None]:
     """Names the random numbers of the passes inside.
 
-    Args:
-        draw: The same draw, the same numbers; the update number, in training.
-        first: Position in the batch of the first example of the pass.
-
-    Example:
-        >>> layer = Dropout(0.5)
-        >>> x = torch.ones(4, 100)
-        >>> with drawing(7, 0):
-        ...     whole = layer(x)
-        >>> with drawing(7, 3):
-        ...     last = layer(x[3:])
-        >>> bool((whole[3:] == last).all())
-        True
+    The same `draw`, the update number in training, gives the same numbers; `first` is the position
+    in the batch of the first example of the pass.
     """
     token = _current.set((draw, first))
     try:
@@ -53,21 +42,7 @@ class Dropout(nn.Module):
     """Sets each unit to 0 with probability p in training, and scales the others by 1/(1 − p).
 
     Outside gdtrain's objective each call draws from PyTorch's generator, as `torch.nn.Dropout`.
-
-    Args:
-        p: Range [0, 1).
-        layer: Distinguishes the layers of a model: equal numbers, equal masks.
-
-    Raises:
-        ValueError: p is out of range.
-
-    Example:
-        >>> layer = Dropout(0.5).eval()
-        >>> layer(torch.ones(2)).tolist()
-        [1.0, 1.0]
-
-    References:
-        Srivastava et al., Dropout, 2014.
+    Layers of an equal `layer` get equal masks.
     """
 
     seeds: Tensor | None
@@ -95,24 +70,7 @@ class Dropout(nn.Module):
 
 
 def example_seeds(draw: Tensor, layer: int | Tensor, position: Tensor) -> Tensor:
-    """The numbers from which the masks of examples follow.
-
-    Args:
-        draw: Int64; its shape, that of `layer` and that of `position` broadcast.
-        layer: Int64.
-        position: In the batch, int64.
-
-    Returns:
-        Int64, of the common shape.
-
-    Example:
-        >>> layer, x = Dropout(0.5, layer=2), torch.ones(4, 100)
-        >>> layer.seeds = example_seeds(torch.tensor(7), layer=2, position=torch.arange(4))
-        >>> masked, layer.seeds = layer(x), None
-        >>> with drawing(7, 0):
-        ...     bool((layer(x) == masked).all())
-        True
-    """
+    """The numbers from which the masks of examples follow: all int64, broadcast together."""
     return _hash(_hash(_hash(draw) + layer) + position)
 
 

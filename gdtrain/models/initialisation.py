@@ -10,9 +10,18 @@ from torch import nn
 
 from gdtrain.ranges import Interval
 
-__all__ = ["Init", "initialise_"]
+__all__ = ["Init", "check_hidden_init", "initialise_"]
 
 Init = Literal["default", "gaussian", "kaiming", "xavier", "zeros"]
+
+
+def check_hidden_init(init: Init) -> None:
+    """Raise where hidden units would start equal, and stay so."""
+    if init == "zeros":
+        raise ValueError(
+            "init=zeros is for linear models: hidden units that start equal stay equal. "
+            "Use init=default, gaussian, kaiming or xavier."
+        )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gdtrain.models.activations import ACTIVATIONS, Activation
 from gdtrain.models.dropout import Dropout
-from gdtrain.models.initialisation import Init, initialise_
+from gdtrain.models.initialisation import Init, check_hidden_init, initialise_
 
 __all__ = ["MLP"]
 
@@ -66,11 +66,7 @@ class MLP(nn.Module):
                 f"hidden must be a list of whole widths of at least 1, such as [128]. "
                 f"Received: hidden={hidden!r}."
             )
-        if init == "zeros":
-            raise ValueError(
-                "init=zeros is for linear models: hidden units that start equal stay equal. "
-                "Use init=default, gaussian, kaiming or xavier."
-            )
+        check_hidden_init(init)
         self.input_shape, self.num_outputs = tuple(input_shape), num_outputs
         a = a if isinstance(a, Activation) else ACTIVATIONS[a]()
         self.hidden, self.activation, self.dropout = list(hidden), a.name, dropout

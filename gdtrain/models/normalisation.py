@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_batch_norm import BatchNorm
+from gdtrain._compat.torch_modules import BATCH_NORMS
 
 __all__ = ["exact_batch_norm_"]
 
@@ -75,7 +75,7 @@ def _in_order(model: nn.Module, batches: Callable[[], Iterable[Tensor]]) -> list
     handles = [
         layer.register_forward_pre_hook(note)
         for layer in model.modules()
-        if isinstance(layer, BatchNorm) and layer.track_running_stats
+        if isinstance(layer, BATCH_NORMS) and layer.track_running_stats
     ]
     if not handles:
         return []

@@ -15,29 +15,12 @@ __all__ = ["Layer", "NotDenseError", "dense_layers"]
 
 
 class NotDenseError(ValueError):
-    """A model is no linear model or MLP; the text says what else it has.
-
-    Example:
-        >>> raise NotDenseError("the model has no linear layer")
-        Traceback (most recent call last):
-        ...
-        gdtrain.models.structure.NotDenseError: the model has no linear layer
-    """
+    """A model is no linear model or MLP; the text says what else it has."""
 
 
 @dataclass
 class Layer:
-    """m ∘ a(W h + b).
-
-    Args:
-        linear: W and b.
-        activation: a.
-        dropout: What makes the mask m; None: there is none.
-
-    Example:
-        >>> Layer(nn.Linear(2, 3)).activation.name
-        'identity'
-    """
+    """m ∘ a(W h + b), with a dropout's mask m, where there is dropout."""
 
     linear: nn.Linear
     activation: Activation = field(default_factory=ACTIVATIONS["identity"])
@@ -50,22 +33,7 @@ class Layer:
 
 
 def dense_layers(model: nn.Module) -> list[Layer]:
-    """The layers of a linear model or MLP: gdtrain's own, or an `nn.Sequential` of such layers.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Its L layers.
-
-    Raises:
-        NotDenseError: It is something else; the message names what.
-
-    Example:
-        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
-        >>> [layer.activation.name for layer in dense_layers(model)]
-        ['tanh', 'identity']
-    """
+    """The layers of a linear model or MLP: gdtrain's own, or an `nn.Sequential` of such layers."""
     layers: list[Layer] = []
     for module in _modules(model):
         if type(module) is nn.Linear:

@@ -32,49 +32,23 @@ _WATCHING = ("logger", "callbacks", "instruments", "ckpt_path", "seed", "data.se
 
 @dataclass
 class Contender:
-    """Runs that differ in nothing but their seed.
-
-    Args:
-        name: What tells it from the others.
-        runs: That ended with a result, one for each seed.
-        lost: That did not: diverged, or interrupted.
-
-    Example:
-        >>> x = np.array([1.0, 2.0, 4.0])
-        >>> curves = [Curve(x, 10 * x, x, c / x) for c in (1, 2, 9)]
-        >>> runs = [Run(Path("run"), {}, {"variant": "gd"}, curve) for curve in curves]
-        >>> Contender("gd", runs).band("updates", points=3)[1].tolist()
-        [2.0, 1.0, 0.5]
-    """
+    """Runs that differ in nothing but their seed; some were lost: diverged, or interrupted."""
 
     name: str
     runs: list[Run]
     lost: list[Run] = field(default_factory=list)
 
     def curves(self, part: Part) -> list[Curve]:
-        """One for each run.
-
-        Args:
-            part: "train" or "val".
-        """
+        """One for each run."""
         return [run.train if part == "train" else run.val for run in self.runs]
 
     def band(
         self, clock: Clock, part: Part = "train", points: int = _POINTS
     ) -> tuple[Values, Values, Values, Values]:
-        """Median over seeds and band, from where all have begun to where the last one ends.
+        """Positions, median over seeds, lowest and highest loss; none where a run has no curve.
 
-        A run that has ended keeps its last loss.
-
-        Args:
-            clock: What the points lie on: where validations were, and else equally spaced, by
-                factors.
-            part: "train" or "val".
-            points: Their number at most, range [2, ∞).
-
-        Returns:
-            Positions, median, lowest and highest loss, each of equal length; none where a run has
-            no such curve.
+        From where all have begun to where the last one ends: a run that has ended keeps its last
+        loss. The points are where validations were, and else equally spaced, by factors.
         """
         curves = self.curves(part)
         if not all(len(curve.losses) for curve in curves):
@@ -89,20 +63,8 @@ class Contender:
         values = np.stack([np.interp(x, curve.clock(clock), curve.losses) for curve in curves])
         return x, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
 
-    def metrics(self, tag: str) -> Values:
-        """A final loss or metric of each run, (R,).
-
-        Args:
-            tag: Such as "loss/train"; NaN where a run has none.
-        """
-        return np.array([run.metric(tag) for run in self.runs])
-
     def numbers(self, key: str) -> Values:
-        """A number of each run's summary, (R,).
-
-        Args:
-            key: Such as "updates"; NaN where a run has none.
-        """
+        """A number, loss or metric of each run's summary, (R,); NaN where a run has none."""
         return np.array([run.number(key) for run in self.runs])
 
     def noise_scales(self) -> Values:
@@ -114,43 +76,23 @@ class Contender:
         return self.numbers("updates") / np.maximum(self.numbers("fit_seconds"), 1e-3)
 
     def reached(self, target: float) -> dict[Clock, Values] | None:
-        """When each run came down to a loss, (R,); None where one did not.
-
-        Args:
-            target: Training loss.
-        """
+        """When each run came down to a loss, (R,); None where one did not."""
         found = [place for run in self.runs if (place := run.train.reach(target))]
         if len(found) < len(self.runs):
             return None
         return {clock: np.array([place[clock] for place in found]) for clock in CLOCKS}
 
     def count_reached(self, target: float) -> int:
-        """How many runs came down to a loss.
-
-        Args:
-            target: Training loss.
-        """
+        """How many runs came down to a loss."""
         return sum(run.train.reach(target) is not None for run in self.runs)
 
 
 @dataclass
 class Comparison:
-    """Contenders, and a loss whose cost is asked for.
+    """Contenders, and a training loss whose cost is asked for.
 
-    Args:
-        contenders: In the order that tables and legends have.
-        target: Training loss.
-        left_out: Sentences about runs that are not in it.
-        made: How it was made: lines of text, commands first.
-
-    Example:
-        >>> x = np.array([1.0, 2.0, 4.0])
-        >>> def run(name, loss):
-        ...     summary = {"variant": name, "stop_reason": "BUDGET", "data": {"train": 10}}
-        ...     return Run(Path(name), {"variant": name}, summary, Curve(x, 10 * x, x, loss / x))
-        >>> compared = compare([run("gd", 8.0), run("sgd", 4.0)])
-        >>> compared.target, compared.reached("updates")
-        (2.0, {'gd': array([4.]), 'sgd': array([2.])})
+    `left_out` are sentences about runs that are not in it; `made` says how it was made: lines of
+    text, commands first.
     """
 
     contenders: list[Contender]
@@ -189,27 +131,15 @@ class Comparison:
         return None
 
     def reached(self, clock: Clock) -> dict[str, Values]:
-        """When the runs came down to the target, by the names of contenders of which all did.
-
-        Args:
-            clock: What is counted.
-        """
+        """When the runs came down to the target, by the names of contenders of which all did."""
         found = {c.name: c.reached(self.target) for c in self.usable}
         return {name: places[clock] for name, places in found.items() if places}
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Contenders in order, by one number.
-
-    Args:
-        best: Its name.
-        close: Names of those whose range over the seeds overlaps with the best one's.
-        apart: Names of the others, from the best.
-
-    Example:
-        >>> Standing("gd", [], ["sgd"]).best
-        'gd'
+    """Contenders in order, by one number; the range over the seeds of `close` ones overlaps with
+    that of the best.
     """
 
     best: str
@@ -220,16 +150,7 @@ class Standing:
 def standing(found: Mapping[str, Values], *, lower: bool = True) -> Standing:
     """Sort contenders by their medians, and say which of them the seeds do not tell apart.
 
-    Args:
-        found: A number of each run, (R,), by the contender's name; of one at least.
-        lower: Whether a lower number is the better.
-
-    Returns:
-        The order.
-
-    Example:
-        >>> standing({"a": np.array([1.0, 3.0]), "b": np.array([2.5]), "c": np.array([9.0])})
-        Standing(best='a', close=['b'], apart=['c'])
+    `found` has a number of each run, (R,), by the contender's name.
     """
     order = sorted(found, key=lambda name: float(np.median(found[name])), reverse=not lower)
     best = found[order[0]]
@@ -239,9 +160,6 @@ def standing(found: Mapping[str, Values], *, lower: bool = True) -> Standing:
         if best.min() <= found[name].max() and found[name].min() <= best.max()
     ]
     return Standing(order[0], close, [name for name in order[1:] if name not in close])
-
-
-# ---------------------------------------------------------------------- from runs to contenders
 
 
 def compare(

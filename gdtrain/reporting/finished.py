@@ -38,19 +38,7 @@ _LOST = ("DIVERGED", "NON_FINITE", "INTERRUPTED")
 
 @dataclass
 class Curve:
-    """A loss against three clocks.
-
-    Args:
-        updates: Updates made, (P,).
-        examples: Examples seen, (P,).
-        seconds: Wall clock, (P,).
-        losses: Mean per example, (P,).
-
-    Example:
-        >>> x = np.array([1.0, 2.0, 4.0])
-        >>> Curve(x, 10 * x, x / 2, np.array([4.0, 2.0, 1.0])).reach(1.5)
-        {'updates': 3.0, 'examples': 30.0, 'seconds': 1.5}
-    """
+    """A loss, the mean per example, against three clocks; each (P,)."""
 
     updates: Values
     examples: Values
@@ -58,20 +46,13 @@ class Curve:
     losses: Values
 
     def clock(self, name: Clock) -> Values:
-        """The points' positions, (P,).
-
-        Args:
-            name: The clock.
-        """
+        """The points' positions, (P,)."""
         return {"updates": self.updates, "examples": self.examples, "seconds": self.seconds}[name]
 
     def reach(self, target: float) -> dict[Clock, float] | None:
         """When it first came down to a loss, by each clock; None: it did not.
 
         Between two points the curve is a straight line.
-
-        Args:
-            target: The loss.
         """
         below = np.flatnonzero(self.losses <= target)
         if not len(below):
@@ -92,18 +73,8 @@ def _no_curve() -> Curve:
 class Run:
     """A finished run, read from its folder.
 
-    Args:
-        folder: Where it lies.
-        settings: The configuration, flat: "optimizer.lr" and the like.
-        summary: What `summary.json` holds.
-        train: Training loss, averaged over the last examples (see `read_run`).
-        val: Loss over all validation examples; without points where there was no validation.
-
-    Example:
-        >>> x = np.array([1.0, 2.0, 4.0])
-        >>> run = Run(Path("run"), {}, {"variant": "gd"}, Curve(x, 10 * x, x / 2, 4 / x))
-        >>> run.variant, len(run.val.losses)
-        ('gd', 0)
+    `settings` are flat ("optimizer.lr"); the training loss is averaged (see `read_run`); there are
+    no points in `val` where there was no validation.
     """
 
     folder: Path
@@ -155,21 +126,9 @@ class Run:
         found = (self.summary.get("instruments") or {}).get("noise_scale") or {}
         return _or_nan(found.get("value"))
 
-    def metric(self, tag: str) -> float:
-        """A final loss or metric, over all examples of a part.
-
-        Args:
-            tag: Such as "loss/train"; NaN where the run has none.
-        """
-        return _or_nan(self.summary["metrics"].get(tag))
-
     def number(self, key: str) -> float:
-        """A number of the summary.
-
-        Args:
-            key: Such as "updates"; NaN where the run has none.
-        """
-        return _or_nan(self.summary.get(key))
+        """A number of the summary, or a final loss or metric by its tag; NaN: there is none."""
+        return _or_nan((self.summary["metrics"] if "/" in key else self.summary).get(key))
 
 
 def _or_nan(value: float | None) -> float:
@@ -224,21 +183,6 @@ def read_run(folder: str | Path) -> Run:
     the row itself: so that a full-batch row stays as it is, and no curve is early. The curve begins
     with the first row at which min(N, 32) examples were seen: a single easy one is no loss.
     Validation losses are over all held-out examples, and stay as they are.
-
-    Args:
-        folder: Of the run.
-
-    Returns:
-        The run.
-
-    Raises:
-        ValueError: The run is not finished, or has no curve.
-
-    Example:
-        >>> read_run("missing")
-        Traceback (most recent call last):
-        ...
-        ValueError: missing holds no finished run: it has no summary.json.
     """
     path = Path(folder)
     shown = printable(path)
@@ -266,9 +210,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, csv.Error):
         return "a field is too long, or it is no table"
     return printable(error) if type(error) is ValueError else "a part is of another kind"
-
-
-# ---------------------------------------------------------------------- settings and summary
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -331,9 +272,6 @@ def _is_number(value: Any) -> bool:
 
 def _is_whole(value: Any) -> bool:
     return type(value) is int and abs(value) <= _LARGEST
-
-
-# ---------------------------------------------------------------------- curves
 
 
 def _curves(path: Path) -> tuple[Curve, Curve]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -28,38 +29,35 @@ _DESCRIPTIONS = {
     "lr": "η, the step size, of the last update before the point.",
     SPEED: "Updates per second of training since the point before, without validations.",
 }
+
+
+def _lines(*tags: str) -> list[Any]:
+    return ["Multiline", list(tags)]
+
+
 # Of the page of custom scalars; the same in all runs, since TensorBoard joins those that it shows.
 # Tags are regular expressions in "Multiline", and names in "Margin" (value, lower and upper edge).
 LAYOUT = {
     "loss": {
-        "against updates": ["Multiline", ["^loss/train$", "^loss/val$"]],
+        "against updates": _lines("^loss/train$", "^loss/val$"),
         "training, smallest to largest of an interval": ["Margin", list(BAND)],
-        "against examples seen": ["Multiline", ["^by_sample/loss/train$", "^by_sample/loss/val$"]],
-        "against epochs": ["Multiline", ["^by_epoch/loss/train$", "^by_epoch/loss/val$"]],
-        "against milliseconds": [
-            "Multiline",
-            ["^by_millisecond/loss/train$", "^by_millisecond/loss/val$"],
-        ],
+        "against examples seen": _lines("^by_sample/loss/train$", "^by_sample/loss/val$"),
+        "against epochs": _lines("^by_epoch/loss/train$", "^by_epoch/loss/val$"),
+        "against milliseconds": _lines("^by_millisecond/loss/train$", "^by_millisecond/loss/val$"),
     },
     "rate": {
-        "step size η, and from where on descent is unstable": [
-            "Multiline",
-            ["^lr$", "^curvature/limit$"],
-        ],
-        "curvature, and 2/η": [
-            "Multiline",
-            ["^curvature/(batch_)?sharpness$", "^curvature/two_over_lr$"],
-        ],
-        "length of a step, relative to the parameters": ["Multiline", ["^step/ratio$"]],
+        "step size η, and from where on descent is unstable": _lines("^lr$", "^curvature/limit$"),
+        "curvature, and 2/η": _lines("^curvature/(batch_)?sharpness$", "^curvature/two_over_lr$"),
+        "length of a step, relative to the parameters": _lines("^step/ratio$"),
     },
     "gradient": {
-        "norm": ["Multiline", ["^gradient/norm$"]],
-        "norm, by layer": ["Multiline", ["^gradient/norm/"]],
-        "cosine of one gradient with the next": ["Multiline", ["^gradient/cosine$"]],
-        "signal to noise": ["Multiline", ["^noise/signal_to_noise$"]],
-        "noise scale, in examples, with its interval": ["Multiline", ["^noise/scale"]],
+        "norm": _lines("^gradient/norm$"),
+        "norm, by layer": _lines("^gradient/norm/"),
+        "cosine of one gradient with the next": _lines("^gradient/cosine$"),
+        "signal to noise": _lines("^noise/signal_to_noise$"),
+        "noise scale, in examples, with its interval": _lines("^noise/scale"),
     },
-    "time": {"updates per second": ["Multiline", [f"^{SPEED}$"]]},
+    "time": {"updates per second": _lines(f"^{SPEED}$")},
 }
 _TELLING = ("variant", "optimizer.lr", "lr", "data.batch_size", "schedule", "seed")
 
@@ -69,21 +67,7 @@ def described(
 ) -> Summary:
     """Scalars for TensorBoard; the first of a tag brings what its chart says about it.
 
-    Args:
-        values: By tag.
-        known: Tags that have been written; those of `values` are added.
-        describe: From a tag to what its chart says; None: as for the tags of `LossCurves`.
-
-    Returns:
-        One summary, to be written at one step.
-
-    Example:
-        >>> known = set()
-        >>> first, second = described({"lr": 0.1}, known), described({"lr": 0.2}, known)
-        >>> first.value[0].metadata.summary_description
-        'η, the step size, of the last update before the point.'
-        >>> second.value[0].HasField("metadata")
-        False
+    `known` are the tags that were written: those of `values` are added.
     """
     entries = []
     for tag, value in values.items():
@@ -118,19 +102,7 @@ def _description(tag: str) -> str:
 def hyperparameter_row(
     values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float]
 ) -> Iterator[Summary]:
-    """A row of TensorBoard's table of runs; what tells runs from one another stands first.
-
-    Args:
-        values: Of the hyperparameters, by name.
-        metrics: Final losses and metrics, by tag.
-
-    Yields:
-        Summaries to be written, one after another.
-
-    Example:
-        >>> len(list(hyperparameter_row({"variant": "gd", "lr": 0.1}, {"loss/test": 0.5})))
-        3
-    """
+    """A row of TensorBoard's table of runs; what tells runs from one another stands first."""
     for summary in hparams(dict(values), dict(metrics)):
         # The table shows five: those that "differ" first, then by name.
         plugin = summary.value[0].metadata.plugin_data

@@ -22,22 +22,8 @@ _RISEN = 1.1  # times its lowest: a validation loss that has
 _LOWER_IS_BETTER = ("mae", "mse", "rmse")
 
 
-# ---------------------------------------------------------------------- numbers in words
-
-
 def rounded(value: float) -> str:
-    """Three digits; a dash for what is not finite.
-
-    Args:
-        value: Any number.
-
-    Returns:
-        It, for a reader.
-
-    Example:
-        >>> rounded(1234.5), rounded(0.012345), rounded(math.nan)
-        ('1,234', '0.0123', '–')
-    """
+    """Three digits; a dash for what is not finite."""
     if not math.isfinite(value):
         return "–"
     if value == 0:
@@ -48,18 +34,7 @@ def rounded(value: float) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
-    """Words in a row, with "and" before the last.
-
-    Args:
-        words: Any number of them.
-
-    Returns:
-        One text.
-
-    Example:
-        >>> listed(["gd", "sgd", "minibatch"])
-        'gd, sgd and minibatch'
-    """
+    """Words in a row, with "and" before the last."""
     if len(words) < 3:
         return " and ".join(words)
     return f"{', '.join(words[:-1])} and {words[-1]}"
@@ -92,32 +67,9 @@ def _within(names: Sequence[str]) -> str:
     return f" {listed(names)} {'is' if len(names) == 1 else 'are'} within the seeds' spread of it."
 
 
-# ---------------------------------------------------------------------- the report
-
-
 @dataclass(frozen=True)
 class Report:
-    """What is said of a comparison: title, sentences and tables.
-
-    Args:
-        comparison: Of finished runs.
-
-    Example:
-        >>> from pathlib import Path
-        >>> from gdtrain.reporting.comparison import compare
-        >>> from gdtrain.reporting.finished import Run
-        >>> x = np.array([1.0, 2.0, 4.0])
-        >>> def run(name, loss):
-        ...     summary = {"variant": name, "stop_reason": "BUDGET", "data": {"train": 10},
-        ...         "metrics": {"loss/train": loss}, "updates": 4, "epochs": 4.0}
-        ...     curve = Curve(x, 10 * x, x, loss * 4 / x)
-        ...     return Run(Path(name), {"variant": name}, summary, curve)
-        >>> report = Report(compare([run("gd", 2.0), run("sgd", 1.0)]))
-        >>> report.sentences()[0]
-        'Counted in updates, sgd is the cheapest way to a training loss of 2: 2 updates. ...'
-        >>> [row["updates"] for row in report.costs()]
-        ['4', '2']
-    """
+    """What is said of a comparison: title, sentences and tables."""
 
     comparison: Comparison
 
@@ -138,13 +90,13 @@ class Report:
             "epochs": [c.numbers("epochs") for c in usable],
             "seconds": [c.numbers("fit_seconds") for c in usable],
             "updates/s": [c.updates_per_second() for c in usable],
-            "training loss": [c.metrics("loss/train") for c in usable],
-            "validation loss": [c.metrics("loss/val") for c in usable],
+            "training loss": [c.numbers("loss/train") for c in usable],
+            "validation loss": [c.numbers("loss/val") for c in usable],
         }
         if self.comparison.metric:
             name, part = self.comparison.metric
             tag = f"metric/{name}/{part}"
-            columns[f"{PARTS[part]} {name}"] = [c.metrics(tag) for c in usable]
+            columns[f"{PARTS[part]} {name}"] = [c.numbers(tag) for c in usable]
         columns["gradient noise scale"] = [c.noise_scales() for c in usable]
         for name in ("validation loss", "gradient noise scale"):
             if not np.isfinite(np.concatenate(columns[name])).any():
@@ -177,11 +129,11 @@ class Report:
         """What the numbers say: each clock, then the ends; with the seeds' spread."""
         usable = self.comparison.usable
         said = [self.on(clock) for clock in CLOCKS]
-        losses = {c.name: c.metrics("loss/train") for c in usable}
+        losses = {c.name: c.numbers("loss/train") for c in usable}
         said.append(_best("loss over all training examples", losses, lower=True))
         if self.comparison.metric:
             name, part = self.comparison.metric
-            values = {c.name: c.metrics(f"metric/{name}/{part}") for c in usable}
+            values = {c.name: c.numbers(f"metric/{name}/{part}") for c in usable}
             said.append(_best(f"{PARTS[part]} {name}", values, lower=name in _LOWER_IS_BETTER))
         said += [
             f"{count} of {len(c.runs)} runs of {c.name} diverged on the way and went on with a "
@@ -195,11 +147,7 @@ class Report:
         return said
 
     def on(self, clock: Clock) -> str:
-        """The sentence on one clock: who comes to the target first, and by what factor.
-
-        Args:
-            clock: What is counted.
-        """
+        """The sentence on one clock: who comes to the target first, and by what factor."""
         target, found = rounded(self.comparison.target), self.comparison.reached(clock)
         if not found:
             return (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gdtrain import models
-from gdtrain._compat.lightning_restoring import restores
+from gdtrain._compat.lightning_training import restores
 from gdtrain.callbacks import History
 from gdtrain.data import Preprocessing
 from gdtrain.data.checkpoint_reading import load_checkpoint

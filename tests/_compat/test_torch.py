@@ -1,4 +1,8 @@
-"""Each private name of torch that optimizers use does what they rely on."""
+"""Each private name of torch exists, and does what we rely on."""
+
+import pickletools
+import warnings
+import zipfile
 
 import pytest
 import torch
@@ -7,11 +11,27 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain._compat import torch_kernels as kernels
+from gdtrain._compat.torch_dispatch import TorchDispatchMode
+from gdtrain._compat.torch_modules import (
+    BATCH_NORMS,
+    DROPOUTS,
+    NORMS,
+    TRANSPOSED_CONVOLUTIONS,
+    buffers_in,
+    children_in,
+    has_hooks,
+    parameters_in,
+    tensor_has_hooks,
+)
 from gdtrain._compat.torch_optimizer import (
     LightOptimizer,
     check_fused,
+    has_step_hooks,
+    mark_stepped,
     with_hooks_if_there_are_any,
 )
+from gdtrain._compat.torch_saving import REBUILD_PARAMETER, REBUILD_TENSOR
+from gdtrain.data.checkpoint_reading import check_checkpoint
 
 
 class Still(LightOptimizer):
@@ -87,20 +107,29 @@ def test_the_fused_check_refuses_integers():
         check_fused(torch.ones(1, dtype=torch.int64))
 
 
-def test_a_grad_scaler_asks_for_the_name_and_then_sets_the_two_attributes():
-    class Asked(Still):
-        _step_supports_amp_scaling = True
+def plain_sgd():
+    return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
 
-        def step(self, closure=None):
-            return float(self.grad_scale), float(self.found_inf)
 
-    optimizer = Asked()
-    theta = optimizer.param_groups[0]["params"][0]
-    theta.grad = torch.tensor([torch.inf])
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    scaler.scale(torch.ones(1))
-    assert scaler.step(optimizer) == (4.0, 1.0)
-    assert not hasattr(optimizer, "found_inf")
+@pytest.mark.parametrize("register", ["register_step_pre_hook", "register_step_post_hook"])
+def test_a_hook_on_the_step_is_seen(register):
+    optimizer = plain_sgd()
+    assert not has_step_hooks(optimizer)
+    getattr(optimizer, register)(lambda *_: None)
+    assert has_step_hooks(optimizer)
+
+
+def test_a_scheduler_believes_that_updates_were_plain_sgd():
+    optimizer = plain_sgd()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.warns(UserWarning, match="optimizer.step"):
+        scheduler.step()
+    optimizer = plain_sgd()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    mark_stepped(optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduler.step()
 
 
 # ---------------------------------------------------------------------- torch_kernels
@@ -166,3 +195,87 @@ def test_foreach_is_the_operation_on_each_tensor(name):
         assert (a if name.endswith("_") else made)[0].tolist() == pytest.approx(expected)
         if not name.endswith("_"):
             assert a[0].tolist() == A
+
+
+# ---------------------------------------------------------------------- torch_modules
+
+
+def test_what_is_put_into_the_mapping_is_used():
+    layer = nn.BatchNorm1d(1)
+    buffers_in(layer)["running_mean"] = torch.tensor([3.0])
+    assert layer.running_mean.item() == 3.0
+    assert parameters_in(layer)["weight"] is layer.weight
+    twice = nn.ReLU()
+    assert list(children_in(nn.Sequential(twice, twice)).values()) == [twice, twice]
+
+
+@pytest.mark.parametrize(
+    ("bases", "layers", "others"),
+    [
+        (
+            BATCH_NORMS,
+            [nn.BatchNorm1d(2), nn.BatchNorm2d(2), nn.BatchNorm3d(2), nn.SyncBatchNorm(2)],
+            [nn.GroupNorm(1, 2), nn.InstanceNorm1d(2)],
+        ),
+        (NORMS, [nn.BatchNorm1d(2), nn.InstanceNorm2d(2), nn.LayerNorm(2)], [nn.Linear(1, 1)]),
+        (DROPOUTS, [nn.Dropout(), nn.Dropout2d(), nn.AlphaDropout()], [nn.ReLU()]),
+        (TRANSPOSED_CONVOLUTIONS, [nn.ConvTranspose1d(1, 1, 1)], [nn.Conv1d(1, 1, 1)]),
+    ],
+)
+def test_the_layers_of_a_kind_and_no_others(bases, layers, others):
+    assert all(isinstance(layer, bases) for layer in layers)
+    assert not any(isinstance(layer, bases) for layer in others)
+
+
+def test_what_is_read_of_layers():
+    norm = nn.BatchNorm1d(3)
+    assert norm.track_running_stats
+    assert norm.running_mean.shape == norm.running_var.shape == (3,)
+    assert nn.ConvTranspose2d(4, 6, 3, groups=2).groups == 2
+    assert nn.Dropout(0.3).p == 0.3
+
+
+def test_each_kind_of_hook_is_seen():
+    for register in (
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ):
+        layer = nn.Linear(1, 1)
+        assert not has_hooks(layer)
+        getattr(layer, register)(lambda *_: None)
+        assert has_hooks(layer), register
+    for register in ("register_hook", "register_post_accumulate_grad_hook"):
+        weight = nn.Linear(1, 1).weight
+        assert not tensor_has_hooks(weight)
+        getattr(weight, register)(lambda *_: None)
+        assert tensor_has_hooks(weight), register
+
+
+# ---------------------------------------------------------------------- dispatch and saving
+
+
+def test_the_mode_is_called_before_each_operation():
+    class NoOnes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "ones" in str(func):
+                raise ValueError(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with NoOnes():
+        torch.zeros(2)
+        with pytest.raises(ValueError, match="ones"):
+            torch.ones(2)
+    torch.ones(2)
+
+
+def test_torch_save_asks_for_these_functions(tmp_path):
+    path = tmp_path / "saved.ckpt"
+    torch.save({"a": torch.ones(3), "b": torch.nn.Parameter(torch.ones(2))}, path)
+    with zipfile.ZipFile(path) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+        opcodes = list(pickletools.genops(archive.read(name)))
+    asked = {argument for opcode, argument, _ in opcodes if opcode.name == "GLOBAL"}
+    assert {REBUILD_TENSOR, REBUILD_PARAMETER} <= asked
+    check_checkpoint(path)  # which knows what they are called with

@@ -39,9 +39,6 @@ def test_contenders_take_turns():
 def test_a_cost_that_is_none_is_refused(cost):
     with pytest.raises(ValueError, match="ours must return a positive cost"):
         alternate({"ours": lambda: cost}, 1)
-
-
-def test_no_repetition_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         alternate({"ours": lambda: 1.0}, 0)
 
@@ -55,19 +52,10 @@ def test_the_ratio_is_of_medians_and_is_compared_with_what_was_asked():
     assert Row("work", "theirs", [2.9], [1.0]).verdict == ""
 
 
-@pytest.mark.parametrize(
-    ("cost", "unit", "text"),
-    [
-        (1e-5, "updates/s", "100,000"),
-        (0.5, "updates/s", "2"),
-        (1.25, "s", "1.25"),
-        (1.5e-5, "µs", "15"),
-        (3.2e-8, "ns", "32"),
-        (2.5e6, "MB", "2.5"),
-    ],
-)
-def test_units(cost, unit, text):
-    assert shown(cost, unit) == text
+def test_units():
+    costs = [(1e-5, "updates/s"), (0.5, "updates/s"), (1.25, "s"), (1.5e-5, "µs"), (2.5e6, "MB")]
+    assert [shown(*cost) for cost in costs] == ["100,000", "2", "1.25", "15", "2.5"]
+    assert shown(3.2e-8, "ns") == "32"
 
 
 def test_time_per_call():

@@ -4,11 +4,6 @@ import overhead
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    monkeypatch.setattr(overhead, "use_threads", lambda n: n or 1)
-
-
 def test_a_run_makes_the_updates_that_were_asked_for():
     words = ["data=iris", "model=linear", "optimizer=minibatch", "optimizer.lr=0.1"]
     result = overhead.once(words, 37)

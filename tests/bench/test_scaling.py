@@ -6,17 +6,13 @@ from rich.console import Console
 from scaling import Point
 
 
-@pytest.fixture(autouse=True)
-def threads(monkeypatch):
-    monkeypatch.setattr(scaling, "use_threads", lambda n: n or 1)
-
-
 def made(n, seconds):
     return Point(n, 10**6, [seconds] * 3, [seconds] * 3, 1, 2, 68 * n, "native")
 
 
 def test_a_point_holds_what_was_measured():
     point = scaling.point(50, 100, 2)
+    assert point.n == 50
     assert point.updates == 100  # two passes
     assert len(point.seconds) == len(point.whole_seconds) == 2
     assert all(0 < s <= w for s, w in zip(point.seconds, point.whole_seconds, strict=True))
@@ -63,13 +59,3 @@ def test_command(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "ns/example" in out
     assert "memory of a fit: at most" in out
-
-
-@pytest.mark.slow
-def test_a_point_in_a_process_of_its_own():
-    from comparison import in_child
-
-    point = in_child(scaling.point, 1000, 1000, 1)
-    assert point.n == point.updates == 1000
-    # Fitting takes no copy of the data, and little else.
-    assert point.memory < 64e6

@@ -8,11 +8,6 @@ import torch
 from step_sizes import Score, Task
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(step_sizes, "use_threads", lambda n: n or 1)
-
-
 def test_a_gap_is_relative_to_the_way_from_the_start_to_the_optimum():
     score = Score("a task", 1, optimum=1.0, start=5.0, best_rate=0.1, chosen=1.9, best=2.0)
     assert score.gap(3.0) == 0.25

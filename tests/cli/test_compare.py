@@ -3,16 +3,14 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 
 import pytest
+from commands import command
 from joblib.externals.loky import get_reusable_executor
 from known_runs import leave_run
 
-from gdtrain import cli
 from gdtrain.cli import compare as compare_command
 from gdtrain.reporting.comparison import compare
 from gdtrain.reporting.finished import find_runs
@@ -26,16 +24,6 @@ PAGE = (ROOT / "docs" / "compare.md").read_text(encoding="utf-8")
 def _no_processes_are_left():
     yield
     get_reusable_executor().shutdown(wait=True)  # joblib's wait for more work otherwise
-
-
-def command(words, monkeypatch):
-    """In this process; the exit code, 0 where none was given."""
-    monkeypatch.setattr(sys, "argv", ["compare.py", *words])
-    try:
-        cli.compare_main()
-    except SystemExit as stop:
-        return stop.code
-    return 0
 
 
 @pytest.mark.parametrize(
@@ -64,17 +52,15 @@ def command(words, monkeypatch):
         ("-m", "Unknown argument -m"),
     ],
 )
-def test_a_wrong_word_ends_with_one_message(words, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_wrong_word_ends_with_one_message(words, said, tmp_path):
     (tmp_path / "empty").mkdir()
     leave_run(tmp_path / "single", "gd", [2, 1])
     before = sorted(tmp_path.rglob("*"))
-    assert command(words.split(" "), monkeypatch) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert said in err
+    done = command(tmp_path, "compare", *words.split(" "))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert said in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -89,8 +75,7 @@ def test_contenders_are_lists_of_overrides():
     }
 
 
-def test_a_run_that_fails_is_named_and_does_not_end_the_others(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_that_fails_is_named_and_does_not_end_the_others(tmp_path, monkeypatch):
     words = ["data=iris", "model=linear", "seeds=1", "jobs=1", "epochs=2", "output=out"]
     words += ["logger=csv", "instruments=off"]
     failing = "optimizer=minibatch data.batch_size=9999"
@@ -100,17 +85,17 @@ def test_a_run_that_fails_is_named_and_does_not_end_the_others(tmp_path, monkeyp
             "_train_all",
             lambda jobs, *_: {job.folder: "Too few." for job in jobs},
         )
-        assert command([*words, f"contenders={failing};optimizer=gd"], monkeypatch) == 2
-    _, err = capsys.readouterr()
-    last = err.splitlines()[-1]
+        done = command(tmp_path, "compare", *words, f"contenders={failing};optimizer=gd")
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
     assert last.startswith("error: Comparing needs two contenders with a finished run each.")
     assert "minibatch data.batch_size=9999, seed 0: Too few." in last
-    assert not Path("out").exists()
+    assert not (tmp_path / "out").exists()
     three = f"optimizer=gd;{failing};optimizer=sgd"
-    assert command([*words, f"contenders={three}"], monkeypatch) == 0
-    out, err = capsys.readouterr()
-    assert "Left out: minibatch data.batch_size=9999, seed 0: " in out
-    assert out.splitlines()[-1] == "Report: out/report.html"
+    done = command(tmp_path, "compare", *words, f"contenders={three}")
+    assert done.returncode == 0
+    assert "Left out: minibatch data.batch_size=9999, seed 0: " in done.stdout
+    assert done.stdout.splitlines()[-1] == "Report: out/report.html"
     assert sorted(p.name for p in (tmp_path / "out" / "runs").iterdir()) == ["gd", "sgd"]
     text = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Left out" in text
@@ -144,17 +129,13 @@ def test_a_killed_process_does_not_end_what_had_to_wait(tmp_path, monkeypatch):
     }
 
 
-@pytest.mark.slow
-def test_the_script(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "compare.py", "runs=nowhere"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: There is no folder nowhere.\n"
+def test_runs_are_trained_in_processes_of_their_own(tmp_path, capfd):
+    jobs = [compare_command._Job(f"{i}", 0, ["data=irs"], tmp_path / f"{i}") for i in range(2)]
+    failed = compare_command._train_all(jobs, 2, None)
+    assert failed.keys() == {job.folder for job in jobs}
+    assert all("irs" in why for why in failed.values())
+    assert "1, seed 0: " in capfd.readouterr().err
+    assert not any(job.folder.exists() for job in jobs)
 
 
 def close(first, second):
@@ -168,7 +149,7 @@ def close(first, second):
     )
 
 
-def test_what_the_commands_of_the_page_start(tmp_path, monkeypatch, capsys):
+def test_what_the_commands_of_the_page_start(tmp_path, monkeypatch):
     started = []
 
     def stop(jobs, *_):
@@ -176,11 +157,11 @@ def test_what_the_commands_of_the_page_start(tmp_path, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compare_command, "_train_all", stop)
-    monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^python scripts/compare.py (.*)$", PAGE, re.MULTILINE)
     trained = [shlex.split(line) for line in lines if "runs=" not in line]
-    assert [command(words, monkeypatch) for words in trained] == [130] * 3
-    assert "Compare the runs that were finished with runs=rates/runs" in capsys.readouterr().err
+    done = [command(tmp_path, "compare", *words) for words in trained]
+    assert [one.returncode for one in done] == [130] * 3
+    assert "Compare the runs that were finished with runs=rates/runs" in done[-1].stderr
     digits, iris, rates = started
     assert (len(digits), len(iris), len(rates)) == (9, 6, 6)
     assert digits[0].overrides == [
@@ -192,34 +173,34 @@ def test_what_the_commands_of_the_page_start(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
+def test_the_commands_of_the_page(tmp_path, monkeypatch):
     assert (ROOT / "docs" / "compare.png").read_bytes().startswith(b"\x89PNG")
     first, third = re.findall(
         r"^python scripts/compare.py (data=iris.*seeds.*|runs=.*)$", PAGE, re.M
     )
-    monkeypatch.chdir(tmp_path)
-    assert command([*first.split(), "jobs=2"], monkeypatch) == 0
-    lines = capsys.readouterr().out.splitlines()
+    done = command(tmp_path, "compare", *first.split(), "jobs=1")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     shown = re.search(r"```\n(Counted in updates.*?)```", PAGE, re.DOTALL).group(1).splitlines()
     said = [line for line in lines if line.startswith(tuple(s.split(",")[0] for s in shown))]
     for want, got in zip(shown, said, strict=False):
         assert close(want, got), got
     text = (tmp_path / "iris" / "report.html").read_text(encoding="utf-8")
     assert "gd: gdtrain data=iris model=linear trainer.max_epochs=20 optimizer=gd seed=…" in text
-    assert "2 processes ran side by side" in text
+    assert "One run was trained after another." in text
     prints = {
         json.loads(path.read_text())["data"]["split_fingerprint"]
         for path in tmp_path.glob("iris/runs/*/*/summary.json")
     }
     assert len(prints) == 1
     # The finished runs give the same numbers.
-    runs, left_out = find_runs("iris/runs")
+    runs, left_out = find_runs(tmp_path / "iris" / "runs")
     assert left_out == []
     assert Report(compare(runs)).sentences() == lines[:-1]
-    assert command(third.split(), monkeypatch) == 0
-    out, _ = capsys.readouterr()
-    assert "to a training loss of 0.3:" in out
-    assert "Report: again/report.html" in out
+    again = command(tmp_path, "compare", *third.split())
+    assert again.returncode == 0, again.stderr
+    assert "to a training loss of 0.3:" in again.stdout
+    assert "Report: again/report.html" in again.stdout
 
 
 def test_the_python_of_the_page(tmp_path, monkeypatch):
@@ -233,5 +214,5 @@ def test_the_python_of_the_page(tmp_path, monkeypatch):
         (run,) = c.runs
         made = json.loads((run.folder / "summary.json").read_text())
         assert run.train.updates[-1] == made["updates"]
-        assert c.metrics("loss/train")[0] == made["metrics"]["loss/train"]
+        assert c.numbers("loss/train")[0] == made["metrics"]["loss/train"]
     assert [row["contender"] for row in Report(compared).ends()] == ["gd", "sgd"]

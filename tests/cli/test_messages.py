@@ -1,15 +1,15 @@
 """What the commands say of a word that is wrong: what was typed, what was meant, exit code 2."""
 
 import re
-import sys
 
 import pytest
+from commands import command
 
-from gdtrain import cli
-from gdtrain._compat.hydra_overrides import parse_override
-from gdtrain.cli import overrides, overview, train
+from gdtrain._compat.hydra import parse_override
+from gdtrain.cli import overview, train
 from gdtrain.cli.compare import COMMAND
 from gdtrain.cli.tools import EVALUATE, EXPLAIN, FIND_LR, LANDSCAPE, PREDICT
+from gdtrain.cli.words import jobs, read_flags, read_overrides
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.launch import Launch, check_processes, launch
 from gdtrain.runs.configuration import conf_directory
@@ -46,6 +46,8 @@ WRONG = [
     (TRAIN, ["--config-dir=", "seed=1"], "--config-dir=,", "must name a folder"),
     (TRAIN, ["-m", "--config-dir=/nope", "hydra/sweeper=x"], "/nope", "must name a folder"),
     ("find_lr", ["--config-dir=/nope"], "--config-dir=/nope", "must name a folder"),
+    ("explain", ["-cd", "/nope", "update=1"], "--config-dir=/nope", "must name a folder"),
+    (COMPARE, ["--config-dir"], "--config-dir", "expected one argument"),
     (TRAIN, ["callbacks=early_stopping", "callbacks.early_stopping.patience=-1"],
      "patience=-1", "from 0 to"),
     (TRAIN, ["callbacks=early_stopping", "callbacks.early_stopping.min_delta=-1"],
@@ -128,20 +130,17 @@ WRONG = [
 ]  # fmt: skip
 
 
-def said(monkeypatch, capsys, command, words):
-    monkeypatch.setattr(sys, "argv", [f"gdtrain-{command}", *words])
-    with pytest.raises(SystemExit) as end:
-        getattr(cli, f"{command}_main")()
-    assert end.value.code == 2
-    return capsys.readouterr().err
+def said(folder, name, words):
+    done = command(folder, name, *words)
+    assert done.returncode == 2
+    return done.stderr
 
 
-@pytest.mark.parametrize(("command", "words", "typed", "remedy"), WRONG)
+@pytest.mark.parametrize(("name", "words", "typed", "remedy"), WRONG)
 def test_a_wrong_word_is_quoted_with_its_remedy_and_nothing_foreign(
-    monkeypatch, capsys, tmp_path, command, words, typed, remedy
+    tmp_path, name, words, typed, remedy
 ):
-    monkeypatch.chdir(tmp_path)
-    message = said(monkeypatch, capsys, command, words)
+    message = said(tmp_path, name, words)
     assert message.startswith("error")
     assert message.count("\n") == 1
     assert typed in message
@@ -164,30 +163,29 @@ def test_a_wrong_word_is_quoted_with_its_remedy_and_nothing_foreign(
     ],
 )
 def test_texts_are_taken_as_they_were_typed(word, value):
-    (quoted,) = overrides.typed([word])
-    (again,) = overrides.typed([quoted])  # further ranks get the words once more
+    (quoted,) = read_overrides([word])
+    (again,) = read_overrides([quoted])  # further ranks get the words once more
     assert quoted == again
     assert parse_override(quoted).value() == value
 
 
 def test_flags_may_stand_anywhere():
-    read, words = overrides.flags(["optimizer=gd", "-m", "seed=0,1"])
-    assert overrides.jobs(read) == [["optimizer=gd", "seed=0"], ["optimizer=gd", "seed=1"]]
+    read, words = read_flags(["optimizer=gd", "-m", "seed=0,1"])
+    assert jobs(read) == [["optimizer=gd", "seed=0"], ["optimizer=gd", "seed=1"]]
     assert words == ["-m", "optimizer=gd", "seed=0,1"]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.script)
-def test_help_tells_every_key_that_the_parser_knows(command, capsys):
-    with pytest.raises(SystemExit) as end:
-        command.read(["--help"])
-    assert end.value.code == 0
-    text = capsys.readouterr().out
-    for name, key in command.keys.items():
+@pytest.mark.parametrize("known", COMMANDS, ids=lambda c: c.script)
+def test_help_tells_every_key_that_the_parser_knows(known, tmp_path):
+    done = command(tmp_path, known.script, "--help")
+    assert done.returncode == 0
+    text = done.stdout
+    for name, key in known.keys.items():
         assert f"{name}{'KEY' * name.endswith('.')}={key.metadata['example']}" in text
         assert key.metadata["meaning"] in text
         if key.type in ("int | None", "float | None"):
             assert f"{key.metadata['within']}; " in text
-    assert all(words in text for words in command.examples)
+    assert all(words in text for words in known.examples)
 
 
 def test_every_key_of_a_choice_has_a_meaning():
@@ -204,13 +202,33 @@ def test_every_key_of_a_choice_has_a_meaning():
     assert all(f"  {path.name}=" in text for path in conf_directory().iterdir() if path.is_dir())
 
 
-def test_completion_is_printed_and_nothing_is_trained(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["gdtrain", "-sc", "install=bash"])
-    with pytest.raises(SystemExit) as end:
-        cli.train_main()
-    assert end.value.code == 0
-    assert "hydra_bash_completion gdtrain" in capsys.readouterr().out
+@pytest.mark.parametrize("flag", [["--config-dir=own"], ["--config-dir", "own"], ["-cd", "own"]])
+def test_help_lists_the_choices_of_a_folder_given_beside_it(tmp_path, flag):
+    (tmp_path / "own" / "optimizer").mkdir(parents=True)
+    (tmp_path / "own" / "sampler").mkdir()
+    (tmp_path / "own" / "sampler" / "even.yaml").write_text("_target_: mine.Even\n")
+    (tmp_path / "own" / "optimizer" / "sgd.yaml").write_text("# Hydra takes the other.\n")
+    (tmp_path / "own" / "optimizer" / "lion.yaml").write_text(
+        "# Sign of the momentum.\ndefaults:\n  - sgd\n  - _self_\nbeta: 0.9 # of the average\n"
+    )
+    done = command(tmp_path, "train", "--help", *flag, "optimizer=lion")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert "    lion                       Sign of the momentum." in lines
+    assert lines[lines.index("  +sampler=") + 1] == "    even"
+    assert "Hydra takes the other." not in done.stdout
+    assert any(re.fullmatch(r"  optimizer\.beta=0\.9 +of the average", line) for line in lines)
+    assert any(line.startswith("  optimizer.momentum=0") for line in lines)  # of the one it adds to
+    assert "lion" not in command(tmp_path, "train", "--help").stdout
+    missing = command(tmp_path, "train", "--help", "--config-dir=none")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "--config-dir must name a folder. Received: --config-dir=none" in missing.stderr
+
+
+def test_completion_is_printed_and_nothing_is_trained(tmp_path):
+    done = command(tmp_path, "train", "-sc", "install=bash")
+    assert done.returncode == 0
+    assert "hydra_bash_completion" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,11 +268,10 @@ def test_each_launcher_is_known(environ, by, rank, size):
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_several_processes_without_a_strategy_are_told_once(monkeypatch, capsys, tmp_path, rank):
-    monkeypatch.chdir(tmp_path)
+def test_several_processes_without_a_strategy_are_told_once(monkeypatch, tmp_path, rank):
     for name, value in {**SRUN, "SLURM_PROCID": rank}.items():
         monkeypatch.setenv(name, value)
-    message = said(monkeypatch, capsys, "train", ["data=iris"])
+    message = said(tmp_path, "train", ["data=iris"])
     assert message.count("\n") == (rank == "0")
     assert ("add trainer=ddp trainer.devices=2" in message) == (rank == "0")
     assert list(tmp_path.iterdir()) == []
@@ -264,10 +281,9 @@ def test_several_processes_without_a_strategy_are_told_once(monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_NTASKS", "RANK", "LOCAL_RANK"])
-def test_a_rank_that_is_no_number_is_told_by_its_name(monkeypatch, capsys, tmp_path, name):
-    monkeypatch.chdir(tmp_path)
+def test_a_rank_that_is_no_number_is_told_by_its_name(monkeypatch, tmp_path, name):
     monkeypatch.setenv(name, "x")
-    message = said(monkeypatch, capsys, "train", ["data=iris"])
+    message = said(tmp_path, "train", ["data=iris"])
     assert f"{name} must be a whole number" in message
     assert f"Received: {name}=x" in message
 

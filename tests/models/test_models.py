@@ -179,28 +179,11 @@ def test_zeros_start_a_linear_model_at_zero():
     assert all(p.abs().max() == 0 for p in model.parameters())
 
 
-def test_gaussian_weights_are_not_bounded_as_uniform_ones_are():
-    torch.manual_seed(0)
-    weight = initialise_(nn.Linear(300, 300), "gaussian", std=1.0).weight
-    assert weight.abs().max() > 3
-    assert (weight.abs() < 1).double().mean().item() == pytest.approx(0.6827, abs=0.01)
-
-
 def test_initialise_leaves_norms_alone_and_returns_its_module():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.LayerNorm(3))
     assert initialise_(model, "zeros") is model
     assert model[0].weight.abs().max() == 0
     assert model[1].weight.tolist() == [1.0, 1.0, 1.0]
-
-
-def test_the_same_seed_gives_the_same_weights():
-    made = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        made.append(MLP((5,), 2, init="kaiming").state_dict())
-    first, same, other = (torch.cat([v.flatten() for v in m.values()]) for m in made)
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
 
 
 # --------------------------------------------------------------------------- dropout
@@ -243,24 +226,16 @@ def test_dropout_drops_its_share_of_hidden_units_and_scales_the_rest():
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_resnet18_takes_small_images_of_any_depth_with_a_small_stem(depth):
-    model = resnet18((depth, 32, 32), 7).eval()
-    assert model.conv1.weight.shape == (64, depth, 3, 3)
-    assert model.conv1.stride == (1, 1)
-    assert isinstance(model.maxpool, nn.Identity)
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "pooling"), [(32, 3, 1, nn.Identity), (64, 7, 2, nn.MaxPool2d)]
+)
+def test_resnet18_has_a_stem_for_the_size_of_its_images(depth, size, kernel, stride, pooling):
+    model = resnet18((depth, size, size), 7).eval()
+    assert model.conv1.weight.shape == (64, depth, kernel, kernel)
+    assert model.conv1.stride == (stride, stride)
+    assert isinstance(model.maxpool, pooling)
     with torch.no_grad():
-        assert model(torch.zeros(2, depth, 32, 32)).shape == (2, 7)
-        assert model.layer4(torch.zeros(1, 256, 8, 8)).shape == (1, 512, 4, 4)
-
-
-@pytest.mark.parametrize("depth", [1, 3])
-def test_resnet18_keeps_the_large_stem_for_large_images(depth):
-    model = resnet18((depth, 64, 64), 5)
-    assert model.conv1.weight.shape == (64, depth, 7, 7)
-    assert model.conv1.stride == (2, 2)
-    assert isinstance(model.maxpool, nn.MaxPool2d)
-    with torch.no_grad():
-        assert model.eval()(torch.zeros(1, depth, 64, 64)).shape == (1, 5)
+        assert model(torch.zeros(2, depth, size, size)).shape == (2, 7)
 
 
 def test_resnet18_has_a_stem_drawn_as_its_other_convolutions():
@@ -291,10 +266,7 @@ def test_resnet18_takes_an_initialisation():
         (lambda: MLP((4,), 2, hidden=[8, 0]), r"at least 1, such as \[128\].*\[8, 0\]"),
         (lambda: MLP((4,), 2, hidden=[2.5]), r"Received: hidden=\[2.5\]"),
         (lambda: MLP((4,), 2, hidden=[True]), r"Received: hidden=\[True\]"),
-        (
-            lambda: MLP((4,), 2, dropout=1.0),
-            r"dropout must be a number in \[0, 1\)\. Received",
-        ),
+        (lambda: MLP((4,), 2, dropout=1.0), r"dropout must be a number in \[0, 1\)\. Received"),
         (lambda: MLP((4,), 2, dropout=-0.1), "dropout must be a number in"),
         (lambda: MLP((4,), 2, init="zeros"), "init=zeros is for linear models"),
         (lambda: CNN((1, 8, 8), 2, init="zeros"), "init=zeros is for linear models"),

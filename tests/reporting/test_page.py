@@ -11,9 +11,8 @@ import pytest
 from known_runs import falling, leave_run
 
 from gdtrain.reporting.comparison import compare
-from gdtrain.reporting.figures import plot, plot_costs
 from gdtrain.reporting.finished import CLOCKS, find_runs
-from gdtrain.reporting.page import page, save
+from gdtrain.reporting.page import page, plot, plot_costs, save
 
 
 class Reader(HTMLParser):
@@ -48,6 +47,13 @@ class Reader(HTMLParser):
             assert self.open.pop() == tag
 
 
+@pytest.fixture
+def _without_lines(monkeypatch):
+    """What is drawn within the charts takes most of a page's time."""
+    monkeypatch.setattr("gdtrain.reporting.page._svg", lambda figure, name: ("", ""))
+
+
+@pytest.mark.usefixtures("_without_lines")
 def test_without_validation_there_is_no_such_curve(two):
     compared = compare(find_runs(two)[0])
     assert not compared.validated
@@ -78,12 +84,15 @@ def test_the_page_needs_nothing_beside_it(two):
         assert f"Training loss against {clock}: gd from 1.01 at " in label
 
 
-def test_names_are_escaped(two):
+@pytest.mark.usefixtures("_without_lines")
+def test_names_are_escaped_and_a_lost_run_is_named(two):
+    leave_run(two / "sgd-9", "sgd", [9.0], each=1, seed=9, reason="DIVERGED")
     runs, _ = find_runs(two)
     names = {run.folder: f"<b>{run.variant}</b> & co" for run in runs}
     text = page(compare(runs, names=names))
     assert "<b>" not in text
     assert "&lt;b&gt;sgd&lt;/b&gt; &amp; co" in text
+    assert "seed 9: DIVERGED" in text
 
 
 def test_charts_have_titles_axes_and_units_and_do_without_colour(tmp_path):

@@ -3,9 +3,7 @@
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -86,26 +84,27 @@ def runs(answer):
     return {name.split("/")[0].rpartition("-")[2]: name for name in names}
 
 
-def test_runs_of_a_multirun_have_telling_names(answer, runs):
+@pytest.fixture(scope="module")
+def steps(answer, runs):
+    """The steps of a tag, of the run of a variant."""
+
+    def ask(variant, tag):
+        return [at for _, at, _ in answer("plugin/scalars/scalars", run=runs[variant], tag=tag)]
+
+    return ask
+
+
+def test_losses_of_the_variants_lie_over_each_other_by_examples_and_epochs(runs, steps, answer):
     assert len(answer("runs")) == 4
-    names = {variant: name.rpartition("_seed-0_")[0] for variant, name in runs.items()}
-    assert names == {
-        "gd": "digits-mlp-gd/lr-auto_batch-full",
-        "minibatch": "digits-mlp-minibatch/lr-auto_batch-32",
-        "sgd": "digits-mlp-sgd/lr-auto_batch-1",
-    }
-
-
-def test_losses_of_the_variants_lie_over_each_other_by_examples(answer, runs):
-    for run in runs.values():
-        points = answer("plugin/scalars/scalars", run=run, tag="by_sample/loss/train")
-        steps = [step for _, step, _ in points]
-        assert steps == sorted(set(steps))
-        assert steps[-1] == 10 * 1258
-    updates = {
-        variant: answer("plugin/scalars/scalars", run=run, tag="loss/train")[-1][1]
-        for variant, run in runs.items()
-    }
+    assert runs.keys() == {"gd", "sgd", "minibatch"}
+    for variant in runs:
+        by_sample = steps(variant, "by_sample/loss/train")
+        assert by_sample == sorted(set(by_sample))
+        assert by_sample[-1] == 10 * 1258
+        assert steps(variant, "by_epoch/loss/train") == list(range(1, 11))
+        validated = [10] if variant == "gd" else list(range(1, 11))
+        assert steps(variant, "by_epoch/loss/val") == validated
+    updates = {variant: steps(variant, "loss/train")[-1] for variant in runs}
     assert updates == {"gd": 10, "minibatch": 400, "sgd": 12580}
 
 
@@ -146,15 +145,6 @@ def test_the_slow_loader_reads_the_same(answer, outputs):
         slow = asking(address)
         assert slow("plugin/scalars/tags") == answer("plugin/scalars/tags")
         assert slow("plugin/images/tags").keys() == answer("plugin/images/tags").keys()
-
-
-def test_losses_of_the_variants_lie_over_each_other_by_epochs(answer, runs):
-    for variant, run in runs.items():
-        points = answer("plugin/scalars/scalars", run=run, tag="by_epoch/loss/train")
-        assert [step for _, step, _ in points] == list(range(1, 11))
-        points = answer("plugin/scalars/scalars", run=run, tag="by_epoch/loss/val")
-        validated = [10] if variant == "gd" else list(range(1, 11))
-        assert [step for _, step, _ in points] == validated
 
 
 def test_the_page_of_custom_scalars_shows_what_the_runs_have(answer, runs):
@@ -295,88 +285,3 @@ def test_a_killed_run_leaves_readable_curves(tmp_path):
         in events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0]
     )
     assert len(pd.read_csv(run / "metrics.csv")) > 10
-
-
-# ------------------------------------------------------------------ as a browser shows it
-
-TEXT = """
-const found = [];
-const walk = node => {
-  if (node.nodeType === Node.TEXT_NODE) found.push(node.textContent.trim());
-  if (["STYLE", "SCRIPT", "TEMPLATE", "NOSCRIPT"].includes(node.nodeName)) return;
-  if (node.shadowRoot) walk(node.shadowRoot);
-  node.childNodes.forEach(walk);
-};
-walk(document.body);
-return found.filter(text => text).join("\\n");
-"""
-
-
-@pytest.fixture(scope="module")
-def page():
-    """From an address to the text that headless Chromium shows there."""
-    driver, browser = shutil.which("chromedriver"), shutil.which("chromium")
-    if driver is None or browser is None:
-        pytest.skip("Chromium and its driver are not installed.")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-
-    def call(method, path, body=None):
-        request = urllib.request.Request(
-            address + path,
-            data=None if body is None else json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-            method=method,
-        )
-        with urllib.request.urlopen(request, timeout=60) as reply:
-            return json.loads(reply.read())["value"]
-
-    for _ in range(100):
-        try:
-            call("GET", "/status")
-            break
-        except OSError:
-            time.sleep(0.1)
-    arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage"]
-    options = {"goog:chromeOptions": {"args": [*arguments, "--window-size=1280,2000"]}}
-    session = call("POST", "/session", {"capabilities": {"alwaysMatch": options}})
-    address += f"/session/{session['sessionId']}"
-
-    def text(url, *awaited):
-        call("POST", "/url", {"url": "about:blank"})
-        call("POST", "/url", {"url": url})
-        shown = ""
-        for _ in range(120):
-            shown = call("POST", "/execute/sync", {"script": TEXT, "args": []})
-            if all(part in shown for part in awaited):
-                break
-            time.sleep(0.25)
-        return shown
-
-    yield text
-    call("DELETE", "")
-    process.terminate()
-    process.wait()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("tab", "parts"),
-    [
-        ("timeseries", ["by_epoch/loss", "by_millisecond/loss", "digits-mlp-minibatch/lr-auto"]),
-        ("scalars", ["by_epoch/loss/train", "spread", "digits-mlp-gd/lr-auto_batch-full"]),
-        ("images", ["landscape/landscape-1d", "landscape/trajectory", "12,580"]),
-        ("custom_scalars", ["against epochs", "Matches (6)", "updates per second"]),
-        ("text", ["variant: gd", "configuration/text_summary", "max_epochs: 10"]),
-        ("hparams", ["optimizer.lr", "minibatch", "PARALLEL COORDINATES VIEW"]),
-    ],
-)
-def test_a_browser_shows(answer, url, page, tab, parts):
-    assert len(answer("runs")) == 4
-    shown = page(f"{url}#{tab}", *parts)
-    for part in parts:
-        assert part in shown
-    assert "Missing Tags" not in shown

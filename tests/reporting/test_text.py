@@ -6,8 +6,8 @@ from known_runs import falling, leave_run
 
 from gdtrain.reporting.comparison import compare
 from gdtrain.reporting.finished import find_runs
-from gdtrain.reporting.page import page
-from gdtrain.reporting.text import Report
+from gdtrain.reporting.page import plot_costs
+from gdtrain.reporting.text import Report, rounded
 
 
 def test_costs_and_words_of_known_curves(two):
@@ -55,7 +55,10 @@ def test_a_target_that_not_all_reach(two):
     assert "1 of its 3 runs came to a training loss of 0.101" in Report(compared).portraits()["gd"]
     nobody = compare(find_runs(two)[0], target=1e-9)
     assert Report(nobody).sentences()[0].startswith("Counted in updates: nobody came to")
-    assert "0 of 3 did" in page(nobody)
+    assert Report(nobody).costs()[0]["updates"] == "0 of 3 did"
+    (axes,) = plot_costs(nobody, "updates").axes
+    assert [text.get_text() for text in axes.texts] == ["not reached by every seed"] * 2
+    assert [rounded(v) for v in (np.nan, 0, 1234.5, 0.012345)] == ["–", "0", "1,234", "0.0123"]
 
 
 def test_a_run_that_recovered_is_told(tmp_path):
@@ -109,4 +112,3 @@ def test_a_lost_run_is_named_and_does_not_count(two):
         "sgd, seed 8: NON_FINITE. Words.",
         "sgd, seed 9: DIVERGED. Words.",
     ]
-    assert "seed 9: DIVERGED" in page(compared)
