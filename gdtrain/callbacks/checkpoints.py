@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -163,5 +162,4 @@ class BestAndLast(Checkpoint):
 
 def _spoilt(module: LightningModule) -> bool:
     """Whether a parameter or buffer is not finite: such a model is never saved."""
-    tensors = cast(SupervisedModule, module).watched().values()
-    return not all(bool(torch.isfinite(t).all()) for t in tensors)
+    return not cast(SupervisedModule, module).loop.watched.is_finite()

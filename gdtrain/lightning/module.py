@@ -32,7 +32,6 @@ from gdtrain.engines import EngineName
 from gdtrain.lightning.counters import align_progress, count_epochs, count_updates
 from gdtrain.lightning.evaluation import compute_metrics
 from gdtrain.lightning.hooks import UpdateHooks
-from gdtrain.lightning.resumable import ResumableModule
 from gdtrain.lightning.resuming import planned_updates
 from gdtrain.lightning.trainer import (
     check_counts,
@@ -40,6 +39,7 @@ from gdtrain.lightning.trainer import (
     epochs_at_once,
     take_over_batch_norm,
 )
+from gdtrain.lightning.view import RunView
 from gdtrain.losses import Loss
 from gdtrain.models import exact_batch_norm_
 from gdtrain.objective import Objective
@@ -54,7 +54,7 @@ _log = logging.getLogger("gdtrain")
 _PASS = 1024  # examples, of a pass that renews the statistics of BatchNorm
 
 
-class SupervisedModule(ResumableModule):
+class SupervisedModule(RunView):
     """Trains any `nn.Module` on inputs and targets, with exact counts of updates and examples.
 
     A Lightning step makes K whole updates, and `trainer.global_step` counts updates. Batches may be
@@ -170,11 +170,7 @@ class SupervisedModule(ResumableModule):
         return made
 
     def setup(self, stage: str) -> None:
-        """Note what the run is; make the metrics.
-
-        Args:
-            stage: Lightning's.
-        """
+        """Note what the run is; make the metrics."""
         if stage == "fit":
             self.note_settings()
             self._find_hooks()  # before callbacks do anything
@@ -199,14 +195,12 @@ class SupervisedModule(ResumableModule):
         if isinstance(data, DataModule) and trainer.is_global_zero:
             _log.info(data.target_said)
         self.validation, self.validated_at = {}, -1
-        self.note_constants()
         self.updates = trainer.global_step
         if self.updates == 0:
             self.examples_seen, self.rate_cut, self.state.micro_batch_size = 0, 1.0, None
         self._loop = loop = self._new_loop(loader, data)
         if self.total_updates is None and self.schedule_is_automatic:
             self.schedule = Constant()
-        loop.prepare()
         if isinstance(loader, IndexLoader):
             loader.epochs_per_iteration = epochs_at_once(
                 trainer, [self, *trainer.callbacks], data.count("val") > 0
@@ -242,10 +236,16 @@ class SupervisedModule(ResumableModule):
             objective,
             self._optimizer,
             plan,
+            model=self.model,
             engine=self.engine,
             state=self.state,
             races=self.step_size == "auto",
+            guard=self.guard,
         )
+        loop.next_validation = self.next_validation
+        loop.updating = lambda: self._hooks.updating(loop.optimizer)
+        if isinstance(loader, PairLoader):
+            loop.fetch = lambda update: self.named(loader.batch(update))
         loop.has_own_scheduler = lambda: bool(trainer.lr_scheduler_configs)  # a callback's
         loop.restores_on_error = any(  # what it saves is the state that is counted
             isinstance(callback, OnExceptionCheckpoint) for callback in trainer.callbacks
@@ -275,24 +275,18 @@ class SupervisedModule(ResumableModule):
     def training_step(
         self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int
     ) -> dict[str, Any]:
-        """Make the updates of one block.
+        """Make the updates of one block of indices, or of one pair.
 
-        Args:
-            batch: (K, B) indices, or inputs and targets.
-            batch_idx: Lightning's.
-
-        Returns:
-            "losses" (K,), "loss", the last of them, "rates" (K,), η of the first group, "first",
-            the number of the first of these updates, "examples", how many made one update, and
-            "seconds" that all took.
+        Returns "losses" (K,), "loss", the last of them, "rates" (K,), η of the first group,
+        "first", the number of the first of these updates, "examples", how many made one update,
+        and "seconds" that all took.
         """
         trainer: Any = self.trainer
         objective, indices = self.named(batch)
-        if self.guard is not None:
-            self.follow_callbacks()
-            self.guard.before(batch)
-        with self._hooks.updating(self._optimizer):
-            made = self.loop.advance(indices, objective)
+        stop = self.stop
+        made = self.loop.advance(indices, objective)
+        if self.stop is not stop:  # the guard has found a reason
+            trainer.should_stop = True
         if isinstance(trainer.train_dataloader, IndexLoader):
             count_epochs(trainer, (self.updates - 1) // self.updates_per_epoch)
         count_updates(trainer, made.updates, self.updates)
@@ -300,37 +294,10 @@ class SupervisedModule(ResumableModule):
             for config in trainer.lr_scheduler_configs:
                 mark_stepped(self._optimizer)
                 self.lr_scheduler_step(config.scheduler, None)
-        outputs = {"loss": made.losses[-1], **vars(made)}
-        if self.guard is not None:
-            self.guard.after(outputs)
-        return outputs
-
-    def make_updates(
-        self, batch: Tensor | tuple[Tensor, Tensor], first: int
-    ) -> tuple[Tensor, Tensor]:
-        """Make the updates of one block, from the parameters as they are; nothing is counted.
-
-        η of each is then in `rates`.
-
-        Args:
-            batch: (K, B) indices, or inputs and targets.
-            first: Number of the first of these updates, which schedule and dropout depend on.
-
-        Returns:
-            (K,), J on each update's examples before it; (K, B), the indices.
-        """
-        objective, indices = self.named(batch)
-        return self.loop.make_updates(objective, indices, first), indices
+        return {"loss": made.losses[-1], **vars(made)}
 
     def named(self, batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Objective, Tensor]:
-        """The objective of a batch, and which of its examples make which update.
-
-        Args:
-            batch: (K, B) indices, or inputs and targets.
-
-        Returns:
-            J, and (K, B) indices into its examples.
-        """
+        """J of a batch, and (K, B) indices into its examples, which make which update."""
         if isinstance(batch, Tensor):
             if self.objective is None:
                 raise ValueError(
@@ -400,6 +367,5 @@ class SupervisedModule(ResumableModule):
             self._validated = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the trainer, and the engine that it had."""
-        gone = {"_validated": None, "_hooks": UpdateHooks(), "guard": None}
-        return {**super().__getstate__(), **gone}
+        """For copies and pickles: without what belongs to a run."""
+        return {**super().__getstate__(), "_validated": None, "_hooks": UpdateHooks()}

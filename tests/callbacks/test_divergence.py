@@ -495,7 +495,7 @@ def test_examples_of_a_dataset(batch_size):
 
 
 def test_batches_that_are_too_large_to_be_kept(monkeypatch):
-    monkeypatch.setattr("gdtrain.callbacks.divergence._RETAINED", 0)
+    monkeypatch.setattr("gdtrain.descent.recovery._RETAINED", 0)
     module, data = fetched()
     watch = Divergence()
     result = train(module, data, watch, max_epochs=30)
