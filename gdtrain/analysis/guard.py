@@ -47,10 +47,8 @@ __all__ = ["CUT", "TAIL", "DivergenceGuard", "times"]
 
 _log = logging.getLogger("gdtrain")
 
-CUT = 10.0
-"""By which η is divided."""
-TAIL = 32
-"""Changes of the loss at the end, that tell whether it bounces."""
+CUT = 10.0  # by which η is divided
+TAIL = 32  # changes of the loss at the end, that tell whether it bounces
 _EXAMPLES = {"cpu": 2**16}  # from station to station at most so many: those that pass in some
 _EXAMPLES_ELSEWHERE = 2**20  # tenths of a second
 _PROBE = 256  # examples at most, on which suspicions are checked
@@ -105,16 +103,12 @@ class DivergenceGuard:
         assert self._loop is not None, "asked while training only"
         return self._loop
 
-    @property
-    def _stretch(self) -> int:
-        plan = self._run.plan
-        return stretch_length(None if plan is None else plan.batch_size)
-
     # ------------------------------------------------------------------ what the loop calls
 
     def start(self, loop: Loop) -> None:
         """Start anew, unless a run is resumed."""
         self._loop, self._begun = loop, False
+        self._stretch = stretch_length(None if loop.plan is None else loop.plan.batch_size)
         self._probe: tuple[Objective, Tensor] | None = None
         self._trained: list[int] | None = None  # which parameters are
         self.last_rate = math.nan

@@ -30,7 +30,6 @@ from gdtrain.descent.stationarity import (
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.models.dropout import Dropout
-from gdtrain.objective import Objective, untouched
 from gdtrain.optim.protocol import step_size_of, update_rules
 from gdtrain.ranges import Interval, Whole
 
@@ -346,7 +345,7 @@ class Convergence(Callback):
         seed = np.random.SeedSequence([int(again), module.updates, data_seed])
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
         with (
-            _untouched(objective),
+            module.loop.trial(),
             torch.enable_grad(),
             trainer.precision_plugin.train_step_context(),
         ):
@@ -517,17 +516,6 @@ class _Certifies:
         """Go on from `state`; other entries are left alone."""
         self.turn = _LastCheck(**state["gap_turn"])
         self.lower, self._state = state["lower"], state["problem"]
-
-
-@contextmanager
-def _untouched(objective: Objective) -> Iterator[None]:
-    """Leaves M, too, as it is."""
-    micro = objective.micro_batch_size
-    try:
-        with untouched(objective.model):
-            yield
-    finally:
-        objective.micro_batch_size = micro
 
 
 @contextmanager

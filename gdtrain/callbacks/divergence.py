@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch.optim import Optimizer
 
 from gdtrain.analysis.diagnosis import oscillation, overshoot
 from gdtrain.analysis.guard import CUT, TAIL, DivergenceGuard, times
@@ -126,7 +125,9 @@ class Divergence(Callback):
             objective is not None
             and plan is not None
             and plan.is_full_batch
-            and _is_plain(trainer.optimizers[0])
+            # Rules for the step size pass the floor on purpose, and come back.
+            and update_rules(module.loop.optimizer) is not None
+            and step_size_of(module.loop.optimizer) is None
             and len(self.guard.last_losses) > TAIL
             and (module.stop is None or not _is_lost(module.stop))
         ):
@@ -169,8 +170,3 @@ class Divergence(Callback):
 
 def _is_lost(stop: Stop) -> bool:
     return stop.reason in (StopReason.DIVERGED, StopReason.NON_FINITE)
-
-
-def _is_plain(optimizer: Optimizer) -> bool:
-    """Whether steps follow −g, at a given η: rules pass the floor on purpose, and come back."""
-    return update_rules(optimizer) is not None and step_size_of(optimizer) is None

@@ -28,7 +28,7 @@ from gdtrain.descent.preparation import (
 from gdtrain.descent.race import race
 from gdtrain.descent.recovery import Guard, Watched
 from gdtrain.descent.state import State
-from gdtrain.descent.trial import Snapshot, trial
+from gdtrain.descent.trial import Snapshot
 from gdtrain.engines import EngineName
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective
@@ -118,8 +118,8 @@ class Loop:
 
     Without an objective, each sweep comes with its own, of `model`; without a plan, each sweep's
     indices are handed to `advance`. The groups of the optimizer have "initial_lr", as
-    `make_optimizer` sets it. `seed` names the random numbers of gdtrain's layers (None: the
-    plan's); with `races`, η is found by a race, where the rule is `StochasticPolyak`.
+    `make_optimizer` sets it; with `races`, η is found by a race, where the rule is
+    `StochasticPolyak`. The plan's seed names the random numbers of gdtrain's layers, too.
     """
 
     def __init__(
@@ -127,39 +127,32 @@ class Loop:
         objective: Objective | None,
         optimizer: Optimizer,
         plan: Plan | None,
-        schedule: Schedule | None = None,
         *,
         model: nn.Module | None = None,
         engine: EngineName = "auto",
         state: State | None = None,
-        seed: int | None = None,
         races: bool = False,
         guard: Guard | None = None,
     ) -> None:
         self.objective, self.optimizer, self.plan = objective, optimizer, plan
         self.model = objective.model if objective is not None else model
         self.state = State() if state is None else state
-        if schedule is not None:
-            self.state.schedule = schedule
         self.engine = EngineChoice(objective, optimizer, engine, self.state)
         self.average = Average(optimizer, self.state)
         if plan is not None:
             self.state.total_updates = plan.total
             self.state.updates_per_epoch = plan.updates_per_epoch
         self.races, self.guard = races, guard
+        # J and the examples of an update once more, where they come from a loader.
         self.fetch: Callable[[int], tuple[Objective, Tensor]] | None = None
-        """J and the examples of an update once more, where they come from a loader."""
+        # The smallest update number above one at which the run is validated.
         self.next_validation: Callable[[int], int | None] = lambda update: None
-        """The smallest update number above one at which the run is validated."""
+        # Around the updates that count, and no others.
         self.updating: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Around the updates that count, and no others."""
+        # Whether somebody sets η of each group beside the schedule, which then stands back.
         self.has_own_scheduler: Callable[[], bool] = lambda: False
-        """Whether somebody sets η of each group beside the schedule, which then stands back."""
-        self.restores_on_error = False
-        """Whether a sweep that raises leaves the state that is counted."""
-        if seed is None:
-            seed = 0 if plan is None else plan.seed
-        self._draws = seed & (2**30 - 1)
+        self.restores_on_error = False  # whether a sweep that raises leaves the counted state
+        self._draws = 0 if plan is None else plan.seed & (2**30 - 1)
         self._owned = 0  # parameters of the optimizer, in all groups
         self._started = False
         if objective is not None and self.state.micro_batch_size is not None:
@@ -290,12 +283,8 @@ class Loop:
     ) -> SweepOutput:
         """Make the updates of one sweep, count them, and let the guard answer where they failed.
 
-        Args:
-            indices: (K, B), int64; None: the next sweep of the plan.
-            objective: J of their examples; None: that of the loop.
-
-        Raises:
-            ValueError: The run is over, or nothing names the examples.
+        Without (K, B) indices, it is the next sweep of the plan; without an objective, J of their
+        examples is that of the loop.
         """
         if not self._started:
             self.start()
@@ -310,9 +299,15 @@ class Loop:
             self.guard.before(objective, indices)
         with self.updating():
             self.follow_changes()
+            restores = self.restores_on_error and objective is self.objective
+            before = Snapshot(objective, self.optimizer) if restores else None
             started = time.perf_counter()
-            with self._restoring(objective):
+            try:
                 losses = self.make_updates(objective, indices, first)
+            except BaseException:
+                if before is not None:
+                    before.give_back()
+                raise
         if losses.is_cuda:
             torch.cuda.synchronize()  # once per sweep: its time is measured
         seconds = time.perf_counter() - started
@@ -375,18 +370,6 @@ class Loop:
             objective.params, self._owned = trainable, owned
             self.engine.choose_again()
 
-    @contextmanager
-    def _restoring(self, objective: Objective) -> Iterator[None]:
-        before = None
-        if self.restores_on_error and objective is self.objective:
-            before = Snapshot(objective, self.optimizer)
-        try:
-            yield
-        except BaseException:
-            if before is not None:
-                before.give_back()
-            raise
-
     def _adapt_sweeps(self, count: int, seconds: float) -> None:
         """Let automatic sweeps take a tenth of a second: no update depends on their length."""
         plan, objective = self.plan, self.objective
@@ -413,10 +396,11 @@ class Loop:
         params, micro = objective.params, objective.micro_batch_size
         length = None if self.plan is None else self.plan.updates_per_sweep
         guard, self.guard = self.guard, None
+        before = Snapshot(objective, self.optimizer)
         try:
-            with trial(objective, self.optimizer):
-                yield
+            yield
         finally:
+            before.give_back()
             vars(self.state).update(state)
             if isinstance(schedule, ReduceOnPlateau) and plateau is not None:
                 schedule.load_state_dict(plateau)

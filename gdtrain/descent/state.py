@@ -27,30 +27,18 @@ _ENDLESS = 2**62  # updates of a run without a planned end
 class State:
     """Where a run stands, and what is planned. Only the loop counts here; a checkpoint holds it."""
 
-    schedule: Schedule = field(default_factory=Constant)
-    """The factor on η; a plateau schedule has a state of its own."""
-    total_updates: int | None = None
-    """T; None: no end is planned."""
+    schedule: Schedule = field(default_factory=Constant)  # a plateau schedule has its own state
+    total_updates: int | None = None  # T; None: no end is planned
     updates_per_epoch: int = 1
-    """U."""
-    updates: int = 0
-    """Made so far."""
-    examples_seen: int = 0
-    """In these updates."""
-    rate_cut: float = 1.0
-    """A factor on η beside the schedule's, by recoveries from divergence."""
-    race: Race | None = None
-    """What found η; None: no race was held."""
-    micro_batch_size: int | None = None
-    """M; None: a whole batch, or not known yet."""
-    engine: str = "eager"
-    """Name of the engine that made the last updates."""
-    engine_before: str | None = None
-    """Of the run that is resumed, until an engine is chosen."""
-    random: RandomStates | None = None
-    """Of the run that is resumed, until it goes on."""
-    stop: Stop | None = None
-    """Why the run ends before all planned updates are made; not in its state in a checkpoint."""
+    updates: int = 0  # made so far
+    examples_seen: int = 0  # in these updates
+    rate_cut: float = 1.0  # a factor on η beside the schedule's, by recoveries from divergence
+    race: Race | None = None  # what found η; None: none was held
+    micro_batch_size: int | None = None  # M; None: a whole batch, or not known yet
+    engine: str = "eager"  # that made the last updates
+    engine_before: str | None = None  # of the run that is resumed, until an engine is chosen
+    random: RandomStates | None = None  # of the run that is resumed, until it goes on
+    stop: Stop | None = None  # why the run ends before T; not part of its state in a checkpoint
 
     def rate_factors(self, first: int, count: int) -> Tensor:
         """(K,), float64: the schedule's factors for K updates from `first` on, times `rate_cut`."""

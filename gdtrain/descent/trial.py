@@ -1,6 +1,7 @@
 """Everything that updates change, so that updates which are only tried leave no trace.
 
-What only evaluates J, and steps nothing, needs less: `gdtrain.objective.untouched`.
+`Loop.trial` puts back what a loop counts, too. What only evaluates J, and steps nothing, needs
+less: `gdtrain.objective.untouched`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.optim import Optimizer
 from gdtrain.generators import RandomStates
 from gdtrain.objective import Objective, buffers_of
 
-__all__ = ["Snapshot", "staying", "trial"]
+__all__ = ["Snapshot", "staying"]
 
 
 class Snapshot:
@@ -98,16 +99,6 @@ def staying(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         with torch.no_grad():
             for p, value in zip(params, before, strict=True):
                 p.copy_(value)
-
-
-@contextmanager
-def trial(objective: Objective, optimizer: Optimizer) -> Iterator[Snapshot]:
-    """Within it, anything may be tried; after it, all is as in the snapshot that it yields."""
-    before = Snapshot(objective, optimizer)
-    try:
-        yield before
-    finally:
-        before.give_back()
 
 
 def _owned(optimizer: Optimizer) -> list[Tensor]:

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 import torch
@@ -66,7 +66,7 @@ class SupervisedModule(RunView):
     (`BaseFinetuning`), set a group's "lr", or bring a scheduler (`StochasticWeightAveraging`): the
     next update has what they set.
 
-    It logs `loss/val`, `loss/test` and `metric/<name>/val`, `metric/<name>/test` for callbacks;
+    It logs `loss/val`, `metric/<name>/val` and those of "test" for callbacks;
     `gdtrain.callbacks.LossCurves` writes them, with the training loss, to the loggers.
 
     Args:
@@ -80,13 +80,12 @@ class SupervisedModule(RunView):
         metrics: By name, fed with `loss.decide(prediction)` and targets; None: accuracy for
             classes, R² and mean absolute error for numbers.
         decay_biases: Whether weight decay acts on biases and norms, when `optimizer` is a factory.
-        step_size: A rule that computes η (`gdtrain.step_sizes`), for an optimizer that is a factory
-            of gdtrain's; "auto": on the full batch with `GD`, Barzilai and Borwein's; else a short
-            race before the first update finds η (`gdtrain.descent.race`), and each step is bounded
-            by Polyak's; None: `lr` and the schedule alone.
-        engine: How the updates of a block are made: "eager", by autograd, for any module;
-            "compiled", by `torch.compile`; "native", linear models and MLPs on CPU, written by
-            hand; "auto", the fastest that applies (`engine_in_use` and `engine_reason` tell).
+        step_size: A rule that computes η (`gdtrain.step_sizes`), for a factory of gdtrain's;
+            "auto": on the full batch with `GD`, Barzilai and Borwein's; else a race before the
+            first update finds η, and Polyak's bounds each step; None: `lr` and the schedule alone.
+        engine: How updates are made: "eager", by autograd, for any module; "compiled", by
+            `torch.compile`; "native", linear models and MLPs on CPU; "auto", the fastest that
+            applies (`engine_in_use` and `engine_reason` tell).
 
     Raises:
         ValueError: `loss` is no `Loss`; later, data that do not fit it, an engine that does not
@@ -141,10 +140,9 @@ class SupervisedModule(RunView):
         self.validation: dict[str, float] = {}
         self.validated_at = -1
         self.planned_updates: int | None = None  # before a trainer has the module
-        self._validated: AbstractContextManager[None] | None = None
+        self._validated = ExitStack()
         self._hooks = UpdateHooks()
         self._renews_statistics = False  # of BatchNorm, at the end
-        self._single = ""  # where a pass over one example will come from, if one will
         self._outputs: int | None = None  # of the model, once it was tried
 
     # ------------------------------------------------------------------ set-up
@@ -201,13 +199,12 @@ class SupervisedModule(RunView):
         self._loop = loop = self._new_loop(loader, data)
         if self.total_updates is None and self.schedule_is_automatic:
             self.schedule = Constant()
+        self._hooks.listen(self._optimizer, isinstance(loader, IndexLoader))
+        loop.start()
         if isinstance(loader, IndexLoader):
             loader.epochs_per_iteration = epochs_at_once(
                 trainer, [self, *trainer.callbacks], data.count("val") > 0
             )
-        self._hooks.listen(self._optimizer, isinstance(loader, IndexLoader))
-        loop.start()
-        if isinstance(loader, IndexLoader):
             loader.watchers = self._hooks.watchers()
             # Lightning has fetched the first block already, before anybody could be asked.
             fetch_again(trainer)
@@ -231,7 +228,6 @@ class SupervisedModule(RunView):
                 rank=trainer.global_rank,
                 ranks=trainer.world_size,
             )
-        self._single = single_example(loader if plan is None else plan)
         loop = Loop(
             objective,
             self._optimizer,
@@ -316,10 +312,11 @@ class SupervisedModule(RunView):
                 f"Received: batches from another loader. Use engine=auto."
             )
         inputs, targets = map(self.to_model, batch)
-        if self._outputs is None:
-            self._outputs = check_examples(self.model, self.loss, inputs, targets, self._single)
-        targets = self.loss.as_targets(targets, self._outputs)
         loader: Any = self.trainer.train_dataloader
+        if self._outputs is None:
+            single = single_example(self.plan or loader)
+            self._outputs = check_examples(self.model, self.loss, inputs, targets, single)
+        targets = self.loss.as_targets(targets, self._outputs)
         data = cast(Any, self.trainer).datamodule
         micro = data.micro_batch_size if isinstance(loader, PairLoader) else None
         objective = Objective(self.model, self.loss, inputs, targets, micro)
@@ -357,15 +354,12 @@ class SupervisedModule(RunView):
     def on_validation_start(self) -> None:
         """Validate the average, if there is one."""
         if self.trainer.state.fn == "fit":
-            self._validated = self.averaged()
-            self._validated.__enter__()
+            self._validated.enter_context(self.averaged())
 
     def on_validation_end(self) -> None:
         """Go on from where training is."""
-        if self._validated is not None:
-            self._validated.__exit__(None, None, None)
-            self._validated = None
+        self._validated.close()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: without what belongs to a run."""
-        return {**super().__getstate__(), "_validated": None, "_hooks": UpdateHooks()}
+        return {**super().__getstate__(), "_validated": ExitStack(), "_hooks": UpdateHooks()}

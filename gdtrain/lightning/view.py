@@ -127,11 +127,8 @@ class RunView(EvaluatedModule):
         depends on validations (a plateau schedule, the history, the best checkpoint) leaves that
         one out, so that the resumed run is the same run.
         """
-        if self.plan is None:
-            return True
-        epoch, position = divmod(self.updates, self.updates_per_epoch)
-        every = self.trainer.check_val_every_n_epoch or 1
-        return self.updates == self.total_updates or (position == 0 and epoch % every == 0)
+        planned = self.total_updates, self.next_validation(self.updates - 1)
+        return self.plan is None or self.updates in planned
 
     def next_validation(self, update: int) -> int | None:
         """The smallest update number above one at which the run validates; None: it never does."""
