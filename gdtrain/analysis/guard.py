@@ -203,7 +203,7 @@ class DivergenceGuard:
             rectifies=any(isinstance(m, RECTIFIERS) for m in self._objective.model.modules()),
         )
         if verdict.lowest:
-            self._recovery.promote()
+            self._recovery.good = self._recovery.pending
         if verdict.failure is None:
             return
         update, finding = self._explained(verdict.failure)
@@ -297,9 +297,8 @@ class DivergenceGuard:
     def _names(self, update: int) -> Names:
         """What the user calls the examples of an update."""
         plan = self._run.plan
-        if plan is None:
-            return Names(features=self.features)
-        return Names(plan.block(update, 1)[0].tolist(), self.rows, self.features)
+        examples = None if plan is None else plan.block(update, 1)[0].tolist()
+        return Names(examples, self.rows, self.features)
 
     # ------------------------------------------------------------------ checkpoints
 

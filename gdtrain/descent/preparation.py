@@ -112,22 +112,20 @@ def single_example(loader: Any, objective: Objective | None = None) -> str:
         return ""
     if size is None:
         return ""
-    sizes = [size]
-    if count % size and not getattr(loader, "drop_last", False):
-        sizes.append(count % size)
-    if 1 in sizes:
+    if size == 1:
+        return "each update sees one"
+    last = 0 if getattr(loader, "drop_last", False) else count % size
+    if last == 1:
+        better = next(b for b in range(size + 1, count + 2) if count % b != 1)
         return (
-            "each update sees one"
-            if size == 1
-            else f"the last batch of an epoch has one: {count} examples in batches of {size}; "
-            f"batches of {next(b for b in range(size + 1, count + 2) if count % b != 1)} end "
-            f"otherwise"
+            f"the last batch of an epoch has one: {count} examples in batches of {size}; batches "
+            f"of {better} end otherwise"
         )
     if objective is None:
         return ""
     micro = objective.micro_batch_size
-    for size in sizes:
-        start, end = own_part(size, objective.rank, objective.ranks)
+    for batch in filter(None, (size, last)):
+        start, end = own_part(batch, objective.rank, objective.ranks)
         own = end - start
         if 1 in ({own} if micro is None else {min(micro, own), own % micro}):
             return (

@@ -143,10 +143,6 @@ class Recovery:
         self.first = _snapshot(objective, loop.optimizer, loop.updates)
         self.good = self.pending = self.latest = self.first
 
-    def promote(self) -> None:
-        """The state at the start of the stretch is the last good one."""
-        self.good = self.pending
-
     def go_back(self, *, to_the_first: bool = False) -> int:
         """Put the last good state back (or let the one at the origin be that); says its update."""
         self.good = self.first if to_the_first else self.good

@@ -1,16 +1,16 @@
 """The descent by itself: by hand, in pieces, tried and taken back, and as through Lightning."""
 
 import copy
-import subprocess
-import sys
 from contextlib import suppress
 from functools import partial
 
 import pytest
 import torch
+from lightning import Trainer
 from torch import nn
 
-from gdtrain import GD, SGD, MiniBatchSGD
+from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
+from gdtrain.data import EmbeddedDataModule
 from gdtrain.descent.loop import Loop
 from gdtrain.descent.optimizer import make_optimizer
 from gdtrain.descent.plan import Every, Plan
@@ -281,11 +281,6 @@ VARIANTS = {
 
 def both(data, batch_size, epochs, model, factory, schedule, **options):
     """The module of a run through Lightning, and the loop of the same run without."""
-    from lightning import Trainer
-
-    from gdtrain import SupervisedModule
-    from gdtrain.data import EmbeddedDataModule
-
     data = EmbeddedDataModule(data, batch_size=batch_size, seed=7)
     plain = copy.deepcopy(model)
     module = SupervisedModule(model, CrossEntropy(), factory, schedule, **options)
@@ -324,36 +319,3 @@ def test_lr_auto_is_the_same_run_as_through_lightning(variant):
     model = MLP((4,), 3, hidden=[8])
     module, loop = both("iris", batch_size, 5 * epochs, model, kind, "auto", step_size="auto")
     assert loop.state.race == module.race
-
-
-WITHOUT = """
-import sys
-from functools import partial
-import torch
-from sklearn.datasets import load_digits
-from gdtrain import GD, SGD, MiniBatchSGD
-from gdtrain.descent.training import train
-from gdtrain.losses import CrossEntropy
-from gdtrain.models import MLP
-
-digits = load_digits()
-x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
-torch.manual_seed(0)
-for kind, size, epochs in ((GD, "full", 20), (SGD, 1, 1), (MiniBatchSGD, 32, 5)):
-    model = MLP((64,), 10, hidden=[16])
-    run = train(model, CrossEntropy(), x, y, partial(kind, lr=0.1), batch_size=size, epochs=epochs)
-    tenth = len(run.losses) // 10 or 1
-    assert run.losses[-tenth:].mean() < run.losses[:tenth].mean(), kind
-
-import pkgutil, importlib
-import gdtrain.descent
-for module in pkgutil.iter_modules(gdtrain.descent.__path__, "gdtrain.descent."):
-    importlib.import_module(module.name)
-foreign = {"lightning", "pytorch_lightning", "hydra", "tensorboard"} & set(sys.modules)
-assert not foreign, foreign
-"""
-
-
-def test_the_descent_knows_no_lightning():
-    done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -102,7 +102,7 @@ def test_which_states_are_kept():
     assert keep(recovery, loop, 8)
     places = recovery.first, recovery.good, recovery.pending, recovery.latest
     assert [kept.update for kept in places] == [1, 1, 9, 9]
-    recovery.promote()
+    recovery.good = recovery.pending
     assert recovery.go_back() == 9
     assert recovery.go_back(to_the_first=True) == recovery.go_back() == 1
     recovery.begin_again(loop, loop.objective)
