@@ -103,8 +103,6 @@ class DivergenceGuard:
         assert self._loop is not None, "asked while training only"
         return self._loop
 
-    # ------------------------------------------------------------------ what the loop calls
-
     def start(self, loop: Loop) -> None:
         """Start anew, unless a run is resumed."""
         self._loop, self._begun = loop, False
@@ -158,8 +156,6 @@ class DivergenceGuard:
         if self._begun and self._losses and (final or not (stop or loop.watched.is_finite())):
             self._settle(last=True)
         self._loop = None
-
-    # ------------------------------------------------------------------ at a station
 
     def _begin(self, objective: Objective, indices: Tensor) -> None:
         """Choose the probe, and see what the loss is before the first update."""
@@ -299,8 +295,6 @@ class DivergenceGuard:
         plan = self._run.plan
         examples = None if plan is None else plan.block(update, 1)[0].tolist()
         return Names(examples, self.rows, self.features)
-
-    # ------------------------------------------------------------------ checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors."""

@@ -44,8 +44,7 @@ class Divergence(Callback):
     update (but at least a tenth of that of predicting 0).
 
     At a station that shows a failure the updates are made again from a state that was kept, up to
-    the one that failed, and that is examined: its inputs, targets and parameters, the loss of each
-    example, and the gradient.
+    the one that failed, which is examined: inputs, targets, parameters, losses and gradient.
 
     With action="recover" parameters, the optimizer's state and the generators go back to the
     station from which on the mean loss (of 64 updates, and 256 examples, at least) was lowest so

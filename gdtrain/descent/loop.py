@@ -143,8 +143,8 @@ class Loop:
             self.state.total_updates = plan.total
             self.state.updates_per_epoch = plan.updates_per_epoch
         self.races, self.guard = races, guard
-        # J and the examples of an update once more, where they come from a loader.
-        self.fetch: Callable[[int], tuple[Objective, Tensor]] | None = None
+        # From an update and a count, K at most, to J and the (K, B) examples of the plan there.
+        self.examples: Callable[[int, int], tuple[Objective, Tensor]] = self._resident
         # The smallest update number above one at which the run is validated.
         self.next_validation: Callable[[int], int | None] = lambda update: None
         # Around the updates that count, and no others.
@@ -191,12 +191,9 @@ class Loop:
         """Names the random numbers of an update, for `Objective`."""
         return (self._draws << 32) + update
 
-    def examples(self, update: int, count: int) -> tuple[Objective, Tensor]:
-        """J, and which examples at most so many updates of the plan see, from one on."""
+    def _resident(self, update: int, count: int) -> tuple[Objective, Tensor]:
         assert self.plan is not None
-        if self.objective is None:
-            assert self.fetch is not None
-            return self.fetch(update)
+        assert self.objective is not None
         indices = self.plan.block(update, count)
         return self.objective, indices.to(self.objective.targets.device)
 
@@ -326,9 +323,9 @@ class Loop:
         """The next sweep of the plan."""
         if self.plan is None or self.done:
             made = f"{self.updates} updates made of {self.total_updates}"
-            received = "no plan" if self.plan is None else str(self.state.stop or made)
+            what = "no plan" if self.plan is None else self.state.stop or made
             raise ValueError(
-                f"A sweep needs a plan with updates left, or indices. Received: {received}."
+                f"A sweep needs a plan with updates left, or indices. Received: {what}."
             )
         before = None if self.guard is None else self.guard.next_update(self.updates)
         return self.plan.sweep(self.updates, before)

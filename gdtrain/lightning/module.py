@@ -241,7 +241,7 @@ class SupervisedModule(RunView):
         loop.next_validation = self.next_validation
         loop.updating = lambda: self._hooks.updating(loop.optimizer)
         if isinstance(loader, PairLoader):
-            loop.fetch = lambda update: self.named(loader.batch(update))
+            loop.examples = lambda update, count: self.named(loader.batch(update))
         loop.has_own_scheduler = lambda: bool(trainer.lr_scheduler_configs)  # a callback's
         loop.restores_on_error = any(  # what it saves is the state that is counted
             isinstance(callback, OnExceptionCheckpoint) for callback in trainer.callbacks
