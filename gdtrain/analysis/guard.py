@@ -155,7 +155,7 @@ class DivergenceGuard:
         # A run that was only told to stop may go on, as if nobody had looked.
         if self._begun and self._losses and (final or not (stop or loop.watched.is_finite())):
             self._settle(last=True)
-        self._loop = None
+        self._loop, self._probe = None, None
 
     def _begin(self, objective: Objective, indices: Tensor) -> None:
         """Choose the probe, and see what the loss is before the first update."""
