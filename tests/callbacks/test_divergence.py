@@ -1,5 +1,6 @@
 """Divergence: each cause found where it was put in, recoveries, and no alarm on healthy runs."""
 
+import itertools
 import json
 import math
 import re
@@ -432,20 +433,13 @@ def test_a_plain_loader(monkeypatch, retained):
     "seeds", [range(1), pytest.param(range(1, 4), marks=pytest.mark.slow)], ids=["one", "more"]
 )
 def test_healthy_runs_raise_no_alarm(name, batch_size, lr, epochs, seeds):
-    for seed in seeds:
-        for model in (
-            Linear,
-            partial(MLP, hidden=[32]),
-            partial(MLP, hidden=[32], activation="tanh"),
-        ):
-            for rate in (lr, lr / 100):
-                module, data = make(name, model, batch_size, rate, weights=seed, seed=seed)
-                watch = Divergence(action="stop")
-                result = train(
-                    module, data, watch, max_epochs=epochs, check_val_every_n_epoch=epochs
-                )
-                assert result.stop.reason is StopReason.BUDGET, result.stop
-                assert module.rate_cut == 1.0
+    models = Linear, *(partial(MLP, hidden=[32], activation=a) for a in ("relu", "tanh"))
+    for seed, model, rate in itertools.product(seeds, models, (lr, lr / 100)):
+        module, data = make(name, model, batch_size, rate, weights=seed, seed=seed)
+        budget = {"max_epochs": epochs, "check_val_every_n_epoch": epochs}
+        result = train(module, data, Divergence(action="stop"), **budget)
+        assert result.stop.reason is StopReason.BUDGET, result.stop
+        assert module.rate_cut == 1.0
 
 
 def test_heavy_tails_raise_no_alarm():
