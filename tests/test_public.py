@@ -49,11 +49,11 @@ def test_a_public_name_has_an_example():
         assert not is_ours(item) or ">>>" in item.__doc__, f"{name}.{entry}"
 
 
-def test_analyses_import_no_lightning():
+def test_descent_and_analyses_import_no_lightning():
     code = (
         "import sys; [__import__(name) for name in sys.argv[1:]]; print('lightning' in sys.modules)"
     )
-    names = [name for name in MODULES if name.startswith("gdtrain.analysis.")]
+    names = [name for name in MODULES if name.startswith(("gdtrain.analysis.", "gdtrain.descent."))]
     done = subprocess.run(
         [sys.executable, "-c", code, *names], capture_output=True, text=True, check=True
     )

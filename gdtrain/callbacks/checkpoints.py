@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
@@ -131,4 +130,4 @@ class BestAndLast(Checkpoint):
 
 def _spoilt(module: SupervisedModule) -> bool:
     """Whether a parameter or buffer is not finite: such a model is never saved."""
-    return not all(bool(torch.isfinite(t).all()) for t in module.watched().values())
+    return not module.loop.watched.is_finite()

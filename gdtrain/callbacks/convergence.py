@@ -31,7 +31,6 @@ from gdtrain.descent.stationarity import (
 )
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.models.dropout import Dropout
-from gdtrain.objective import untouched
 from gdtrain.optim.protocol import update_rules
 from gdtrain.ranges import Interval, Whole
 
@@ -291,9 +290,9 @@ class Convergence(Callback):
         seed = np.random.SeedSequence([int(again), self._module.updates, data_seed])
         generator = torch.Generator().manual_seed(int(seed.generate_state(1, np.uint64)[0] >> 1))
         every_example = 2 * PAIRS * size >= self._count and not _drops(objective.model)
-        context, micro = trainer.precision_plugin.train_step_context(), objective.micro_batch_size
-        with untouched(objective.model), torch.enable_grad(), context:
-            found = look(
+        context = trainer.precision_plugin.train_step_context()
+        with self._module.loop.trial(), torch.enable_grad(), context:
+            return look(
                 Slopes(objective, trainer.optimizers[0]),
                 generator,
                 size=size,
@@ -302,8 +301,6 @@ class Convergence(Callback):
                 balance=balance,
                 confidence=self.confidence,
             )
-        objective.micro_batch_size = micro  # which a look may have found
-        return found
 
     def _can_be_at_the_floor(self) -> bool:
         below = self._batch_size < self._count

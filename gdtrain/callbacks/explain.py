@@ -57,15 +57,15 @@ class ExplainUpdate(Callback):
             )
         if module.updates != self.update:
             return
+        loop = module.loop
         objective, indices = module.named(batch)
 
         def make() -> float:
-            module.make_updates(batch, self.update)
-            return float(module.rates[0])
+            loop.make_updates(objective, indices, self.update)
+            return float(loop.engine.rates[0])
 
-        self.found = explain_made(
-            objective, trainer.optimizers[0], indices[0], make, draw=module.draw_of(self.update)
-        )
+        draw = loop.draw_of(self.update)
+        self.found = explain_made(objective, loop.optimizer, indices[0], make, draw=draw)
         trainer.should_stop = True
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:

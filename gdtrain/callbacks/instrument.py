@@ -203,7 +203,7 @@ class _InstrumentsOfRun:
                     self._loader,
                     number,
                     module.rate_factors(number, 1),
-                    draw=module.draw_of(0),
+                    draw=module.loop.draw_of(0),
                     with_next=following and number + 1 != module.total_updates,
                 )
         update = self._update if instrument in self._due else None

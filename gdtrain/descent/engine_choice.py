@@ -22,59 +22,23 @@ _log = logging.getLogger("gdtrain")
 
 
 def check_engine(name: str) -> None:
-    """Raise where there is no such engine.
-
-    Args:
-        name: "auto", or of an engine.
-
-    Raises:
-        ValueError: It is neither.
-
-    Example:
-        >>> check_engine("auto")
-    """
+    """Raise where there is no such engine, and it is not "auto"."""
     if name not in ("auto", *ENGINES):
         raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}. Received: {name!r}.")
 
 
 class EngineChoice:
-    """Makes updates with an engine that is chosen at the first of them.
+    """Makes updates with an engine that is chosen at the first of them, and named in the state.
 
-    Args:
-        objective: J of the run; None: each sweep has its own, and eager makes its updates.
-        optimizer: Of the model's parameters; its groups have "initial_lr".
-        wanted: "eager", "compiled", "native"; "auto": the fastest that applies.
-        state: Of the run, where the engine's name is kept.
-
-    Raises:
-        ValueError: There is no such engine.
-
-    Example:
-        >>> from gdtrain import GD
-        >>> from gdtrain.losses import SquaredError
-        >>> model, x = torch.nn.Linear(1, 1), torch.ones(3, 1)
-        >>> objective = Objective(model, SquaredError(), x, x[:, 0])
-        >>> optimizer = GD([{"params": model.parameters(), "initial_lr": 0.1}])
-        >>> engine = EngineChoice(objective, optimizer, "eager", State())
-        >>> losses = engine.run(objective, torch.arange(3)[None], torch.ones(1), draw=0)
-        >>> engine.reason, engine.rates
-        ('as asked', tensor([0.1000], dtype=torch.float64))
+    Without an objective of the run, each sweep has its own, and eager makes its updates.
     """
 
     def __init__(
-        self,
-        objective: Objective | None,
-        optimizer: Optimizer,
-        wanted: EngineName,
-        state: State,
+        self, objective: Objective | None, optimizer: Optimizer, wanted: EngineName, state: State
     ) -> None:
         check_engine(wanted)
-        self.objective, self.optimizer, self.wanted, self.state = (
-            objective,
-            optimizer,
-            wanted,
-            state,
-        )
+        self.objective, self.optimizer = objective, optimizer
+        self.wanted, self.state = wanted, state
         self.reason = ""
         self.rates = torch.zeros(0, dtype=torch.float64)
         """(K,): η of the first group at each of the updates that were made last."""
@@ -92,19 +56,10 @@ class EngineChoice:
         self._engine, self.state.engine = None, "eager"
 
     def run(self, objective: Objective, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
-        """Make K updates.
+        """Make K updates, on indices (K, B) with the schedule's factors (K,), float64.
 
-        Args:
-            objective: J of their examples.
-            indices: (K, B), int64.
-            factors: (K,), float64, of the schedule.
-            draw: Names the random numbers of the first update.
-
-        Returns:
-            (K,), J on each update's examples before it.
-
-        Raises:
-            ValueError: The engine that was asked for does not apply.
+        `draw` names the random numbers of the first. Returned is (K,), J on each update's examples
+        before it.
         """
         if objective is not self.objective:  # of one batch
             return self._run_on(Eager(objective, self.optimizer), indices, factors, draw)

@@ -8,16 +8,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gdtrain.descent.average import Average
 from gdtrain.descent.engine_choice import EngineChoice
 from gdtrain.descent.plan import Plan
 from gdtrain.descent.preparation import (
@@ -27,40 +26,29 @@ from gdtrain.descent.preparation import (
     use_channels_last,
 )
 from gdtrain.descent.race import race
+from gdtrain.descent.recovery import Guard, Watched
 from gdtrain.descent.state import State
-from gdtrain.descent.trial import Snapshot, trial
+from gdtrain.descent.trial import Snapshot
 from gdtrain.engines import EngineName
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective
 from gdtrain.optim.protocol import step_size_of
 from gdtrain.schedules import ReduceOnPlateau, Schedule
-from gdtrain.step_sizes import StochasticPolyak
+from gdtrain.step_sizes import StepSize, StochasticPolyak
 
 __all__ = ["Loop", "SweepOutput"]
 
 _log = logging.getLogger("gdtrain")
 
-_SWEEP_SECONDS = (
-    0.1  # that a sweep of automatic length takes: what surrounds it then costs below 1%
-)
-_MOST_UPDATES = 2**16  # of such a sweep
+_SWEEP_SECONDS = 0.1  # of automatic length: what surrounds a sweep then costs below 1%
+_MOST_UPDATES = 2**16  # in such a sweep
 _SCHEDULED = "scheduled_lr"  # of a group: its "lr" as the schedule left it
 
 
 @dataclass(frozen=True)
 class SweepOutput:
-    """What one sweep of K updates gives out.
-
-    Args:
-        first: Number of its first update, from 0.
-        losses: (K,), J on each update's examples before that update.
-        rates: (K,), float64, η of the first group at each update.
-        seconds: That all took.
-        examples: B, how many made one update.
-
-    Example:
-        >>> SweepOutput(4, torch.ones(2), torch.ones(2), 0.1, 8).updates
-        2
+    """What one sweep of K updates gives out: the number of its first update, (K,) losses J on each
+    update's examples before it, (K,) rates η of the first group, seconds, and B.
     """
 
     first: int
@@ -75,6 +63,50 @@ class SweepOutput:
         return len(self.losses)
 
 
+class Average:
+    """Puts the average that some step-size rules keep in the parameters' place: for a while, for
+    evaluation, or at the end.
+    """
+
+    def __init__(self, optimizer: Optimizer, state: State) -> None:
+        self._optimizer, self._state = optimizer, state
+        self._shown = self._ended = False
+
+    @property
+    def _rule(self) -> StepSize | None:
+        rule = step_size_of(self._optimizer)
+        if rule is None or rule.average is None or not self._state.updates or self._ended:
+            return None
+        return rule
+
+    @property
+    def is_hidden(self) -> bool:
+        """Whether there is one that the parameters are not."""
+        return self._rule is not None
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within it, the parameters are the average, if there is one."""
+        rule = self._rule
+        if rule is None or self._shown:
+            yield
+            return
+        rule.eval(self._optimizer)
+        self._shown = True
+        try:
+            yield
+        finally:
+            self._shown = False
+            rule.train(self._optimizer)
+
+    def end(self) -> None:
+        """Leave the average in the parameters' place, if there is one."""
+        rule = self._rule
+        if rule is not None:
+            rule.eval(self._optimizer)
+            self._ended = True
+
+
 class Loop:
     """Descends on an objective, update by update; needs no Lightning.
 
@@ -82,35 +114,12 @@ class Loop:
 
     It owns the state: only here are updates made and counted. Between two sweeps anybody may freeze
     or free parameters, add groups to the optimizer or set a group's "lr": the next has what they
-    set.
+    set. A guard sees each sweep first: where the run has failed, it sets it back or ends it.
 
-    Args:
-        objective: J over resident examples; None: each sweep comes with its own.
-        optimizer: Of the model's parameters; its groups have "initial_lr" (`make_optimizer` sets
-            it).
-        plan: Which examples make which update; None: sweeps are handed to `advance`.
-        schedule: The factor on η; None: constant. It belongs to this run.
-        engine: "eager", "compiled", "native"; "auto": the fastest that applies.
-        state: Where the run stands; None: at its start.
-        seed: Names the random numbers of gdtrain's layers; None: the plan's.
-        races: Whether η is found by a race, where the optimizer's rule is `StochasticPolyak`.
-
-    Raises:
-        ValueError: There is no such engine.
-
-    Example:
-        >>> from gdtrain import GD
-        >>> from gdtrain.descent.optimizer import make_optimizer
-        >>> from gdtrain.losses import SquaredError
-        >>> x = torch.linspace(-1, 1, 9)[:, None]
-        >>> model = torch.nn.Linear(1, 1)
-        >>> objective = Objective(model, SquaredError(), x, 3 * x[:, 0] + 1)
-        >>> optimizer = make_optimizer(lambda groups: GD(groups, lr=0.5), model, SquaredError())
-        >>> loop = Loop(objective, optimizer, Plan(9, 9, total=100))
-        >>> while not loop.done:
-        ...     output = loop.advance()
-        >>> loop.updates, [round(p.item(), 3) for p in model.parameters()]
-        (100, [3.0, 1.0])
+    Without an objective, each sweep comes with its own, of `model`; without a plan, each sweep's
+    indices are handed to `advance`. The groups of the optimizer have "initial_lr", as
+    `make_optimizer` sets it; with `races`, η is found by a race, where the rule is
+    `StochasticPolyak`. The plan's seed names the random numbers of gdtrain's layers, too.
     """
 
     def __init__(
@@ -118,30 +127,32 @@ class Loop:
         objective: Objective | None,
         optimizer: Optimizer,
         plan: Plan | None,
-        schedule: Schedule | None = None,
         *,
+        model: nn.Module | None = None,
         engine: EngineName = "auto",
         state: State | None = None,
-        seed: int | None = None,
         races: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         self.objective, self.optimizer, self.plan = objective, optimizer, plan
+        self.model = objective.model if objective is not None else model
         self.state = State() if state is None else state
-        if schedule is not None:
-            self.state.schedule = schedule
         self.engine = EngineChoice(objective, optimizer, engine, self.state)
         self.average = Average(optimizer, self.state)
         if plan is not None:
             self.state.total_updates = plan.total
             self.state.updates_per_epoch = plan.updates_per_epoch
-        self.races = races
+        self.races, self.guard = races, guard
+        # From an update and a count, K at most, to J and the (K, B) examples of the plan there.
+        self.examples: Callable[[int, int], tuple[Objective, Tensor]] = self._resident
+        # The smallest update number above one at which the run is validated.
+        self.next_validation: Callable[[int], int | None] = lambda update: None
+        # Around the updates that count, and no others.
+        self.updating: Callable[[], AbstractContextManager[None]] = nullcontext
+        # Whether somebody sets η of each group beside the schedule, which then stands back.
         self.has_own_scheduler: Callable[[], bool] = lambda: False
-        """Whether somebody sets η of each group beside the schedule, which then stands back."""
-        self.restores_on_error = False
-        """Whether a sweep that raises leaves the state that is counted."""
-        if seed is None:
-            seed = 0 if plan is None else plan.seed
-        self._draws = seed & (2**30 - 1)
+        self.restores_on_error = False  # whether a sweep that raises leaves the counted state
+        self._draws = 0 if plan is None else plan.seed & (2**30 - 1)
         self._owned = 0  # parameters of the optimizer, in all groups
         self._started = False
         if objective is not None and self.state.micro_batch_size is not None:
@@ -166,39 +177,50 @@ class Loop:
 
     @property
     def done(self) -> bool:
-        """Whether all planned updates are made."""
-        return self.total_updates is not None and self.updates >= self.total_updates
+        """Whether all planned updates are made, or there is another reason to end."""
+        over = self.total_updates is not None and self.updates >= self.total_updates
+        return over or self.state.stop is not None
 
     def rate_factors(self, first: int, count: int) -> Tensor:
-        """As `State.rate_factors`; without the schedule's, where somebody else sets η.
-
-        Args:
-            first: Update number, from 0.
-            count: K.
-
-        Returns:
-            (K,), float64.
-        """
+        """As `State.rate_factors`; without the schedule's, where somebody else sets η."""
         if self.has_own_scheduler():
             return torch.full((count,), self.state.rate_cut, dtype=torch.float64)
         return self.state.rate_factors(first, count)
 
     def draw_of(self, update: int) -> int:
-        """Names the random numbers of an update, for `Objective`.
-
-        Args:
-            update: From 0.
-        """
+        """Names the random numbers of an update, for `Objective`."""
         return (self._draws << 32) + update
+
+    def _resident(self, update: int, count: int) -> tuple[Objective, Tensor]:
+        assert self.plan is not None
+        assert self.objective is not None
+        indices = self.plan.block(update, count)
+        return self.objective, indices.to(self.objective.targets.device)
 
     # ------------------------------------------------------------------ start and end
 
-    def prepare(self) -> None:
-        """Look whether model, loss and examples fit, and lay the model out in memory.
+    def start(self) -> None:
+        """Go on from the state: look whether all fits; η by a race, before the first update."""
+        self._started = True
+        self._prepare()
+        if self.state.random is not None:
+            self.state.random.restore()
+            self.state.random = None
+        self.state.check_end()
+        if self.objective is not None:
+            self.state.micro_batch_size = self.objective.micro_batch_size
+        groups = self.optimizer.param_groups
+        self._owned = sum(len(group["params"]) for group in groups)
+        self.watched = Watched(self.model)
+        if self.races and self.updates == 0:
+            self._find_rate()
+        for group in groups:
+            group[_SCHEDULED] = group["lr"]
+        if self.guard is not None:
+            self.guard.start(self)
 
-        Raises:
-            ValueError: They do not fit.
-        """
+    def _prepare(self) -> None:
+        """Look whether model, loss and examples fit, and lay the model out in memory."""
         objective, plan = self.objective, self.plan
         if objective is None or plan is None:
             return
@@ -211,28 +233,14 @@ class Loop:
         if step_size_of(self.optimizer) is not None:
             self.optimizer.batch_fraction = plan.batch_size / plan.num_examples  # type: ignore[attr-defined]
 
-    def start(self) -> None:
-        """Go on from the state: its generators; η by a race, before the first update.
-
-        Raises:
-            ValueError: The schedule asks for an end that is not planned, or no race can be held.
-        """
-        self._started = True
-        if self.state.random is not None:
-            self.state.random.restore()
-            self.state.random = None
-        self.state.check_end()
-        if self.objective is not None:
-            self.state.micro_batch_size = self.objective.micro_batch_size
-        groups = self.optimizer.param_groups
-        self._owned = sum(len(group["params"]) for group in groups)
-        if self.races and self.updates == 0:
-            self._find_rate()
-        for group in groups:
-            group[_SCHEDULED] = group["lr"]
+    def settle(self) -> None:
+        """Let the guard read what it has not read: the run ends here. Again, it changes nothing."""
+        if self.guard is not None:
+            self.guard.end()
 
     def finish(self) -> None:
         """End at the average, if the rule keeps one, and in the default layout."""
+        self.settle()
         self.average.end()
         if self.objective is not None:
             restore_layout(self.objective.model)
@@ -270,36 +278,33 @@ class Loop:
     def advance(
         self, indices: Tensor | None = None, objective: Objective | None = None
     ) -> SweepOutput:
-        """Make the updates of one sweep, and count them.
+        """Make the updates of one sweep, count them, and let the guard answer where they failed.
 
-        Args:
-            indices: (K, B), int64; None: the next sweep of the plan.
-            objective: J of their examples; None: that of the loop.
-
-        Returns:
-            What the sweep gives out.
-
-        Raises:
-            ValueError: All planned updates are made, or nothing names the examples.
+        Without (K, B) indices, it is the next sweep of the plan; without an objective, J of their
+        examples is that of the loop.
         """
         if not self._started:
-            self.prepare()
             self.start()
         first = self.updates
         if indices is None:
-            if self.plan is None or self.done:
-                raise ValueError(
-                    f"A sweep needs a plan with updates left, or indices. Received: "
-                    f"{'no plan' if self.plan is None else f'{first} updates made of {first}'}."
-                )
-            indices = self.plan.sweep(first)
+            indices = self._planned()
         objective = self.objective if objective is None else objective
         assert objective is not None, "a loop without an objective is handed one"
         indices = indices.to(objective.targets.device)
-        self.follow_changes()
-        started = time.perf_counter()
-        with self._restoring(objective):
-            losses = self.make_updates(objective, indices, first)
+        if self.guard is not None:
+            self.follow_changes()
+            self.guard.before(objective, indices)
+        with self.updating():
+            self.follow_changes()
+            restores = self.restores_on_error and objective is self.objective
+            before = Snapshot(objective, self.optimizer) if restores else None
+            started = time.perf_counter()
+            try:
+                losses = self.make_updates(objective, indices, first)
+            except BaseException:
+                if before is not None:
+                    before.give_back()
+                raise
         if losses.is_cuda:
             torch.cuda.synchronize()  # once per sweep: its time is measured
         seconds = time.perf_counter() - started
@@ -309,20 +314,27 @@ class Loop:
         if self.objective is not None:
             state.micro_batch_size = self.objective.micro_batch_size
         self._adapt_sweeps(len(indices), seconds)
-        return SweepOutput(first, losses, self.engine.rates, seconds, indices.shape[1])
+        output = SweepOutput(first, losses, self.engine.rates, seconds, indices.shape[1])
+        if self.guard is not None:
+            self.guard.after(output)
+        return output
+
+    def _planned(self) -> Tensor:
+        """The next sweep of the plan."""
+        if self.plan is None or self.done:
+            made = f"{self.updates} updates made of {self.total_updates}"
+            what = "no plan" if self.plan is None else self.state.stop or made
+            raise ValueError(
+                f"A sweep needs a plan with updates left, or indices. Received: {what}."
+            )
+        before = None if self.guard is None else self.guard.next_update(self.updates)
+        return self.plan.sweep(self.updates, before)
 
     def make_updates(self, objective: Objective, indices: Tensor, first: int) -> Tensor:
-        """Make updates from the parameters as they are; nothing is counted.
+        """Make the updates of (K, B) indices from the parameters as they are; nothing is counted.
 
-        η of each is then in `engine.rates`.
-
-        Args:
-            objective: J of their examples.
-            indices: (K, B), int64.
-            first: Number of the first of these updates, which schedule and dropout depend on.
-
-        Returns:
-            (K,), J on each update's examples before it.
+        Schedule and dropout depend on the number of the first. η of each is then in `engine.rates`;
+        returned is (K,), J on each update's examples before it.
         """
         factors = self.rate_factors(first, len(indices))
         losses = self.engine.run(objective, indices, factors, self.draw_of(first))
@@ -355,18 +367,6 @@ class Loop:
             objective.params, self._owned = trainable, owned
             self.engine.choose_again()
 
-    @contextmanager
-    def _restoring(self, objective: Objective) -> Iterator[None]:
-        before = None
-        if self.restores_on_error and objective is self.objective:
-            before = Snapshot(objective, self.optimizer)
-        try:
-            yield
-        except BaseException:
-            if before is not None:
-                before.give_back()
-            raise
-
     def _adapt_sweeps(self, count: int, seconds: float) -> None:
         """Let automatic sweeps take a tenth of a second: no update depends on their length."""
         plan, objective = self.plan, self.objective
@@ -392,30 +392,31 @@ class Loop:
         owned, engine = self._owned, dict(vars(self.engine))
         params, micro = objective.params, objective.micro_batch_size
         length = None if self.plan is None else self.plan.updates_per_sweep
+        guard, self.guard = self.guard, None
+        before = Snapshot(objective, self.optimizer)
         try:
-            with trial(objective, self.optimizer):
-                yield
+            yield
         finally:
+            before.give_back()
             vars(self.state).update(state)
             if isinstance(schedule, ReduceOnPlateau) and plateau is not None:
                 schedule.load_state_dict(plateau)
             vars(self.engine).update(engine)
-            self._owned = owned
+            self._owned, self.guard = owned, guard
             objective.params, objective.micro_batch_size = params, micro
             if self.plan is not None and length is not None:
                 self.plan.updates_per_sweep = length
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on beside parameters, buffers and optimizer."""
-        return self.state.state_dict()
+        guard = None if self.guard is None else self.guard.state_dict()
+        return {**self.state.state_dict(), "guard": guard}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; model and optimizer load theirs themselves.
-
-        Args:
-            state: Of a run with the same objective, optimizer, plan and schedule.
-        """
+        """Go on from what `state_dict` returned; model and optimizer load theirs themselves."""
         self.state.load_state_dict(state)
+        if self.guard is not None and state.get("guard") is not None:
+            self.guard.load_state_dict(state["guard"])
         self.engine.choose_again()
         self._started = False
         if self.objective is not None:

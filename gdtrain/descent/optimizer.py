@@ -21,17 +21,7 @@ __all__ = ["automatic_schedule", "check_step_size", "make_optimizer", "parameter
 def parameter_groups(model: nn.Module, decay_biases: bool = False) -> list[dict[str, Any]]:
     """A model's trainable parameters, biases and the parameters of norms apart, without decay.
 
-    Args:
-        model: Any module.
-        decay_biases: Put all into one group instead.
-
-    Returns:
-        Parameter groups for an optimizer.
-
-    Example:
-        >>> groups = parameter_groups(nn.Linear(3, 2))
-        >>> [len(group["params"]) for group in groups], groups[1]["weight_decay"]
-        ([1, 1], 0.0)
+    With `decay_biases`, all are in one group.
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
@@ -56,32 +46,9 @@ def make_optimizer(
 ) -> Optimizer:
     """The optimizer of a run, whose groups have "initial_lr", as the engines need it.
 
-    Args:
-        made: From parameters or groups to an optimizer; or an optimizer of the model's parameters.
-        model: That is trained.
-        loss: Per example.
-        decay_biases: Whether weight decay acts on biases and norms, when `made` is a factory.
-        step_size: A rule that computes η, for a factory of gdtrain's; "auto": on the full batch
-            with `GD`, Barzilai and Borwein's; else a race finds η, and Polyak's step bounds it.
-        total_updates: T, for rules that ask for it; None: not known.
-        races: Whether examples are resident, so that a race can be held.
-
-    Returns:
-        With a rule, its lr is 1: only the unit of the schedule.
-
-    Raises:
-        ValueError: The optimizer is differentiable, or a rule does not go with it.
-
-    Example:
-        >>> from functools import partial
-        >>> from gdtrain import GD, SGD
-        >>> from gdtrain.losses import SquaredError
-        >>> made = make_optimizer(partial(SGD, lr=0.1), nn.Linear(2, 1), SquaredError())
-        >>> [group["initial_lr"] for group in made.param_groups]
-        [0.1, 0.1]
-        >>> made = make_optimizer(GD, nn.Linear(2, 1), SquaredError(), step_size="auto")
-        >>> type(made.step_size).__name__
-        'BarzilaiBorwein'
+    With a rule for the step size, its lr is 1: only the unit of the schedule. "auto" is, on the
+    full batch with `GD`, Barzilai and Borwein's; else a race finds η, if one can be held over
+    resident examples (`races`), and Polyak's step bounds it.
     """
     check_step_size(step_size, made)
     if not isinstance(made, Optimizer):
@@ -109,19 +76,7 @@ def make_optimizer(
 def check_step_size(
     step_size: StepSize | Literal["auto"] | None, optimizer: Callable[..., Optimizer] | Optimizer
 ) -> None:
-    """Raise where a rule is none, or does not reach the optimizer.
-
-    Args:
-        step_size: As for `make_optimizer`.
-        optimizer: A factory, or an optimizer.
-
-    Raises:
-        ValueError: It is no rule, or the optimizer is made already.
-
-    Example:
-        >>> from gdtrain import SGD
-        >>> check_step_size("auto", SGD)
-    """
+    """Raise where a rule is none, or does not reach the optimizer, which is made already."""
     if not (step_size is None or step_size == "auto" or isinstance(step_size, StepSize)):
         raise ValueError(
             f"step_size must be a rule of gdtrain.step_sizes, 'auto' or None. Received: "
@@ -152,16 +107,7 @@ def _automatic_rule(optimizer: Optimizer, loss: Loss, races: bool) -> StepSize:
 
 
 def automatic_schedule(optimizer: Optimizer) -> Schedule:
-    """Constant where a rule finds each step's length, or decays it; else a schedule that decays.
-
-    Args:
-        optimizer: Of the run.
-
-    Example:
-        >>> from gdtrain import SGD
-        >>> type(automatic_schedule(SGD(nn.Linear(1, 1).parameters(), lr=0.1))).__name__
-        'WarmupStableDecay'
-    """
+    """Constant where a rule finds each step's length, or decays it; else a schedule that decays."""
     rule = step_size_of(optimizer)
     own = rule is not None and (rule.needs.full_batch or rule.needs.total_updates)
     return Constant() if own else WarmupStableDecay(warmup=0.1, decay=0.5)

@@ -98,6 +98,11 @@ class Plan:
         """U = ⌈N/B⌉."""
         return -(-self.num_examples // self.batch_size)
 
+    @property
+    def is_full_batch(self) -> bool:
+        """Whether each update averages all N examples."""
+        return self.batch_size == self.num_examples and self.sampling != "replacement"
+
     # ------------------------------------------------------------------ where sweeps end
 
     def next_update(self, update: int) -> int | None:
@@ -127,7 +132,7 @@ class Plan:
     def block(self, update: int, count: int) -> Tensor:
         """The examples (K, B) of so many updates, or fewer: a ragged batch comes alone."""
         n, size = self.num_examples, self.batch_size
-        if size == n and self.sampling != "replacement":
+        if self.is_full_batch:
             # A mean over all examples has no order: files are then read from front to back.
             return torch.arange(n).expand(count, n)
         parts: list[Tensor] = []

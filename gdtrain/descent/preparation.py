@@ -38,27 +38,10 @@ def resident_objective(
     rank: int = 0,
     ranks: int = 1,
 ) -> Objective:
-    """J over resident or mapped examples, with an M that memory holds.
+    """J over resident or mapped examples, on the device of the model, with an M that memory holds.
 
-    Args:
-        model: That is trained.
-        loss: Per example.
-        inputs: (N, …), on the device of the model.
-        targets: (N, …).
-        batch_size: B.
-        micro_batch_size: M; None: rows from a file are taken as "auto", and sparse ones, which a
-            pass makes dense, as many at once as they allow; others all together.
-        rank: Of this process.
-        ranks: Processes that share each update.
-
-    Raises:
-        ValueError: There are fewer examples in an update than processes.
-
-    Example:
-        >>> objective = resident_objective(
-        ...     nn.Linear(2, 1), nn.MSELoss(), torch.ones(4, 2), torch.ones(4), batch_size=2)
-        >>> objective.micro_batch_size is None
-        True
+    Without an M, rows from a file are taken as "auto", and sparse ones, which a pass makes dense,
+    as many at once as they allow; others all together.
     """
     if micro_batch_size is None and isinstance(inputs, MappedInputs):
         micro_batch_size = "auto"
@@ -78,27 +61,10 @@ def resident_objective(
 def check_examples(
     model: nn.Module, loss: Loss, inputs: Rows, targets: Tensor, single: str = ""
 ) -> int:
-    """Run two examples, so that a misfit of model, loss and data is told before training.
+    """Run two examples, so that a misfit of model, loss and data is told before training: those of
+    the lowest and the highest label. Returns C, the model's outputs.
 
-    They are those of the lowest and the highest label.
-
-    Args:
-        model: That is trained.
-        loss: Per example.
-        inputs: (N, …).
-        targets: (N, …).
-        single: Where a pass over one example will come from, see `single_example`.
-
-    Returns:
-        C, the model's outputs.
-
-    Raises:
-        ValueError: They do not fit.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> check_examples(nn.Linear(2, 1), SquaredError(), torch.ones(4, 2), torch.ones(4))
-        1
+    `single` says where a pass over one example will come from, see `single_example`.
     """
     if len(inputs) != len(targets) or not len(targets):
         raise ValueError(
@@ -137,13 +103,7 @@ def _refuse_one(model: nn.Module, example: Tensor, single: str) -> None:
 def single_example(loader: Any, objective: Objective | None = None) -> str:
     """Where a pass over a single example will come from; "": none will, or none knows.
 
-    Args:
-        loader: A plan, or a `DataLoader`.
-        objective: J, whose micro-batches and ranks divide the batches.
-
-    Example:
-        >>> single_example(Plan(9, 4))
-        'the last batch of an epoch has one: 9 examples in batches of 4; batches of 5 end otherwise'
+    The loader is a plan or a `DataLoader`; an objective's micro-batches and ranks divide batches.
     """
     try:
         size = loader.batch_size
@@ -152,22 +112,20 @@ def single_example(loader: Any, objective: Objective | None = None) -> str:
         return ""
     if size is None:
         return ""
-    sizes = [size]
-    if count % size and not getattr(loader, "drop_last", False):
-        sizes.append(count % size)
-    if 1 in sizes:
+    if size == 1:
+        return "each update sees one"
+    last = 0 if getattr(loader, "drop_last", False) else count % size
+    if last == 1:
+        better = next(b for b in range(size + 1, count + 2) if count % b != 1)
         return (
-            "each update sees one"
-            if size == 1
-            else f"the last batch of an epoch has one: {count} examples in batches of {size}; "
-            f"batches of {next(b for b in range(size + 1, count + 2) if count % b != 1)} end "
-            f"otherwise"
+            f"the last batch of an epoch has one: {count} examples in batches of {size}; batches "
+            f"of {better} end otherwise"
         )
     if objective is None:
         return ""
     micro = objective.micro_batch_size
-    for size in sizes:
-        start, end = own_part(size, objective.rank, objective.ranks)
+    for batch in filter(None, (size, last)):
+        start, end = own_part(batch, objective.rank, objective.ranks)
         own = end - start
         if 1 in ({own} if micro is None else {min(micro, own), own % micro}):
             return (
@@ -183,19 +141,6 @@ def use_channels_last(model: nn.Module, batch_size: int) -> None:
 
     PyTorch's kernels for batches are about twice as fast on them; the numbers are the same (to
     rounding). For single examples they are not.
-
-    Args:
-        model: That is trained.
-        batch_size: B.
-
-    Example:
-        >>> model = nn.Conv2d(2, 2, 3)
-        >>> use_channels_last(model, batch_size=32)
-        >>> model.weight.is_contiguous(memory_format=torch.channels_last)
-        True
-        >>> restore_layout(model)
-        >>> model.weight.is_contiguous()
-        True
     """
     images = any(isinstance(m, nn.Conv2d) for m in model.modules())
     on_cpu = all(p.device.type == "cpu" for p in model.parameters())
@@ -204,14 +149,7 @@ def use_channels_last(model: nn.Module, batch_size: int) -> None:
 
 
 def restore_layout(model: nn.Module) -> None:
-    """Go back to the default layout, as view() expects it.
-
-    Args:
-        model: That was trained.
-
-    Example:
-        >>> restore_layout(nn.Linear(1, 1))
-    """
+    """Go back to the default layout, as view() expects it."""
     for m in model.modules():
         if isinstance(m, nn.Conv2d):
             m.to(memory_format=torch.contiguous_format)

@@ -1,175 +1,86 @@
 """The way back of a run that failed: states to go back to, updates made again, the one that failed.
 
-A `Run` makes the updates again; `gdtrain.descent.monitors` says when to go back.
+`gdtrain.analysis.guard` has the guard that decides when, and says why.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gdtrain.generators import RandomStates
-from gdtrain.schedules import ReduceOnPlateau, Schedule
+from gdtrain.descent.trial import Snapshot
+from gdtrain.objective import Objective
+from gdtrain.schedules import ReduceOnPlateau
 
-__all__ = ["Guard", "Kept", "Recovery", "Run"]
+if TYPE_CHECKING:
+    from gdtrain.descent.loop import Loop, SweepOutput
+
+__all__ = ["Guard", "Recovery", "Watched"]
 
 _SAVED = 2**22  # numbers that a checkpoint may keep of the states to go back to
+_RETAINED = 64 * 2**20  # bytes of batches that nobody can name again, kept to be replayed
 
 
 class Guard(Protocol):
-    """Is asked about each sweep before anybody else sees it, and may set the run back.
+    """Sees each sweep of a loop before anybody else, and may set the run back or end it."""
 
-    Example:
-        >>> class Counts:
-        ...     def before(self, batch): ...
-        ...     def after(self, outputs):
-        ...         print(len(outputs["losses"]), "updates")
-        ...     def end(self): ...
-        >>> guard: Guard = Counts()
-        >>> guard.after({"losses": torch.zeros(3)})
-        3 updates
-    """
+    def start(self, loop: Loop) -> None:
+        """The run begins, or goes on."""
 
-    def before(self, batch: Any) -> None:
+    def next_update(self, update: int) -> int | None:
+        """The smallest update number above one at which a sweep must end; None: none is."""
+
+    def before(self, objective: Objective, indices: Tensor) -> None:
         """A sweep comes: the state is that before its first update."""
 
-    def after(self, outputs: Mapping[str, Any]) -> None:
+    def after(self, output: SweepOutput) -> None:
         """A sweep was made and is counted, but nobody has seen it yet."""
 
     def end(self) -> None:
         """The run ends here. Asked once more, it changes nothing."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint."""
 
-class Run(Protocol):
-    """What a way back needs of a run.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned."""
 
-    Example:
-        >>> class Still:
-        ...     updates = 0
-        ...     def repeat(self, update, count):
-        ...         return count
-        ...     def is_finite(self):
-        ...         return True
-        >>> Still().repeat(3, 2)
-        2
+
+class Watched:
+    """What stays finite in a sound run: trainable parameters, and buffers.
+
+    A buffer that is not finite from the start, such as a causal mask of −∞, is left out.
     """
 
-    @property
-    def model(self) -> nn.Module:
-        """With the parameters and buffers that updates change."""
+    def __init__(self, model: nn.Module | None) -> None:
+        self._model = nn.Identity() if model is None else model
+        buffers = self._model.named_buffers()
+        self._constant = {name for name, b in buffers if not torch.isfinite(b).all()}
 
     @property
-    def optimizer(self) -> Optimizer:
-        """Of the parameters."""
-
-    @property
-    def updates(self) -> int:
-        """Number of updates made."""
-
-    schedule: Schedule
-
-    def repeat(self, update: int, count: int) -> int:
-        """Make at most so many updates again, from one on; says how many were made."""
+    def tensors(self) -> dict[str, Tensor]:
+        """By name."""
+        return {
+            **{name: p for name, p in self._model.named_parameters() if p.requires_grad},
+            **{n: b for n, b in self._model.named_buffers() if n not in self._constant},
+        }
 
     def is_finite(self) -> bool:
-        """Whether all is that updates change."""
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """A copy of everything that updates change, before an update.
-
-    Args:
-        update: Its number.
-        tensors: Trainable parameters and buffers, in the model's order.
-        groups: Of the optimizer, without the parameters.
-        states: Of the optimizer, by the parameter's place.
-        random: States of all generators that layers may draw from.
-        schedule: With what it remembers, where that is more than the update number.
-
-    Example:
-        >>> Kept(3, [torch.zeros(2)], [], {}, RandomStates.now()).size
-        2
-    """
-
-    update: int
-    tensors: list[Tensor]
-    groups: list[dict[str, Any]]
-    states: dict[int, dict[str, Any]]
-    random: RandomStates
-    schedule: ReduceOnPlateau | None = None
-
-    @classmethod
-    def of(cls, run: Run, update: int) -> Kept:
-        """The state at hand.
-
-        Args:
-            run: Which.
-            update: The one that comes next.
-        """
-        optimizer, schedule = run.optimizer, run.schedule
-        return cls(
-            update,
-            [t.detach().clone() for t in _changing(run.model)],
-            [
-                {name: _copied(value) for name, value in group.items() if name != "params"}
-                for group in optimizer.param_groups
-            ],
-            {
-                i: _copied(optimizer.state[p])
-                for i, p in enumerate(_owned(optimizer))
-                if p in optimizer.state
-            },
-            _generators(run.model),
-            copy.deepcopy(schedule) if isinstance(schedule, ReduceOnPlateau) else None,
-        )
-
-    def give_back(self, run: Run) -> None:
-        """Put it back, but for the schedule.
-
-        Args:
-            run: From which it was taken.
-        """
-        with torch.no_grad():
-            for tensor, kept in zip(_changing(run.model), self.tensors, strict=True):
-                tensor.copy_(kept)
-                tensor.grad = None
-        optimizer = run.optimizer
-        for group, old in zip(optimizer.param_groups, self.groups, strict=True):
-            for name in group.keys() - old.keys() - {"params"}:
-                del group[name]
-            group.update(_copied(old))
-        optimizer.state.clear()
-        for i, p in enumerate(_owned(optimizer)):
-            if i in self.states:
-                optimizer.state[p] = _copied(self.states[i])
-        self.random.restore()
-
-    @property
-    def size(self) -> int:
-        """Numbers in it."""
-        own = [v for state in self.states.values() for v in state.values() if isinstance(v, Tensor)]
-        return sum(t.numel() for t in (*self.tensors, *own))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors; what a plateau schedule remembers is the run's to keep."""
-        names = ("update", "tensors", "groups", "states")
-        return {**{name: getattr(self, name) for name in names}, "random": self.random.state_dict()}
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> Kept:
-        """The inverse of `state_dict`.
-
-        Args:
-            state: What that returned.
-        """
-        return cls(**{**state, "random": RandomStates.from_state_dict(state["random"])})
+        """Whether all of it is."""
+        numbers = [torch.view_as_real(t) if t.is_complex() else t for t in self.tensors.values()]
+        watched = [t.detach() for t in numbers if t.is_floating_point()]
+        sums = [t.sum() for t in watched]
+        if any(total.is_cuda for total in sums):  # one wait for the device instead of many
+            sums = [torch.stack([total.float() for total in sums]).sum()]
+        if all(math.isfinite(float(total)) for total in sums):
+            return True
+        # A sum may overflow where no number does.
+        return all(bool(torch.isfinite(t).all()) for t in watched)
 
 
 class Recovery:
@@ -177,104 +88,104 @@ class Recovery:
 
     Kept are the state at the origin, the last good one, that at the start of the stretch at hand,
     and the latest, from which updates are made again to find the one that failed.
-
-    Example:
-        >>> recovery = Recovery()
-        >>> recovery.good is None, recovery.state_dict()
-        (True, {'kept': [], 'places': [None, None, None, None]})
     """
 
     def __init__(self) -> None:
-        self.forget()
+        self.first: Snapshot | None = None
+        self.good: Snapshot | None = None
+        self.pending: Snapshot | None = None
+        self.latest: Snapshot | None = None
+        self._batches: dict[int, tuple[Objective, Tensor]] = {}  # that nobody can name again
+        self._saved: Mapping[str, Any] | None = None  # until there is a model to put it into
 
-    def forget(self) -> None:
-        """No state that was kept fits any more."""
-        self.first: Kept | None = None
-        self.good: Kept | None = None
-        self.pending: Kept | None = None
-        self.latest: Kept | None = None
+    def resume(self, objective: Objective, optimizer: Optimizer) -> None:
+        """Take over the states of a checkpoint, if there are some."""
+        if self._saved is None:
+            return
+        kept = [Snapshot(objective, optimizer) for _ in self._saved["kept"]]
+        for snapshot, state in zip(kept, self._saved["kept"], strict=True):
+            snapshot.load_state_dict(state)
+        self.first, self.good, self.pending, self.latest = (
+            None if place is None else kept[place] for place in self._saved["places"]
+        )
+        self._saved = None
 
-    def keep(self, run: Run, length: int, renew: bool) -> bool:
-        """Keep the state at hand, where a stretch begins or it is asked for.
+    def retain(self, loop: Loop, objective: Objective, indices: Tensor) -> bool:
+        """Keep a batch that no plan can name again; says whether too much is kept by now."""
+        if loop.plan is not None:
+            return False
+        self._batches[loop.updates] = objective, indices
+        batches = [(own.inputs, own.targets) for own, _ in self._batches.values()]
+        return sum(t.nbytes for pair in batches for t in pair if isinstance(t, Tensor)) > _RETAINED
 
-        Args:
-            run: Which.
-            length: Updates in a stretch.
-            renew: Whether the latest is to be that at hand.
+    def examples(self, loop: Loop, update: int, count: int = 1) -> tuple[Objective, Tensor]:
+        """J, and the examples of at most so many updates from one on that was made."""
+        return self._batches[update] if loop.plan is None else loop.examples(update, count)
 
-        Returns:
-            Whether a stretch begins.
+    def keep(self, loop: Loop, objective: Objective, length: int, renew: bool) -> bool:
+        """Keep the state at hand, where a stretch of that length begins (it says whether one does)
+        or the latest is to be renewed.
         """
-        update = run.updates
+        update = loop.updates
         begins = self.pending is None or update - self.pending.update >= length
         # A schedule with a memory cannot be asked again what it was before a validation.
-        if self.latest is None or begins or renew or isinstance(run.schedule, ReduceOnPlateau):
-            self.latest = Kept.of(run, update)
+        if self.latest is None or begins or renew or isinstance(loop.schedule, ReduceOnPlateau):
+            self.latest = _snapshot(objective, loop.optimizer, update)
         if begins:
             self.pending = self.latest
         self.first = self.first or self.latest
         self.good = self.good or self.latest
+        self._batches = {u: batch for u, batch in self._batches.items() if u >= self.latest.update}
         return begins
 
-    def promote(self) -> None:
-        """The state at the start of the stretch is the last good one."""
-        self.good = self.pending
+    def begin_again(self, loop: Loop, objective: Objective) -> None:
+        """The state at hand is the origin, and the good one."""
+        self.first = _snapshot(objective, loop.optimizer, loop.updates)
+        self.good = self.pending = self.latest = self.first
 
-    def go_back(self, run: Run, *, to_the_first: bool = False) -> int:
-        """Put the last good state back.
-
-        Args:
-            run: Which.
-            to_the_first: From now on, the one at the origin is that.
-
-        Returns:
-            The update before which it was.
-        """
+    def go_back(self, *, to_the_first: bool = False) -> int:
+        """Put the last good state back (or let the one at the origin be that); says its update."""
         self.good = self.first if to_the_first else self.good
         assert self.good is not None, "kept before the first update"
-        self.good.give_back(run)
+        self.good.give_back()
         return self.good.update
 
-    def begin_again(self, run: Run) -> None:
-        """The state at hand is the origin, and the good one.
-
-        Args:
-            run: Which.
-        """
-        self.first = self.good = self.pending = self.latest = Kept.of(run, run.updates)
-
-    def locate(self, run: Run, bad: int) -> int:
+    def locate(self, loop: Loop, objective: Objective, bad: int) -> int:
         """The update after which something is not finite, found by making the updates again.
 
-        Args:
-            run: Left in the state before that update.
-            bad: An update at whose examples the loss is not finite, or before which something else
-                is not.
-
-        Returns:
-            The number: `bad` itself, where all is finite before it.
+        `bad` is an update whose loss is not finite, or before which something else is not; it is
+        the answer where all is finite before it. The state is left as it is before that update.
         """
         kept = self.latest
         assert kept is not None, "kept before the first update"
-        _repeat(run, kept, bad)
-        if run.is_finite():
+        self._repeat(loop, kept, bad)
+        if loop.watched.is_finite():
             return bad
-        kept.give_back(run)
+        kept.give_back()
         good = kept.update
-        if not run.is_finite():
+        if not loop.watched.is_finite():
             return good
         while bad - good > 1:  # by halving
             middle = (good + bad) // 2
-            _repeat(run, kept, middle)
-            if run.is_finite():
-                good, kept = middle, Kept.of(run, middle)
+            self._repeat(loop, kept, middle)
+            if loop.watched.is_finite():
+                good, kept = middle, _snapshot(objective, loop.optimizer, middle)
             else:
                 bad = middle
-        kept.give_back(run)
+        kept.give_back()
         return good
+
+    def _repeat(self, loop: Loop, kept: Snapshot, to: int) -> None:
+        kept.give_back()
+        update = kept.update
+        while update < to:
+            objective, indices = self.examples(loop, update, to - update)
+            update += len(loop.make_updates(objective, indices, update))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors; without the states, where they are large."""
+        if self._saved is not None:
+            return {name: self._saved[name] for name in ("kept", "places")}
         places = (self.first, self.good, self.pending, self.latest)
         kept = list(dict.fromkeys(k for k in places if k is not None))
         if sum(k.size for k in kept) > _SAVED:
@@ -285,46 +196,11 @@ class Recovery:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned.
-
-        Args:
-            state: That.
-        """
-        kept = [Kept.from_state_dict(saved) for saved in state["kept"]]
-        self.first, self.good, self.pending, self.latest = (
-            None if place is None else kept[place] for place in state["places"]
-        )
+        """Go on from what `state_dict` returned, once `resume` is called."""
+        self._saved = state
 
 
-def _repeat(run: Run, kept: Kept, to: int) -> None:
-    """Make the updates again from a state that was kept, with the schedule as it was then."""
-    kept.give_back(run)
-    schedule = run.schedule
-    run.schedule = schedule if kept.schedule is None else kept.schedule
-    try:
-        update = kept.update
-        while update < to:
-            update += run.repeat(update, to - update)
-    finally:
-        run.schedule = schedule
-
-
-def _generators(model: nn.Module) -> RandomStates:
-    """States of all that a user's layers may draw from, as fast as can be."""
-    return RandomStates.now(None if any(p.is_cuda for p in model.parameters()) else ())
-
-
-def _changing(model: nn.Module) -> list[Tensor]:
-    return [*(p for p in model.parameters() if p.requires_grad), *model.buffers()]
-
-
-def _owned(optimizer: Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {name: _copied(inner) for name, inner in value.items()}
-    return [_copied(inner) for inner in value] if isinstance(value, list) else value
+def _snapshot(objective: Objective, optimizer: Optimizer, update: int) -> Snapshot:
+    for p in objective.params:
+        p.grad = None  # of no use to a state that outlives a sweep
+    return Snapshot(objective, optimizer, update)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gdtrain.descent.race import Race
+from gdtrain.descent.stopping import Stop
 from gdtrain.generators import RandomStates
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule
 
@@ -24,62 +25,30 @@ _ENDLESS = 2**62  # updates of a run without a planned end
 
 @dataclass
 class State:
-    """Where a run stands, and what is planned. Only the loop counts here; a checkpoint holds it.
+    """Where a run stands, and what is planned. Only the loop counts here; a checkpoint holds it."""
 
-    Args:
-        schedule: The factor on η; a plateau schedule has a state of its own.
-        total_updates: T; None: no end is planned.
-        updates_per_epoch: U.
-        updates: Made so far.
-        examples_seen: In these updates.
-        rate_cut: A factor on η beside the schedule's, by recoveries from divergence.
-        race: What found η; None: none was held.
-        micro_batch_size: M; None: a whole batch, or not known yet.
-        engine: Name of the engine that made the last updates.
-        engine_before: Of the run that is resumed, until an engine is chosen.
-        random: Of the run that is resumed, until it goes on.
-
-    Example:
-        >>> state = State(updates=7, examples_seen=56)
-        >>> again = State()
-        >>> again.load_state_dict(state.state_dict())
-        >>> again.updates, again.engine_before
-        (7, 'eager')
-    """
-
-    schedule: Schedule = field(default_factory=Constant)
-    total_updates: int | None = None
+    schedule: Schedule = field(default_factory=Constant)  # a plateau schedule has its own state
+    total_updates: int | None = None  # T; None: no end is planned
     updates_per_epoch: int = 1
-    updates: int = 0
-    examples_seen: int = 0
-    rate_cut: float = 1.0
-    race: Race | None = None
-    micro_batch_size: int | None = None
-    engine: str = "eager"
-    engine_before: str | None = None
-    random: RandomStates | None = None
+    updates: int = 0  # made so far
+    examples_seen: int = 0  # in these updates
+    rate_cut: float = 1.0  # a factor on η beside the schedule's, by recoveries from divergence
+    race: Race | None = None  # what found η; None: none was held
+    micro_batch_size: int | None = None  # M; None: a whole batch, or not known yet
+    engine: str = "eager"  # that made the last updates
+    engine_before: str | None = None  # of the run that is resumed, until an engine is chosen
+    random: RandomStates | None = None  # of the run that is resumed, until it goes on
+    stop: Stop | None = None  # why the run ends before T; not part of its state in a checkpoint
 
     def rate_factors(self, first: int, count: int) -> Tensor:
-        """The schedule's factors for updates first … first + count − 1, times `rate_cut`.
-
-        Args:
-            first: Update number, from 0.
-            count: K.
-
-        Returns:
-            (K,), float64.
-        """
+        """(K,), float64: the schedule's factors for K updates from `first` on, times `rate_cut`."""
         total = _ENDLESS if self.total_updates is None else max(self.total_updates, 1)
         updates = torch.from_numpy(np.arange(first, first + count, dtype=np.float64))
         made = self.schedule(updates, total, self.updates_per_epoch)
         return made if self.rate_cut == 1.0 else made * self.rate_cut
 
     def check_end(self) -> None:
-        """Raise where no end is planned, and η depends on one.
-
-        Raises:
-            ValueError: The schedule is a function of the planned updates.
-        """
+        """Raise where no end is planned, and η depends on one."""
         if self.total_updates is not None:
             return
         updates = (2.0 ** torch.arange(-1, 40, dtype=torch.float64)).floor()
@@ -105,11 +74,7 @@ class State:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; further keys do not matter.
-
-        Args:
-            state: Of a run with the same schedule.
-        """
+        """Go on from what `state_dict` returned; further keys do not matter."""
         self.updates, self.examples_seen = state["updates"], state["examples_seen"]
         self.rate_cut = state.get("rate_cut", 1.0)
         self.race = None if state.get("race") is None else Race(**state["race"])

@@ -15,6 +15,7 @@ from gdtrain.descent.loop import Loop
 from gdtrain.descent.optimizer import automatic_schedule, make_optimizer
 from gdtrain.descent.plan import Plan, Sampling, Watcher
 from gdtrain.descent.preparation import resident_objective
+from gdtrain.descent.recovery import Guard
 from gdtrain.descent.state import State
 from gdtrain.engines import EngineName
 from gdtrain.losses import Loss
@@ -28,21 +29,7 @@ __all__ = ["Trained", "make_loop", "train"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A run that is over.
-
-    Args:
-        loop: That has made it; the model is its objective's.
-        losses: (T,), J on each update's examples before that update.
-        rates: (T,), float64, η of the first group at each update.
-
-    Example:
-        >>> from gdtrain import GD
-        >>> from gdtrain.losses import SquaredError
-        >>> x = torch.tensor([[1.0]])
-        >>> run = train(nn.Linear(1, 1), SquaredError(), x, x[:, 0], GD, epochs=3)
-        >>> len(run.losses), run.loop.updates
-        (3, 3)
-    """
+    """A run that is over, as `train` describes it."""
 
     loop: Loop
     losses: Tensor
@@ -68,6 +55,7 @@ def make_loop(
     micro_batch_size: int | Literal["auto"] | None = None,
     updates_per_sweep: int | Literal["auto"] = "auto",
     watchers: Sequence[Watcher] = (),
+    guard: Guard | None = None,
 ) -> Loop:
     """The loop of a run, before its first update.
 
@@ -91,6 +79,8 @@ def make_loop(
         micro_batch_size: M.
         updates_per_sweep: The largest K.
         watchers: Who must see the run at which updates.
+        guard: Sees each sweep first; `gdtrain.analysis.guard.DivergenceGuard()` sets a run that
+            diverges back, and goes on with a smaller η.
 
     Raises:
         ValueError: An argument is out of range.
@@ -137,6 +127,7 @@ def make_loop(
         engine=engine,
         state=State(copy.deepcopy(schedule)),  # a plateau schedule belongs to one run
         races=step_size == "auto",
+        guard=guard,
     )
 
 
@@ -163,6 +154,10 @@ def train(
         optimizer: From parameters or groups to an optimizer.
         schedule: The factor on η.
         **options: As for `make_loop`; `epochs` or `updates` bounds the run.
+
+    Returns:
+        "loop", whose `state.stop` says why a guard has ended the run, if one has; "losses" (T,), J
+        on each update's examples before that update; "rates" (T,), η of the first group.
 
     Raises:
         ValueError: An argument is out of range, or nothing bounds the run.

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 import torch
@@ -31,7 +31,6 @@ from gdtrain.descent.state import State
 from gdtrain.engines import EngineName
 from gdtrain.lightning.evaluation import compute_metrics
 from gdtrain.lightning.hooks import UpdateHooks
-from gdtrain.lightning.resumable import ResumableModule
 from gdtrain.lightning.resuming import planned_updates
 from gdtrain.lightning.trainer import (
     align_progress,
@@ -42,6 +41,7 @@ from gdtrain.lightning.trainer import (
     epochs_at_once,
     take_over_batch_norm,
 )
+from gdtrain.lightning.view import RunView
 from gdtrain.losses import Loss
 from gdtrain.models import exact_batch_norm_
 from gdtrain.objective import Objective
@@ -56,7 +56,7 @@ _log = logging.getLogger("gdtrain")
 _PASS = 1024  # examples, of a pass that renews the statistics of BatchNorm
 
 
-class SupervisedModule(ResumableModule):
+class SupervisedModule(RunView):
     """Trains any `nn.Module` on inputs and targets, with exact counts of updates and examples.
 
     A Lightning step makes K whole updates, and `trainer.global_step` counts updates. Batches may be
@@ -68,7 +68,7 @@ class SupervisedModule(ResumableModule):
     (`BaseFinetuning`), set a group's "lr", or bring a scheduler (`StochasticWeightAveraging`): the
     next update has what they set.
 
-    It logs `loss/val`, `loss/test` and `metric/<name>/val`, `metric/<name>/test` for callbacks;
+    It logs `loss/val`, `metric/<name>/val` and those of "test" for callbacks;
     `gdtrain.callbacks.LossCurves` writes them, with the training loss, to the loggers.
 
     Args:
@@ -82,13 +82,12 @@ class SupervisedModule(ResumableModule):
         metrics: By name, fed with `loss.decide(prediction)` and targets; None: accuracy for
             classes, R² and mean absolute error for numbers.
         decay_biases: Whether weight decay acts on biases and norms, when `optimizer` is a factory.
-        step_size: A rule that computes η (`gdtrain.step_sizes`), for an optimizer that is a factory
-            of gdtrain's; "auto": on the full batch with `GD`, Barzilai and Borwein's; else a short
-            race before the first update finds η (`gdtrain.descent.race`), and each step is bounded
-            by Polyak's; None: `lr` and the schedule alone.
-        engine: How the updates of a block are made: "eager", by autograd, for any module;
-            "compiled", by `torch.compile`; "native", linear models and MLPs on CPU, written by
-            hand; "auto", the fastest that applies (`engine_in_use` and `engine_reason` tell).
+        step_size: A rule that computes η (`gdtrain.step_sizes`), for a factory of gdtrain's;
+            "auto": on the full batch with `GD`, Barzilai and Borwein's; else a race before the
+            first update finds η, and Polyak's bounds each step; None: `lr` and the schedule alone.
+        engine: How updates are made: "eager", by autograd, for any module; "compiled", by
+            `torch.compile`; "native", linear models and MLPs on CPU; "auto", the fastest that
+            applies (`engine_in_use` and `engine_reason` tell).
 
     Raises:
         ValueError: `loss` is no `Loss`; later, data that do not fit it, an engine that does not
@@ -143,10 +142,9 @@ class SupervisedModule(ResumableModule):
         self.validation: dict[str, float] = {}
         self.validated_at = -1
         self.planned_updates: int | None = None  # before a trainer has the module
-        self._validated: AbstractContextManager[None] | None = None
+        self._validated = ExitStack()
         self._hooks = UpdateHooks()
         self._renews_statistics = False  # of BatchNorm, at the end
-        self._single = ""  # where a pass over one example will come from, if one will
         self._outputs: int | None = None  # of the model, once it was tried
 
     # ------------------------------------------------------------------ set-up
@@ -172,11 +170,7 @@ class SupervisedModule(ResumableModule):
         return made
 
     def setup(self, stage: str) -> None:
-        """Note what the run is; make the metrics.
-
-        Args:
-            stage: Lightning's.
-        """
+        """Note what the run is; make the metrics."""
         if stage == "fit":
             self.note_settings()
             self._find_hooks()  # before callbacks do anything
@@ -201,21 +195,18 @@ class SupervisedModule(ResumableModule):
         if isinstance(data, DataModule) and trainer.is_global_zero:
             _log.info(data.target_said)
         self.validation, self.validated_at = {}, -1
-        self.note_constants()
         self.updates = trainer.global_step
         if self.updates == 0:
             self.examples_seen, self.rate_cut, self.state.micro_batch_size = 0, 1.0, None
         self._loop = loop = self._new_loop(loader, data)
         if self.total_updates is None and self.schedule_is_automatic:
             self.schedule = Constant()
-        loop.prepare()
+        self._hooks.listen(self._optimizer, isinstance(loader, IndexLoader))
+        loop.start()
         if isinstance(loader, IndexLoader):
             loader.epochs_per_iteration = epochs_at_once(
                 trainer, [self, *trainer.callbacks], data.count("val") > 0
             )
-        self._hooks.listen(self._optimizer, isinstance(loader, IndexLoader))
-        loop.start()
-        if isinstance(loader, IndexLoader):
             loader.watchers = self._hooks.watchers()
             # Lightning has fetched the first block already, before anybody could be asked.
             fetch_again(trainer)
@@ -239,15 +230,20 @@ class SupervisedModule(ResumableModule):
                 rank=trainer.global_rank,
                 ranks=trainer.world_size,
             )
-        self._single = single_example(loader if plan is None else plan)
         loop = Loop(
             objective,
             self._optimizer,
             plan,
+            model=self.model,
             engine=self.engine,
             state=self.state,
             races=self.step_size == "auto",
+            guard=self.guard,
         )
+        loop.next_validation = self.next_validation
+        loop.updating = lambda: self._hooks.updating(loop.optimizer)
+        if isinstance(loader, PairLoader):
+            loop.examples = lambda update, count: self.named(loader.batch(update))
         loop.has_own_scheduler = lambda: bool(trainer.lr_scheduler_configs)  # a callback's
         loop.restores_on_error = any(  # what it saves is the state that is counted
             isinstance(callback, OnExceptionCheckpoint) for callback in trainer.callbacks
@@ -277,24 +273,18 @@ class SupervisedModule(ResumableModule):
     def training_step(
         self, batch: Tensor | tuple[Tensor, Tensor], batch_idx: int
     ) -> dict[str, Any]:
-        """Make the updates of one block.
+        """Make the updates of one block of indices, or of one pair.
 
-        Args:
-            batch: (K, B) indices, or inputs and targets.
-            batch_idx: Lightning's.
-
-        Returns:
-            "losses" (K,), "loss", the last of them, "rates" (K,), η of the first group, "first",
-            the number of the first of these updates, "examples", how many made one update, and
-            "seconds" that all took.
+        Returns "losses" (K,), "loss", the last of them, "rates" (K,), η of the first group,
+        "first", the number of the first of these updates, "examples", how many made one update,
+        and "seconds" that all took.
         """
         trainer: Any = self.trainer
         objective, indices = self.named(batch)
-        if self.guard is not None:
-            self.follow_callbacks()
-            self.guard.before(batch)
-        with self._hooks.updating(self._optimizer):
-            made = self.loop.advance(indices, objective)
+        stop = self.stop
+        made = self.loop.advance(indices, objective)
+        if self.stop is not stop:  # the guard has found a reason
+            trainer.should_stop = True
         if isinstance(trainer.train_dataloader, IndexLoader):
             count_epochs(trainer, (self.updates - 1) // self.updates_per_epoch)
         count_updates(trainer, made.updates, self.updates)
@@ -302,37 +292,10 @@ class SupervisedModule(ResumableModule):
             for config in trainer.lr_scheduler_configs:
                 mark_stepped(self._optimizer)
                 self.lr_scheduler_step(config.scheduler, None)
-        outputs = {"loss": made.losses[-1], **vars(made)}
-        if self.guard is not None:
-            self.guard.after(outputs)
-        return outputs
-
-    def make_updates(
-        self, batch: Tensor | tuple[Tensor, Tensor], first: int
-    ) -> tuple[Tensor, Tensor]:
-        """Make the updates of one block, from the parameters as they are; nothing is counted.
-
-        η of each is then in `rates`.
-
-        Args:
-            batch: (K, B) indices, or inputs and targets.
-            first: Number of the first of these updates, which schedule and dropout depend on.
-
-        Returns:
-            (K,), J on each update's examples before it; (K, B), the indices.
-        """
-        objective, indices = self.named(batch)
-        return self.loop.make_updates(objective, indices, first), indices
+        return {"loss": made.losses[-1], **vars(made)}
 
     def named(self, batch: Tensor | tuple[Tensor, Tensor]) -> tuple[Objective, Tensor]:
-        """The objective of a batch, and which of its examples make which update.
-
-        Args:
-            batch: (K, B) indices, or inputs and targets.
-
-        Returns:
-            J, and (K, B) indices into its examples.
-        """
+        """J of a batch, and (K, B) indices into its examples, which make which update."""
         if isinstance(batch, Tensor):
             if self.objective is None:
                 raise ValueError(
@@ -351,10 +314,11 @@ class SupervisedModule(ResumableModule):
                 f"Received: batches from another loader. Use engine=auto."
             )
         inputs, targets = map(self.to_model, batch)
-        if self._outputs is None:
-            self._outputs = check_examples(self.model, self.loss, inputs, targets, self._single)
-        targets = self.loss.as_targets(targets, self._outputs)
         loader: Any = self.trainer.train_dataloader
+        if self._outputs is None:
+            single = single_example(self.plan or loader)
+            self._outputs = check_examples(self.model, self.loss, inputs, targets, single)
+        targets = self.loss.as_targets(targets, self._outputs)
         data = cast(Any, self.trainer).datamodule
         micro = data.micro_batch_size if isinstance(loader, PairLoader) else None
         objective = Objective(self.model, self.loss, inputs, targets, micro)
@@ -392,16 +356,12 @@ class SupervisedModule(ResumableModule):
     def on_validation_start(self) -> None:
         """Validate the average, if there is one."""
         if self.trainer.state.fn == "fit":
-            self._validated = self.averaged()
-            self._validated.__enter__()
+            self._validated.enter_context(self.averaged())
 
     def on_validation_end(self) -> None:
         """Go on from where training is."""
-        if self._validated is not None:
-            self._validated.__exit__(None, None, None)
-            self._validated = None
+        self._validated.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: without the trainer, and the engine that it had."""
-        gone = {"_validated": None, "_hooks": UpdateHooks(), "guard": None}
-        return {**super().__getstate__(), **gone}
+        """For copies and pickles: without what belongs to a run."""
+        return {**super().__getstate__(), "_validated": ExitStack(), "_hooks": UpdateHooks()}

@@ -1,12 +1,13 @@
-"""What callbacks and others ask of a run: where it stands, what is planned, who makes its updates.
+"""What callbacks and others ask of a run: where it stands, what is planned, who makes its updates;
+and what its checkpoints hold beside parameters and optimizer.
 
 B examples per update, K updates in one sweep, T planned updates, U updates per epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from gdtrain.descent.race import Race
 from gdtrain.descent.recovery import Guard
 from gdtrain.descent.state import State
 from gdtrain.descent.stopping import Stop
+from gdtrain.lightning.description import describe_run
 from gdtrain.lightning.evaluation import EvaluatedModule
+from gdtrain.lightning.resuming import check_resumes, settings
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective
 from gdtrain.schedules import Schedule
@@ -39,28 +42,19 @@ def _of_state(name: str, doc: str) -> Any:
 
 
 class RunView(EvaluatedModule):
-    """A module whose descent can be asked, before, while and after it trains.
-
-    Args:
-        model: (B, …) to (B, C).
-        loss: Per example.
-        state: Where the run stands.
-        metrics: By name; None: those of the task.
-
-    Example:
-        >>> from gdtrain.losses import SquaredError
-        >>> view = RunView(nn.Linear(1, 1), SquaredError(), State(total_updates=10))
-        >>> view.updates, view.total_updates, view.engine_in_use, view.rate_factors(0, 2).tolist()
-        (0, 10, 'eager', [1.0, 1.0])
-    """
+    """A module whose descent can be asked, before, while and after it trains."""
 
     updates: int = _of_state("updates", "Made so far.")
     examples_seen: int = _of_state("examples_seen", "In these updates.")
     rate_cut: float = _of_state("rate_cut", "A factor on η, by recoveries from divergence.")
     race: Race | None = _of_state("race", "What found η; None: no race was held.")
     schedule: Schedule = _of_state("schedule", "The factor on η.")
+    stop: Stop | None = _of_state("stop", "Why the run ends early; None: it does not.")
     total_updates: int | None = _of_state("total_updates", "T; None: no end is planned.")
     updates_per_epoch: int = _of_state("updates_per_epoch", "U.")
+
+    checks_data = True
+    """Whether a resumed run's data are compared here, with all else."""
 
     def __init__(
         self,
@@ -71,11 +65,12 @@ class RunView(EvaluatedModule):
     ) -> None:
         super().__init__(model, loss, metrics)
         self.state = state
-        self.stop: Stop | None = None
-        self.guard: Guard | None = None  # sees each sweep before anybody else, in any callback
+        self.guard: Guard | None = None  # of the loop that comes next
         self.certificate: dict[str, Any] | None = None
+        self.description: dict[str, Any] | None = None
+        self.noted_settings: dict[str, str] = {}
+        self.from_file = False  # its model was built as a file says, which may be anybody's
         self._loop: Loop | None = None
-        self._constant: frozenset[str] = frozenset()  # buffers that were not finite at the start
 
     @property
     def loop(self) -> Loop:
@@ -99,34 +94,9 @@ class RunView(EvaluatedModule):
         return loader if isinstance(loader, IndexLoader) else None
 
     @property
-    def validation_is_planned(self) -> bool:
-        """Whether the validation at hand belongs to the run, or only to its interruption.
-
-        Lightning validates once more where a run is stopped between two planned validations. What
-        depends on validations (a plateau schedule, the history, the best checkpoint) leaves that
-        one out, so that the resumed run is the same run.
-        """
-        if self.plan is None:
-            return True
-        epoch, position = divmod(self.updates, self.updates_per_epoch)
-        every = self.trainer.check_val_every_n_epoch or 1
-        return self.updates == self.total_updates or (position == 0 and epoch % every == 0)
-
-    def note_constants(self) -> None:
-        """Leave the buffers that are not finite now out of what is watched."""
-        self._constant = frozenset(
-            name for name, b in self.model.named_buffers() if not torch.isfinite(b).all()
-        )
-
-    def watched(self) -> dict[str, Tensor]:
-        """What stays finite in a sound run, by name: trainable parameters, and buffers.
-
-        A buffer that was not finite when training began, such as a causal mask of −∞, is left out.
-        """
-        return {
-            **{name: p for name, p in self.model.named_parameters() if p.requires_grad},
-            **{n: b for n, b in self.model.named_buffers() if n not in self._constant},
-        }
+    def objective(self) -> Objective | None:
+        """J over the training examples, once training on a gdtrain data module has begun."""
+        return None if self._loop is None else self._loop.objective
 
     @property
     def micro_batch_size(self) -> int | None:
@@ -134,85 +104,9 @@ class RunView(EvaluatedModule):
         return None if self.objective is None else self.objective.micro_batch_size
 
     @property
-    def objective(self) -> Objective | None:
-        """J over the training examples, once training on a gdtrain data module has begun."""
-        return None if self._loop is None else self._loop.objective
-
-    @property
     def micro_batch_size_is_automatic(self) -> bool:
         """Whether M was chosen here, by `Objective.automatic_size`."""
         return self.objective is not None and self.objective.automatic
-
-    def next_update(self, update: int) -> int | None:
-        """The smallest update number above one at which a callback must see the run.
-
-        A sweep ends there. A callback that acts on batches, and knows that a batch may be a sweep
-        of several updates, declares at which updates it must see the state, by a method
-        `next_update(update)` of the same meaning (None: wherever sweeps end will do). It must be a
-        function of the update number alone, and of what is fixed before training or carried in its
-        state in checkpoints: a block is fetched before the one before it is trained on. For other
-        callbacks that act on batches, a batch is one update.
-
-        Args:
-            update: Number of updates made, range [0, ∞).
-
-        Returns:
-            None: there is no such update.
-
-        Raises:
-            ValueError: A callback names an update that is not above the one asked about.
-        """
-        return None if self._loop is None or self.plan is None else self.plan.next_update(update)
-
-    def next_validation(self, update: int) -> int | None:
-        """The smallest update number above one at which the run validates; None: it never does.
-
-        Args:
-            update: Number of updates made, range [0, ∞).
-        """
-        trainer: Any = self.trainer
-        data = trainer.datamodule
-        if self.plan is None or not trainer.enable_validation or not data.count("val"):
-            return None
-        every = (trainer.check_val_every_n_epoch or 1) * self.updates_per_epoch
-        return (update // every + 1) * every
-
-    def rate_factors(self, first: int, count: int) -> Tensor:
-        """The schedule's factors for updates first … first + count − 1, times `rate_cut`.
-
-        Args:
-            first: Update number, from 0.
-            count: K.
-
-        Returns:
-            (K,), float64.
-        """
-        return (self._loop or self.state).rate_factors(first, count)
-
-    def settle(self) -> None:
-        """Let the guard read what it has not read: the run ends here. Again, it changes nothing.
-
-        For callbacks that look at the model in `on_train_end`, in which it may be set back.
-        """
-        if self.guard is not None:
-            self.guard.end()
-
-    @property
-    def rates(self) -> Tensor:
-        """(K,), float64: η of the first group at each of the updates that were made last."""
-        return self.loop.engine.rates
-
-    def follow_callbacks(self) -> None:
-        """Go on with what a callback has changed, see `Loop.follow_changes`."""
-        self.loop.follow_changes()
-
-    def draw_of(self, update: int) -> int:
-        """Names the random numbers of an update, for `Objective`.
-
-        Args:
-            update: From 0.
-        """
-        return self.loop.draw_of(update)
 
     @property
     def engine_in_use(self) -> str:
@@ -224,6 +118,98 @@ class RunView(EvaluatedModule):
         """Why that engine makes them."""
         return "" if self._loop is None else self._loop.engine.reason
 
+    @property
+    def validation_is_planned(self) -> bool:
+        """Whether the validation at hand belongs to the run, or only to its interruption.
+
+        Lightning validates once more where a run is stopped between two planned validations. What
+        depends on validations (a plateau schedule, the history, the best checkpoint) leaves that
+        one out, so that the resumed run is the same run.
+        """
+        planned = self.total_updates, self.next_validation(self.updates - 1)
+        return self.plan is None or self.updates in planned
+
+    def next_validation(self, update: int) -> int | None:
+        """The smallest update number above one at which the run validates; None: it never does."""
+        trainer: Any = self.trainer
+        data = trainer.datamodule
+        if self.plan is None or not trainer.enable_validation or not data.count("val"):
+            return None
+        every = (trainer.check_val_every_n_epoch or 1) * self.updates_per_epoch
+        return (update // every + 1) * every
+
+    def rate_factors(self, first: int, count: int) -> Tensor:
+        """(K,), float64: the schedule's factors from update `first` on, times `rate_cut`."""
+        return (self._loop or self.state).rate_factors(first, count)
+
+    @contextmanager
+    def in_a_step(self) -> Iterator[None]:
+        """As within `training_step`: with gradients, in the trainer's precision."""
+        with torch.enable_grad(), self.trainer.strategy.precision_plugin.train_step_context():
+            yield
+
+    def settle(self) -> None:
+        """Let the guard read what it has not read: the run ends here. Again, it changes nothing.
+
+        For callbacks that look at the model in `on_train_end`, in which it may be set back.
+        """
+        with self.in_a_step():
+            self.loop.settle()
+
     def averaged(self) -> AbstractContextManager[None]:
         """Within it, the parameters are the average that the step-size rule keeps, if it does."""
         return nullcontext() if self._loop is None else self._loop.average.shown()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def note_settings(self) -> None:
+        """What the run is, before anything of it changes: for its checkpoints."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        self.noted_settings = settings(self, self.trainer, data)
+        if self.description is None:
+            self.description = self.describe(data)
+
+    def describe(
+        self, data: Any = None, make: Any = None, sizes: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """How model, loss and data are built again; what cannot be is named under "own".
+
+        `make` is the function that has made the model, `sizes` what it was called with.
+        """
+        return describe_run(self.model, self.loss, data, make, sizes)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the next update depends on beside parameters and optimizer."""
+        if not self.noted_settings:
+            self.note_settings()
+        checkpoint["gdtrain"] = {
+            **self.state.state_dict(),
+            "settings": self.noted_settings,
+            "planned": self.total_updates,
+            "stop": None if self.stop is None else self.stop.state_dict(),
+            "updates_per_epoch": self.updates_per_epoch,
+            "description": self.description,
+            "average": self._average(),
+        }
+
+    def _average(self) -> dict[str, Tensor] | None:
+        """The averaged parameters, which are what a model from the checkpoint answers with."""
+        if self._loop is None or not self._loop.average.is_hidden:
+            return None
+        with self.averaged():
+            return {name: p.detach().clone() for name, p in self.named_parameters()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from what `on_save_checkpoint` added."""
+        state = checkpoint.get("gdtrain")
+        if state is None:
+            return
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn == "fit":
+            path = trainer.ckpt_path or "the checkpoint"
+            check_resumes(checkpoint, self, trainer, trainer.datamodule, path)  # type: ignore[attr-defined]
+        self.state.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without the trainer, and the loop that it had."""
+        return {**super().__getstate__(), "_loop": None, "guard": None}

@@ -332,7 +332,7 @@ def test_a_rate_that_a_rule_computes_is_the_one_shown():
     module, data = make(partial(GD), "full", step_size="auto")
     found = explained(module, data, 5, max_epochs=50)
     assert found.gap < 1e-6
-    assert found.rate == float(module.rates[0])
+    assert found.rate == float(module.loop.engine.rates[0])
     assert found.rate != 1.0
 
 

@@ -1,5 +1,6 @@
 """Divergence: each cause found where it was put in, recoveries, and no alarm on healthy runs."""
 
+import itertools
 import json
 import math
 import re
@@ -8,10 +9,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from commands import command
-from lightning import Callback, Trainer, seed_everything
+from lightning import Trainer, seed_everything
+from sklearn.datasets import load_iris
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule, fit
 from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
@@ -20,7 +21,7 @@ from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.losses import CrossEntropy, Hinge, SquaredError
 from gdtrain.models import MLP, Linear
 from gdtrain.runs.run import run
-from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
+from gdtrain.schedules import Constant, Cosine
 
 QUIET = {
     "accelerator": "cpu",
@@ -32,26 +33,24 @@ OPTIMIZERS = {1: SGD, "full": GD}
 
 
 def make(name="digits", model=None, batch_size=32, lr=0.1, schedule=None, engine="auto", **options):
-    momentum = options.pop("momentum", 0.0)
     seed_everything(options.pop("weights", 0), verbose=False)
     data = EmbeddedDataModule(name, batch_size=batch_size, **options)
     data.setup()
     loss = SquaredError() if data.num_classes is None else CrossEntropy()
     outputs = loss.outputs(data.num_classes, data.num_targets)
     built = (model or partial(MLP, hidden=[32]))(data.input_shape, outputs)
-    kind = partial(OPTIMIZERS.get(batch_size, MiniBatchSGD), lr=lr, momentum=momentum)
+    kind = partial(OPTIMIZERS.get(batch_size, MiniBatchSGD), lr=lr)
     return SupervisedModule(built, loss, kind, schedule or Constant(), engine=engine), data
 
 
-def train(module, data, watch=None, folder=None, checkpoint=None, callbacks=(), **arguments):
+def train(module, data, watch=None, folder=None, **arguments):
     watch = Divergence() if watch is None else watch
     return run(
         module,
         data,
         trainer=partial(Trainer, **{"max_epochs": 3, **QUIET, **arguments}),
-        callbacks=[watch, LossCurves(), *callbacks, *([BestAndLast] if folder else [])],
+        callbacks=[watch, LossCurves(), *([BestAndLast] if folder else [])],
         directory=folder,
-        checkpoint=checkpoint,
     )
 
 
@@ -83,24 +82,19 @@ def test_arguments(argument, value):
 # ---------------------------------------------------------------------- by hand
 
 
-def bowl(lr, epochs, schedule=None, optimizer=GD, **options):
+def ones(target):
+    """32 times the same example x = 1."""
+    raw = {"standardize": False, "standardize_targets": False, "dtype": "float64"}
+    whole = {"batch_size": "full", "val_fraction": 0, "test_fraction": 0}
+    return ArrayDataModule(np.ones((32, 1)), np.full(32, target), task="regression", **raw, **whole)
+
+
+def bowl(lr, epochs, optimizer=GD):
     """J = ½ (θ − 1)², from θ = 0, by GD: 32 times the same example x = y = 1."""
-    x = np.ones((32, 1))
-    data = ArrayDataModule(
-        x,
-        np.ones(32),
-        task="regression",
-        batch_size="full",
-        standardize=False,
-        standardize_targets=False,
-        val_fraction=0,
-        test_fraction=0,
-        dtype="float64",
-        **options,
-    )
+    data = ones(1.0)
     model = nn.Linear(1, 1, bias=False).double()
     nn.init.zeros_(model.weight)
-    module = SupervisedModule(model, SquaredError(), partial(optimizer, lr=lr), schedule)
+    module = SupervisedModule(model, SquaredError(), partial(optimizer, lr=lr))
     return module, data, {"max_epochs": epochs, "precision": "64-true"}
 
 
@@ -163,10 +157,11 @@ def test_stopping_by_hand():
 
 
 def test_recoveries_are_bounded():
-    module, data, budget = bowl(lr=30.0, epochs=80)
     watch = Divergence(recoveries=1)
-    result = train(module, data, watch, **budget)
-    assert len(watch.events) == 1
+    for _ in range(2):  # a second run of the callback starts anew
+        module, data, budget = bowl(lr=30.0, epochs=80)
+        result = train(module, data, watch, **budget)
+        assert len(watch.events) == 1
     assert result.stop.reason is StopReason.DIVERGED
     assert "It had recovered once before" in result.stop.message
     assert module.model.weight.item() == 0.0
@@ -206,23 +201,11 @@ def test_nothing_is_said_of_the_curvature_where_steps_do_not_follow_the_gradient
 
 def test_a_loss_that_bounces_is_named():
     """J = ¼ Σ… by η at which a two-cycle is stable: tanh units on one example."""
-    torch.manual_seed(0)
-    data = ArrayDataModule(
-        np.ones((32, 1)),
-        np.full(32, 0.5),
-        task="regression",
-        batch_size="full",
-        standardize=False,
-        standardize_targets=False,
-        val_fraction=0,
-        test_fraction=0,
-    )
     model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Tanh(), nn.Linear(1, 1, bias=False))
-    with torch.no_grad():
-        model[0].weight.fill_(0.6)
-        model[2].weight.fill_(0.6)
+    for p in model.double().parameters():
+        nn.init.constant_(p, 0.6)
     module = SupervisedModule(model, SquaredError(), partial(GD, lr=3.0))
-    stop = train(module, data, max_epochs=400).stop
+    stop = train(module, ones(0.5), max_epochs=400, precision="64-true").stop
     assert stop.numbers["oscillation"] > 1
     assert stop.numbers["turns"] > 20
     assert f"the loss turned {stop.numbers['turns']} times" in stop.message
@@ -388,125 +371,34 @@ def test_a_rate_1000_times_too_large_ends_near_a_well_set_one(activation, batch_
     assert "cut to" in result.stop.message
 
 
-# ---------------------------------------------------------------------- the same run
-
-
-@pytest.mark.parametrize("batch_size", [1, 16, "full"])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_a_recovery_does_not_depend_on_the_sweeps(batch_size, momentum):
-    lr = {1: 10.0, 16: 30.0, "full": 100.0}[batch_size]
-    made = []
-    for length in (1, 7, 50, "auto"):
-        module, data = make(
-            "iris", batch_size=batch_size, lr=lr, momentum=momentum, updates_per_sweep=length
-        )
-        watch = Divergence()
-        result = train(module, data, watch, max_epochs=60 if batch_size == "full" else 6)
-        made.append((watch.events, weights(module), result.history.train["loss"]))
-    assert made[0][0]
-    for events, final, losses in made[1:]:
-        assert repr(events) == repr(made[0][0])  # some numbers in it are nan
-        assert torch.equal(final, made[0][1])
-        assert losses == pytest.approx(made[0][2], nan_ok=True)
-
-
-class StopAt(Callback):
-    def __init__(self, update):
-        self.update = update
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        if trainer.global_step >= self.update:
-            trainer.should_stop = True
-
-
-@pytest.mark.parametrize("at", [3, 10, 40, 100])
-def test_a_recovered_run_is_resumed_as_the_same_run(tmp_path, at):
-    """Interrupted before, between and after recoveries."""
-
-    def new():
-        module, data = make("iris", lr=300.0, batch_size=4, momentum=0.5, updates_per_sweep=5)
-        return module, data, Divergence()
-
-    whole, data, watch = new()
-    train(whole, data, watch, max_epochs=6)
-    assert len(watch.events) >= 2
-    half, data, before = new()
-    train(half, data, before, tmp_path / "half", callbacks=[StopAt(at)], max_epochs=6)
-    assert half.updates < whole.updates
-    rest, data, after = new()
-    checkpoint = tmp_path / "half" / "checkpoints" / "last.ckpt"
-    train(rest, data, after, tmp_path / "rest", checkpoint, max_epochs=6)
-    assert rest.rate_cut == whole.rate_cut
-    assert repr(after.events) == repr(watch.events)
-    assert torch.equal(weights(rest), weights(whole))
-
-
-def test_a_second_fit_of_the_callback_starts_anew():
-    watch = Divergence()
-    for _ in range(2):
-        module, data, budget = bowl(lr=30.0, epochs=40)
-        train(module, data, watch, **budget)
-        assert causes(watch) == [(15, "GROWTH"), (31, "GROWTH")]
-
-
-def test_a_plateau_schedule_goes_on():
-    schedule = ReduceOnPlateau(gamma=0.5, patience=0)
-    module, data = make("iris", batch_size=8, lr=100.0, schedule=schedule, updates_per_sweep=4)
-    watch = Divergence()
-    result = train(module, data, watch, max_epochs=8)
-    assert watch.events
-    assert result.stop.reason is StopReason.BUDGET
-    assert math.isfinite(result.metrics["loss/train"])
-
-
 # ---------------------------------------------------------------------- other loaders
 
 
-class Pairs(Dataset):
-    """Examples that are fetched one by one."""
-
-    def __init__(self):
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(128, 4, generator=generator)
-        self.y = (self.x[:, 0] > 0).long()
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, i):
-        return self.x[i], int(self.y[i])
+def pairs():
+    x = torch.randn(128, 4, generator=torch.Generator().manual_seed(0))
+    return x, (x[:, 0] > 0).long()
 
 
-def fetched(lr=1000.0, batch_size=32):
+@pytest.mark.parametrize(("batch_size", "lr", "epochs"), [(1, 30.0, 3), (32, 300.0, 30)])
+def test_examples_of_a_dataset(batch_size, lr, epochs):
     seed_everything(0, verbose=False)
-    data = DatasetDataModule(Pairs(), batch_size=batch_size, num_workers=0)
+    fetched = [*zip(*pairs(), strict=True)]  # one by one
+    data = DatasetDataModule(fetched, batch_size=batch_size, num_workers=0)
     model = MLP((4,), 2, hidden=[16])
-    return SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=lr)), data
-
-
-@pytest.mark.parametrize("batch_size", [1, 32])
-def test_examples_of_a_dataset(batch_size):
-    module, data = fetched(lr=1000.0 if batch_size > 1 else 30.0, batch_size=batch_size)
+    module = SupervisedModule(model, CrossEntropy(), partial(MiniBatchSGD, lr=lr))
     watch = Divergence()
-    result = train(module, data, watch, max_epochs=30 if batch_size > 1 else 3)
+    result = train(module, data, watch, max_epochs=epochs)
     assert watch.events
     assert result.stop.reason is StopReason.BUDGET
     assert result.metrics["loss/train"] < 0.3
 
 
-def test_batches_that_are_too_large_to_be_kept(monkeypatch):
-    monkeypatch.setattr("gdtrain.callbacks.divergence._RETAINED", 0)
-    module, data = fetched()
-    watch = Divergence()
-    result = train(module, data, watch, max_epochs=30)
-    assert watch.events
-    assert result.metrics["loss/train"] < 0.3
-
-
-def test_a_plain_loader():
+@pytest.mark.parametrize("retained", [2**20, 0], ids=["kept", "too large to be kept"])
+def test_a_plain_loader(monkeypatch, retained):
+    monkeypatch.setattr("gdtrain.descent.recovery._RETAINED", retained)
     seed_everything(0, verbose=False)
-    pairs = Pairs()
-    loader = DataLoader(TensorDataset(pairs.x, pairs.y), 32)
+    x, y = pairs()
+    loader = DataLoader(TensorDataset(x, y), 32)
 
     def fit():
         make_optimizer = partial(SGD, lr=100.0)
@@ -520,8 +412,8 @@ def test_a_plain_loader():
     module, watch = fit()
     assert watch.events
     assert module.stop is None
-    assert CrossEntropy()(module.model(pairs.x), pairs.y).mean().item() < 0.3
-    pairs.x[99, 2] = math.nan
+    assert CrossEntropy()(module.model(x), y).mean().item() < 0.3
+    x[99, 2] = math.nan
     module, watch = fit()
     assert not watch.events
     assert (module.stop.numbers["cause"], module.stop.numbers["update"]) == ("INPUT", 3)
@@ -541,20 +433,13 @@ def test_a_plain_loader():
     "seeds", [range(1), pytest.param(range(1, 4), marks=pytest.mark.slow)], ids=["one", "more"]
 )
 def test_healthy_runs_raise_no_alarm(name, batch_size, lr, epochs, seeds):
-    for seed in seeds:
-        for model in (
-            Linear,
-            partial(MLP, hidden=[32]),
-            partial(MLP, hidden=[32], activation="tanh"),
-        ):
-            for rate in (lr, lr / 100):
-                module, data = make(name, model, batch_size, rate, weights=seed, seed=seed)
-                watch = Divergence(action="stop")
-                result = train(
-                    module, data, watch, max_epochs=epochs, check_val_every_n_epoch=epochs
-                )
-                assert result.stop.reason is StopReason.BUDGET, result.stop
-                assert module.rate_cut == 1.0
+    models = Linear, *(partial(MLP, hidden=[32], activation=a) for a in ("relu", "tanh"))
+    for seed, model, rate in itertools.product(seeds, models, (lr, lr / 100)):
+        module, data = make(name, model, batch_size, rate, weights=seed, seed=seed)
+        budget = {"max_epochs": epochs, "check_val_every_n_epoch": epochs}
+        result = train(module, data, Divergence(action="stop"), **budget)
+        assert result.stop.reason is StopReason.BUDGET, result.stop
+        assert module.rate_cut == 1.0
 
 
 def test_heavy_tails_raise_no_alarm():
@@ -594,29 +479,7 @@ def test_annotate_leaves_a_healthy_end_alone():
     assert Divergence().annotate(stop) == stop
 
 
-# ---------------------------------------------------------------------- the command
-
-
-def test_the_command_ends_with_code_3(tmp_path):
-    words = ("optimizer=gd", "model=linear", "data=diabetes", "optimizer.lr=1000")
-    words += ("callbacks.divergence.action=stop", "hydra.run.dir=run")
-    done = command(tmp_path, "train", *words)
-    assert done.returncode == 3, done.stderr
-    last = done.stdout.strip().splitlines()[-1]
-    assert last.startswith("NON_FINITE: ")
-    assert "Full-batch descent is stable below lr=0.4" in last
-    assert re.search(r"Set optimizer\.lr=0\.2\d* or less\.$", last)
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["stop_reason"] == "NON_FINITE"
-    assert last.endswith(summary["stop_advice"])
-    assert summary["stop_numbers"]["lr"] == pytest.approx(100.0, rel=0.2)  # it was warming up
-    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert all(torch.isfinite(t).all() for t in saved["state_dict"].values())
-
-
 def test_a_rule_that_finds_the_rate_is_not_said_to_oscillate():
-    from sklearn.datasets import load_iris
-
     result = fit("linear", *load_iris(return_X_y=True), variant="gd", epochs=100)
     assert result.stop.reason is StopReason.BUDGET
     assert "oscillate" not in result.stop.message
