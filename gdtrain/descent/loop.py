@@ -28,7 +28,7 @@ from gdtrain.descent.preparation import (
 from gdtrain.descent.race import race
 from gdtrain.descent.recovery import Guard, Watched
 from gdtrain.descent.state import State
-from gdtrain.descent.trial import Snapshot
+from gdtrain.descent.trial import Snapshot, trial
 from gdtrain.engines import EngineName
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective
@@ -393,11 +393,10 @@ class Loop:
         params, micro = objective.params, objective.micro_batch_size
         length = None if self.plan is None else self.plan.updates_per_sweep
         guard, self.guard = self.guard, None
-        before = Snapshot(objective, self.optimizer)
         try:
-            yield
+            with trial(objective, self.optimizer):
+                yield
         finally:
-            before.give_back()
             vars(self.state).update(state)
             if isinstance(schedule, ReduceOnPlateau) and plateau is not None:
                 schedule.load_state_dict(plateau)

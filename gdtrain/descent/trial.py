@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from gdtrain.generators import RandomStates
 from gdtrain.objective import Objective, buffers_of
 
-__all__ = ["Snapshot", "staying"]
+__all__ = ["Snapshot", "staying", "trial"]
 
 
 class Snapshot:
@@ -87,6 +87,16 @@ class Snapshot:
         self._states = [(owned[i], _beside(owned[i], own)) for i, own in state["states"].items()]
         self._gradients = [(p, None) for p, _ in self._gradients]
         self._random = RandomStates.from_state_dict(state["random"])
+
+
+@contextmanager
+def trial(objective: Objective, optimizer: Optimizer) -> Iterator[Snapshot]:
+    """Within it, updates may be made; after it, all that they change is as it was."""
+    before = Snapshot(objective, optimizer)
+    try:
+        yield before
+    finally:
+        before.give_back()
 
 
 @contextmanager
