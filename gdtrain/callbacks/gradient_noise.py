@@ -47,9 +47,6 @@ class GradientNoise(Instrument):
         size: Examples in each, at most, range [1, ∞).
         every, looks, share: As for `Instrument`.
 
-    Raises:
-        ValueError: An argument is out of range.
-
     Example:
         >>> callback = GradientNoise(every=50)
 

@@ -46,9 +46,6 @@ class StepTest(Instrument):
         probe: Examples, where B < N, range [16, ∞); all N where there are fewer.
         every, looks, share: As for `Instrument`.
 
-    Raises:
-        ValueError: An argument is out of range.
-
     Example:
         >>> callback = StepTest(every=50)
 

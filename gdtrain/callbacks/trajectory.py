@@ -50,9 +50,6 @@ class Trajectory(Callback):
         megabytes: What they may take, range (0, ∞). Fewer are kept of a large model; none, which
             the log says, where 8 do not fit.
 
-    Raises:
-        ValueError: An argument is out of range.
-
     Example:
         >>> Trajectory("outputs/run/checkpoints").path.as_posix()
         'outputs/run/trajectory.npz'

@@ -1,4 +1,7 @@
-"""The instruments of an update's vectors: its gradient g, its step s, and the parameters θ."""
+"""The instruments of an update's vectors: its gradient g, its step s, and the parameters θ.
+
+Their arguments are those of `Instrument`.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,6 @@ class GradientNorms(Instrument):
     Tags: `gradient/norm`, and `gradient/norm/<layer>` for the parameters of each module that has
     some of its own.
 
-    Args:
-        every, looks, share: As for `Instrument`.
-
     Example:
         >>> callback = GradientNorms(every=50)
     """
@@ -52,9 +52,6 @@ class GradientCosine(Instrument):
 
     Tag: `gradient/cosine`. Where one of the gradients is 0, and at the last update, there is none.
 
-    Args:
-        every, looks, share: As for `Instrument`.
-
     Example:
         >>> callback = GradientCosine(every=50)
     """
@@ -77,9 +74,6 @@ class UpdateRatio(Instrument):
 
     Tags: `step/norm`, ‖s‖; `step/ratio`, and `step/ratio/<layer>` for the parameters of each module
     that has some of its own. A layer whose parameters are all 0 has no ratio.
-
-    Args:
-        every, looks, share: As for `Instrument`.
 
     Example:
         >>> callback = UpdateRatio(every=50)
@@ -110,9 +104,6 @@ class Distance(Instrument):
     Tags: `distance/from_start`, and `distance/relative`, the same divided by ‖θ₀‖. Checkpoints keep
     θ₀ of models with up to about four million parameters; of a larger one, a resumed run logs no
     distance.
-
-    Args:
-        every, looks, share: As for `Instrument`.
 
     Example:
         >>> callback = Distance(every=50)
@@ -160,9 +151,6 @@ class Histograms(Instrument):
     Tags: `weights/<layer>`, `gradients/<layer>`. It is in no preset, for its events take space:
     `+instruments.histograms._target_=gdtrain.callbacks.Histograms`. Without a TensorBoard logger it
     draws nothing.
-
-    Args:
-        every, looks, share: As for `Instrument`.
 
     Example:
         >>> callback = Histograms(every=50)

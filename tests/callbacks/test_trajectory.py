@@ -1,7 +1,6 @@
 """Trajectory: which updates it keeps, that it changes nothing, what it leaves and takes up."""
 
 import logging
-import time
 from functools import partial
 
 import numpy as np
@@ -241,18 +240,6 @@ def test_it_is_written_beside_a_checkpoint_that_comes_late_and_when_a_run_fails(
     assert found.updates[-1] == there[-1] == 39  # of 13 × 3
     state = torch.load(tmp_path / "x.ckpt", weights_only=True)
     assert not any("Trajectory" in name for name in state["callbacks"])
-
-
-def test_it_costs_little(tmp_path):
-    """The bookkeeping of a sweep, and a copy, against a tenth of a second of updates."""
-    kept = Trajectory(tmp_path / "checkpoints")
-    module = fit(kept, updates=500)
-    trainer, outputs = module.trainer, {"seconds": 0.1, "losses": torch.zeros(100)}
-    started = time.perf_counter()
-    for _ in range(50):
-        kept._keep(module)
-        kept.on_train_batch_end(trainer, module, outputs, None, 0)
-    assert time.perf_counter() - started < 50 * 0.001
 
 
 @pytest.mark.parametrize(
