@@ -316,8 +316,7 @@ def explain(
 
     Args:
         objective: J of a `Linear` or `MLP` of gdtrain with one of gdtrain's losses.
-        optimizer: `GD`, `SGD`, `MiniBatchSGD` or `torch.optim.SGD`; its groups and momentum
-            buffers are used as they are.
+        optimizer: `GD`, `SGD`, `MiniBatchSGD` or `torch.optim.SGD`, with its momentum as it is.
         indices: (B,), int64, the examples that make the update.
         lr: η, range [0, ∞); None: the optimizer's.
         draw: Names the random numbers of dropout, as for `Objective`.
@@ -408,8 +407,10 @@ def check_explainable(model: nn.Module, loss: object, optimizer: Optimizer) -> N
         )
 
 
-def _chain(model: nn.Module) -> list[tuple[int, Link]]:
-    """The linear layers with what follows each, by number, as `Layer` has it."""
+_Chain = list[tuple[int, Link]]  # the linear layers with what follows each, by `Layer.number`
+
+
+def _chain(model: nn.Module) -> _Chain:
     if type(model) not in (Linear, MLP):
         raise ValueError(
             f"One update can be written out for gdtrain's Linear and MLP (model=linear, "
@@ -423,7 +424,7 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float64, copy=True)
 
 
-def _parameters(chain: list[tuple[int, Link]]) -> dict[str, Tensor]:
+def _parameters(chain: _Chain) -> dict[str, Tensor]:
     """By the names that steps have."""
     return {
         symbol + _subscript(number): p
@@ -433,9 +434,7 @@ def _parameters(chain: list[tuple[int, Link]]) -> dict[str, Tensor]:
     }
 
 
-def _forward(
-    chain: list[tuple[int, Link]], theta: Mapping[str, Tensor], x: Tensor, draw: int
-) -> list[Layer]:
+def _forward(chain: _Chain, theta: Mapping[str, Tensor], x: Tensor, draw: int) -> list[Layer]:
     layers, h = [], x
     for number, link in chain:
         w, b = (theta.get(symbol + _subscript(number)) for symbol in "Wb")
@@ -454,9 +453,7 @@ def _forward(
     return layers
 
 
-def _steps(
-    chain: list[tuple[int, Link]], layers: list[Layer], optimizer: Optimizer, rate: float
-) -> list[Step]:
+def _steps(chain: _Chain, layers: list[Layer], optimizer: Optimizer, rate: float) -> list[Step]:
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     gradients: dict[str, Any] = {}
     for layer in layers:

@@ -182,7 +182,7 @@ def find_lr(
         objective: J on the training examples.
         optimizer: Of its parameters; its lr is not used (with several groups: their ratios).
         plan: Which examples make which update: N, B, sampling and seed.
-        engine: As for `gdtrain.engines.choose`; "compiled" is taken for "auto": it takes too long.
+        engine: As for `gdtrain.engines.choose`; "compiled" takes too long, and stands for "auto".
         min_lr: η_min, range (0, max_lr).
         max_lr: η_max, range (min_lr, ∞).
         updates: Of one test, range [20, ∞); None: 200 for B = N, else 5000/B, at least 1000.

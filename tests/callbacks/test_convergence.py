@@ -9,7 +9,7 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from watched_runs import QUIET
+from watched_runs import QUIET, Losses, StopAt
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.callbacks import Convergence
@@ -113,14 +113,6 @@ def test_full_batch_converges_and_says_by_what():
     assert f"{norm:.3g}" in stop.message
     assert "tolerance" in stop.advice
     assert module.certificate["relative_gap"] == stop.numbers["relative_gap"] < 1e-6
-
-
-class Losses(Callback):
-    def __init__(self):
-        self.seen = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
-        self.seen += outputs["losses"].tolist()
 
 
 @pytest.mark.parametrize(("size", "optimizer"), [("full", GD), (32, MiniBatchSGD)])
@@ -330,19 +322,6 @@ def test_the_certificate_is_the_averages_and_leaves_the_parameters():
 # ---------------------------------------------------------------------- resumed runs
 
 
-class SaveAt(Callback):
-    """Keeps a checkpoint at the first end of a sweep at or after an update."""
-
-    def __init__(self, update, path):
-        self.update, self.path = update, path
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        if self.update is not None and pl_module.updates >= self.update:
-            self.update = None
-            trainer.save_checkpoint(self.path)
-            trainer.should_stop = True
-
-
 def test_a_resumed_run_is_the_same_run(tmp_path):
     def start():
         seed_everything(0, verbose=False)
@@ -357,7 +336,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     part, data = start()
     path = tmp_path / "part.ckpt"
     # The callback that saves comes last, as checkpoint callbacks do.
-    fit(part, data, Convergence(every=500), SaveAt(700, path), max_epochs=60, precision="64-true")
+    fit(part, data, Convergence(every=500), StopAt(700, path), max_epochs=60, precision="64-true")
     assert part.updates == 700
     state = torch.load(path, weights_only=True)
     assert any("Convergence" in key for key in state["callbacks"])
@@ -381,7 +360,7 @@ def test_the_search_for_a_bound_goes_on_in_a_resumed_run(tmp_path):
         return {k: v for k, v in module.certificate.items() if not k.startswith("seconds")}
 
     path = tmp_path / "part.ckpt"
-    whole, _ = certificate(), certificate(SaveAt(50, path))
+    whole, _ = certificate(), certificate(StopAt(50, path))
     assert torch.load(path, weights_only=True)["callbacks"]["Convergence"]["lower"] > 0
     assert certificate(checkpoint=path) == whole
 

@@ -7,24 +7,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from sklearn.datasets import load_iris
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from watched_runs import fit
+from watched_runs import Losses, fit
 
 import gdtrain
 from gdtrain.callbacks import LossCurves
 from gdtrain.data import ArrayDataModule
 from gdtrain.models import Linear
-
-
-class Losses(Callback):
-    def __init__(self):
-        self.all = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.all += outputs["losses"].double().tolist()
 
 
 def trained(folder, batch, updates, points, **options):
@@ -35,7 +26,7 @@ def trained(folder, batch, updates, points, **options):
     model = partial(Linear, (4,), 3)
     fit(losses, curves, batch=batch, updates=updates, model=model, data=data, logger=logger)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return np.array(losses.all), curves.history, events
+    return np.array(losses.seen), curves.history, events
 
 
 def values(events, tag):

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional
-from watched_runs import N, Numbers, fit, small
+from watched_runs import N, Numbers, StopAt, fit, small
 
 from gdtrain.callbacks import (
     Distance,
@@ -392,13 +392,9 @@ def test_looks_take_no_more_than_their_share_of_the_passes(monkeypatch, caplog):
 def test_without_a_planned_end_looks_become_rarer_as_the_run_goes_on(monkeypatch):
     monkeypatch.setattr("gdtrain.descent.work._PASS", 0)
 
-    class End(Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            trainer.should_stop = pl_module.updates >= 2000
-
     norms, logger = GradientNorms(looks=4, share=0.02), Numbers()
-    fit(norms, End(), updates=-1, batch="full", logger=logger)
-    looks = [update for update in logger.found["gradient/norm"] if update < 2000]
+    fit(norms, StopAt(1700), updates=-1, batch="full", logger=logger)
+    looks = list(logger.found["gradient/norm"])
     # Two passes are 2% of 100 updates; four looks in each doubling.
     assert looks == [0, 100, 200, 300, 400, 500, 600, 700, 800, 1000, 1200, 1400, 1600]
 

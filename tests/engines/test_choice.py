@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
+from watched_runs import StopAt, weights
 
 import gdtrain
 from gdtrain import SGD, SupervisedModule
@@ -72,21 +73,6 @@ class Lengths(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.counts.append(len(batch))
-
-
-class StopAt(Callback):
-    def __init__(self, update):
-        self.update = update
-
-    def next_update(self, update):
-        return None  # it knows sweeps
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.update
-
-
-def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
 
 
 def test_the_fastest_that_applies_is_taken_and_said(caplog):
