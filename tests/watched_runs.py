@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -32,6 +32,32 @@ class Numbers(DummyLogger):
     def log_metrics(self, metrics, step):
         for tag, value in metrics.items():
             self.found.setdefault(tag, {})[step] = value
+
+
+class Losses(Callback):
+    """Each update's."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, *_):
+        self.seen += outputs["losses"].double().tolist()
+
+
+class StopAt(Callback):
+    """Ends a run at an update; with a path, it leaves a checkpoint there."""
+
+    def __init__(self, update, path=None):
+        self.update, self.path = update, path
+
+    def next_update(self, update):
+        return self.update if update < self.update else None
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if pl_module.updates == self.update:
+            trainer.should_stop = True
+            if self.path is not None:
+                trainer.save_checkpoint(self.path)
 
 
 def weights(module):

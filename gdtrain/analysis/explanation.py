@@ -27,8 +27,10 @@ from torch.optim import Optimizer
 from gdtrain.descent.trial import trial
 from gdtrain.losses import Loss
 from gdtrain.models import MLP, Linear
-from gdtrain.models.activations import Activation, activation_of
-from gdtrain.models.dropout import Dropout, drawing
+from gdtrain.models.activations import Activation
+from gdtrain.models.dropout import drawing
+from gdtrain.models.structure import Layer as Link
+from gdtrain.models.structure import dense_layers
 from gdtrain.objective import Objective
 from gdtrain.optim.protocol import update_rules
 from gdtrain.ranges import Whole
@@ -314,8 +316,7 @@ def explain(
 
     Args:
         objective: J of a `Linear` or `MLP` of gdtrain with one of gdtrain's losses.
-        optimizer: `GD`, `SGD`, `MiniBatchSGD` or `torch.optim.SGD`; its groups and momentum
-            buffers are used as they are.
+        optimizer: `GD`, `SGD`, `MiniBatchSGD` or `torch.optim.SGD`, with its momentum as it is.
         indices: (B,), int64, the examples that make the update.
         lr: η, range [0, ∞); None: the optimizer's.
         draw: Names the random numbers of dropout, as for `Objective`.
@@ -406,55 +407,40 @@ def check_explainable(model: nn.Module, loss: object, optimizer: Optimizer) -> N
         )
 
 
-@dataclass
-class _Link:
-    """A linear layer, and what follows it."""
-
-    linear: nn.Linear
-    number: int = 0
-    activation: Activation | None = None
-    dropout: Dropout | None = None
+_Chain = list[tuple[int, Link]]  # the linear layers with what follows each, by `Layer.number`
 
 
-def _chain(model: nn.Module) -> list[_Link]:
+def _chain(model: nn.Module) -> _Chain:
     if type(model) not in (Linear, MLP):
         raise ValueError(
             f"One update can be written out for gdtrain's Linear and MLP (model=linear, "
             f"model=mlp). Received: {type(model).__name__}."
         )
-    chain: list[_Link] = []
-    for part in model.layers if isinstance(model, MLP) else model.children():
-        if isinstance(part, nn.Linear):
-            chain.append(_Link(part, len(chain) + 1))
-        elif isinstance(part, Dropout):
-            chain[-1].dropout = part
-        elif chain:
-            chain[-1].activation = activation_of(part)
-    if len(chain) == 1:
-        chain[0].number = 0
-    return chain
+    chain = dense_layers(model)
+    return list(enumerate(chain, start=1 if len(chain) > 1 else 0))
 
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.float64, copy=True)
 
 
-def _parameters(chain: list[_Link]) -> dict[str, Tensor]:
+def _parameters(chain: _Chain) -> dict[str, Tensor]:
     """By the names that steps have."""
     return {
-        symbol + _subscript(link.number): p
-        for link in chain
+        symbol + _subscript(number): p
+        for number, link in chain
         for symbol, p in (("W", link.linear.weight), ("b", link.linear.bias))
         if p is not None
     }
 
 
-def _forward(chain: list[_Link], theta: Mapping[str, Tensor], x: Tensor, draw: int) -> list[Layer]:
+def _forward(chain: _Chain, theta: Mapping[str, Tensor], x: Tensor, draw: int) -> list[Layer]:
     layers, h = [], x
-    for link in chain:
-        w, b = (theta.get(symbol + _subscript(link.number)) for symbol in "Wb")
+    for number, link in chain:
+        w, b = (theta.get(symbol + _subscript(number)) for symbol in "Wb")
         assert w is not None
-        inputs, a, slope, mask = h, link.activation, None, None
+        inputs, slope, mask = h, None, None
+        a = None if link is chain[-1][1] else link.activation
         h = z = inputs @ w.T if b is None else inputs @ w.T + b
         if a is not None:
             h = a(z)
@@ -463,13 +449,11 @@ def _forward(chain: list[_Link], theta: Mapping[str, Tensor], x: Tensor, draw: i
             with drawing(draw, 0):
                 mask = link.dropout(torch.ones_like(h))
             h = mask * h
-        layers.append(Layer(link.number, a, w, b, inputs, z, slope, mask, h))
+        layers.append(Layer(number, a, w, b, inputs, z, slope, mask, h))
     return layers
 
 
-def _steps(
-    chain: list[_Link], layers: list[Layer], optimizer: Optimizer, rate: float
-) -> list[Step]:
+def _steps(chain: _Chain, layers: list[Layer], optimizer: Optimizer, rate: float) -> list[Step]:
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     gradients: dict[str, Any] = {}
     for layer in layers:

@@ -195,18 +195,10 @@ class Landscape:
             return np.array([self._at(torch.as_tensor(theta)) for theta in thetas])
 
     def slice_1d(self, lines: int = 2, *, span: float = 1.0, points: int = 51) -> Line:
-        """J(θ* + αd) along random directions, filter-normalised (see `directions`).
+        """J(θ* + αd) along 1 to 4 random directions, filter-normalised (see `directions`).
 
-        Args:
-            lines: How many directions, range [1, 4].
-            span: α goes from −span to span, range (0, 10⁶]; 1 is a step as long as the weights.
-            points: Values of α, range [3, ∞); an odd number has θ* among them.
-
-        Returns:
-            The values, in float64, and the picture.
-
-        Raises:
-            ValueError: An argument is out of range, or all weights are 0.
+        α has `points` values, range [3, ∞), from −`span` to `span`, range (0, 10⁶]: 1 is a step as
+        long as the weights. An odd number has θ* among them.
         """
         x, origin = _axis(span, points), self.position
         made = directions(self.objective.model, lines, self.seed)
@@ -221,18 +213,7 @@ class Landscape:
         )
 
     def slice_2d(self, *, span: float = 1.0, points: int = 31) -> Grid:
-        """J(θ* + αd + βe) with two random directions, filter-normalised (see `directions`).
-
-        Args:
-            span: α and β go from −span to span, range (0, 10⁶].
-            points: Values of each, range [3, ∞); an odd number has θ* among them.
-
-        Returns:
-            The values, in float64, and the picture.
-
-        Raises:
-            ValueError: An argument is out of range, or all weights are 0.
-        """
+        """J(θ* + αd + βe) with two random directions; α and β as in `slice_1d`."""
         x = _axis(span, points)
         first, second = directions(self.objective.model, 2, self.seed)
         return Grid(
@@ -247,17 +228,9 @@ class Landscape:
     def plane(self, snapshots: Snapshots, *, points: int = 31, margin: float = 0.25) -> Grid:
         """J in the plane of a path's two principal components through θ*, and the path.
 
-        Args:
-            snapshots: The path; the last is θ*, as `Snapshots.until` can see to.
-            points: Of each axis, range [3, ∞).
-            margin: Room around the path, in units of its extent, range (0, ∞).
-
-        Returns:
-            The values, in float64, and the picture. `path_values` are J at the snapshots
-            themselves, which lie off the plane by what the two components leave.
-
-        Raises:
-            ValueError: An argument is out of range, no snapshot differs from θ*, or the last does.
+        Its last point must be θ*, as `Snapshots.until` can see to. `margin` is the room around it,
+        in units of its extent. `path_values` are J at the snapshots themselves, which lie off the
+        plane by what the two components leave.
         """
         Interval(0, math.inf).check("margin", margin)
         _AXIS.check("points", points)
@@ -296,14 +269,8 @@ class Landscape:
     ) -> Mapping[str, Line | Grid]:
         """All that there are of a model: "landscape-1d", "landscape-2d" and "trajectory".
 
-        Args:
-            snapshots: The path of the run, with θ* as its last point; None: not known. A path that
-                moves has a "trajectory".
-            span: Of random directions, range (0, 10⁶]; None: 1.
-            points: Of each axis of a plane, range [3, 1000]; None: 31.
-
-        Raises:
-            ValueError: An argument is out of range, or all weights are 0.
+        The last where the path of the run moves; it ends at θ*. `span` is of random directions
+        (None: 1), `points` of each axis of a plane, range [3, 1000] (None: 31).
         """
         span = 1.0 if span is None else span
         points = _POINTS.check("points", 31 if points is None else points)

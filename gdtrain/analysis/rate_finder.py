@@ -28,10 +28,11 @@ from torch.optim import Optimizer
 from gdtrain.analysis.curvature import limit_of, sharpness
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.descent.preparation import check_examples
 from gdtrain.descent.trial import Snapshot, trial
 from gdtrain.engines import EngineName, choose
 from gdtrain.generators import RandomStates
-from gdtrain.objective import Objective, evaluating, prediction_of
+from gdtrain.objective import Objective
 from gdtrain.optim.protocol import step_size_of, update_rules
 from gdtrain.ranges import Interval, Whole
 
@@ -181,7 +182,7 @@ def find_lr(
         objective: J on the training examples.
         optimizer: Of its parameters; its lr is not used (with several groups: their ratios).
         plan: Which examples make which update: N, B, sampling and seed.
-        engine: As for `gdtrain.engines.choose`; "compiled" is taken for "auto": it takes too long.
+        engine: As for `gdtrain.engines.choose`; "compiled" takes too long, and stands for "auto".
         min_lr: η_min, range (0, max_lr).
         max_lr: η_max, range (min_lr, ∞).
         updates: Of one test, range [20, ∞); None: 200 for B = N, else 5000/B, at least 1000.
@@ -229,7 +230,12 @@ def find_lr(
     _refuse_what_has_no_rate(objective, optimizer)
     with _training(objective.model), trial(objective, optimizer) as before:
         test = _RangeTest(objective, optimizer, plan, before)
-        _check_fit(objective)
+        check_examples(
+            objective.model,
+            objective.loss,  # type: ignore[arg-type]
+            objective.inputs,
+            objective.targets,
+        )
         start = test.value()
         if not math.isfinite(start):
             raise ValueError(
@@ -270,21 +276,6 @@ def _refuse_what_has_no_rate(objective: Objective, optimizer: Optimizer) -> None
         raise ValueError(
             f"lr must be > 0 in each parameter group: the test scales it. Received: lr={units}."
         )
-
-
-def _check_fit(objective: Objective) -> None:
-    """Run two examples, so that a misfit is told in words."""
-    inputs, targets = objective.inputs, objective.targets
-    flat = targets.reshape(len(targets), -1)[:, 0]
-    extremes = torch.stack([flat.argmin(), flat.argmax()])
-    with evaluating(objective.model), torch.no_grad():
-        try:
-            output = objective.model(inputs[extremes])
-        except RuntimeError as error:
-            raise ValueError(
-                f"The model does not take examples of shape {tuple(inputs[:1].shape[1:])}: {error}"
-            ) from error
-        objective.loss.check(prediction_of(output), targets[extremes])  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -80,11 +80,6 @@ class TrialUpdate:
         return self._made[2]
 
     @property
-    def is_full_batch(self) -> bool:
-        """Whether it averages all N examples."""
-        return is_full_batch(self.plan)
-
-    @property
     def is_finite(self) -> bool:
         """Whether g and s are: elsewhere there is nothing to measure."""
         return all(math.isfinite(dot(v, v)) for v in (self.gradient, self.step))

@@ -21,9 +21,6 @@ class ExactBatchNorm(Callback):
     Args:
         batch_size: Examples in one pass, range [1, ∞).
 
-    Raises:
-        ValueError: `batch_size` is out of range.
-
     Example:
         >>> ExactBatchNorm().batch_size
         1024

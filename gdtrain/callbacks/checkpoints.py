@@ -31,9 +31,6 @@ class BestAndLast(Checkpoint):
         monitor: Metric that the best has lowest.
         seconds_between: `last.ckpt` is renewed if it is older, range [0, ∞); and at the end.
 
-    Raises:
-        ValueError: `seconds_between` is negative.
-
     Example:
         >>> BestAndLast("checkpoints").last_path.name
         'last.ckpt'

@@ -1,7 +1,4 @@
-"""Ends a run that has converged, or that its own noise keeps from converging, and says so.
-
-B examples make an update, N are there.
-"""
+"""Ends a run that has converged, or that its own noise keeps from converging, and says so."""
 
 from __future__ import annotations
 
@@ -46,31 +43,30 @@ _LOST = (StopReason.DIVERGED, StopReason.NON_FINITE)
 class Convergence(Callback):
     """Ends a run with the reason CONVERGED, NOISE_FLOOR or STALLED, with its numbers.
 
-    J is the training objective with the weight decay of each parameter group, ½ Σ λ‖θ‖².
+    J is the training objective with the weight decay of each parameter group, ½ Σ λ‖θ‖²; B of the N
+    examples make an update.
 
     **CONVERGED**, full batch (B = N): ‖∇J‖ ≤ tolerance · max(1, ‖∇J₀‖), with ∇J₀ at the start.
     Stochastic (B < N, or dropout): gradients g, g' of independent batches at the same θ have
-    E⟨g, g'⟩ = ‖∇J‖². The upper confidence bound of the mean of 8 such products must be at most
-    (tolerance · max(1, ‖∇J₀‖))², twice in a row with fresh batches. While the bounds do not decide,
-    the batches are doubled, up to one exact gradient of all N.
+    E⟨g, g'⟩ = ‖∇J‖². The upper confidence bound of the mean of 8 such products must be at most the
+    square of that, twice in a row. While the bounds do not decide, the batches are doubled, up to
+    one exact gradient of all N.
 
-    **CONVERGED**, linear models: the duality gap P − D is at most `gap` · |P|
-    (`gdtrain.convex.certificate`). With weight decay they end with the certificate in
-    `module.certificate` (a dictionary, or None), also without `gap`: that of the average, where the
-    step-size rule keeps one.
+    **CONVERGED**, linear models: the duality gap P − D is at most `gap` · |P|. With weight decay
+    they end with the certificate (`gdtrain.convex.certificate`) in `module.certificate`, a
+    dictionary, also without `gap`: that of the average, where the step-size rule keeps one.
 
-    **NOISE_FLOOR** (B < N): at this η an update is expected to change J by −η‖∇J‖² + c, where
-    c = ½ η² E[gᵀHg] is what the curvature H makes of the noise of the B-example gradient g. The
-    run is at its floor if c > ½ η‖∇J‖² with confidence over the last looks, and the training loss
-    did not fall over the last half of all updates at this η, at least two epochs. With momentum μ,
-    η stands for η(1 − dampening)/(1 − μ). While the schedule is still to lower η, the run goes on.
+    **NOISE_FLOOR** (B < N): an update is expected to change J by −η‖∇J‖² + c, c = ½ η² E[gᵀHg] with
+    the curvature H. It is at its floor if c > ½ η‖∇J‖² with confidence over the last looks, and the
+    training loss did not fall over the last half of all updates at this η, at least two epochs.
+    With momentum μ, η stands for η(1 − dampening)/(1 − μ). While the schedule is still to lower η,
+    the run goes on.
 
     **STALLED**: `patience` validations without a lower validation loss.
 
-    Checks stand at update numbers that are fixed by what they cost in passed examples, and by no
-    clock: at multiples of the updates of which `share` pays for the cheapest, once `share` of the
-    examples passed since the last of its kind pays for the one that is due. They change nothing of
-    the run. Without resident or mapped examples there are none, but for `patience`.
+    Checks stand where `share` of the examples passed since the last of its kind pays for the next,
+    whatever the clock says, and change nothing of the run. Without resident or mapped examples
+    there are none, but for `patience`.
 
     State in checkpoints: ‖∇J₀‖, the sizes, costs and places of the checks, the losses at this η,
     the best validation, the best lower bound and what it came from.

@@ -47,8 +47,7 @@ class Curvature(Callback):
     Tags, with the number of updates made as step:
 
     - full batch: `curvature/sharpness`, the largest eigenvalue λ of the objective's Hessian with
-      weight decay; `curvature/limit`, the η beyond which descent with this momentum is unstable
-      (`gdtrain.analysis.curvature.stability_limit`);
+      weight decay; `curvature/limit`, see `gdtrain.analysis.curvature.stability_limit`;
     - B < N: `curvature/batch_sharpness`, the curvature along the gradients of 16 batches of B
       examples; there 2/λ is no limit;
     - `curvature/lr`, the η of the last update (at the start, of the first), and

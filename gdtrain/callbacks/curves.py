@@ -71,9 +71,6 @@ class LossCurves(Callback):
         points: At most how many points the training curves get, range [1, ∞). Where the number of
             updates is not known, points become rarer: so many in each doubling of the run.
 
-    Raises:
-        ValueError: `points` is out of range.
-
     Example:
         >>> callback = LossCurves(points=100)
     """

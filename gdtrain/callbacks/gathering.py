@@ -37,10 +37,10 @@ class GatherMicroBatches(Callback):
     `GD(num_samples=N)` (then B = N) or a `MiniBatchSGD(batch_size=B)`. A parameter that has no
     gradient in some batch counts as zero there; half-precision gradients are summed in float32.
 
-    A step, in the sense of Lightning, is an update: `global_step`, `max_steps`, logging, schedulers
-    of interval "step", gradient clipping, `optimizer_step` and `on_before_optimizer_step` come once
-    per update and see the mean, as does the module's `on_after_backward` at an update's last batch.
-    What counts batches counts the loader's: `val_check_interval`, `limit_train_batches`, and
+    A step of Lightning is an update: `global_step`, `max_steps`, logging, schedulers of interval
+    "step", clipping, `optimizer_step` and `on_before_optimizer_step` come once per update and see
+    the mean, as does the module's `on_after_backward` at an update's last batch. Batches of the
+    loader are counted by `val_check_interval`, `limit_train_batches` and
     `trainer.estimated_stepping_batches`: give a schedule its number of updates yourself.
 
     An update that is unfinished when an epoch ends is made then, from the examples that are in; if
@@ -49,16 +49,15 @@ class GatherMicroBatches(Callback):
     same update, if the loader can resume. No state of its own.
 
     Args:
-        batch_size: The number of examples in a batch, as a function of the batch. None: the
-            first dimension, which all tensors in the (nested) batch must share.
+        batch_size: Examples in a batch, as a function of it. None: the first dimension, which all
+            tensors in the (nested) batch must share.
         epoch_end: What becomes of an unfinished update, "flush" or "carry".
 
     Raises:
-        ValueError: `epoch_end` is neither. At the start of the fit: the optimizer gathers nothing,
-            or something is used beside it that cannot be exact: `accumulate_grad_batches` > 1, a
-            gradient scaler (16-mixed), manual optimization, several devices. In the fit: a batch
-            whose size cannot be told or exceeds what the update lacks, or a `training_step` that
-            returns None.
+        ValueError: `epoch_end` is neither; the optimizer gathers nothing; something cannot be exact
+            (`accumulate_grad_batches` > 1, a gradient scaler, manual optimization, several
+            devices, a `training_step` that returns None); the size of a batch cannot be told, or
+            exceeds what the update lacks.
         RuntimeError: Several optimizers (from Lightning: put the parameters into one, as groups).
 
     Example:

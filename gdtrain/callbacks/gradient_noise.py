@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gdtrain._compat.torch_modules import BATCH_NORMS
 from gdtrain.analysis.gradients import NoiseEstimate, NoiseScale, gram, noise, noise_scale
-from gdtrain.analysis.trial_update import TrialUpdate
+from gdtrain.analysis.trial_update import TrialUpdate, is_full_batch
 from gdtrain.callbacks.instrument import Instrument
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
@@ -37,18 +37,14 @@ class GradientNoise(Instrument):
     undefined, and is not logged. With BatchNorm, Σ is that of groups of this size. Where layers
     draw random numbers, Σ and ‖G‖² (a mean square) have their share.
 
-    Tags: `noise/variance`, tr Σ, and `noise/gradient_square`, ‖G‖² (an estimate, which may be below
-    0), both of this look; `noise/signal_to_noise`, ‖G‖² B/tr Σ of an update's gradient, where B < N
-    (averaged; 0 where the estimate is below 0); `noise/scale`, `noise/scale_low`,
-    `noise/scale_high`, in examples.
+    Tags (see `meaning`): `noise/variance` and `noise/gradient_square`, of this look; averaged,
+    `noise/signal_to_noise` where B < N (0 where ‖G‖² is below), and `noise/scale`,
+    `noise/scale_low`, `noise/scale_high`.
 
     Args:
         groups: How many, range [4, ∞); fewer where N is small, or the model very large.
         size: Examples in each, at most, range [1, ∞).
         every, looks, share: As for `Instrument`.
-
-    Raises:
-        ValueError: An argument is out of range.
 
     Example:
         >>> callback = GradientNoise(every=50)
@@ -110,7 +106,7 @@ class GradientNoise(Instrument):
         self._estimates = [*self._estimates, found][-_AVERAGED:]
         scale = noise_scale(self._estimates)
         values = {"noise/variance": found.variance, "noise/gradient_square": found.square}
-        if not update.is_full_batch and scale.variance > 0:
+        if not is_full_batch(update.plan) and scale.variance > 0:
             ratio = scale.square * update.plan.batch_size / scale.variance
             values["noise/signal_to_noise"] = max(ratio, 0.0)
         for tag, number in (("", scale.value), ("_low", scale.low), ("_high", scale.high)):

@@ -45,9 +45,6 @@ class Instrument(Callback):
             take, range (0, 1). The instruments of a run add their shares up; about a tenth of a
             second's work they may take together in any run.
 
-    Raises:
-        ValueError: An argument is out of range.
-
     Example:
         >>> class LongestStep(Instrument):
         ...     def measure(self, update):

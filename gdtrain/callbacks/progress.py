@@ -24,9 +24,6 @@ class ProgressLine(Callback):
     Args:
         seconds_between: Time between two looks at the numbers, range (0, ∞).
 
-    Raises:
-        ValueError: `seconds_between` is out of range.
-
     Example:
         >>> callback = ProgressLine(seconds_between=1.0)
     """

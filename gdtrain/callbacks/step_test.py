@@ -38,16 +38,13 @@ class StepTest(Instrument):
     noise, and the probe is all N. The verdict rests on whether steps end lower than they began
     (`gdtrain.analysis.gradients.judge`), and not on α = 0, which is no aim.
 
-    Tags: `step/alpha`, of a step that begins downhill; of the last 32 steps `step/alpha_low`,
-    `step/alpha_median` and `step/alpha_high`, their quartiles, `step/alphas`, a histogram in
-    TensorBoard, and `step/share_higher`, the share that ended higher.
+    Tags (see `meaning`): `step/alpha`, of a step that begins downhill; of the last 32 steps
+    `step/alpha_low`, `step/alpha_median`, `step/alpha_high`, `step/share_higher`, and
+    `step/alphas`, a histogram in TensorBoard.
 
     Args:
         probe: Examples, where B < N, range [16, ∞); all N where there are fewer.
         every, looks, share: As for `Instrument`.
-
-    Raises:
-        ValueError: An argument is out of range.
 
     Example:
         >>> callback = StepTest(every=50)
@@ -125,7 +122,7 @@ class StepTest(Instrument):
         return values
 
     def _rows(self, update: TrialUpdate) -> Tensor:
-        if update.is_full_batch:
+        if is_full_batch(update.plan):
             return update.indices
         many = update.plan.num_examples
         drawn = Order(many, (_SEED + update.plan.seed,))(0, min(self.probe, many))

@@ -34,24 +34,19 @@ class Trajectory(Callback):
     """Keeps copies of the parameters, and leaves them as `trajectory.npz` in the run's folder.
 
     A copy (float32, in memory) is made before the first update, after each multiple of T/points of
-    the T planned updates, and of the end. A sweep ends at each, so that cheap updates get fewer: no
-    more than cost about 1% of the run's work (`gdtrain.descent.work`), but 16 in any case. Of a
-    model with one or two parameters, the first `points` updates are kept one by one. Where T is not
-    known, or too low, every second copy is dropped when there are too many, and the spacing
-    doubles. A state that is not finite is left out. The updates themselves are the same.
+    the T planned updates, and of the end. Cheap updates get fewer: copies cost about 1% of the
+    run's work (`gdtrain.descent.work`), but there are 16 in any case. Of a model with one or two
+    parameters, the first `points` updates are kept one by one. Where T is not known, or too low,
+    the spacing doubles when there are too many. A state that is not finite is left out.
 
-    The file (`gdtrain.analysis.trajectory.Snapshots`) is written at the end of the run, and beside
-    a checkpoint if it is 30 s old; a resumed run goes on with the file of the run before. A
-    step-size rule that averages shows the points at which it descends. No state in checkpoints.
+    The file (`gdtrain.analysis.trajectory.Snapshots`) is written at the end, and beside a
+    checkpoint if it is 30 s old; a resumed run goes on with that of the run before. No state.
 
     Args:
         directory: Of the run's checkpoints; the file lies beside it, in the run's folder.
         points: About how many copies at most, range [8, ∞).
         megabytes: What they may take, range (0, ∞). Fewer are kept of a large model; none, which
             the log says, where 8 do not fit.
-
-    Raises:
-        ValueError: An argument is out of range.
 
     Example:
         >>> Trajectory("outputs/run/checkpoints").path.as_posix()

@@ -1,4 +1,8 @@
-"""The instruments of an update's vectors: its gradient g, its step s, and the parameters θ."""
+"""The instruments of an update's vectors: its gradient g, its step s, and the parameters θ.
+
+Their arguments are those of `Instrument`; `meaning` says what each tag shows. A layer is a module
+that has parameters of its own.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +26,7 @@ _SAVED = 2**22  # numbers that a checkpoint may keep of the start
 class GradientNorms(Instrument):
     """Logs ‖g‖ of the update's gradient, g = ∇J on its B examples, without weight decay.
 
-    Tags: `gradient/norm`, and `gradient/norm/<layer>` for the parameters of each module that has
-    some of its own.
-
-    Args:
-        every, looks, share: As for `Instrument`.
+    Tags: `gradient/norm`, and `gradient/norm/<layer>`.
 
     Example:
         >>> callback = GradientNorms(every=50)
@@ -47,13 +47,7 @@ class GradientNorms(Instrument):
 class GradientCosine(Instrument):
     """Logs the cosine between the gradients of an update and of the next, at θ and at θ + s.
 
-    On the full batch, 1 is a straight way and −1 is a jump from wall to wall of a valley. Where an
-    update sees few examples, values near 0 say that noise outweighs the gradient.
-
     Tag: `gradient/cosine`. Where one of the gradients is 0, and at the last update, there is none.
-
-    Args:
-        every, looks, share: As for `Instrument`.
 
     Example:
         >>> callback = GradientCosine(every=50)
@@ -75,11 +69,7 @@ class GradientCosine(Instrument):
 class UpdateRatio(Instrument):
     """Logs ‖s‖/‖θ‖, s the step that the update makes: with momentum, schedule and all.
 
-    Tags: `step/norm`, ‖s‖; `step/ratio`, and `step/ratio/<layer>` for the parameters of each module
-    that has some of its own. A layer whose parameters are all 0 has no ratio.
-
-    Args:
-        every, looks, share: As for `Instrument`.
+    Tags: `step/norm`, `step/ratio`, and `step/ratio/<layer>` where not all its parameters are 0.
 
     Example:
         >>> callback = UpdateRatio(every=50)
@@ -107,12 +97,8 @@ class UpdateRatio(Instrument):
 class Distance(Instrument):
     """Logs ‖θ − θ₀‖, θ₀ the parameters before the first update.
 
-    Tags: `distance/from_start`, and `distance/relative`, the same divided by ‖θ₀‖. Checkpoints keep
-    θ₀ of models with up to about four million parameters; of a larger one, a resumed run logs no
-    distance.
-
-    Args:
-        every, looks, share: As for `Instrument`.
+    Tags: `distance/from_start`, and `distance/relative`. Checkpoints keep θ₀ of models with up to
+    about four million parameters; of a larger one, a resumed run logs no distance.
 
     Example:
         >>> callback = Distance(every=50)
@@ -160,9 +146,6 @@ class Histograms(Instrument):
     Tags: `weights/<layer>`, `gradients/<layer>`. It is in no preset, for its events take space:
     `+instruments.histograms._target_=gdtrain.callbacks.Histograms`. Without a TensorBoard logger it
     draws nothing.
-
-    Args:
-        every, looks, share: As for `Instrument`.
 
     Example:
         >>> callback = Histograms(every=50)

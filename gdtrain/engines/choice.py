@@ -61,19 +61,17 @@ def choose(
                 f"engine={name} does not apply: {error}. Use engine=auto, which takes the fastest "
                 f"that does."
             ) from None
-    against = []
-    try:
-        return Native(objective, optimizer), "a linear model or MLP on CPU, written by hand"
-    except NotApplicableError as error:
-        against.append(f"not native: {error}")
-    if updates is not None and updates < _WORTH_COMPILING:
-        against.append(
-            f"not compiled: {updates:,} updates are made before a compiler is ready "
-            f"(worth it from {_WORTH_COMPILING:,})"
-        )
-        return Eager(objective, optimizer), "; ".join(against)
-    try:
-        return Compiled(objective, optimizer), "; ".join(against)
-    except NotApplicableError as error:
-        against.append(f"not compiled: {error}")
+    against: list[str] = []
+    for engine in (Native, Compiled):
+        try:
+            if engine is Compiled and updates is not None and updates < _WORTH_COMPILING:
+                raise NotApplicableError(
+                    f"{updates:,} updates are made before a compiler is ready (worth it from "
+                    f"{_WORTH_COMPILING:,})"
+                )
+            made = engine(objective, optimizer)
+        except NotApplicableError as error:
+            against.append(f"not {engine.name}: {error}")
+        else:
+            return made, "; ".join(against) or "a linear model or MLP on CPU, written by hand"
     return Eager(objective, optimizer), "; ".join(against)

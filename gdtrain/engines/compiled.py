@@ -52,15 +52,8 @@ class Compiled:
             compilation can show is raised by the first sweep.
 
     Example:
-        >>> from torch import nn
-        >>> from gdtrain.losses import SquaredError
-        >>> model = nn.Linear(1, 1, bias=False)
-        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0])
-        >>> optimizer = torch.optim.Adam([{"params": model.parameters(), "initial_lr": 0.5}])
-        >>> Compiled(Objective(model, SquaredError(), x, y), optimizer)
-        Traceback (most recent call last):
-        ...
-        gdtrain.engines.engine.NotApplicableError: the step of Adam is not compiled, ...
+        >>> Compiled.name  # it is called as `Eager` is
+        'compiled'
     """
 
     name: ClassVar[str] = "compiled"
@@ -95,10 +88,8 @@ class Compiled:
     def __call__(self, indices: Tensor, factors: Tensor, draw: int = 0) -> Tensor:
         """(K, B) example numbers and (K,) factors to (K,) losses, as in `Engine`.
 
-        Raises:
-            NotApplicableError: The model or loss does not compile, or draws random numbers, or
-                the batch does not fit into one pass. Nothing was changed.
-            ValueError: A step size is not finite.
+        NotApplicableError: the model or loss does not compile, or draws random numbers, or the
+        batch does not fit into one pass. ValueError: η is not finite. Nothing was changed then.
         """
         check_hooks(self.objective, self.optimizer)  # a callback may have come with some
         objective, params = self.objective, self.objective.params

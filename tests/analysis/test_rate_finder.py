@@ -324,10 +324,6 @@ def test_a_layer_without_second_derivative_costs_the_limit_only(monkeypatch):
 # ---------------------------------------------------------------------- the command
 
 
-def find_configured(folder, words, **options):
-    return tools.find_lr(compose(words.split(), None), folder, **options)
-
-
 class Lines(Dataset):
     def __len__(self):
         return 90
@@ -341,7 +337,7 @@ def test_examples_of_a_dataset_are_fetched(monkeypatch, tmp_path, variant):
     monkeypatch.setitem(sys.modules, "lines", SimpleNamespace(Lines=Lines))
     words = f"data=dataset data.train._target_=lines.Lines model=linear optimizer={variant}"
     words += " data.val_fraction=0 data.test_fraction=0"
-    curve = find_configured(tmp_path / "found", words, updates=200)
+    curve = tools.find_lr(compose(words.split(), None), tmp_path / "found", updates=200)
     assert curve.details["examples"] == 90
     assert 0.01 < curve.suggestion < 10
 

@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from lightning import Callback, Trainer
+from lightning import Trainer
 from torch import nn
-from watched_runs import QUIET, N, Numbers, fit, small, weights
+from watched_runs import QUIET, N, Numbers, StopAt, fit, small, weights
 
 from gdtrain import SGD, SupervisedModule
 from gdtrain.analysis.curvature import sharpness, stability_limit
@@ -121,12 +121,7 @@ def test_by_default_looks_take_at_most_four_percent_of_the_passes(counted, batch
     assert made >= 0.02 * updates  # and they use what they have
 
 
-class End(Callback):
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop = True
-
-
-@pytest.mark.parametrize(("callbacks", "updates", "looks"), [([], 500, []), ([End()], -1, [0])])
+@pytest.mark.parametrize(("callbacks", "updates", "looks"), [([], 500, []), ([StopAt(1)], -1, [0])])
 def test_a_run_too_short_for_it_is_not_looked_at_an_endless_one_from_the_start(
     counted, callbacks, updates, looks
 ):

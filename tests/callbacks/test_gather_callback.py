@@ -4,7 +4,6 @@ N examples, B per update, M per batch of the loader. The oracle is a loop in flo
 B examples of an update at once, and shares nothing with the package.
 """
 
-from collections import namedtuple
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,27 +141,19 @@ def minibatch(B, momentum=0.0):
 # ---------------------------------------------------------------------- exact updates
 
 
-@pytest.mark.parametrize(
-    ("M", "momentum"), [(1, 0.9), (4, 0.0), (4, 0.9), (10, 0.9), (30, 0.0), (30, 0.9), (31, 0.9)]
-)
-def test_gd_equals_the_plain_full_batch_loop(M, momentum):
-    module = Regression(gd(momentum))
-    trainer = fit(module, batches(M), max_epochs=20)
-    expected, gradients = oracle(epochs(20), momentum=momentum)
-    assert_same(module, expected, gradients)
-    assert trainer.global_step == 20
-    assert module.calls["optimizer_step"] == 20
+FULL = [(N, M) for M in (1, 4, 10, 30, 31)]
+PARTS = [(6, 1), (6, 2), (6, 3), (6, 6), (8, 4), (10, 5), (30, 15)]
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize(("B", "M"), [(6, 1), (6, 2), (6, 3), (6, 6), (8, 4), (10, 5), (30, 15)])
-def test_minibatch_makes_ceil_n_by_b_updates_per_epoch(B, M, momentum):
-    module = Regression(minibatch(B, momentum))
+@pytest.mark.parametrize(("B", "M"), [*FULL, *PARTS])
+def test_updates_are_those_of_a_plain_loop_ceil_n_by_b_in_an_epoch(B, M, momentum):
+    module = Regression(gd(momentum) if B == N else minibatch(B, momentum))
     trainer = fit(module, batches(M), max_epochs=5)
     blocks = epochs(5, B)
     expected, gradients = oracle(blocks, momentum=momentum)
     assert_same(module, expected, gradients)
-    assert trainer.global_step == len(blocks) == 5 * -(-N // B)
+    assert trainer.global_step == module.calls["optimizer_step"] == 5 * -(-N // B)
 
 
 class Stream:
@@ -435,29 +426,7 @@ def test_bf16_mixed_clips_the_mean(fused):
     assert module.optimizers(use_pl_optimizer=False)._step_supports_amp_scaling  # as it was
 
 
-def test_half_precision_gradients_are_summed_in_float32():
-    # In bfloat16, 256 + 1 = 256: a sum there stays at 256 of 512.
-    class Constant(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.theta = nn.Parameter(torch.zeros(1))
-
-        def training_step(self, x):
-            return (self.theta * x).mean()
-
-        def configure_optimizers(self):
-            return GD(self.parameters(), lr=1.0, num_samples=512)
-
-    module = Constant()
-    loader = DataLoader(torch.ones(512, 1), batch_size=1)
-    fit(module, loader, max_epochs=1, precision="bf16-true")
-    assert module.theta.item() == -1.0
-    assert module.theta.dtype is torch.bfloat16
-
-
 # ---------------------------------------------------------------------- the size of a batch
-
-Pair = namedtuple("Pair", ["x", "y"])
 
 
 @dataclass
@@ -471,7 +440,6 @@ TOLD = {
     "tensor": FOUR,
     "tuple": (FOUR, torch.zeros(4)),
     "list": [FOUR, torch.zeros(4, 1)],
-    "namedtuple": Pair(FOUR, torch.zeros(4)),
     "dict": {"x": FOUR, "y": torch.zeros(4), "name": ["a", "b"], "epoch": 3, "no": None},
     "scalars": (FOUR, torch.tensor(0.5)),
     "dataclass": Sample(FOUR),
@@ -485,32 +453,14 @@ def test_size_is_told_from_the_batch(kind):
     assert _size_of(TOLD[kind]) == 4
 
 
-def test_packed_sequence_of_one_is_one_example():
-    assert _size_of(pack_sequence([torch.zeros(7)])) == 1
+def test_a_function_tells_the_size():
+    class Transposed(Regression):  # examples in the second dimension
+        def training_step(self, batch):
+            return super().training_step((batch[0].T, batch[1]))
 
-
-class Mapped(Regression):
-    """Takes its batch apart with `self.apart`."""
-
-    def __init__(self, optimizer, apart):
-        super().__init__(optimizer)
-        self.apart = apart
-
-    def training_step(self, batch):
-        return super().training_step(self.apart(batch))
-
-
-@pytest.mark.parametrize("kind", ["nested", "callable"])
-def test_nested_batches_and_a_function(kind):
-    parts = list(zip(*(t.split(4) for t in data()), strict=True))
-    gather = GatherMicroBatches()
-    if kind == "nested":
-        loader = [[{"features": {"x": a}}, ("text", b)] for a, b in parts]
-        module = Mapped(gd(0.9), lambda batch: (batch[0]["features"]["x"], batch[1][1]))
-    else:  # examples in the second dimension
-        loader = [(a.T.contiguous(), b) for a, b in parts]
-        module = Mapped(gd(0.9), lambda batch: (batch[0].T, batch[1]))
-        gather = GatherMicroBatches(lambda batch: np.int64(batch[0].shape[1]))
+    module = Transposed(gd(0.9))
+    loader = [(a.T.contiguous(), b) for a, b in zip(*(t.split(4) for t in data()), strict=True)]
+    gather = GatherMicroBatches(lambda batch: np.int64(batch[0].shape[1]))
     fit(module, Stream(*loader), gather=gather, max_epochs=10)
     expected, gradients = oracle(epochs(10), momentum=0.9)
     assert_same(module, expected, gradients)
@@ -600,21 +550,17 @@ class SaveAfterEpoch(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "epoch_end", "inside"),
-    [(minibatch(10, 0.9), "carry", (2 * N) % 10), (gd(0.9), "flush", 0)],
-)
-def test_resumed_between_epochs(optimizer, epoch_end, inside, tmp_path):
+def test_resumed_between_epochs(tmp_path):
     def go(module, epochs, *callbacks, **options):
-        gather = GatherMicroBatches(epoch_end=epoch_end)
+        gather = GatherMicroBatches(epoch_end="carry")
         return fit(module, batches(1), *callbacks, gather=gather, max_epochs=epochs, **options)
 
     path = tmp_path / "between.ckpt"
-    whole, rest = Regression(optimizer, exponential), Regression(optimizer, exponential)
+    whole, half, rest = (Regression(minibatch(10, 0.9), exponential) for _ in range(3))
     go(whole, 4)
-    go(Regression(optimizer, exponential), 2, SaveAfterEpoch(2, path))
+    go(half, 2, SaveAfterEpoch(2, path))
     groups = torch.load(path, weights_only=True)["optimizer_states"][0]["param_groups"]
-    assert groups[0]["gathered"] == inside
+    assert groups[0]["gathered"] == (2 * N) % 10
     trainer = go(rest, 4, ckpt_path=path)
     assert trainer.global_step == len(whole.seen)
     assert torch.equal(weights(rest), weights(whole))

@@ -42,13 +42,8 @@ def descended(engine, rule, model=None, cuts=(40,), weight_decay=0.0):
     return torch.cat(losses), objective, made
 
 
-class WithNorm(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
-
-    def forward(self, x):
-        return self.net(x)
+def with_norm():
+    return nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
@@ -56,7 +51,9 @@ class WithNorm(nn.Module):
     "rule", [BarzilaiBorwein(memory=30, f_star=0.0), Armijo(growth=1.0)], ids=["BB", "Armijo"]
 )
 @pytest.mark.parametrize(
-    ("engine", "model"), [(Native, None), (Eager, None), (Eager, WithNorm)], ids=str
+    ("engine", "model"),
+    [(Native, None), (Eager, None), (Eager, with_norm)],
+    ids=["native", "eager", "norm"],
 )
 def test_updates_are_the_same_and_fewer_passes_are_made(
     engine, model, rule, weight_decay, monkeypatch
@@ -79,18 +76,12 @@ def test_updates_are_the_same_and_fewer_passes_are_made(
         assert torch.equal(a, c)
 
 
-class Drawing(nn.Module):
-    def __init__(self, layer):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), layer, nn.Linear(8, 3))
-
-    def forward(self, x):
-        return self.net(x)
-
-
 @pytest.mark.parametrize("layer", [nn.Dropout, Dropout])
 def test_what_draws_random_numbers_is_computed_anew(layer):
-    _, _, made = descended(Eager, BarzilaiBorwein(), lambda: Drawing(layer(0.2)))
+    def model():
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), layer(0.2), nn.Linear(8, 3))
+
+    _, _, made = descended(Eager, BarzilaiBorwein(), model)
     assert made.evaluations >= 40
 
 

@@ -1,6 +1,5 @@
 """Which engine a run takes, how long its sweeps are, and that neither changes an update."""
 
-import json
 import logging
 from functools import partial
 
@@ -9,6 +8,7 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
+from watched_runs import StopAt, weights
 
 import gdtrain
 from gdtrain import SGD, SupervisedModule
@@ -73,21 +73,6 @@ class Lengths(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.counts.append(len(batch))
-
-
-class StopAt(Callback):
-    def __init__(self, update):
-        self.update = update
-
-    def next_update(self, update):
-        return None  # it knows sweeps
-
-    def on_train_batch_end(self, trainer, pl_module, *args):
-        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.update
-
-
-def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
 
 
 def test_the_fastest_that_applies_is_taken_and_said(caplog):
@@ -168,15 +153,6 @@ def test_sweeps_grow_to_a_tenth_of_a_second():
     assert set(lengths.counts) == {10, data.num_train % 10}
 
 
-def test_points_within_a_sweep_have_times_of_their_own():
-    module, data = make()
-    result = train(module, data, max_epochs=30)
-    seconds = result.history.array("train", "seconds")
-    assert len(seconds) > 400
-    assert (seconds[1:] > seconds[:-1]).all()
-    assert seconds[-1] <= result.summary["fit_seconds"]
-
-
 @pytest.mark.parametrize(("engine", "then"), [("native", "auto"), ("eager", "auto")])
 def test_a_resumed_run_goes_on_with_its_engine(tmp_path, engine, then):
     whole, data = make(engine=engine, updates_per_sweep=10)
@@ -199,14 +175,6 @@ def test_an_engine_that_no_longer_applies_is_replaced_aloud(tmp_path):
     with pytest.warns(UserWarning, match="equal to rounding, not bit for bit.*Linear has hooks"):
         result = train(rest, data, tmp_path / "rest", checkpoint)
     assert result.summary["engine"] == "eager"
-
-
-def test_the_counts_are_exact_whatever_the_engine(tmp_path):
-    for engine in ("native", "eager"):
-        module, data = make(engine=engine)
-        result = train(module, data, tmp_path / engine, max_epochs=-1, max_steps=250)
-        assert module.trainer.global_step == result.summary["updates"] == 250
-        assert json.loads((tmp_path / engine / "summary.json").read_text())["engine"] == engine
 
 
 class EveryEpoch(Callback):

@@ -10,7 +10,6 @@ import torch._inductor as inductor
 import torch._inductor.config
 from torch import nn
 from torch._dynamo.utils import counters
-from torch.nn import functional as F
 
 from gdtrain import GD, SGD, MiniBatchSGD
 from gdtrain.engines.compiled import Compiled
@@ -18,7 +17,7 @@ from gdtrain.engines.eager import Eager
 from gdtrain.engines.engine import NotApplicableError
 from gdtrain.engines.program import GraphRule, descend
 from gdtrain.losses import CrossEntropy, Loss
-from gdtrain.models import CNN, MLP
+from gdtrain.models import CNN
 from gdtrain.objective import Objective
 from gdtrain.rules import descend_
 
@@ -263,20 +262,6 @@ def test_however_updates_are_cut_they_are_the_same_to_the_bit_and_compiled_once(
 
 
 @pytest.mark.slow
-def test_goes_on_from_the_buffers_of_a_resumed_run(one_by_one):
-    one_by_one.restart()
-    indices = one_by_one.indices(60, 1)
-    for p, twin in zip(
-        one_by_one.model.parameters(), one_by_one.eager.objective.params, strict=True
-    ):
-        one_by_one.optimizer.state[p]["momentum_buffer"] = torch.full_like(p, 0.1)
-        one_by_one.eager.optimizer.state[twin]["momentum_buffer"] = torch.full_like(p, 0.1)
-    one_by_one.engine(indices, factors(60))
-    one_by_one.eager(indices, factors(60))
-    one_by_one.assert_same(1e-12)
-
-
-@pytest.mark.slow
 def test_a_sweep_that_fails_changes_nothing(one_by_one):
     one_by_one.restart()
     indices = one_by_one.indices(600, 1)
@@ -384,11 +369,6 @@ class Branching(nn.Linear):
         return y if y.sum() > 0 else 2 * y
 
 
-class Functional(nn.Linear):
-    def forward(self, x):
-        return F.dropout(super().forward(x), 0.5)
-
-
 class Noisy(nn.Linear):
     def forward(self, x):
         return super().forward(x) * float(np.random.rand())  # noqa: NPY002
@@ -404,7 +384,6 @@ class Unused(nn.Linear):
     ("model", "reason"),
     [
         (nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5)), "draws random numbers"),
-        (Functional(4, 3), "draws random numbers"),
         (Noisy(4, 3), "draws random numbers"),
         (Unused(4, 3), "does not depend on parameter extra"),
         (Counting(4, 3), "torch.compile cannot take the update: Attribute 'calls'"),
@@ -465,8 +444,3 @@ class SquaredSum(Loss):
 
     def forward(self, prediction, target):
         return (prediction * 1.2345).square().sum(1)
-
-
-def test_an_mlp_in_evaluation_mode_may_have_any_dropout():
-    model = MLP((4,), 3, hidden=[4], dropout=0.5).eval()
-    Compiled(*linear(model=model))

@@ -97,11 +97,6 @@ class Rule(NamedTuple):
     sign: Any = 1.0  # −1 to climb, +1 to descend
     fresh: Any = False  # the momentum buffer is made at the first update, as a copy of the gradient
 
-    @classmethod
-    def plain(cls, tensors: int) -> Rule:
-        """θ ← θ − ηg for each of them."""
-        return cls(*(np.full(tensors, value) for value in cls()))
-
 
 class Rates(NamedTuple):
     """η = η₀ · factor, float64."""

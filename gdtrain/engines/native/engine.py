@@ -41,25 +41,12 @@ class Native:
     It takes linear models and MLPs in float32 or float64 with SGD, GD, MiniBatchSGD or
     torch.optim.SGD, on CPU; gdtrain's losses and activations, and others that bring a kernel.
 
-    Args:
-        objective: J.
-        optimizer: Of the objective's parameters; its groups have "initial_lr".
-
     Raises:
         NotApplicableError: The model, loss, optimizer or data is something else.
 
     Example:
-        >>> from gdtrain import SGD
-        >>> from gdtrain.losses import SquaredError
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.zeros_(model.weight)
-        >>> x, y = torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0])
-        >>> optimizer = SGD([{"params": model.parameters(), "initial_lr": 0.5}])
-        >>> sweep = Native(Objective(model, SquaredError(), x, y), optimizer)
-        >>> sweep(torch.tensor([[0], [1]]), torch.tensor([1.0, 0.5]))
-        tensor([0.5000, 0.5000])
-        >>> model.weight.item()
-        1.0
+        >>> Native.name  # it is called as `Eager` is
+        'native'
     """
 
     name: ClassVar[str] = "native"

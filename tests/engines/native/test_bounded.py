@@ -10,6 +10,7 @@ from torch import nn
 
 from gdtrain import SGD
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.engines import Compiled, Eager, Native
 from gdtrain.losses import CrossEntropy, Hinge, Huber, Logistic, SquaredError
 from gdtrain.models import MLP, Linear
@@ -44,11 +45,11 @@ def data(kind, outputs, is_sparse=False):
     return x, torch.randint(0, 2 if kind == "binary" else outputs, (N,), generator=generator)
 
 
-def by_hand(model, loss, x, y, indices, factors, peak, rule, c, f_star, growth, decayed):
+def by_hand(model, loss, x, y, indices, factors, peak, rule, c, f_star=0.0, growth=0):
     """Autograd and the formula, one update after the other; (losses, η, parameters)."""
     model = copy.deepcopy(model)
     params = list(model.parameters())
-    decays = [rule.get("weight_decay", 0.0) if p in decayed(model) else 0.0 for p in params]
+    decays = [rule.get("weight_decay", 0.0) if p.ndim > 1 else 0.0 for p in params]
     buffers = [None for _ in params]
     losses, rates, most = [], [], peak
     for rows, factor in zip(indices, factors.tolist(), strict=True):
@@ -80,18 +81,9 @@ def by_hand(model, loss, x, y, indices, factors, peak, rule, c, f_star, growth, 
     )
 
 
-def weights_only(model):
-    return {p for p in model.parameters() if p.ndim > 1}
-
-
 def made_by(engine, model, loss, x, y, indices, factors, peak, rule, step_size, cuts=()):
     model = copy.deepcopy(model)
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    biases = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "initial_lr": peak}]
-    if biases:
-        groups.append({"params": biases, "initial_lr": peak, "weight_decay": 0.0})
-    optimizer = SGD(groups, step_size=step_size, **rule)
+    optimizer = SGD(parameter_groups(model), step_size=step_size, **rule)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] = peak
     optimizer.batch_fraction = indices.shape[1] / N
@@ -122,32 +114,18 @@ def test_a_bounded_step_is_that_of_the_formula(task, rule, batch, engine):
     loss, outputs, kind = TASKS[task]
     x, y = data(kind, outputs)
     torch.manual_seed(0)
-    model = (Linear((D,), outputs) if batch == 1 else MLP((D,), outputs, hidden=[5])).double()
+    hidden, activation = [5] * (batch > 1), "relu"
+    if task == "cross-entropy":
+        hidden, activation = [6, 5], "tanh"
+    model = MLP((D,), outputs, hidden=hidden, activation=activation).double()
     indices, factors = plan(batch, 120)
     peak = 0.3 if "momentum" in rule else 2.0
     step_size = StochasticPolyak(c=1.0, f_star=0.01)
-    expected = by_hand(model, loss, x, y, indices, factors, peak, rule, 1.0, 0.01, 0, weights_only)
+    expected = by_hand(model, loss, x, y, indices, factors, peak, rule, 1.0, 0.01)
     if "momentum" not in rule:
         assert (expected[1] < 0.999 * peak * factors).any()  # the bound is at work
     found = made_by(engine, model, loss, x, y, indices, factors, peak, rule, step_size)
     assert_same(found, expected, 1e-6)  # long steps magnify rounding
-
-
-@pytest.mark.parametrize("engine", [Native, Eager])
-def test_of_a_deep_network_one_example_at_a_time(engine):
-    x, y = data("classes", 3)
-    torch.manual_seed(0)
-    model = MLP((D,), 3, hidden=[6, 5], activation="tanh").double()
-    indices, factors = plan(1)
-    for rule in RULES:
-        expected = by_hand(
-            model, CrossEntropy(), x, y, indices, factors, 0.5, rule, 1.0, 0.0, 0, weights_only
-        )
-        found = made_by(
-            engine, model, CrossEntropy(), x, y, indices, factors, 0.5, rule,
-            StochasticPolyak(c=1.0),
-        )  # fmt: skip
-        assert_same(found, expected, 1e-8)
 
 
 @pytest.mark.parametrize("engine", [Native, Eager])
@@ -157,14 +135,11 @@ def test_a_smoothed_bound_grows_by_a_power_of_the_share_of_examples_and_may_be_c
     torch.manual_seed(0)
     model = Linear((D,), 3).double()
     indices, factors = plan(batch)
-    expected = by_hand(
-        model, CrossEntropy(), x, y, indices, factors, 0.3, {}, 0.5, 0.0, 2 ** (batch / N),
-        weights_only,
-    )  # fmt: skip
-    arguments = (engine, model, CrossEntropy(), x, y, indices, factors, 0.3, {})
-    whole = made_by(*arguments, StochasticPolyak(c=0.5, smoothing=2.0))
+    arguments = (model, CrossEntropy(), x, y, indices, factors, 0.3, {})
+    expected = by_hand(*arguments, 0.5, growth=2 ** (batch / N))
+    whole = made_by(engine, *arguments, StochasticPolyak(c=0.5, smoothing=2.0))
     assert_same(whole, expected, 1e-9)
-    cut = made_by(*arguments, StochasticPolyak(c=0.5, smoothing=2.0), cuts=(1, 50, 51))
+    cut = made_by(engine, *arguments, StochasticPolyak(c=0.5, smoothing=2.0), cuts=(1, 50, 51))
     for a, b in zip((*cut[:2], *cut[2]), (*whole[:2], *whole[2]), strict=True):
         assert torch.equal(a, b)
 
@@ -179,10 +154,9 @@ def test_sparse_inputs(task, rule, batch):
     model = Linear((D,), outputs).double()
     indices, factors = plan(batch)
     rows = SparseInputs.from_scipy(sparse.csr_matrix(x.numpy()), None, torch.float64)
-    expected = by_hand(model, loss, x, y, indices, factors, 0.5, rule, 0.5, 0.0, 0, weights_only)
-    found = made_by(
-        Native, model, loss, rows, y, indices, factors, 0.5, rule, StochasticPolyak(c=0.5)
-    )
+    arguments = (indices, factors, 0.5, rule)
+    expected = by_hand(model, loss, x, y, *arguments, 0.5)
+    found = made_by(Native, model, loss, rows, y, *arguments, StochasticPolyak(c=0.5))
     assert_same(found, expected, 1e-9)
 
 
@@ -194,13 +168,10 @@ def test_compiled(rule, smoothing):
     model = nn.Sequential(nn.Linear(D, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     indices, factors = plan(4)
     growth = 0 if smoothing is None else smoothing ** (4 / N)
-    expected = by_hand(
-        model, CrossEntropy(), x, y, indices, factors, 0.5, rule, 0.5, 0.0, growth, weights_only
-    )
+    arguments = (model, CrossEntropy(), x, y, indices, factors, 0.5, rule)
+    expected = by_hand(*arguments, 0.5, growth=growth)
     step_size = StochasticPolyak(c=0.5, smoothing=smoothing)
-    found = made_by(
-        Compiled, model, CrossEntropy(), x, y, indices, factors, 0.5, rule, step_size, cuts=(100,)
-    )
+    found = made_by(Compiled, *arguments, step_size, cuts=(100,))
     assert_same(found, expected, 1e-8)
 
 
