@@ -27,7 +27,7 @@ from gdtrain.data.loader import (
 )
 from gdtrain.data.prepared import Part, PreparedData, held_out
 from gdtrain.data.preprocessing import Preprocessing
-from gdtrain.data.targets import Task, check_task, decide, may_be_classes, wanted_task
+from gdtrain.data.targets import Task, decide, may_be_classes, wanted_task
 from gdtrain.generators import same_after
 
 if TYPE_CHECKING:
@@ -47,16 +47,7 @@ _PROBE_SECONDS = 0.2  # as long as that, at most
 class FetchedData(PreparedData):
     """Examples of map-style Datasets: what `DatasetDataModule` trains on, without Lightning.
 
-    `sets` has the training set as "train", and "val" and "test" where they have sets of their own;
-    the options are those of `DatasetDataModule`, and `dtype` and `loss` as for `prepare`.
-
-    Raises:
-        ValueError: The examples cannot be used, or not be split as asked.
-
-    Example:
-        >>> data = FetchedData({"train": [(i / 100, i % 2) for i in range(100)]}, val_fraction=0.2)
-        >>> data.num_train, data.input_shape, data.num_classes
-        (80, (1,), 2)
+    `sets` has the training set as "train", and "val" and "test" where they have sets of their own.
     """
 
     def __init__(
@@ -73,8 +64,7 @@ class FetchedData(PreparedData):
         dtype: torch.dtype = torch.float32,
         loss: Loss | None = None,
     ) -> None:
-        self._sets = {name: check_dataset(dataset, name) for name, dataset in sets.items()}
-        self._task, self._given_classes, self._loss = check_task(task), num_classes, loss
+        self._sets, self._task, self._given_classes, self._loss = sets, task, num_classes, loss
         self.num_workers = num_workers
         counts = held_out(len(sets["train"]), val_fraction, test_fraction, sets.keys())
         split = self._rows(counts, split_seed)

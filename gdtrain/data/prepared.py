@@ -82,17 +82,8 @@ class _Split(Mapping[str, NDArray[np.int64]]):
 class PreparedData:
     """The training, validation and test examples of a run, as tensors. Made by `prepare`.
 
-    Args:
-        parts: Inputs (N, …) and targets (N,) or (N, K), by part: "train", "val" and "test".
-        split: Which examples of the source each part has, in ascending order.
-        preprocessing: What has made tensors of them.
-        target_said: What the targets were taken for, in words.
-
-    Example:
-        >>> data = prepare(Raw(np.random.rand(100, 3), np.arange(100) % 2))
-        >>> inputs, targets = data.examples("train")
-        >>> inputs.shape, targets.shape, data.num_classes, data.count("test")
-        (torch.Size([70, 3]), torch.Size([70]), 2, 20)
+    `split`: which examples of the source each part has, in ascending order. `target_said`: what the
+    targets were taken for, in words.
     """
 
     def __init__(
@@ -155,10 +146,7 @@ class PreparedData:
     def evaluation_loader(
         self, part: Part, rank: int = 0, ranks: int = 1, batch_size: int = 1024
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """All examples of one part, in order, as pairs of at most so many; none of an empty part.
-
-        Each of several processes (`rank` of `ranks`) gets its share of them.
-        """
+        """All examples of one part (of this rank), in order, as pairs of at most so many."""
         if not self.count(part):
             return []
         inputs, targets = self._parts[part]
@@ -225,17 +213,8 @@ def prepare(
 ) -> PreparedData:
     """Decide what the targets are, split, and standardise with the statistics of the training part.
 
-    The options are those of `DataModule`; `dtype` is torch.float32 or torch.float64, and `loss`,
-    which is trained on them, says what the targets are where `raw.task` does not.
-
-    Raises:
-        ValueError: The data cannot be split or standardised as asked.
-
-    Example:
-        >>> from gdtrain.data import embedded
-        >>> data = prepare(embedded("digits"))
-        >>> data.num_train, data.input_shape, data.num_classes
-        (1258, (1, 8, 8), 10)
+    The options are those of `DataModule`; `loss`, which is trained on them, says what the targets
+    are where `raw.task` does not.
     """
     n = raw.inputs.shape[0]
     # Before the split, while rows have the numbers that the user knows them by.
@@ -250,12 +229,11 @@ def prepare(
     preprocessing = Preprocessing.learn(
         raw.inputs,
         y,
-        classify=target.classes is not None,
-        classes=target.classes,
+        split["train"],
         standardize=standardize,
         standardize_targets=standardize_targets and target.standardize,
+        classes=target.classes,
         feature_names=raw.feature_names,
-        rows=split["train"],
         first_feature=raw.first_feature,
     )
 

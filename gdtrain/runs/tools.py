@@ -17,10 +17,12 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 import gdtrain.data as data_modules
-from gdtrain.data import DataModule, EvaluationLoader, SparseInputs, read_features, read_labelled
+from gdtrain.data import DataModule
 from gdtrain.data.checkpoint_reading import load_checkpoint
-from gdtrain.data.loader import IndexLoader
+from gdtrain.data.files import read_features, read_labelled
+from gdtrain.data.loader import EvaluationLoader, IndexLoader
 from gdtrain.data.reading import printable, unpacked_bytes
+from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.tables import Header
 from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.descent.preparation import resident_objective

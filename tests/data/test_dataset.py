@@ -18,8 +18,9 @@ from torchvision.datasets import FakeData
 
 import gdtrain
 from gdtrain.callbacks import BestAndLast, ExactBatchNorm
-from gdtrain.data import ArrayDataModule, DatasetDataModule, IndexLoader, PairLoader
+from gdtrain.data import ArrayDataModule, DatasetDataModule
 from gdtrain.data import dataset as under_test
+from gdtrain.data.loader import IndexLoader, PairLoader
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.runs.configuration import conf_directory

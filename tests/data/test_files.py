@@ -5,7 +5,9 @@ import pytest
 from example_files import write, write_libsvm
 from scipy import sparse
 
-from gdtrain.data import CSVDataModule, Preprocessing, read_features, read_labelled
+from gdtrain.data import CSVDataModule
+from gdtrain.data.files import read_features, read_labelled
+from gdtrain.data.preprocessing import Preprocessing
 
 
 def numbers():
@@ -167,7 +169,7 @@ def test_a_table_whose_labels_are_not_those_of_training(
 
 def test_labelled_arrays_and_sparse_files(tmp_path):
     x, y = numbers()
-    learnt = Preprocessing.learn(x, y, classify=True, standardize=False, first_feature=1)
+    learnt = Preprocessing.learn(x, y, classes=[0, 1], standardize=False, first_feature=1)
     np.save(tmp_path / "y.npy", y)
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "xy.npy", np.column_stack([x, y]))
@@ -199,7 +201,7 @@ def test_labelled_arrays_and_sparse_files(tmp_path):
 def test_labelled_arrays_that_do_not_fit(name, target, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x, y = numbers()
-    learnt = Preprocessing.learn(x, y, classify=True, standardize=False)
+    learnt = Preprocessing.learn(x, y, classes=[0, 1], standardize=False)
     np.save("y.npy", y[:7])
     np.save("xy.npy", np.column_stack([x, y + 1]))
     sparse.save_npz("x.npz", sparse.csr_array(x))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdtrain.data import EvaluationLoader, IndexLoader
+from gdtrain.data.loader import EvaluationLoader, IndexLoader
 
 unhurried = settings(deadline=None, max_examples=60)
 SAMPLINGS = ["reshuffle", "shuffle_once", "replacement", "sequential"]
@@ -124,7 +124,7 @@ def test_blocks_are_as_large_as_they_can_be_and_come_again_without_progress():
 
 def test_a_start_at_or_after_the_total_gives_nothing_and_there_is_no_length():
     for start in (5, 6, 9):
-        assert list(IndexLoader(6, 2, start=lambda at=start: at, total=5)) == []
+        assert run(IndexLoader(6, 2), start=start, total=5) == []
     assert list(IndexLoader(6, 2, total=0)) == []
     with pytest.raises(TypeError):  # Lightning must not fix a length
         len(IndexLoader(5, 2))

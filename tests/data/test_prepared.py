@@ -17,19 +17,19 @@ from gdtrain.data import (
     LIBSVMDataModule,
     NPYDataModule,
     SyntheticDataModule,
-    embedded,
-    prepare,
-    read_csv,
-    read_libsvm,
-    read_npy,
-    synthetic,
 )
+from gdtrain.data.files import read_libsvm, read_npy
+from gdtrain.data.prepared import prepare
+from gdtrain.data.sources import embedded, synthetic
+from gdtrain.data.tables import read_csv
 
 DIGITS = """
 import sys
 import torch
 import gdtrain
-from gdtrain.data import IndexLoader, embedded, prepare
+from gdtrain.data.loader import IndexLoader
+from gdtrain.data.prepared import prepare
+from gdtrain.data.sources import embedded
 
 data = prepare(embedded("digits"))
 inputs, targets = data.examples("train")
@@ -77,7 +77,7 @@ def files(folder):
     ("read", "make", "source"),
     [
         (embedded, EmbeddedDataModule, "wine"),
-        (lambda n: synthetic(n)[0], SyntheticDataModule, 50),
+        (lambda n: synthetic(n, 10, 0.1, 10, 0)[0], SyntheticDataModule, 50),
         (read_npy, NPYDataModule, "t.npy"),
         (read_csv, CSVDataModule, "t.csv"),
         (read_libsvm, LIBSVMDataModule, "t.svm"),

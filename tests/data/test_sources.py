@@ -17,10 +17,10 @@ from gdtrain.data import (
     EmbeddedDataModule,
     LIBSVMDataModule,
     NPYDataModule,
-    Preprocessing,
     SyntheticDataModule,
     TorchvisionDataModule,
 )
+from gdtrain.data.preprocessing import Preprocessing
 
 PARTS = ("train", "val", "test")
 RAW = {"standardize": False, "standardize_targets": False, "dtype": "float64", "batch_size": 1}
@@ -248,9 +248,9 @@ def test_preprocessing_comes_back_from_plain_containers(make):
     shape = (12, 2, 3, 3) if make == "images" else (12, 4)
     x = rng.normal(2, 3, size=shape)
     y = rng.normal(size=12) if make == "regression" else np.array(["a", "b", "c"] * 4)
-    learnt = Preprocessing.learn(
-        x, y, classify=make != "regression", feature_names=list("abcd") if x.ndim == 2 else None
-    )
+    known = {"feature_names": list("abcd") if x.ndim == 2 else None}
+    known["classes"] = None if make == "regression" else ["a", "b", "c"]
+    learnt = Preprocessing.learn(x, y, **known)
     state = learnt.state_dict()
     for value in state.values():
         assert value is None or isinstance(value, list | torch.Tensor)

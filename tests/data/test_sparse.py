@@ -10,13 +10,9 @@ from example_files import ready, reloaded, write, write_libsvm
 from scipy import sparse
 
 import gdtrain
-from gdtrain.data import (
-    ArrayDataModule,
-    LIBSVMDataModule,
-    NPYDataModule,
-    Preprocessing,
-    SparseInputs,
-)
+from gdtrain.data import ArrayDataModule, LIBSVMDataModule, NPYDataModule
+from gdtrain.data.preprocessing import Preprocessing
+from gdtrain.data.sparse import SparseInputs
 from gdtrain.losses import CrossEntropy, Logistic
 
 PARTS = ("train", "val", "test")

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 from example_files import ready, reloaded, write
 
-from gdtrain.data import CSVDataModule, Table, read_features
+from gdtrain.data import CSVDataModule
+from gdtrain.data.files import read_features
+from gdtrain.data.tables import Table
 from gdtrain.data.targets import decide
 
 WHOLE = {

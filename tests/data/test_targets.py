@@ -12,7 +12,8 @@ import torch
 from example_files import ready
 from scipy import sparse
 
-from gdtrain.data import ArrayDataModule, Preprocessing
+from gdtrain.data import ArrayDataModule
+from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.targets import class_numbers, decide, read
 from gdtrain.losses import CrossEntropy, Logistic, Loss, SquaredError
 
