@@ -92,7 +92,7 @@ class FetchedData(PreparedData):
                 parts[name] = inputs, examples.labels(targets, split[name])
         for name, (inputs, targets) in parts.items():
             self._examples[name].check(inputs, targets, split[name])
-        self._columns = 1 if classes is not None or y.ndim == 1 else int(y.shape[1])
+        self.num_targets = 1 if classes is not None or y.ndim == 1 else int(y.shape[1])
         self.preprocessing = Preprocessing(
             classes=None if classes is None else list(range(classes)),
             input_shape=list(x.shape[1:]),
@@ -200,11 +200,6 @@ class FetchedData(PreparedData):
     def count(self, part: Part) -> int:
         """Number of examples of one part."""
         return len(self._examples[part])
-
-    @property
-    def num_targets(self) -> int:
-        """Target columns of a regression."""
-        return self._columns
 
     def train_loader(self, plan: IndexLoader, pin_memory: bool = False) -> PairLoader:
         """The batches of training examples that a plan names, one update a block; until `close`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -46,19 +47,13 @@ _LEAVE = "train on other columns"
 
 
 def read_npy(
-    path: str | Path,
-    target: int = -1,
-    *,
-    target_path: str | Path | None = None,
-    memory_map: bool = False,
-    task: Task = "auto",
+    path: Path, target: int, target_path: Path | None, memory_map: bool, task: Task
 ) -> Raw:
     """The examples of a NumPy file of numbers: see `NPYDataModule`."""
-    path = existing(path)
     sparse = path.suffix.lower() == ".npz" and target_path is not None
     x = _sparse_array(path) if sparse else read_array(path, memory_map)
     if target_path is not None:
-        y = read_array(existing(target_path))
+        y = read_array(target_path)
     else:
         if x.ndim != 2 or not -x.shape[1] <= target < x.shape[1]:
             raise ValueError(
@@ -70,28 +65,27 @@ def read_npy(
 
 
 def read_libsvm(
-    path: str | Path,
-    *,
-    test_path: str | Path | None = None,
-    sparse: bool | Literal["auto"] = "auto",
-    standardize: bool = True,
-    dtype: torch.dtype = torch.float32,
-    task: Task = "auto",
+    path: Path,
+    test_path: Path | None,
+    sparse: bool | Literal["auto"],
+    standardize: bool,
+    dtype: torch.dtype,
+    task: Task,
 ) -> Raw:
     """The examples of a LIBSVM (svmlight) file: see `LIBSVMDataModule`.
 
     They are read in float64 if they are to be standardised, or are to be tensors of that dtype.
     """
-    paths = [existing(p) for p in (path, test_path) if p is not None]
+    paths = [path] if test_path is None else [path, test_path]
     single = dtype == torch.float32 and not standardize
     tables, targets, first = _libsvm(paths, np.float32 if single else np.float64)
+    large = [math.prod(x.shape) * x.dtype.itemsize > _DENSE_BYTES for x in tables]
     if sparse == "auto":
-        density = tables[0].nnz / (tables[0].shape[0] * tables[0].shape[1])
-        large = _dense_bytes(tables[0]) > _DENSE_BYTES
-        sparse = not standardize and (density < _SPARSE_BELOW or large)
+        density = tables[0].nnz / math.prod(tables[0].shape)
+        sparse = not standardize and (density < _SPARSE_BELOW or large[0])
     if not sparse:
         for i, (file, x) in enumerate(zip(paths, tables, strict=True)):
-            if _dense_bytes(x) > _DENSE_BYTES:
+            if large[i]:
                 raise ValueError(
                     f"{file} has {x.shape[0]} examples of {x.shape[1]} features, more than "
                     f"8 GB as a dense array. Select features first, or keep them sparse: "
@@ -391,7 +385,3 @@ def _wrong_in(words: list[bytes], widest: int) -> str:
 def _most_features(stored: int) -> int:
     """How many features a file of so many bytes may have: a weight is made for each."""
     return max(2**25, 8 * stored)
-
-
-def _dense_bytes(x: Any) -> float:
-    return float(x.shape[0]) * x.shape[1] * x.dtype.itemsize

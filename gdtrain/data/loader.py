@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from gdtrain.data.sparse import SparseInputs
 from gdtrain.descent.plan import Plan
 from gdtrain.generators import same_after, seed_all
 from gdtrain.objective import own_part
@@ -70,7 +71,9 @@ class EvaluationLoader:
     def __init__(
         self, inputs: Any, targets: Tensor, batch_size: int = 1024, rank: int = 0, ranks: int = 1
     ) -> None:
-        self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
+        self.inputs, self.targets = inputs, targets
+        if isinstance(inputs, SparseInputs):
+            batch_size = min(batch_size, inputs.rows_at_once)
         start, end = own_part(len(inputs), rank, ranks)
         self._slices = [
             slice(first, min(first + batch_size, end)) for first in range(start, end, batch_size)

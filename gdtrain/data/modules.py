@@ -223,13 +223,7 @@ class NPYDataModule(DataModule):
 
     def load(self) -> Raw:
         """Read it."""
-        return read_npy(
-            self.path,
-            self.target,
-            target_path=self.target_path,
-            memory_map=self.memory_map,
-            task=self.task,
-        )
+        return read_npy(self.path, self.target, self.target_path, self.memory_map, self.task)
 
 
 class CSVDataModule(DataModule):
@@ -279,9 +273,7 @@ class CSVDataModule(DataModule):
 
     def load(self) -> Raw:
         """Read it."""
-        return read_csv(
-            self.path, self.target, columns=self.columns, header=self.header, task=self.task
-        )
+        return read_csv(self.path, self.target, self.columns, self.header, self.task)
 
 
 class LIBSVMDataModule(DataModule):
@@ -334,12 +326,7 @@ class LIBSVMDataModule(DataModule):
     def load(self) -> Raw:
         """Read it."""
         return read_libsvm(
-            self.path,
-            test_path=self.test_path,
-            sparse=self.sparse,
-            standardize=self.standardize,
-            dtype=self.dtype,
-            task=self.task,
+            self.path, self.test_path, self.sparse, self.standardize, self.dtype, self.task
         )
 
 

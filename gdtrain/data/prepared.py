@@ -6,9 +6,7 @@ N examples, D features, C classes.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +22,6 @@ from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.targets import Decision, Task, decide
-from gdtrain.ranges import Interval
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -137,7 +134,7 @@ class PreparedData:
         classes = self.preprocessing.classes
         return None if classes is None else len(classes)
 
-    @property
+    @cached_property
     def num_targets(self) -> int:
         """Target columns of a regression."""
         y = self._parts["train"][1]
@@ -150,8 +147,6 @@ class PreparedData:
         if not self.count(part):
             return []
         inputs, targets = self._parts[part]
-        if isinstance(inputs, SparseInputs):
-            batch_size = min(batch_size, inputs.rows_at_once)
         return EvaluationLoader(inputs, targets, batch_size, rank, ranks)
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,26 +248,12 @@ def prepare(
     return PreparedData(parts, _Split(split), preprocessing, target.said)
 
 
-def check_fraction(name: str, value: Any) -> Any:
-    """The value, if it is a share of the examples or a number of them."""
-    amount = -1.0
-    with suppress(ValueError):
-        amount = Interval(0, math.inf, "left").check(name, value)
-    if amount < 0 or (amount > 1 and amount % 1):
-        raise ValueError(
-            f"{name} must be a fraction in [0, 1) or a whole number of examples. "
-            f"Received: {name}={value!r}."
-        )
-    return value
-
-
 def held_out(
     n: int, val_fraction: float, test_fraction: float, given: Collection[str] = ()
 ) -> dict[str, int]:
     """How many of N examples are held out for the parts that are not given; raises on all."""
     counts = {}
     for name, f in (("val", val_fraction), ("test", test_fraction)):
-        check_fraction(f"{name}_fraction", f)
         counts[name] = 0 if name in given else int(f) if f >= 1 else round(f * n)
     if n - sum(counts.values()) < 1:
         raise ValueError(

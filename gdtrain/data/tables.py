@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdtrain.data.prepared import Raw
-from gdtrain.data.reading import PACKED, check_unpacked, existing, unpacked
+from gdtrain.data.reading import PACKED, check_unpacked, unpacked
 from gdtrain.data.targets import Task
 
 __all__ = ["Table", "is_table", "read_csv"]
@@ -384,15 +384,9 @@ def _explained(
 
 
 def read_csv(
-    path: str | Path,
-    target: str | None = None,
-    *,
-    columns: list[str] | None = None,
-    header: Header = "auto",
-    task: Task = "auto",
+    path: Path, target: str | None, columns: list[str] | None, header: Header, task: Task
 ) -> Raw:
     """The examples of a table: see `CSVDataModule`."""
-    path = existing(path)
     target = None if target is None else str(target).strip()
     said = [*(columns or []), *([] if target is None else [target])]
     words = [name for name in said if not _is_number(name)]  # a number may be of an example

@@ -22,7 +22,6 @@ from gdtrain.data.checkpoint_reading import load_checkpoint
 from gdtrain.data.files import read_features, read_labelled
 from gdtrain.data.loader import EvaluationLoader, IndexLoader
 from gdtrain.data.reading import printable, unpacked_bytes
-from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.tables import Header
 from gdtrain.descent.optimizer import parameter_groups
 from gdtrain.descent.preparation import resident_objective
@@ -122,8 +121,7 @@ def _labelled_loader(
         )
     dtype = next(trained.module.model.parameters()).dtype
     inputs, targets = preprocessing.inputs(raw, dtype), preprocessing.targets(labels, dtype)
-    size = min(1024, inputs.rows_at_once) if isinstance(inputs, SparseInputs) else 1024
-    return EvaluationLoader(inputs, targets, size)
+    return EvaluationLoader(inputs, targets)
 
 
 def predict_file(

@@ -84,26 +84,14 @@ def test_blocks_hold_at_most_k_updates_and_end_with_their_epoch(case, sampling, 
 
 @unhurried
 @given(cases(), st.sampled_from(SAMPLINGS), st.integers(0, 30), st.integers(0, 40))
-def test_blocks_end_at_the_total(case, sampling, start, more):
-    loader = IndexLoader(**case, sampling=sampling)
-    blocks = run(loader, start=start, total=start + more)
+def test_from_any_start_the_updates_go_on_as_they_would_and_end_at_the_total(
+    case, sampling, start, more
+):
+    blocks = run(IndexLoader(**case, sampling=sampling), start=start, total=start + more)
     assert sum(map(len, blocks)) == more
-    unlimited = run(
-        IndexLoader(**case, sampling=sampling),
-        start=start,
-        epochs=(start + more) // loader.updates_per_epoch + 1,
-    )
-    assert updates(blocks) == updates(unlimited)[:more]
-
-
-@unhurried
-@given(cases(), st.sampled_from(SAMPLINGS), st.integers(0, 60))
-def test_a_resumed_loader_goes_on_with_the_updates_that_would_have_come(case, sampling, start):
-    per_epoch = IndexLoader(**case).updates_per_epoch
-    epochs = start // per_epoch + 2
-    whole = updates(run(IndexLoader(**case, sampling=sampling), epochs=epochs))
-    rest = updates(run(IndexLoader(**case, sampling=sampling), start=start, epochs=epochs))
-    assert rest == whole[start:]
+    loader = IndexLoader(**case, sampling=sampling)
+    whole = updates(run(loader, epochs=(start + more) // loader.updates_per_epoch + 1))
+    assert updates(blocks) == whole[start : start + more]
 
 
 @unhurried

@@ -48,6 +48,7 @@ def test_files_are_standardised_in_float64(tmp_path, source):
     "make",
     [
         lambda t: t[:, None],
+        lambda t: t,
         lambda t: t[:, None].astype(np.int64),
         lambda t: t[:, None].tolist(),
         lambda t: torch.from_numpy(t[:, None]),
@@ -56,7 +57,7 @@ def test_files_are_standardised_in_float64(tmp_path, source):
         lambda t: pd.DataFrame({"t": pd.array(t.astype(np.int64), dtype="Int64")}),
         lambda t: t[:, None, None, None] + np.zeros((1, 1, 2, 2)),  # images
     ],
-    ids=["array", "whole numbers", "list", "tensor", "frame", "series", "Int64", "images"],
+    ids=["array", "column", "int64", "list", "tensor", "frame", "series", "Int64", "images"],
 )
 def test_arrays_are_standardised_in_float64(make):
     data = ArrayDataModule(make(T), Y, **ALL)
