@@ -239,7 +239,7 @@ def _numbers(table: Any) -> NDArray[Any]:
         values = _column(present)
         if values is None:
             other = next((v for v in present if kind_of(v) not in _NUMERIC), present.iloc[0])
-            refused.append(f"{name} (such as {other!r})")
+            refused.append(f"{name} (such as {shortened(other)})")
         elif missing.any():
             count = f", {missing.sum():,} in all" if missing.sum() > 1 else ""
             gaps.append(f"{name} (example {int(missing.argmax())}{count})")

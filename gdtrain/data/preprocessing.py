@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain.data.frames import CHUNK, check_features, give_back
+from gdtrain.data.frames import CHUNK, check_features, give_back, shortened
 from gdtrain.data.sparse import SparseInputs, check_entries, is_sparse
 from gdtrain.data.targets import check_numbers, class_numbers, label_array, read
 
@@ -121,7 +121,7 @@ class Preprocessing:
         y = read(raw)
         if y.dtype.kind not in "biuf":
             raise ValueError(
-                f"Targets must be numbers, as in training. Received: {y.ravel()[0]!r}."
+                f"Targets must be numbers, as in training. Received: {shortened(y.ravel()[0])}."
             )
         check_numbers(y)
         if self.target_mean is None and y.dtype == number and _is_shareable(y):

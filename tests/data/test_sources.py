@@ -272,15 +272,6 @@ def test_a_feature_that_is_no_number_is_named_by_row_and_column_of_the_source(ba
             ready(ArrayDataModule(spoilt, y, batch_size=1))
 
 
-def test_a_target_that_is_no_number_is_named_by_its_row_of_the_source():
-    x, _ = table()
-    for row in (0, 17, 39):
-        y = x[:, 0].copy()
-        y[row] = np.nan
-        with pytest.raises(ValueError, match=rf"Targets must be finite.*nan in example {row} "):
-            ready(ArrayDataModule(x, y, batch_size=1))
-
-
 # ------------------------------------------------------------------------- synthetic
 
 
@@ -384,16 +375,6 @@ def test_npy_takes_the_column_that_is_named_as_target_or_the_last(tmp_path, colu
     place = -1 if column is None else column
     np.testing.assert_array_equal(targets.numpy(), x[:, place])
     np.testing.assert_array_equal(inputs.numpy(), np.delete(x, place, axis=1))
-
-
-def test_npy_images_have_their_targets_in_a_file_of_their_own(tmp_path):
-    images = np.random.default_rng(0).integers(0, 255, (12, 1, 4, 4), dtype=np.uint8)
-    np.save(tmp_path / "x.npy", images)
-    np.save(tmp_path / "y.npy", np.arange(12) % 4)
-    data = ready(NPYDataModule(tmp_path / "x.npy", target_path=tmp_path / "y.npy", **WHOLE))
-    assert data.input_shape == (1, 4, 4)
-    assert data.num_classes == 4
-    np.testing.assert_array_equal(data.examples("train")[0].numpy(), images)
 
 
 @pytest.mark.parametrize(

@@ -94,16 +94,6 @@ def test_the_arrays_are_what_a_kernel_needs():
     assert inputs[:].tolist() == [[2, 0, 5, 0], [0] * 4, [0] * 4]
 
 
-def test_selected_rows_come_in_their_order():
-    x = dense()
-    rows = np.array([8, 3, 3, 59])
-    inputs = inputs_of(x, rows=rows, dtype=torch.float64)
-    assert inputs.shape == (4, 9)
-    assert len(inputs) == 4
-    np.testing.assert_array_equal(inputs[:].numpy(), x[rows])
-    assert len(inputs.values) == np.count_nonzero(x[rows])
-
-
 def test_to_changes_the_type_of_tensors_and_values():
     x = dense()
     inputs = inputs_of(x)
