@@ -166,12 +166,7 @@ class Examples(Dataset):
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        rows: NDArray[np.int64],
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        stream: int = 0,
+        self, dataset: Dataset, rows: NDArray[np.int64], dtype: torch.dtype, seed: int, stream: int
     ) -> None:
         self.dataset, self.rows, self.dtype = dataset, rows, dtype
         self.seed, self.stream = seed, stream
