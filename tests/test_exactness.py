@@ -18,7 +18,9 @@ from torch.nn import functional as F
 import gdtrain
 from gdtrain import SGD, SupervisedModule
 from gdtrain.callbacks import ExactBatchNorm, LossCurves
-from gdtrain.data import ArrayDataModule, MappedInputs, NPYDataModule, Preprocessing
+from gdtrain.data import ArrayDataModule, NPYDataModule
+from gdtrain.data.mapped import MappedInputs
+from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.losses import CrossEntropy
 from gdtrain.models import CNN, MLP, exact_batch_norm_
 from gdtrain.models.dropout import Dropout, drawing
@@ -181,7 +183,7 @@ def test_rows_read_piece_by_piece_are_those_of_the_file(tmp_path, monkeypatch):
     given_back = []
     monkeypatch.setattr("gdtrain.data.mapped.give_back", lambda array: given_back.append(1))
     kept = np.arange(0, 500, 2)
-    preprocessing = Preprocessing.learn(x, np.zeros(500), classify=False, rows=kept)
+    preprocessing = Preprocessing.learn(x, np.zeros(500), kept)
     inputs = MappedInputs(array, kept, preprocessing, torch.float32)
     for rows in (torch.randperm(250), torch.arange(250), torch.tensor([3, 3, 249]), slice(9, 200)):
         assert torch.equal(inputs[rows], preprocessing.inputs(x[kept[rows]]))

@@ -1,14 +1,9 @@
-"""Data: sources, what is prepared of them, the index loader. The data modules import Lightning."""
+"""The data modules, which import Lightning, and `Raw`: what `load` of one of your own returns."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gdtrain.data.dataset import FetchedData
-    from gdtrain.data.files import read_features, read_labelled, read_libsvm, read_npy
-    from gdtrain.data.frames import features
-    from gdtrain.data.loader import EvaluationLoader, IndexLoader, PairLoader
-    from gdtrain.data.mapped import MappedInputs
     from gdtrain.data.modules import (
         ArrayDataModule,
         CSVDataModule,
@@ -20,11 +15,7 @@ if TYPE_CHECKING:
         SyntheticDataModule,
         TorchvisionDataModule,
     )
-    from gdtrain.data.prepared import PreparedData, Raw, prepare
-    from gdtrain.data.preprocessing import Preprocessing
-    from gdtrain.data.sources import embedded, synthetic, torchvision_images
-    from gdtrain.data.sparse import SparseInputs
-    from gdtrain.data.tables import Table, read_csv
+    from gdtrain.data.prepared import Raw
 
 __all__ = [
     "ArrayDataModule",
@@ -32,58 +23,17 @@ __all__ = [
     "DataModule",
     "DatasetDataModule",
     "EmbeddedDataModule",
-    "EvaluationLoader",
-    "FetchedData",
-    "IndexLoader",
     "LIBSVMDataModule",
-    "MappedInputs",
     "NPYDataModule",
-    "PairLoader",
-    "PreparedData",
-    "Preprocessing",
     "Raw",
-    "SparseInputs",
     "SyntheticDataModule",
-    "Table",
     "TorchvisionDataModule",
-    "embedded",
-    "features",
-    "prepare",
-    "read_csv",
-    "read_features",
-    "read_labelled",
-    "read_libsvm",
-    "read_npy",
-    "synthetic",
-    "torchvision_images",
 ]
-
-_HOME = {
-    "EvaluationLoader": "loader",
-    "FetchedData": "dataset",
-    "IndexLoader": "loader",
-    "MappedInputs": "mapped",
-    "PairLoader": "loader",
-    "PreparedData": "prepared",
-    "Preprocessing": "preprocessing",
-    "Raw": "prepared",
-    "SparseInputs": "sparse",
-    "Table": "tables",
-    "embedded": "sources",
-    "features": "frames",
-    "prepare": "prepared",
-    "read_csv": "tables",
-    "read_features": "files",
-    "read_labelled": "files",
-    "read_libsvm": "files",
-    "read_npy": "files",
-    "synthetic": "sources",
-    "torchvision_images": "sources",
-}
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily: only the data modules are to import Lightning.
+    # Lazily: the rest of the package is used without Lightning.
     if name in __all__:
-        return getattr(import_module(f"gdtrain.data.{_HOME.get(name, 'modules')}"), name)
+        home = "prepared" if name == "Raw" else "modules"
+        return getattr(import_module(f"gdtrain.data.{home}"), name)
     raise AttributeError(f"module 'gdtrain.data' has no attribute {name!r}")

@@ -87,10 +87,6 @@ def check_checkpoint(path: str | Path) -> None:
     _Pickle(records, MOST_ANYWAY + _SHARED * size).check(content)
 
 
-class _Name(str):
-    """Something that a pickle asks for by name."""
-
-
 class _Opaque:
     """A tensor, or whatever else need not be looked into."""
 
@@ -240,10 +236,10 @@ _CALLED = (
 )
 
 
-def _allowed(name: str) -> _Name:
+def _allowed(name: str) -> str:
     module, _, item = name.partition(" ")
     if name in _CALLED or (module == "torch" and (item in _ITEM_BYTES or item in _DTYPES)):
-        return _Name(name)
+        return name
     raise ValueError(f"it asks for {printable(name)}")
 
 

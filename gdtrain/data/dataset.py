@@ -27,7 +27,7 @@ from gdtrain.data.loader import (
 )
 from gdtrain.data.prepared import Part, PreparedData, held_out
 from gdtrain.data.preprocessing import Preprocessing
-from gdtrain.data.targets import Task, check_task, decide, may_be_classes, wanted_task
+from gdtrain.data.targets import Task, decide, may_be_classes, wanted_task
 from gdtrain.generators import same_after
 
 if TYPE_CHECKING:
@@ -47,34 +47,24 @@ _PROBE_SECONDS = 0.2  # as long as that, at most
 class FetchedData(PreparedData):
     """Examples of map-style Datasets: what `DatasetDataModule` trains on, without Lightning.
 
-    `sets` has the training set as "train", and "val" and "test" where they have sets of their own;
-    the options are those of `DatasetDataModule`, and `dtype` and `loss` as for `prepare`.
-
-    Raises:
-        ValueError: The examples cannot be used, or not be split as asked.
-
-    Example:
-        >>> data = FetchedData({"train": [(i / 100, i % 2) for i in range(100)]}, val_fraction=0.2)
-        >>> data.num_train, data.input_shape, data.num_classes
-        (80, (1,), 2)
+    `sets` has the training set as "train", and "val" and "test" where they have sets of their own.
     """
 
     def __init__(
         self,
         sets: Mapping[str, Any],
         *,
-        num_classes: int | None = None,
-        task: Task = "auto",
-        num_workers: int | Literal["auto"] = "auto",
-        val_fraction: float = 0.0,
-        test_fraction: float = 0.0,
-        split_seed: int = 0,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        loss: Loss | None = None,
+        num_classes: int | None,
+        task: Task,
+        num_workers: int | Literal["auto"],
+        val_fraction: float,
+        test_fraction: float,
+        split_seed: int,
+        seed: int,
+        dtype: torch.dtype,
+        loss: Loss | None,
     ) -> None:
-        self._sets = {name: check_dataset(dataset, name) for name, dataset in sets.items()}
-        self._task, self._given_classes, self._loss = check_task(task), num_classes, loss
+        self._sets, self._task, self._given_classes, self._loss = sets, task, num_classes, loss
         self.num_workers = num_workers
         counts = held_out(len(sets["train"]), val_fraction, test_fraction, sets.keys())
         split = self._rows(counts, split_seed)
@@ -102,7 +92,7 @@ class FetchedData(PreparedData):
                 parts[name] = inputs, examples.labels(targets, split[name])
         for name, (inputs, targets) in parts.items():
             self._examples[name].check(inputs, targets, split[name])
-        self._columns = 1 if classes is not None or y.ndim == 1 else int(y.shape[1])
+        self.num_targets = 1 if classes is not None or y.ndim == 1 else int(y.shape[1])
         self.preprocessing = Preprocessing(
             classes=None if classes is None else list(range(classes)),
             input_shape=list(x.shape[1:]),
@@ -210,11 +200,6 @@ class FetchedData(PreparedData):
     def count(self, part: Part) -> int:
         """Number of examples of one part."""
         return len(self._examples[part])
-
-    @property
-    def num_targets(self) -> int:
-        """Target columns of a regression."""
-        return self._columns
 
     def train_loader(self, plan: IndexLoader, pin_memory: bool = False) -> PairLoader:
         """The batches of training examples that a plan names, one update a block; until `close`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from gdtrain.data.reading import (
 )
 from gdtrain.data.sparse import ARRAYS, rows_of
 from gdtrain.data.tables import Header, Kind, Table, is_table, listed
-from gdtrain.data.targets import Task, check_task
+from gdtrain.data.targets import Task
 
 __all__ = ["read_features", "read_labelled", "read_libsvm", "read_npy"]
 
@@ -46,29 +47,13 @@ _LEAVE = "train on other columns"
 
 
 def read_npy(
-    path: str | Path,
-    target: int = -1,
-    *,
-    target_path: str | Path | None = None,
-    memory_map: bool = False,
-    task: Task = "auto",
+    path: Path, target: int, target_path: Path | None, memory_map: bool, task: Task
 ) -> Raw:
-    """The examples of a NumPy file of numbers; the arguments are those of `NPYDataModule`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     np.save(Path(folder) / "table.npy", np.arange(6.0).reshape(2, 3))
-        ...     raw = read_npy(Path(folder) / "table.npy")
-        >>> raw.inputs, raw.targets
-        (array([[0., 1.],
-               [3., 4.]]), array([2., 5.]))
-    """
-    path = existing(path)
+    """The examples of a NumPy file of numbers: see `NPYDataModule`."""
     sparse = path.suffix.lower() == ".npz" and target_path is not None
     x = _sparse_array(path) if sparse else read_array(path, memory_map)
     if target_path is not None:
-        y = read_array(existing(target_path))
+        y = read_array(target_path)
     else:
         if x.ndim != 2 or not -x.shape[1] <= target < x.shape[1]:
             raise ValueError(
@@ -76,41 +61,31 @@ def read_npy(
                 f"target_path must name a file of targets. Received: shape {x.shape}."
             )
         x, y = np.delete(x, target, axis=1), x[:, target]
-    return Raw(features(x), y, check_task(task))
+    return Raw(features(x), y, task)
 
 
 def read_libsvm(
-    path: str | Path,
-    *,
-    test_path: str | Path | None = None,
-    sparse: bool | Literal["auto"] = "auto",
-    standardize: bool = True,
-    dtype: torch.dtype = torch.float32,
-    task: Task = "auto",
+    path: Path,
+    test_path: Path | None,
+    sparse: bool | Literal["auto"],
+    standardize: bool,
+    dtype: torch.dtype,
+    task: Task,
 ) -> Raw:
-    r"""The examples of a LIBSVM (svmlight) file; the arguments are those of `LIBSVMDataModule`.
+    """The examples of a LIBSVM (svmlight) file: see `LIBSVMDataModule`.
 
     They are read in float64 if they are to be standardised, or are to be tensors of that dtype.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "table.svm"
-        ...     _ = path.write_text("+1 1:0.5 3:2\n-1 2:1\n")
-        ...     read_libsvm(path).inputs
-        array([[0.5, 0. , 2. ],
-               [0. , 1. , 0. ]])
     """
-    paths = [existing(p) for p in (path, test_path) if p is not None]
+    paths = [path] if test_path is None else [path, test_path]
     single = dtype == torch.float32 and not standardize
     tables, targets, first = _libsvm(paths, np.float32 if single else np.float64)
+    large = [math.prod(x.shape) * x.dtype.itemsize > _DENSE_BYTES for x in tables]
     if sparse == "auto":
-        density = tables[0].nnz / (tables[0].shape[0] * tables[0].shape[1])
-        large = _dense_bytes(tables[0]) > _DENSE_BYTES
-        sparse = not standardize and (density < _SPARSE_BELOW or large)
+        density = tables[0].nnz / math.prod(tables[0].shape)
+        sparse = not standardize and (density < _SPARSE_BELOW or large[0])
     if not sparse:
         for i, (file, x) in enumerate(zip(paths, tables, strict=True)):
-            if _dense_bytes(x) > _DENSE_BYTES:
+            if large[i]:
                 raise ValueError(
                     f"{file} has {x.shape[0]} examples of {x.shape[1]} features, more than "
                     f"8 GB as a dense array. Select features first, or keep them sparse: "
@@ -118,7 +93,7 @@ def read_libsvm(
                 )
             tables[i] = x.toarray()
     test = (tables[1], targets[1]) if len(tables) > 1 else None
-    return Raw(tables[0], targets[0], check_task(task), test=test, first_feature=first)
+    return Raw(tables[0], targets[0], task, test=test, first_feature=first)
 
 
 # ---------------------------------------------------------------------- to predict and evaluate
@@ -132,34 +107,11 @@ def read_features(
     first_feature: int | None = None,
     header: Header = "auto",
 ) -> Any:
-    r"""Examples without targets, to predict from.
+    """Examples without targets, to predict from: (N, D), what a `.npy` file holds, or CSR.
 
-    Args:
-        path: `.csv` or `.tsv` (see `Table`; any other name too where `feature_names` are given);
-            `.npy`; `.npz` of `scipy.sparse.save_npz`; or a LIBSVM file (`.svm`, `.svmlight` or
-            `.libsvm`, plain or compressed; any other name too where `first_feature` is given),
-            whose labels are not used.
-        feature_names: Columns to take from a table, in this order; None: all.
-        num_features: D, which a LIBSVM file does not tell; None: its highest feature. Further
-            features are left out.
-        first_feature: As for `Preprocessing`; None: 0 if the file has a feature 0, else 1.
-        header: As for `Table`.
-
-    Returns:
-        (N, D), or what the `.npy` file holds; CSR of `scipy.sparse` from `.npz` and LIBSVM.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: The file is of another kind, lacks columns, or has values that are no numbers.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "new.csv"
-        ...     _ = path.write_text("b,a\n2,1\n4,3\n")
-        ...     read_features(path, ["a", "b"])
-        array([[1., 2.],
-               [3., 4.]])
+    `num_features`: D, which a LIBSVM file does not tell; None: its highest feature; further ones
+    are left out. `first_feature`: from which number it counts; None: from 0 if it has a feature 0,
+    else 1.
     """
     path = _input(path)
     kind = _kind(path, feature_names, first_feature)
@@ -179,32 +131,10 @@ def read_labelled(
     *,
     header: Header = "auto",
 ) -> tuple[Any, NDArray[Any]]:
-    r"""Examples with targets, to evaluate on; as they are in the file.
+    """Features, as from `read_features`, and targets (N,), to evaluate on.
 
-    Args:
-        path: As for `read_features`.
-        preprocessing: Learnt in training.
-        target: Name of a table's column, by default the one that is no feature; of `.npy` the
-            column, by default the last, or a `.npy` file of targets, which `.npz` needs. Not used
-            for LIBSVM.
-        header: As for `Table`.
-
-    Returns:
-        The features, as from `read_features`, and the targets (N,).
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: As for `read_features`; or a target is missing, or is none that training had.
-
-    Example:
-        >>> import tempfile
-        >>> preprocessing = Preprocessing(classes=["no", "yes"], feature_names=["a", "b"])
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "new.csv"
-        ...     _ = path.write_text("kind,b,a\nyes,2,1\nno,4,3\n")
-        ...     read_labelled(path, preprocessing)
-        (array([[1., 2.],
-               [3., 4.]]), array(['yes', 'no'], dtype=object))
+    `target`: name of a table's column, by default the one that is no feature; of `.npy` the column,
+    by default the last, or a `.npy` file of targets, which `.npz` needs. Not used for LIBSVM.
     """
     path = _input(path)
     names, first = _stripped(preprocessing.feature_names), preprocessing.first_feature
@@ -370,9 +300,7 @@ def _libsvm(
 ) -> tuple[list[Any], list[NDArray[Any]], int]:
     """CSR arrays and targets of files with features counted alike, and from which number.
 
-    `first`: from which; None: from 0 if one of the files has a feature 0, else from 1.
-    `width`: how many features there are; None: as many as in the first file. Further ones are left
-    out.
+    `first` and `width`: as `first_feature` and `num_features` of `read_features`, for all files.
     """
     from scipy.sparse import csr_array
     from sklearn.datasets import load_svmlight_file
@@ -457,7 +385,3 @@ def _wrong_in(words: list[bytes], widest: int) -> str:
 def _most_features(stored: int) -> int:
     """How many features a file of so many bytes may have: a weight is made for each."""
     return max(2**25, 8 * stored)
-
-
-def _dense_bytes(x: Any) -> float:
-    return float(x.shape[0]) * x.shape[1] * x.dtype.itemsize

@@ -10,7 +10,7 @@ import mmap
 import numbers
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -33,8 +33,10 @@ __all__ = [
     "give_back",
     "is_of",
     "kind_of",
+    "listed",
     "raw_array",
     "series_array",
+    "shortened",
 ]
 
 _log = logging.getLogger("gdtrain")
@@ -42,6 +44,7 @@ _log = logging.getLogger("gdtrain")
 CHUNK = 32 * 2**20  # bytes of raw features that are looked at together
 _NUMERIC = {"boolean", "whole number", "number", "fraction"}
 _EXACT = 2**53  # up to which float64 has all whole numbers
+_LENGTH = 60  # characters of a value in a message
 _BLUR = 1e-6  # of the range of a column, that rounding to float64 may cost
 
 
@@ -114,25 +117,11 @@ def series_array(series: Any) -> NDArray[Any]:
 
 
 def features(inputs: Any, names: list[str] | None = None) -> Any:
-    """Numbers of a user's, as an array: a list, array, data frame or tensor (on any device).
+    """A user's numbers as an array (N, D) or (N, C, H, W): of arrays, lists, tensors or tables.
 
-    Args:
-        inputs: (N,), (N, D) or (N, C, H, W); or (N, D) of `scipy.sparse`; or a table: a DataFrame
-            of pandas or polars, or a dict of columns.
-        names: Of the D columns that a table must have, in this order; its other columns are left
-            out. None: all columns. What has no names is taken by position.
-
-    Returns:
-        (N, D) or (N, C, H, W); a memory-mapped array stays one, and what is of `scipy.sparse` is
-        CSR.
-
-    Raises:
-        ValueError: They are no numbers, there are none, or some are missing.
-
-    Example:
-        >>> features({"b": [1, 2], "a": [3, 4]}, ["a", "b"])
-        array([[3, 1],
-               [4, 2]])
+    A memory-mapped array stays one, and what is of `scipy.sparse` becomes CSR. `names`: columns
+    that a table must have, in this order; others are left out. What has no names is taken by
+    position.
     """
     table = _table(inputs)
     if table is not None:
@@ -225,12 +214,12 @@ def _chosen(table: Any, names: list[str] | None) -> Any:
     if missing:
         raise ValueError(
             f"The examples lack {len(missing)} of the {len(names)} features of the training data: "
-            f"{_quoted(missing)}. Received: the columns {_quoted(own)}."
+            f"{listed(missing)}. Received: the columns {listed(own)}."
         )
     _check_different(own, names)
     others = [name for name in own if name not in names]
     if others:
-        _log.info("features: the columns %s were not in training and are left out", _quoted(others))
+        _log.info("features: the columns %s were not in training and are left out", listed(others))
     return table.iloc[:, [own.index(name) for name in names]]
 
 
@@ -250,7 +239,7 @@ def _numbers(table: Any) -> NDArray[Any]:
         values = _column(present)
         if values is None:
             other = next((v for v in present if kind_of(v) not in _NUMERIC), present.iloc[0])
-            refused.append(f"{name} (such as {other!r})")
+            refused.append(f"{name} (such as {shortened(other)})")
         elif missing.any():
             count = f", {missing.sum():,} in all" if missing.sum() > 1 else ""
             gaps.append(f"{name} (example {int(missing.argmax())}{count})")
@@ -287,9 +276,18 @@ def _column(column: Any) -> NDArray[Any] | None:
     return values if values.dtype.kind in "biuf" else None
 
 
-def _quoted(names: list[str], most: int = 20) -> str:
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown + (f", … ({len(names)} in all)" if len(names) > most else "")
+def shortened(label: Any) -> str:
+    """A value for a message: as Python writes it, and not longer than a line."""
+    text = repr(label)
+    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}…"
+
+
+def listed(labels: Sequence[Any], most: int = 20, total: bool = True) -> str:
+    """Some of the labels, and how many there are."""
+    shown = ", ".join(map(shortened, labels[:most]))
+    if len(labels) <= most:
+        return shown
+    return f"{shown}, … ({len(labels)} in all)" if total else f"{shown}, …"
 
 
 # ---------------------------------------------------------------------- what is refused

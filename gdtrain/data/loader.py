@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sized
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gdtrain.descent.plan import Plan, Sampling
+from gdtrain.data.sparse import SparseInputs
+from gdtrain.descent.plan import Plan
 from gdtrain.generators import same_after, seed_all
 from gdtrain.objective import own_part
 
@@ -40,37 +41,11 @@ class IndexLoader(Plan):
 
     It has no state and no length: each iteration starts at the update that `start()` tells. One
     iteration is (the rest of) one epoch, or up to the next epoch whose number is a multiple of the
-    attribute `epochs_per_iteration` (None: up to the end of the run). No block crosses the end of
-    an iteration. The other arguments are those of `gdtrain.descent.plan.Plan`; `updates_per_sweep`
-    may change between two blocks.
-
-    Example:
-        >>> loader = IndexLoader(5, 2, sampling="sequential", updates_per_sweep=8)
-        >>> [block.tolist() for block in loader]
-        [[[0, 1], [2, 3]], [[4]]]
+    attribute `epochs_per_iteration` (None: up to the end of the run); no block crosses its end.
     """
 
-    def __init__(
-        self,
-        num_examples: int,
-        batch_size: int,
-        *,
-        sampling: Sampling = "reshuffle",
-        seed: int = 0,
-        start: Callable[[], int] = lambda: 0,
-        total: int | None = None,
-        updates_per_sweep: int | Literal["auto"] = "auto",
-    ) -> None:
-        super().__init__(
-            num_examples,
-            batch_size,
-            sampling=sampling,
-            seed=seed,
-            total=total,
-            updates_per_sweep=updates_per_sweep,
-        )
-        self.start = start
-        self.epochs_per_iteration: int | None = 1
+    start: Callable[[], int] = staticmethod(lambda: 0)
+    epochs_per_iteration: int | None = 1
 
     def __iter__(self) -> Iterator[Tensor]:
         update = first = self.start()
@@ -91,25 +66,14 @@ class IndexLoader(Plan):
 
 
 class EvaluationLoader:
-    """Yields (inputs, targets) of all examples in order, as slices that copy nothing.
-
-    Args:
-        inputs: (N, …); a tensor, or rows mapped from a file.
-        targets: (N, …).
-        batch_size: Examples per slice, range [1, ∞).
-        rank: Of this process, which gets its part of the examples.
-        ranks: Number of processes.
-
-    Example:
-        >>> loader = EvaluationLoader(torch.zeros(5, 2), torch.zeros(5), batch_size=2)
-        >>> [len(x) for x, y in loader], len(loader)
-        ([2, 2, 1], 3)
-    """
+    """Yields (inputs, targets) of a rank's examples in order, as slices that copy nothing."""
 
     def __init__(
         self, inputs: Any, targets: Tensor, batch_size: int = 1024, rank: int = 0, ranks: int = 1
     ) -> None:
-        self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
+        self.inputs, self.targets = inputs, targets
+        if isinstance(inputs, SparseInputs):
+            batch_size = min(batch_size, inputs.rows_at_once)
         start, end = own_part(len(inputs), rank, ranks)
         self._slices = [
             slice(first, min(first + batch_size, end)) for first in range(start, end, batch_size)
@@ -129,22 +93,8 @@ class EvaluationLoader:
 class PairLoader:
     """Yields the (inputs, targets) of each update of a plan, fetched by worker processes.
 
-    Like `IndexLoader` it has no length and no state of its own: each iteration starts at the update
-    that `plan.start` tells, and is (the rest of) one epoch.
-
-    Args:
-        examples: From (update, example numbers) to a pair of tensors.
-        plan: Which examples make which update, one update a block.
-        num_workers: W, range [0, ∞); 0: fetched in this process.
-        keep: Whether the processes live on from one epoch to the next, until `close`.
-        pin_memory: Whether the tensors are copied to pinned memory, for a GPU.
-
-    Example:
-        >>> from torch.utils.data import TensorDataset
-        >>> examples = Examples(TensorDataset(torch.eye(4), torch.arange(4)), np.arange(4))
-        >>> loader = PairLoader(examples, IndexLoader(4, 3, seed=3, updates_per_sweep=1))
-        >>> [len(targets) for inputs, targets in loader]
-        [3, 1]
+    Like `IndexLoader` it has no length and no state of its own. `keep`: whether the processes live
+    on from one epoch to the next, until `close`.
     """
 
     def __init__(
@@ -216,12 +166,7 @@ class Examples(Dataset):
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        rows: NDArray[np.int64],
-        dtype: torch.dtype = torch.float32,
-        seed: int = 0,
-        stream: int = 0,
+        self, dataset: Dataset, rows: NDArray[np.int64], dtype: torch.dtype, seed: int, stream: int
     ) -> None:
         self.dataset, self.rows, self.dtype = dataset, rows, dtype
         self.seed, self.stream = seed, stream

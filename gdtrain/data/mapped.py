@@ -22,24 +22,10 @@ _FAULT = 2 * 2**20  # bytes that may come along when one of them is touched (Lin
 
 
 class MappedInputs:
-    """Rows of a memory-mapped array, as standardised tensors.
+    """Rows of a memory-mapped array, standardised in `dtype`, as tensors of type `out`.
 
     Pages that were read are given back to the system now and then, so that a pass over a file
     larger than memory needs little of it.
-
-    Args:
-        array: `numpy.load(path, mmap_mode="r")`, (N, D) or (N, C, H, W).
-        rows: Which of its rows these are.
-        preprocessing: Standardises them.
-        dtype: In which they are standardised.
-        device: Of the tensors.
-        out: Type of the tensors; None: `dtype`.
-
-    Example:
-        >>> array = np.arange(6.0).reshape(3, 2)  # as good as numpy.load(path, mmap_mode="r")
-        >>> inputs = MappedInputs(array, np.array([0, 2]), Preprocessing())
-        >>> inputs[torch.tensor([1])]
-        tensor([[4., 5.]])
     """
 
     def __init__(

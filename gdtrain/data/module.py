@@ -5,8 +5,10 @@ N training examples, B examples per update, D features, C classes.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,10 +17,10 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from gdtrain.data.loader import IndexLoader
-from gdtrain.data.prepared import Inputs, Part, PreparedData, Raw, check_fraction, prepare
+from gdtrain.data.prepared import Inputs, Part, PreparedData, Raw, prepare
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.descent.plan import Sampling
-from gdtrain.ranges import Whole
+from gdtrain.ranges import Interval, Whole
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -85,8 +87,8 @@ class DataModule(LightningDataModule):
             "micro_batch_size", micro_batch_size, 1, "auto", None
         )
         self.sampling: Sampling = sampling
-        self.val_fraction = check_fraction("val_fraction", val_fraction)
-        self.test_fraction = check_fraction("test_fraction", test_fraction)
+        self.val_fraction = _fraction("val_fraction", val_fraction)
+        self.test_fraction = _fraction("test_fraction", test_fraction)
         self.standardize = standardize
         self.standardize_targets = standardize_targets
         self.split_seed = Whole(0).check("split_seed", split_seed)
@@ -261,3 +263,15 @@ def whole_or(name: str, value: Any, low: int, *words: str | None) -> Any:
         raise ValueError(
             f"{name} must be {Whole(low)}, or {others}. Received: {name}={value!r}."
         ) from None
+
+
+def _fraction(name: str, value: Any) -> Any:
+    """The value, if it is a share of the examples or a number of them."""
+    with suppress(ValueError):
+        amount = Interval(0, math.inf, "left").check(name, value)
+        if amount <= 1 or amount % 1 == 0:
+            return value
+    raise ValueError(
+        f"{name} must be a fraction in [0, 1) or a whole number of examples. "
+        f"Received: {name}={value!r}."
+    )

@@ -6,8 +6,9 @@ N examples, B examples per update, D features, C classes, W worker processes.
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from numpy.typing import ArrayLike
@@ -23,14 +24,13 @@ from gdtrain.data.reading import existing
 from gdtrain.data.sources import (
     Embedded,
     TorchvisionName,
-    check_name,
-    check_synthetic,
     embedded,
     synthetic,
     torchvision_images,
 )
 from gdtrain.data.tables import Header, read_csv
 from gdtrain.data.targets import Task, check_task
+from gdtrain.ranges import Interval, Whole
 
 __all__ = [
     "ArrayDataModule",
@@ -71,8 +71,7 @@ class EmbeddedDataModule(DataModule):
 
     def __init__(self, name: Embedded, **options: Any) -> None:
         super().__init__(**options)
-        check_name(name, Embedded)
-        self.name: Embedded = name
+        self.name: Embedded = _known(name, Embedded)
 
     def load(self) -> Raw:
         """Read it from scikit-learn."""
@@ -115,9 +114,11 @@ class SyntheticDataModule(DataModule):
         **options: Any,
     ) -> None:
         super().__init__(**{"standardize": False, "standardize_targets": False, **options})
-        check_synthetic(num_examples, num_features, noise, condition)
-        self.num_examples, self.num_features = num_examples, num_features
-        self.noise, self.condition, self.data_seed = noise, condition, data_seed
+        self.num_examples = Whole(1).check("num_examples", num_examples)
+        self.num_features = Whole(1).check("num_features", num_features)
+        self.noise = Interval(0, math.inf, "left").check("noise", noise)
+        self.condition = Interval(1, math.inf, "left").check("condition", condition)
+        self.data_seed = data_seed
 
     def load(self) -> Raw:
         """Draw it."""
@@ -222,13 +223,7 @@ class NPYDataModule(DataModule):
 
     def load(self) -> Raw:
         """Read it."""
-        return read_npy(
-            self.path,
-            self.target,
-            target_path=self.target_path,
-            memory_map=self.memory_map,
-            task=self.task,
-        )
+        return read_npy(self.path, self.target, self.target_path, self.memory_map, self.task)
 
 
 class CSVDataModule(DataModule):
@@ -278,9 +273,7 @@ class CSVDataModule(DataModule):
 
     def load(self) -> Raw:
         """Read it."""
-        return read_csv(
-            self.path, self.target, columns=self.columns, header=self.header, task=self.task
-        )
+        return read_csv(self.path, self.target, self.columns, self.header, self.task)
 
 
 class LIBSVMDataModule(DataModule):
@@ -333,12 +326,7 @@ class LIBSVMDataModule(DataModule):
     def load(self) -> Raw:
         """Read it."""
         return read_libsvm(
-            self.path,
-            test_path=self.test_path,
-            sparse=self.sparse,
-            standardize=self.standardize,
-            dtype=self.dtype,
-            task=self.task,
+            self.path, self.test_path, self.sparse, self.standardize, self.dtype, self.task
         )
 
 
@@ -369,8 +357,7 @@ class TorchvisionDataModule(DataModule):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        check_name(name, TorchvisionName)
-        self.name: TorchvisionName = name
+        self.name: TorchvisionName = _known(name, TorchvisionName)
         self.root, self.download = Path(root), download
 
     def prepare_data(self) -> None:
@@ -506,3 +493,10 @@ class DatasetDataModule(DataModule):
         """End the worker processes."""
         if self._prepared is not None:
             self.prepared.close()
+
+
+def _known(name: Any, names: Any) -> Any:
+    """The name, if it is one of a `Literal`."""
+    if name not in get_args(names):
+        raise ValueError(f"name must be one of {', '.join(get_args(names))}. Received: {name!r}.")
+    return name

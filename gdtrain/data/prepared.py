@@ -6,9 +6,7 @@ N examples, D features, C classes.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +22,6 @@ from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sparse import SparseInputs
 from gdtrain.data.targets import Decision, Task, decide
-from gdtrain.ranges import Interval
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -82,17 +79,8 @@ class _Split(Mapping[str, NDArray[np.int64]]):
 class PreparedData:
     """The training, validation and test examples of a run, as tensors. Made by `prepare`.
 
-    Args:
-        parts: Inputs (N, …) and targets (N,) or (N, K), by part: "train", "val" and "test".
-        split: Which examples of the source each part has, in ascending order.
-        preprocessing: What has made tensors of them.
-        target_said: What the targets were taken for, in words.
-
-    Example:
-        >>> data = prepare(Raw(np.random.rand(100, 3), np.arange(100) % 2))
-        >>> inputs, targets = data.examples("train")
-        >>> inputs.shape, targets.shape, data.num_classes, data.count("test")
-        (torch.Size([70, 3]), torch.Size([70]), 2, 20)
+    `split`: which examples of the source each part has, in ascending order. `target_said`: what the
+    targets were taken for, in words.
     """
 
     def __init__(
@@ -146,7 +134,7 @@ class PreparedData:
         classes = self.preprocessing.classes
         return None if classes is None else len(classes)
 
-    @property
+    @cached_property
     def num_targets(self) -> int:
         """Target columns of a regression."""
         y = self._parts["train"][1]
@@ -155,15 +143,10 @@ class PreparedData:
     def evaluation_loader(
         self, part: Part, rank: int = 0, ranks: int = 1, batch_size: int = 1024
     ) -> Iterable[tuple[Tensor, Tensor]]:
-        """All examples of one part, in order, as pairs of at most so many; none of an empty part.
-
-        Each of several processes (`rank` of `ranks`) gets its share of them.
-        """
+        """All examples of one part (of this rank), in order, as pairs of at most so many."""
         if not self.count(part):
             return []
         inputs, targets = self._parts[part]
-        if isinstance(inputs, SparseInputs):
-            batch_size = min(batch_size, inputs.rows_at_once)
         return EvaluationLoader(inputs, targets, batch_size, rank, ranks)
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,17 +208,8 @@ def prepare(
 ) -> PreparedData:
     """Decide what the targets are, split, and standardise with the statistics of the training part.
 
-    The options are those of `DataModule`; `dtype` is torch.float32 or torch.float64, and `loss`,
-    which is trained on them, says what the targets are where `raw.task` does not.
-
-    Raises:
-        ValueError: The data cannot be split or standardised as asked.
-
-    Example:
-        >>> from gdtrain.data import embedded
-        >>> data = prepare(embedded("digits"))
-        >>> data.num_train, data.input_shape, data.num_classes
-        (1258, (1, 8, 8), 10)
+    The options are those of `DataModule`; `loss`, which is trained on them, says what the targets
+    are where `raw.task` does not.
     """
     n = raw.inputs.shape[0]
     # Before the split, while rows have the numbers that the user knows them by.
@@ -250,12 +224,11 @@ def prepare(
     preprocessing = Preprocessing.learn(
         raw.inputs,
         y,
-        classify=target.classes is not None,
-        classes=target.classes,
+        split["train"],
         standardize=standardize,
         standardize_targets=standardize_targets and target.standardize,
+        classes=target.classes,
         feature_names=raw.feature_names,
-        rows=split["train"],
         first_feature=raw.first_feature,
     )
 
@@ -275,26 +248,12 @@ def prepare(
     return PreparedData(parts, _Split(split), preprocessing, target.said)
 
 
-def check_fraction(name: str, value: Any) -> Any:
-    """The value, if it is a share of the examples or a number of them."""
-    amount = -1.0
-    with suppress(ValueError):
-        amount = Interval(0, math.inf, "left").check(name, value)
-    if amount < 0 or (amount > 1 and amount % 1):
-        raise ValueError(
-            f"{name} must be a fraction in [0, 1) or a whole number of examples. "
-            f"Received: {name}={value!r}."
-        )
-    return value
-
-
 def held_out(
     n: int, val_fraction: float, test_fraction: float, given: Collection[str] = ()
 ) -> dict[str, int]:
     """How many of N examples are held out for the parts that are not given; raises on all."""
     counts = {}
     for name, f in (("val", val_fraction), ("test", test_fraction)):
-        check_fraction(f"{name}_fraction", f)
         counts[name] = 0 if name in given else int(f) if f >= 1 else round(f * n)
     if n - sum(counts.values()) < 1:
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain.data.frames import CHUNK, check_features, give_back
+from gdtrain.data.frames import CHUNK, check_features, give_back, shortened
 from gdtrain.data.sparse import SparseInputs, check_entries, is_sparse
 from gdtrain.data.targets import check_numbers, class_numbers, label_array, read
 
@@ -28,27 +28,10 @@ _HALF = (torch.bfloat16, torch.float16)  # NumPy has no bfloat16
 class Preprocessing:
     """x ← (x − mean)/scale, classes ← 0 … C−1, numbers ← (y − target_mean)/target_scale.
 
-    All of it is computed in float64, and then rounded to the type of the tensors.
-
-    Args:
-        mean: Per feature (D,), or per channel of images (C, 1, 1). None: left as they are.
-        scale: Standard deviation likewise; 1 where a feature is constant.
-        target_mean: Per target column, for regression. None: left as they are.
-        target_scale: Likewise.
-        classes: The labels, sorted; None for regression.
-        feature_names: Names of the D columns, where they have any.
-        input_shape: Shape of one example.
-        first_feature: From which number the LIBSVM file counted its features, 0 or 1; None: the
-            data came from elsewhere.
-
-    Example:
-        >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
-        >>> preprocessing = Preprocessing.learn(x, np.array(["no", "yes"]), classify=True)
-        >>> preprocessing.inputs(x)
-        tensor([[-1.,  0.],
-                [ 1.,  0.]])
-        >>> preprocessing.targets(np.array(["yes", "no"]))
-        tensor([1, 0])
+    All of it is computed in float64, and then rounded to the type of the tensors. Statistics are
+    per feature (D,), per channel of images (C, 1, 1), or per target column; None: left as they are.
+    `first_feature`: from which number a LIBSVM file counted its features; None: it is of no such
+    file.
     """
 
     mean: NDArray[Any] | None = None
@@ -65,33 +48,14 @@ class Preprocessing:
         cls,
         inputs: Any,
         targets: NDArray[Any],
+        rows: NDArray[np.int64] | None = None,
         *,
-        classify: bool,
-        classes: list[Any] | None = None,
         standardize: bool = True,
         standardize_targets: bool = True,
-        feature_names: list[str] | None = None,
-        rows: NDArray[np.int64] | None = None,
-        first_feature: int | None = None,
+        **known: Any,
     ) -> Preprocessing:
-        """Learn the statistics of a training set: some rows of it, or all.
-
-        Args:
-            inputs: (N, D), or images (N, C, H, W); may be memory-mapped, or of `scipy.sparse`.
-            targets: (N,) or (N, K).
-            classify: Whether the targets are classes.
-            classes: All labels; None: those in `targets`.
-            standardize: Whether to standardise features; sparse ones cannot be.
-            standardize_targets: Whether to standardise the targets of a regression.
-            feature_names: As for the class, and so is `first_feature`.
-            rows: The examples to learn from; None: all.
-            first_feature: From which number a LIBSVM file counted.
-        """
-        made = cls(
-            feature_names=feature_names,
-            input_shape=[int(size) for size in inputs.shape[1:]],
-            first_feature=first_feature,
-        )
+        """Learn the statistics of some rows, or all; `known`: other attributes, as they are."""
+        made = cls(input_shape=[int(size) for size in inputs.shape[1:]], **known)
         if standardize and is_sparse(inputs):
             raise ValueError(
                 "Sparse inputs cannot be standardised: centring would fill in their zeros. Pass "
@@ -100,10 +64,7 @@ class Preprocessing:
             )
         if standardize:
             made.mean, made.scale = _statistics("features", inputs, rows)
-        if classify:
-            targets = targets if rows is None else targets[rows]
-            made.classes = classes if classes is not None else np.unique(targets).tolist()
-        elif standardize_targets:
+        if standardize_targets and made.classes is None:
             columns = targets.reshape(len(targets), -1)
             made.target_mean, made.target_scale = _statistics("targets", columns, rows)
         return made
@@ -114,8 +75,7 @@ class Preprocessing:
         """Raw features, (N, D) or (N, C, H, W), as a standardised tensor, or as `SparseInputs`.
 
         Images may be flat, (N, C·H·W). What is of `scipy.sparse` stays sparse, unless it is to be
-        standardised or reshaped. `rows`: which of them; None: all. Raises ValueError on another
-        shape than in training, and on values that are not finite.
+        standardised or reshaped.
         """
         shape = tuple(self.input_shape or raw.shape[1:])
         if is_sparse(raw):
@@ -154,18 +114,14 @@ class Preprocessing:
         return torch.from_numpy(x).to(dtype)
 
     def targets(self, raw: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Raw targets as class numbers (N,), int64, or as standardised numbers (N,) or (N, K).
-
-        They come in whatever `gdtrain.data.targets.decide` takes. Raises ValueError on a label that
-        training did not have, and on a number that is not finite.
-        """
+        """Raw targets as class numbers (N,), int64, or as standardised numbers (N,) or (N, K)."""
         if self.classes is not None:
             return torch.from_numpy(class_numbers(raw, self.classes))
         number = np.dtype(np.float64 if dtype == torch.float64 else np.float32)
         y = read(raw)
         if y.dtype.kind not in "biuf":
             raise ValueError(
-                f"Targets must be numbers, as in training. Received: {y.ravel()[0]!r}."
+                f"Targets must be numbers, as in training. Received: {shortened(y.ravel()[0])}."
             )
         check_numbers(y)
         if self.target_mean is None and y.dtype == number and _is_shareable(y):
@@ -182,10 +138,7 @@ class Preprocessing:
         return torch.from_numpy(y).to(dtype)
 
     def answers(self, decided: Tensor) -> NDArray[Any]:
-        """Class numbers as labels, standardised numbers in the units of the target.
-
-        `decided`: (N,) or (N, K), from `Loss.decide`; numbers of one column are answered as (N,).
-        """
+        """Of `Loss.decide`: class numbers as labels, standardised numbers in the target's units."""
         decided = decided.detach().cpu()
         if self.classes is not None:
             return label_array(self.classes)[decided.numpy()]

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gdtrain.data.prepared import Raw
-from gdtrain.ranges import Interval, Whole
 
 __all__ = ["Embedded", "TorchvisionName", "embedded", "synthetic", "torchvision_images"]
 
@@ -38,22 +36,10 @@ _TORCHVISION = {
 }
 
 
-def check_name(name: Any, known: Any) -> None:
-    """Raise on a name that is not one of a `Literal`."""
-    if name not in get_args(known):
-        raise ValueError(f"name must be one of {', '.join(get_args(known))}. Received: {name!r}.")
-
-
 def embedded(name: Embedded) -> Raw:
-    """A data set that comes inside scikit-learn; `EmbeddedDataModule` lists them.
-
-    Example:
-        >>> embedded("digits").inputs.shape
-        (1797, 1, 8, 8)
-    """
+    """A data set that comes inside scikit-learn: see `EmbeddedDataModule`."""
     from sklearn import datasets
 
-    check_name(name, Embedded)
     bunch = getattr(datasets, f"load_{name}")()
     if name == "digits":
         return Raw(bunch.images[:, None], bunch.target, "classification")
@@ -64,25 +50,9 @@ def embedded(name: Embedded) -> Raw:
 
 
 def synthetic(
-    num_examples: int = 1000,
-    num_features: int = 10,
-    noise: float = 0.1,
-    condition: float = 10.0,
-    seed: int = 0,
+    n: int, d: int, noise: float, condition: float, seed: int
 ) -> tuple[Raw, NDArray[np.float64], float]:
-    """Linear regression with a known answer: y = X w* + b* + noise.
-
-    The arguments are those of `SyntheticDataModule` (`seed`: its `data_seed`).
-
-    Returns:
-        The examples, w* (D,) and b*.
-
-    Example:
-        >>> raw, weights, bias = synthetic(200, 5)
-        >>> float(np.abs(raw.inputs @ weights + bias - raw.targets).max()) < 0.5
-        True
-    """
-    n, d = check_synthetic(num_examples, num_features, noise, condition)
+    """y = X w* + b* + noise, with w* (D,) and b*: see `SyntheticDataModule`."""
     rng = np.random.default_rng(seed)
     rotation = np.linalg.qr(rng.normal(size=(d, d)))[0]
     eigenvalues = np.logspace(0, -np.log10(condition), d)
@@ -91,38 +61,9 @@ def synthetic(
     return Raw(x, x @ w + b + noise * rng.normal(size=n), "regression"), w, float(b)
 
 
-def check_synthetic(
-    num_examples: int, num_features: int, noise: float, condition: float
-) -> tuple[int, int]:
-    """N and D; raises where an argument of `synthetic` is out of range."""
-    Interval(0, math.inf, "left").check("noise", noise)
-    Interval(1, math.inf, "left").check("condition", condition)
-    at_least_one = Whole(1)
-    return (
-        at_least_one.check("num_examples", num_examples),
-        at_least_one.check("num_features", num_features),
-    )
-
-
-def torchvision_images(
-    name: TorchvisionName, root: str | Path = "data", download: bool = True
-) -> Raw:
-    """MNIST, Fashion-MNIST or CIFAR-10, with torchvision's own test set.
-
-    The arguments are those of `TorchvisionDataModule`.
-
-    Raises:
-        ValueError: Unknown name, or damaged files.
-        FileNotFoundError: The files are not there and cannot be fetched.
-
-    Example:
-        >>> torchvision_images("mnist", "nowhere", download=False)
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: The files of mnist are not in nowhere and could not be fetched ...
-    """
-    check_name(name, TorchvisionName)
-    train, test = (_read(name, Path(root), part, download) for part in (True, False))
+def torchvision_images(name: TorchvisionName, root: Path, download: bool) -> Raw:
+    """MNIST, Fashion-MNIST or CIFAR-10: see `TorchvisionDataModule`."""
+    train, test = (_read(name, root, part, download) for part in (True, False))
     return Raw(*train, "classification", test=test)
 
 

@@ -92,26 +92,10 @@ def _check_structure(matrix: Any) -> None:
 class SparseInputs:
     """Rows of a sparse matrix, as dense tensors when they are indexed.
 
-    Example i has `values[row_starts[i]:row_starts[i + 1]]` in the columns
-    `columns[row_starts[i]:row_starts[i + 1]]`, which ascend, and zeros elsewhere: memory is
-    O(Z + N), never N·D. The arrays are contiguous, for engines that use them as they are.
-
-    Args:
-        values: (Z,), float32 or float64.
-        columns: (Z,), int32; within each row ascending, and none twice.
-        row_starts: (N + 1,), int64.
-        num_features: D.
-        device: Of the dense tensors; the arrays stay in main memory.
-        dtype: Of the dense tensors; None: that of the values.
-
-    Example:
-        >>> from scipy.sparse import csr_array
-        >>> inputs = SparseInputs.from_scipy(csr_array([[0, 2.0], [1.0, 0], [0, 0]]))
-        >>> inputs.shape, inputs.values
-        ((3, 2), array([2., 1.], dtype=float32))
-        >>> inputs[torch.tensor([1, 0])]
-        tensor([[1., 0.],
-                [0., 2.]])
+    Example i has `values[row_starts[i]:row_starts[i + 1]]` in the `columns` of the same places,
+    which ascend, none twice, and zeros elsewhere: memory is O(Z + N), never N·D. The arrays are
+    contiguous and stay in main memory, for engines that use them as they are; `device` is that of
+    the tensors.
     """
 
     def __init__(
@@ -135,13 +119,7 @@ class SparseInputs:
         rows: NDArray[np.int64] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> SparseInputs:
-        """Copy rows of a matrix; its duplicates are added up, and its explicit zeros left out.
-
-        Args:
-            matrix: (N, D), of `scipy.sparse`, in any format.
-            rows: Which of its rows, in which order; None: all.
-            dtype: Of the values: torch.float32 or torch.float64.
-        """
+        """Copy rows of a matrix; its duplicates are added up, and its explicit zeros left out."""
         from scipy.sparse import csr_array
 
         matrix = rows_of(matrix)
@@ -198,8 +176,8 @@ class SparseInputs:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SparseInputs:
         """The same rows, as tensors elsewhere or of another type (None: as they are).
 
-        The values themselves become float32 or float64 where that is the type, so that an engine
-        on the arrays computes in it.
+        The values become float32 or float64 where that is the type: an engine on them computes in
+        it.
         """
         dtype = self.dtype if dtype is None else dtype
         own = {torch.float32: np.float32, torch.float64: np.float64}.get(dtype, self.values.dtype)

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gdtrain.data.prepared import Raw
-from gdtrain.data.reading import PACKED, check_unpacked, existing, unpacked
-from gdtrain.data.targets import Task, check_task
+from gdtrain.data.reading import PACKED, check_unpacked, unpacked
+from gdtrain.data.targets import Task
 
 __all__ = ["Table", "is_table", "read_csv"]
 
@@ -59,31 +59,13 @@ def _suffix(path: Path) -> str:
 
 
 class Table:
-    r"""A file of delimited text, with its header read and the fields of every row counted.
+    """A file of delimited text, with its header read and the fields of every row counted.
 
     Fields are separated by commas (by tabs in `.tsv`), or by semicolons, tabs or bars where the
     header has more of these. Text is UTF-8 (or UTF-16 with its mark). Blank lines are skipped, and
     so are rows without any value at the end. Names and labels lose the spaces around them. Lines
-    are counted from 1, as an editor does.
-
-    Args:
-        path: The file; `.gz`, `.bz2`, `.xz` and `.zip` are unpacked.
-        header: Whether the first line holds the columns' names; without them the columns are
-            called 0, 1, …; "auto": a ValueError where the line looks like an example.
-        expected: Names that columns have: a first line with all of them is a header.
-        key: Of `header`, for the message.
-
-    Raises:
-        ValueError: The file is no such table, or a row has more or fewer fields than the header.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "table.csv"
-        ...     _ = path.write_text("a;b;kind\n1;2;NA\n3;4;no\n")
-        ...     features, targets = Table(path).read(["b", "a"], "kind")
-        >>> features.tolist(), targets.tolist()
-        ([[2.0, 1.0], [4.0, 3.0]], ['NA', 'no'])
+    are counted from 1, as an editor does. `expected`: a first line with all of these names is a
+    header. `key`: of `header`, for messages.
     """
 
     def __init__(
@@ -292,22 +274,13 @@ class Table:
         kind: Kind = "auto",
         advice: str = "leave such columns out (data.columns=[…] names those to take)",
     ) -> tuple[NDArray[np.float64], NDArray[Any] | None]:
-        """Columns as numbers, and one as targets.
+        """Columns as numbers, in the order of `names`, and one as targets.
 
-        Booleans count as 0 and 1. A target is numbers if all of its values are but those that
-        are missing; else it is text, of which every word is a label, "NA" and "None" too.
-
-        Args:
-            names: Of the features, in the order in which they are wanted.
-            target: Name of the target.
-            kind: What the target must be: "numbers"; "text"; "labels", either of them; "auto": as
-                for "labels", but numbers that are written in another way (1,5 or 5 €), or that
-                stand among a few words, are refused.
-            advice: What else can be done about features that are no numbers.
-
-        Raises:
-            ValueError: A column does not exist or stands there twice; or columns have values that
-                are missing or no finite numbers: all of them in one message.
+        A target is numbers if all of its values are but those that are missing; else it is text, of
+        which every word is a label, "NA" and "None" too. `kind`: "numbers" or "text" it must be;
+        "labels", either; "auto", either, but numbers that are written in another way (1,5 or 5 €),
+        or that stand among a few words, are refused. All columns with bad values are told in one
+        message.
         """
         import pandas as pd
 
@@ -411,25 +384,9 @@ def _explained(
 
 
 def read_csv(
-    path: str | Path,
-    target: str | None = None,
-    *,
-    columns: list[str] | None = None,
-    header: Header = "auto",
-    task: Task = "auto",
+    path: Path, target: str | None, columns: list[str] | None, header: Header, task: Task
 ) -> Raw:
-    r"""The examples of a table; the arguments are those of `CSVDataModule`.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "table.csv"
-        ...     _ = path.write_text("a,b,kind\n1,2,yes\n3,4,no\n")
-        ...     raw = read_csv(path, "kind")
-        >>> raw.feature_names, raw.targets.tolist()
-        (['a', 'b'], ['yes', 'no'])
-    """
-    path, task = existing(path), check_task(task)
+    """The examples of a table: see `CSVDataModule`."""
     target = None if target is None else str(target).strip()
     said = [*(columns or []), *([] if target is None else [target])]
     words = [name for name in said if not _is_number(name)]  # a number may be of an example

@@ -5,7 +5,6 @@ N examples, K target columns, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain.data.frames import is_of, kind_of, raw_array, series_array
+from gdtrain.data.frames import is_of, kind_of, listed, raw_array, series_array, shortened
 
 if TYPE_CHECKING:
     from gdtrain.losses import Loss
@@ -37,7 +36,6 @@ _MOST_CLASSES = 32  # that whole numbers are taken for, unasked
 _ENOUGH = 30  # examples of a class, to be taken for one
 _SHARE = 5  # or as many as a fifth of those of the most frequent class
 _SHOWN = 10  # labels in a message
-_LENGTH = 60  # characters of a value in a message
 _DTYPES = {"S": "bytes", "M": "date", "m": "time span", "c": "complex number", "V": "record"}
 
 
@@ -91,7 +89,7 @@ def decide(values: Any, task: Task = "auto", loss: Loss | None = None) -> Decisi
         if words:
             raise ValueError(
                 f"A regression needs numbers as targets{because}. Received: text, such as "
-                f"{_shortened(y.ravel()[0])}. task=classification takes it as classes."
+                f"{shortened(y.ravel()[0])}. task=classification takes it as classes."
             )
         return _numbers(y, loss, because)
     if y.ndim > 1:
@@ -106,7 +104,7 @@ def decide(values: Any, task: Task = "auto", loss: Loss | None = None) -> Decisi
     if len(classes) < 2:
         raise ValueError(
             f"There must be at least two classes. Received: {len(y)} examples of the class "
-            f"{_shortened(classes[0])}."
+            f"{shortened(classes[0])}."
         )
     other = ""
     if wanted is None and y.dtype.kind in "iuf":
@@ -140,8 +138,8 @@ def class_numbers(values: Any, classes: list[Any]) -> NDArray[np.int64]:
         except KeyError as error:
             unknown = error.args[0]
     raise ValueError(
-        f"Labels must be among those of the training data, {_listed(classes)}. "
-        f"Received: {_shortened(unknown)}."
+        f"Labels must be among those of the training data, {listed(classes, _SHOWN)}. "
+        f"Received: {shortened(unknown)}."
     )
 
 
@@ -372,7 +370,7 @@ def _read_objects(y: NDArray[Any]) -> _Values:
     if "list" in kinds:
         place = kinds["list"]
         raise ValueError(
-            f"Targets must be as many for each example. Received: {_shortened(flat[place])} in "
+            f"Targets must be as many for each example. Received: {shortened(flat[place])} in "
             f"example {place} (counted from 0), beside others."
         )
     width = y.size // max(len(y), 1)
@@ -384,8 +382,8 @@ def _read_objects(y: NDArray[Any]) -> _Values:
     if len(kinds) > 1:
         (one, at), (other, there) = sorted(kinds.items(), key=lambda item: item[1])[:2]
         raise ValueError(
-            f"Targets must be of one type. Received: {one} ({_shortened(flat[at])} in example "
-            f"{at // width}) and {other} ({_shortened(flat[there])} in example {there // width}, "
+            f"Targets must be of one type. Received: {one} ({shortened(flat[at])} in example "
+            f"{at // width}) and {other} ({shortened(flat[there])} in example {there // width}, "
             f"counted from 0)."
         )
     (kind,) = kinds
@@ -422,7 +420,7 @@ def _not_a_target(kind: str, value: Any) -> str:
     )
     return (
         f"Targets must be text, booleans or numbers: other labels cannot be kept with a model. "
-        f"Received: {kind}, such as {_shortened(value)} in example 0. {advice}"
+        f"Received: {kind}, such as {shortened(value)} in example 0. {advice}"
     )
 
 
@@ -435,18 +433,5 @@ def _refuse_missing(missing: NDArray[Any]) -> None:
     )
 
 
-def _shortened(label: Any) -> str:
-    """A value for a message: as Python writes it, and not longer than a line."""
-    text = repr(label)
-    return text if len(text) <= _LENGTH else f"{text[:_LENGTH]}…"
-
-
 def _classes_said(classes: list[Any]) -> str:
-    return f"{len(classes)} classes ({_listed(classes, total=False)})"
-
-
-def _listed(labels: Sequence[Any], total: bool = True) -> str:
-    shown = ", ".join(_shortened(label) for label in labels[:_SHOWN])
-    if len(labels) <= _SHOWN:
-        return shown
-    return f"{shown}, … ({len(labels)} in all)" if total else f"{shown}, …"
+    return f"{len(classes)} classes ({listed(classes, _SHOWN, total=False)})"

@@ -20,8 +20,8 @@ from torchmetrics import Metric
 
 from gdtrain._compat.lightning_training import fetch_again
 from gdtrain._compat.torch_optimizer import mark_stepped
-from gdtrain.data import DatasetDataModule, PairLoader
-from gdtrain.data.loader import IndexLoader
+from gdtrain.data import DatasetDataModule
+from gdtrain.data.loader import IndexLoader, PairLoader
 from gdtrain.data.module import DataModule
 from gdtrain.descent.engine_choice import check_engine
 from gdtrain.descent.loop import Loop

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from gdtrain import models
 from gdtrain._compat.lightning_training import restores
 from gdtrain.callbacks import History
-from gdtrain.data import Preprocessing
 from gdtrain.data.checkpoint_reading import load_checkpoint
+from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.reading import printable, read_json
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule

@@ -18,8 +18,9 @@ from numpy.typing import ArrayLike, NDArray
 from torch import nn
 
 from gdtrain.callbacks import Divergence, History, Instrument
-from gdtrain.data import DataModule, features
+from gdtrain.data import DataModule
 from gdtrain.data.checkpoint_reading import load_checkpoint
+from gdtrain.data.frames import features
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import evaluating

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 import gdtrain.data as data_modules
-from gdtrain.data import DataModule, EvaluationLoader, SparseInputs, read_features, read_labelled
+from gdtrain.data import DataModule
 from gdtrain.data.checkpoint_reading import load_checkpoint
-from gdtrain.data.loader import IndexLoader
+from gdtrain.data.files import read_features, read_labelled
+from gdtrain.data.loader import EvaluationLoader, IndexLoader
 from gdtrain.data.reading import printable, unpacked_bytes
 from gdtrain.data.tables import Header
 from gdtrain.descent.optimizer import parameter_groups
@@ -120,8 +121,7 @@ def _labelled_loader(
         )
     dtype = next(trained.module.model.parameters()).dtype
     inputs, targets = preprocessing.inputs(raw, dtype), preprocessing.targets(labels, dtype)
-    size = min(1024, inputs.rows_at_once) if isinstance(inputs, SparseInputs) else 1024
-    return EvaluationLoader(inputs, targets, size)
+    return EvaluationLoader(inputs, targets)
 
 
 def predict_file(

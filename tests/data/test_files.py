@@ -5,7 +5,8 @@ import pytest
 from example_files import write, write_libsvm
 from scipy import sparse
 
-from gdtrain.data import CSVDataModule, Preprocessing, read_features, read_labelled
+from gdtrain.data.files import read_features, read_labelled
+from gdtrain.data.preprocessing import Preprocessing
 
 
 def numbers():
@@ -167,7 +168,7 @@ def test_a_table_whose_labels_are_not_those_of_training(
 
 def test_labelled_arrays_and_sparse_files(tmp_path):
     x, y = numbers()
-    learnt = Preprocessing.learn(x, y, classify=True, standardize=False, first_feature=1)
+    learnt = Preprocessing.learn(x, y, classes=[0, 1], standardize=False, first_feature=1)
     np.save(tmp_path / "y.npy", y)
     np.save(tmp_path / "x.npy", x)
     np.save(tmp_path / "xy.npy", np.column_stack([x, y]))
@@ -199,7 +200,7 @@ def test_labelled_arrays_and_sparse_files(tmp_path):
 def test_labelled_arrays_that_do_not_fit(name, target, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x, y = numbers()
-    learnt = Preprocessing.learn(x, y, classify=True, standardize=False)
+    learnt = Preprocessing.learn(x, y, classes=[0, 1], standardize=False)
     np.save("y.npy", y[:7])
     np.save("xy.npy", np.column_stack([x, y + 1]))
     sparse.save_npz("x.npz", sparse.csr_array(x))
@@ -207,20 +208,3 @@ def test_labelled_arrays_that_do_not_fit(name, target, message, tmp_path, monkey
         read_labelled(name, learnt, target)
     with pytest.raises(FileNotFoundError, match=r"away\. Set target to one that exists"):
         read_labelled(tmp_path / "xy.npy", learnt, "away")
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_what_training_read_is_read_again_in_any_order(tmp_path, seed):
-    rng = np.random.default_rng(seed)
-    names = [f"c{i}" for i in range(5)] + ["y"]
-    rows = [[*map(repr, rng.normal(size=5).tolist()), rng.choice(["u", "v"])] for _ in range(9)]
-    write(tmp_path / "t.csv", "\n".join(",".join(row) for row in [names, *rows]))
-    raw = CSVDataModule(tmp_path / "t.csv").load()
-    order = rng.permutation(6)
-    new = [[row[i] for i in order] for row in [names, *rows]]
-    write(tmp_path / "new.tsv", "\r\n".join("\t".join(row) for row in new))
-    learnt = Preprocessing(classes=["u", "v"], feature_names=raw.feature_names)
-    x, y = read_labelled(tmp_path / "new.tsv", learnt)
-    np.testing.assert_array_equal(x, raw.inputs)
-    np.testing.assert_array_equal(read_features(tmp_path / "new.tsv", raw.feature_names), x)
-    assert y.tolist() == raw.targets.tolist()

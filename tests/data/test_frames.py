@@ -9,8 +9,8 @@ import torch
 from scipy import sparse
 
 import gdtrain
-from gdtrain.data import ArrayDataModule, features
-from gdtrain.data.frames import feature_names
+from gdtrain.data import ArrayDataModule
+from gdtrain.data.frames import feature_names, features
 
 
 def frame(n=60):

@@ -5,31 +5,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from example_files import ready, write_libsvm
 
 import gdtrain.data
 from gdtrain.data import (
-    CSVDataModule,
     EmbeddedDataModule,
-    LIBSVMDataModule,
-    NPYDataModule,
-    SyntheticDataModule,
-    embedded,
-    prepare,
-    read_csv,
-    read_libsvm,
-    read_npy,
-    synthetic,
 )
 
 DIGITS = """
 import sys
 import torch
 import gdtrain
-from gdtrain.data import IndexLoader, embedded, prepare
+from gdtrain.data.loader import IndexLoader
+from gdtrain.data.prepared import prepare
+from gdtrain.data.sources import embedded
 
 data = prepare(embedded("digits"))
 inputs, targets = data.examples("train")
@@ -61,39 +50,6 @@ def test_lightning_is_known_to_the_data_modules_alone():
     known = r"^(from|import) (lightning|gdtrain\.data\.modules?)\b"
     found = [p.name for p in folder.glob("*.py") if re.search(known, p.read_text("utf-8"), re.M)]
     assert sorted(found) == ["module.py", "modules.py"]
-
-
-def files(folder):
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(30, 3)), rng.integers(0, 2, 30)
-    np.save(folder / "t.npy", np.column_stack([x, y]))
-    np.savetxt(
-        folder / "t.csv", np.column_stack([x, y]), header="a,b,c,kind", comments="", delimiter=","
-    )
-    write_libsvm(folder / "t.svm", x, y)
-
-
-@pytest.mark.parametrize(
-    ("read", "make", "source"),
-    [
-        (embedded, EmbeddedDataModule, "wine"),
-        (lambda n: synthetic(n)[0], SyntheticDataModule, 50),
-        (read_npy, NPYDataModule, "t.npy"),
-        (read_csv, CSVDataModule, "t.csv"),
-        (read_libsvm, LIBSVMDataModule, "t.svm"),
-    ],
-)
-def test_a_source_and_its_module_give_the_same_tensors(read, make, source, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    files(tmp_path)
-    options = {"standardize": True, "standardize_targets": True, "batch_size": 4}
-    plain, shell = prepare(read(source)), ready(make(source, **options))
-    for part in ("train", "val", "test"):
-        for one, other in zip(plain.examples(part), shell.examples(part), strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0)
-    assert plain.state_dict().keys() | {"order"} == shell.state_dict().keys()
-    assert plain.fingerprints().items() <= shell.settings().items()
-    plain.check_same_data(shell.state_dict())
 
 
 def test_data_that_are_not_there_yet_say_so():

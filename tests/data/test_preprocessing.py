@@ -8,13 +8,8 @@ from example_files import ready
 from scipy import sparse
 from sklearn.datasets import dump_svmlight_file
 
-from gdtrain.data import (
-    ArrayDataModule,
-    CSVDataModule,
-    LIBSVMDataModule,
-    NPYDataModule,
-    Preprocessing,
-)
+from gdtrain.data import ArrayDataModule, CSVDataModule, LIBSVMDataModule, NPYDataModule
+from gdtrain.data.preprocessing import Preprocessing
 
 N = 40
 T = 1.7e9 + np.arange(N)  # seconds since 1970: float32 has every 128th
@@ -53,6 +48,7 @@ def test_files_are_standardised_in_float64(tmp_path, source):
     "make",
     [
         lambda t: t[:, None],
+        lambda t: t,
         lambda t: t[:, None].astype(np.int64),
         lambda t: t[:, None].tolist(),
         lambda t: torch.from_numpy(t[:, None]),
@@ -61,7 +57,7 @@ def test_files_are_standardised_in_float64(tmp_path, source):
         lambda t: pd.DataFrame({"t": pd.array(t.astype(np.int64), dtype="Int64")}),
         lambda t: t[:, None, None, None] + np.zeros((1, 1, 2, 2)),  # images
     ],
-    ids=["array", "whole numbers", "list", "tensor", "frame", "series", "Int64", "images"],
+    ids=["array", "column", "int64", "list", "tensor", "frame", "series", "Int64", "images"],
 )
 def test_arrays_are_standardised_in_float64(make):
     data = ArrayDataModule(make(T), Y, **ALL)
@@ -85,7 +81,7 @@ def test_sparse_examples_are_standardised_in_float64_where_a_dense_model_meets_t
 def test_a_column_is_constant_only_to_the_rounding_of_its_own_numbers(offset, spread):
     rng = np.random.default_rng(0)
     x = offset + spread * rng.normal(size=(500, 1))
-    preprocessing = Preprocessing.learn(x, Y, classify=False)
+    preprocessing = Preprocessing.learn(x, Y)
     if spread > 1e-14 * abs(offset):
         made = preprocessing.inputs(x, torch.float64)
         assert made.std(correction=0).item() == pytest.approx(1, rel=1e-6)
@@ -97,7 +93,7 @@ def test_a_column_is_constant_only_to_the_rounding_of_its_own_numbers(offset, sp
 @pytest.mark.parametrize("value", [0.1, 1e6 + 0.1, 1.7e9 + 0.3, 1e-30])
 def test_a_constant_column_becomes_zero_however_many_examples_there_are(value):
     x = np.column_stack([np.full(100_000, value), np.arange(100_000)])
-    preprocessing = Preprocessing.learn(x, Y, classify=False)
+    preprocessing = Preprocessing.learn(x, Y)
     assert preprocessing.scale[0] == 1.0
     assert not preprocessing.inputs(x[:9])[:, 0].any()
 
@@ -110,7 +106,7 @@ def test_numbers_beyond_float32_may_be_standardised():
 @pytest.mark.parametrize("scale", [1e-300, 1e-200, 1e-30, 1.0, 1e100])
 def test_columns_of_any_scale_are_standardised(scale):
     z = np.random.default_rng(0).normal(size=(50, 2))
-    made = Preprocessing.learn(z * scale, z[:, 0] * scale, classify=False)
+    made = Preprocessing.learn(z * scale, z[:, 0] * scale)
     expected = (z - z.mean(0)) / z.std(0)
     x = made.inputs(z * scale, torch.float64)
     np.testing.assert_allclose(x, expected, rtol=1e-9, atol=1e-9)

@@ -9,15 +9,9 @@ import torch
 from example_files import ready, reloaded, write, write_libsvm
 from scipy import sparse
 
-import gdtrain
-from gdtrain.data import (
-    ArrayDataModule,
-    LIBSVMDataModule,
-    NPYDataModule,
-    Preprocessing,
-    SparseInputs,
-)
-from gdtrain.losses import CrossEntropy, Logistic
+from gdtrain.data import ArrayDataModule, LIBSVMDataModule, NPYDataModule
+from gdtrain.data.preprocessing import Preprocessing
+from gdtrain.data.sparse import SparseInputs
 
 PARTS = ("train", "val", "test")
 RAW = {"standardize": False, "batch_size": 1}
@@ -100,16 +94,6 @@ def test_the_arrays_are_what_a_kernel_needs():
     assert inputs[:].tolist() == [[2, 0, 5, 0], [0] * 4, [0] * 4]
 
 
-def test_selected_rows_come_in_their_order():
-    x = dense()
-    rows = np.array([8, 3, 3, 59])
-    inputs = inputs_of(x, rows=rows, dtype=torch.float64)
-    assert inputs.shape == (4, 9)
-    assert len(inputs) == 4
-    np.testing.assert_array_equal(inputs[:].numpy(), x[rows])
-    assert len(inputs.values) == np.count_nonzero(x[rows])
-
-
 def test_to_changes_the_type_of_tensors_and_values():
     x = dense()
     inputs = inputs_of(x)
@@ -187,7 +171,7 @@ def test_the_split_is_that_of_the_dense_data():
         assert torch.equal(p, q[:])
         assert torch.equal(r, s)
     assert (b.num_train, b.input_shape, b.num_classes) == (a.num_train, a.input_shape, 2)
-    b.check_same_data(a.state_dict())
+    assert b.settings() == a.settings()
 
 
 @pytest.mark.parametrize("sparse_train", [False, True])
@@ -230,41 +214,6 @@ def test_the_dense_array_is_never_made():
         assert tracemalloc.get_traced_memory()[1] < 5e6
     finally:
         tracemalloc.stop()
-
-
-# -------------------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize("loss", [CrossEntropy(), Logistic()], ids=str)
-@pytest.mark.parametrize("variant", ["gd", "sgd", "minibatch"])
-def test_training_is_that_of_the_dense_data(variant, loss):
-    x, y = dense(), labels()
-    options = {"variant": variant, "loss": loss, "standardize": False, "progress": False}
-    options["batch_size"] = 16 if variant == "minibatch" else None
-    wanted, got = (
-        gdtrain.fit("linear", kind(x), y, epochs=3, **options)
-        for kind in (np.asarray, sparse.csr_array)
-    )
-    for p, q in zip(wanted.model.parameters(), got.model.parameters(), strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6)
-    assert got.metrics == pytest.approx(wanted.metrics, rel=1e-4)
-    for kind in (sparse.csc_array, np.asarray):
-        np.testing.assert_array_equal(got.predict(kind(x)), wanted.predict(x))
-        np.testing.assert_array_equal(wanted.predict(kind(x)), wanted.predict(x))
-
-
-def test_a_resumed_run_is_the_same_run(tmp_path):
-    x, y = sparse.csr_array(dense()), labels()
-    options = {"variant": "sgd", "lr": 0.1, "standardize": False, "progress": False}
-    options["schedule"] = gdtrain.schedules.Constant()
-    whole = gdtrain.fit("linear", x, y, epochs=4, **options)
-    gdtrain.fit("linear", x, y, epochs=2, **options, directory=tmp_path / "run")
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    resumed = gdtrain.fit("linear", x, y, epochs=4, **options, checkpoint=last)
-    assert resumed.summary["updates"] == whole.summary["updates"]
-    assert whole.stop.reason.value == "BUDGET"
-    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
-        assert torch.equal(p, q)
 
 
 # ---------------------------------------------------------------------------- LIBSVM

@@ -10,19 +10,13 @@ import zipfile
 import numpy as np
 import pandas as pd
 import pytest
-from example_files import ready, reloaded, write
+from example_files import write
 
-from gdtrain.data import CSVDataModule, Table, read_features
+from gdtrain.data import CSVDataModule
+from gdtrain.data.files import read_features
+from gdtrain.data.tables import Table
 from gdtrain.data.targets import decide
 
-WHOLE = {
-    "standardize": False,
-    "standardize_targets": False,
-    "dtype": "float64",
-    "batch_size": 1,
-    "val_fraction": 0,
-    "test_fraction": 0,
-}
 TABLE = "a,b,y\n1,2,u\n3,4,v\n"
 
 
@@ -46,19 +40,6 @@ def zipped(*names):
 
 
 # ------------------------------------------------------------------------ what is read
-
-
-def test_a_table_comes_back_as_it_was_written(tmp_path):
-    x = np.random.default_rng(0).normal(size=(40, 3)) * [1, 1e-12, 1e9]
-    kinds = ["sun", "rain"]
-    rows = [",".join([*map(repr, row.tolist()), kinds[i % 2]]) for i, row in enumerate(x)]
-    path = write(tmp_path / "t.csv", "a,b,c,kind\n" + "\n".join(rows) + "\n")
-    data = ready(CSVDataModule(path, target="kind", **WHOLE))
-    np.testing.assert_array_equal(data.examples("train")[0].numpy(), x)
-    assert data.preprocessing.classes == ["rain", "sun"]
-    assert data.examples("train")[1].tolist() == [1, 0] * 20
-    assert data.preprocessing.feature_names == ["a", "b", "c"]
-    assert reloaded(data.state_dict())["preprocessing"]["feature_names"] == ["a", "b", "c"]
 
 
 def test_the_last_column_is_the_target_and_columns_are_named(tmp_path):

@@ -12,7 +12,9 @@ import torch
 from example_files import ready
 from scipy import sparse
 
-from gdtrain.data import ArrayDataModule, Preprocessing
+from gdtrain.data import ArrayDataModule
+from gdtrain.data.frames import features
+from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.targets import class_numbers, decide, read
 from gdtrain.losses import CrossEntropy, Logistic, Loss, SquaredError
 
@@ -286,6 +288,11 @@ def test_a_long_label_is_shortened_in_words():
     long = "x" * 300_000
     decided = decide([long, "b"] * 40)
     assert len(decided.said) < 200
-    with pytest.raises(ValueError, match="Labels must be among") as caught:
-        class_numbers(np.array([long]), ["a", "b"])
-    assert len(str(caught.value)) < 300
+    for refused in (
+        lambda: class_numbers([long], ["a", "b"]),
+        lambda: Preprocessing().targets([long]),
+        lambda: features(pd.DataFrame({"a": [long]})),
+    ):
+        with pytest.raises(ValueError, match=r"Received.*'xxx") as caught:
+            refused()
+        assert len(str(caught.value)) < 300

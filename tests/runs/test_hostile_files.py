@@ -33,8 +33,9 @@ import gdtrain
 from gdtrain import cli
 from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.callbacks import BestAndLast
-from gdtrain.data import LIBSVMDataModule, NPYDataModule, read_features
+from gdtrain.data import LIBSVMDataModule, NPYDataModule
 from gdtrain.data.checkpoint_reading import load_checkpoint
+from gdtrain.data.files import read_features
 from gdtrain.reporting import comparison, finished
 from gdtrain.reporting.page import page
 from gdtrain.reporting.text import Report
@@ -184,7 +185,7 @@ DESCRIPTIONS = {
     "torch of our models": _model("gdtrain.models.cnn.nn.Linear", in_features=4, out_features=3),
     "inner module": _model("gdtrain.models.mlp.MLP", _partial_=True),
     "read_pickle": _source("gdtrain.data.sources.pd.read_pickle", filepath_or_buffer="x"),
-    "a function of our data": _source("gdtrain.data.read_features", path="x"),
+    "a function of our data": _source("gdtrain.data.files.read_features", path="x"),
     "a function of our models": _model("gdtrain.models.exact_batch_norm_"),
     "a method": _model("torch.nn.Module.register_parameter"),
     "dunder": _model("gdtrain.models.MLP.__init__.__globals__"),
