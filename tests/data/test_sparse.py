@@ -9,9 +9,11 @@ import torch
 from example_files import ready, reloaded, write, write_libsvm
 from scipy import sparse
 
+from gdtrain import fit
 from gdtrain.data import ArrayDataModule, LIBSVMDataModule, NPYDataModule
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sparse import SparseInputs
+from gdtrain.schedules import Constant
 
 PARTS = ("train", "val", "test")
 RAW = {"standardize": False, "batch_size": 1}
@@ -300,3 +302,15 @@ def test_npz_of_scipy_trains_with_targets_in_a_file(tmp_path):
     np.savez(tmp_path / "x.npz", x=x)
     with pytest.raises(ValueError, match=r"could not be read as a matrix of scipy\.sparse"):
         ready(NPYDataModule(tmp_path / "x.npz", target_path=tmp_path / "y.npy", **RAW))
+
+
+def test_a_resumed_run_is_the_same_run(tmp_path):
+    x, y = sparse.csr_array(dense()), labels()
+    options = {"variant": "sgd", "lr": 0.1, "standardize": False, "schedule": Constant()}
+    whole = fit("linear", x, y, epochs=4, **options)
+    fit("linear", x, y, epochs=2, **options, directory=tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    resumed = fit("linear", x, y, epochs=4, **options, checkpoint=last)
+    assert resumed.summary["updates"] == whole.summary["updates"]
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
