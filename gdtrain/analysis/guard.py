@@ -66,7 +66,12 @@ class DivergenceGuard:
 
     At a station that shows a failure, the updates are made again up to the one that failed, and
     that is examined. `rows` and `features` name the examples and features for messages: the row of
-    the data that each training example is, and words.
+    the data that each training example is, and words. Arguments as for
+    `gdtrain.callbacks.Divergence`, which says what a failure is.
+
+    Example:
+        >>> DivergenceGuard(recoveries=2).events
+        []
     """
 
     def __init__(
