@@ -94,7 +94,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Example:
         >>> layer = nn.BatchNorm1d(1)
         >>> with untouched(layer):
-        ...     _ = layer(torch.tensor([[1.0], [3.0]]))
+        ...     _ = layer(torch.ones(2, 1))
         >>> layer.running_mean
         tensor([0.])
     """
@@ -233,13 +233,9 @@ class Objective:
     def hessian_vector(self, indices: Tensor, v: Sequence[Tensor], draw: int = 0) -> list[Tensor]:
         """∇²J v, exactly: the gradient of ⟨∇J, v⟩; zeros where ∇J does not depend on a parameter.
 
-        In training mode, BatchNorm's Hessian is that of batch statistics, and dropout's that of the
-        masks of `draw`. Buffers, `.grad` and generators stay as they are.
-
-        Args:
-            indices: (B,), int64.
-            v: A tensor for each of `params`, of its shape; and so is the result.
-            draw: Names the random numbers.
+        v and the result are a tensor for each of `params`, of its shape. In training mode,
+        BatchNorm's Hessian is that of batch statistics, and dropout's that of the masks of `draw`.
+        Buffers, `.grad` and generators stay as they are.
 
         Raises:
             ValueError: A part of the model cannot be differentiated twice.

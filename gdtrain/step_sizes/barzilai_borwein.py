@@ -8,9 +8,8 @@ from math import inf, isfinite, sqrt
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain.ranges import Whole
 from gdtrain.step_sizes.base import StepSize, option, optional
-from gdtrain.step_sizes.context import Context, Memory
+from gdtrain.step_sizes.context import Context, Memory, inner, squared_norm
 from gdtrain.step_sizes.line_search import LONGEST, SEARCH, backtracked
-from gdtrain.step_sizes.vectors import inner, squared_norm
 
 __all__ = ["BarzilaiBorwein"]
 
@@ -37,14 +36,9 @@ class BarzilaiBorwein(StepSize):
 
     Args:
         short: BB2 instead of BB1.
-        initial: The first η to try, range (0, ∞).
         memory: M, range [1, ∞); 1: f decreases at each update.
-        c: Range (0, 1).
-        max_backtracks: Range [1, ∞).
+        initial, c, max_backtracks: As for `Armijo`.
         f_star: f*, a lower bound of f, range (−∞, ∞); None: none is known.
-
-    Raises:
-        ValueError: An option is out of range.
 
     Example:
         >>> import torch
@@ -126,13 +120,10 @@ class BarzilaiBorwein(StepSize):
     def _secant(self, context: Context, memory: Memory) -> float:
         last = memory.numbers.get("last", self.initial)
         theta, direction = memory.tensors("theta"), memory.tensors("direction")
-        # What has gained or lost its gradient belongs to no secant.
-        if (
-            theta is None
-            or direction is None
-            or memory.numbers["parameters"] != len(context.params)
-        ):
+        if theta is None or direction is None:
             return last
+        if memory.numbers["parameters"] != len(context.params):
+            return last  # what has gained or lost its gradient belongs to no secant
         s = foreach.sub(context.params, theta)
         y = foreach.sub(context.direction, direction)
         ss, sy, yy = squared_norm(s), inner(s, y), squared_norm(y)

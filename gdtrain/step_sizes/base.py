@@ -86,25 +86,11 @@ class StepSize:
         return None
 
     def rate(self, context: Context, memory: Memory) -> float:
-        """η of this update, before a schedule's factor.
-
-        Args:
-            context: What there is to see; f and ‖d‖² are finite.
-            memory: What it remembers.
-
-        Returns:
-            η, range [0, ∞).
-        """
+        """η of this update, range [0, ∞), before a schedule's factor; f and ‖d‖² are finite."""
         raise NotImplementedError
 
     def follow(self, context: Context, memory: Memory, rate: float) -> None:
-        """Called after the update.
-
-        Args:
-            context: As for `rate`; the parameters are the new ones, f and d those before.
-            memory: What it remembers.
-            rate: η that was used, with the schedule's factor.
-        """
+        """After the update: its η, with a schedule's factor; new parameters, f and d of before."""
 
     def check(
         self,
@@ -115,11 +101,7 @@ class StepSize:
         maximize: bool = False,
         total_updates: int | None = None,
     ) -> None:
-        """Refuse, with the reason, an optimizer for which the rule does not hold.
-
-        Raises:
-            ValueError: It does not hold, or T is needed and absent.
-        """
+        """Refuse, with the reason, an optimizer for which the rule does not hold."""
         name, needs = type(self).__name__, self.needs
         if maximize:
             raise ValueError(f"{name} descends: maximize=True is refused. Negate the objective.")
@@ -147,11 +129,7 @@ class StepSize:
             )
 
     def check_loss(self, loss: object) -> None:
-        """Refuse a loss with kinks (`smooth = False`), if the rule needs a smooth one.
-
-        Raises:
-            ValueError: It has kinks, and the rule needs a smooth one.
-        """
+        """Refuse a loss with kinks (`smooth = False`), if the rule needs a smooth one."""
         why = self.needs.smooth
         if why is not None and not getattr(loss, "smooth", True):
             name = type(loss).__name__
@@ -166,11 +144,8 @@ class StepSize:
         """Put the average into the parameters, to be evaluated or saved; `train` takes it out.
 
         Without an average nothing happens. What was in the parameters waits in the optimizer's
-        state, so that training goes on from the same bits, and a checkpoint made in between can be
-        resumed too. The optimizer refuses to step meanwhile.
-
-        Args:
-            optimizer: The one whose rule this is.
+        state, so that training goes on from the same bits, after a checkpoint too. The optimizer
+        refuses to step meanwhile.
         """
         group = optimizer.param_groups[0]
         numbers = group.get(NUMBERS, {})

@@ -32,7 +32,7 @@ class Polyak(StepSize):
         max_lr: η_max, range (0, ∞); None: no bound.
 
     Raises:
-        ValueError: An option is out of range; at an update: f is below f_star.
+        ValueError: At an update: f is below f_star.
 
     Example:
         >>> from gdtrain import GD
@@ -115,7 +115,7 @@ class StochasticPolyak(StepSize):
         batch_fraction: B/N, range (0, 1], asked for by smoothing; None: what the optimizer knows.
 
     Raises:
-        ValueError: An option is out of range; at the first update: B/N is not known.
+        ValueError: At the first update: B/N is not known.
 
     Example:
         >>> from gdtrain import SGD
@@ -169,11 +169,9 @@ class StochasticPolyak(StepSize):
     def bounds(
         self, optimizer: torch.optim.Optimizer, batch: int
     ) -> tuple[float, float, float, float]:
-        """What an engine that makes the updates by itself needs; a share is η/η₀, η₀ "initial_lr".
+        """For an engine that makes the updates: 1/c, f*, γ^{B/N} and the bound on the first share.
 
-        Returns:
-            1/c; f*; γ^{B/N}, by what the share may grow, or 0 without smoothing; and the first
-            bound on the share.
+        A share is η/η₀, η₀ "initial_lr"; without smoothing 0 stands for γ^{B/N}.
         """
         group = optimizer.param_groups[0]
         peak = float(group["initial_lr"])

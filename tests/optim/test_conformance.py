@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import warnings
 import weakref
 
@@ -401,12 +402,13 @@ def test_a_state_is_the_same_after_a_file(optimizer, flagged):
 def test_a_copy_has_all_public_attributes_and_is_printed_alike(optimizer, flagged):
     for arguments in flagged:
         opt = stepped(optimizer, arguments)
-        twin = copy.deepcopy(opt)
+        twin = copy.deepcopy(pickle.loads(pickle.dumps(opt)))
         public = [{k for k in vars(o) if not k.startswith("_")} for o in (opt, twin)]
         assert public[0] == public[1]
         assert repr(opt) == repr(twin)
         assert repr(opt).startswith(optimizer.__name__)
-        assert opt._step_supports_amp_scaling == twin._step_supports_amp_scaling
+        scaling = [o._step_supports_amp_scaling for o in (opt, twin)]
+        assert scaling == [arguments["fused"]] * 2
 
 
 # ------------------------------------------------------------ hooks

@@ -437,7 +437,7 @@ class Training:
     [*((name, False) for name in RULES), *((n, True) for n in RULES if RULES[n].average)],
 )
 def test_a_run_saved_in_the_middle_goes_on_to_the_last_bit(name, shown, dtype):
-    whole, half, resumed = (Training(RULES[name], dtype) for _ in range(3))
+    whole, half, resumed = (Training(RULES[name], dtype) for _ in range(3))  # they share the rule
     torch.manual_seed(9)
     rates = whole.step(14)
     torch.manual_seed(9)
@@ -535,18 +535,6 @@ def test_momentum_buffers_and_a_rules_tensors_live_side_by_side():
     saved = through_a_file(made.state_dict())
     made.load_state_dict(saved)
     made.step(closure)
-
-
-def test_a_rule_may_be_shared_for_it_remembers_nothing_itself():
-    rule = BarzilaiBorwein()
-    alone = [one(BarzilaiBorwein(), value=v) for v in (4.0, -7.0)]
-    shared = [one(rule, value=v) for v in (4.0, -7.0)]
-    for _ in range(4):
-        for _, made, closure in alone + shared:
-            made.step(closure)
-    for (a, first, _), (b, second, _) in zip(alone, shared, strict=True):
-        assert a.item() == b.item()
-        assert first.last_rate == second.last_rate
 
 
 @pytest.mark.parametrize("mode", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)

@@ -146,23 +146,3 @@ def test_every_optimizer_reaches_the_minimum_of_every_problem(problem, optimizer
         if t % 100 == 99 and run.distance() < problem.tolerance:
             break
     assert run.distance() < problem.tolerance
-
-
-@CASES
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_a_run_saved_and_reloaded_goes_on_exactly_as_if_never_stopped(
-    problem, optimizer, arguments
-):
-    run = Run(problem, optimizer, arguments)
-    for _ in range(10):
-        run.update()
-    saved = through_a_file({"theta": run.theta, "optimizer": run.optimizer.state_dict()})
-    resumed = Run(problem, optimizer, arguments, start=saved["theta"].detach())
-    resumed.optimizer.load_state_dict(saved["optimizer"])
-    for _ in range(10):
-        before = run.theta.detach().clone()
-        run.update()
-        resumed.update()
-        assert not torch.equal(run.theta, before)
-        assert torch.equal(run.theta, resumed.theta)
-    assert_close(run.optimizer.state_dict(), resumed.optimizer.state_dict(), rtol=0, atol=0)
