@@ -79,10 +79,12 @@ def descend_(
         grads: g, as many as `params`; only read.
         buffers: b, as many as `params` if `momentum` is not 0, else ignored. Changed in place; a
             `None` is replaced by a copy of d: momentum starts undampened.
-        lr, weight_decay: η and λ, range [0, ∞).
+        lr: η, the length of the step, range [0, ∞).
         momentum: μ, range [0, ∞), stable below 1.
         dampening: τ, range (−∞, ∞), customary [0, 1).
-        nesterov, maximize: Look ahead along the new buffer; climb.
+        weight_decay: λ, range [0, ∞).
+        nesterov: Look ahead along the new buffer.
+        maximize: Climb instead of descend.
 
     Example:
         >>> theta = [torch.tensor([1.0, 2.0, 3.0, 4.0])]

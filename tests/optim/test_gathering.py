@@ -550,5 +550,3 @@ def test_what_is_discarded_takes_no_part(make, count):
     p.grad = torch.tensor([4.0])
     optimizer.step(num_samples=3)
     assert_close(p.item(), -(2 * 2 + 4 * 3) / 5)
-
-

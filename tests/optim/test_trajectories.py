@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 import torch
-from optimizers import EVERY_RULE, MODES, through_a_file
+from optimizers import EVERY_RULE, MODES
 from problems import PROBLEMS
 from reference import mean_gradient, trajectory
-from torch.testing import assert_close
 
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 
@@ -116,9 +115,9 @@ CASES = pytest.mark.parametrize(
 
 
 class Run:
-    def __init__(self, problem, optimizer, arguments, start=None):
+    def __init__(self, problem, optimizer, arguments):
         self.problem = problem
-        self.theta = torch.nn.Parameter((problem.start if start is None else start).clone())
+        self.theta = torch.nn.Parameter(problem.start.clone())
         self.optimizer = optimizer([self.theta], lr=problem.lr, **arguments)
         self.gathers = {"num_samples", "batch_size"} & arguments.keys()
         self.sign = -1 if arguments.get("maximize") else 1
