@@ -483,8 +483,12 @@ def test_load_state_dict_hooks_run_in_order(optimizer):
 
 
 @EVERY
-@pytest.mark.parametrize("tensors", [{"lr"}, {"weight_decay"}, {"lr", "weight_decay"}])
-def test_a_loss_after_two_steps_has_gradients_by_the_hyperparameters(optimizer, tensors):
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("rule", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+@pytest.mark.parametrize("tensors", [set(), {"lr"}, {"weight_decay"}, {"lr", "weight_decay"}])
+def test_a_loss_after_two_steps_has_gradients_by_the_hyperparameters(
+    optimizer, tensors, rule, foreach
+):
     double = {"dtype": torch.float64, "requires_grad": True}
     names = sorted(tensors)
 
@@ -493,7 +497,7 @@ def test_a_loss_after_two_steps_has_gradients_by_the_hyperparameters(optimizer, 
         theta.grad = g
         arguments = dict(zip(names, hyperparameters, strict=True))
         arguments = {"lr": 0.9, "weight_decay": 0.1, **arguments}
-        opt = optimizer([theta], momentum=0.9, differentiable=True, **arguments)
+        opt = optimizer([theta], differentiable=True, foreach=foreach, **rule, **arguments)
         opt.state[theta]["momentum_buffer"] = buffer.clone()
         for _ in range(2):
             opt.step()

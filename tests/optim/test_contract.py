@@ -388,34 +388,6 @@ def test_a_parameter_may_be_a_view_with_gaps(mode):
 # ------------------------------------------------------------ differentiable
 
 
-@UNFUSED
-@pytest.mark.parametrize("momentum", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
-def test_the_step_is_differentiable_by_start_gradient_lr_and_weight_decay(momentum, foreach):
-    def after_three_steps(start, g, lr, weight_decay):
-        theta = start.clone()
-        optimizer = SGD(
-            [theta],
-            lr=lr,
-            weight_decay=weight_decay,
-            differentiable=True,
-            foreach=foreach,
-            **momentum,
-        )
-        for k in (1.0, 2.0, -0.5):
-            theta.grad = k * g
-            optimizer.step()
-        return theta
-
-    double = {"dtype": torch.float64, "requires_grad": True}
-    start, g = torch.randn(3, **double), torch.randn(3, **double)
-    lr, weight_decay = torch.tensor(0.3, **double), torch.tensor(0.2, **double)
-    with warnings.catch_warnings():
-        # has a test of its own, the next one
-        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True")
-        for given in ((start, g, lr, weight_decay), (start, g, 0.3, 0.2)):
-            assert torch.autograd.gradcheck(after_three_steps, given)
-
-
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 def test_a_hyperparameter_that_requires_grad_raises_no_warning(name):
     t = torch.tensor(0.1, requires_grad=True)

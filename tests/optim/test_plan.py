@@ -100,12 +100,6 @@ SHAPES = [(16,), (10,), (4, 8), (3, 5), (128,), (1037,), (784, 128)]
 # ------------------------------------------------------------ which way is taken
 
 
-def test_small_tensors_are_updated_by_one_call(kernels):
-    pair = Pair([parameter(16) for _ in range(50)], lr=0.1)
-    pair.sgd.step()
-    assert kernels == [50]
-
-
 def test_a_tensor_that_fills_no_vector_is_updated_apart_with_momentum(kernels):
     pair = Pair([parameter(784, 128), parameter(10)], lr=0.1, momentum=0.9)
     pair.step()
