@@ -35,9 +35,9 @@ __all__ = [
 
 # Bytes that a pass of automatic size keeps for its backward pass.
 _CACHED = 4 * 2**20  # on CPU: what its caches hold
-_RESIDENT = 64 * 2**20  # on CPU, at most, where examples are large
+_RESIDENT = 64 * 2**20  # on CPU, at most, where `_LEAST` examples are more than that
 _ON_GPU = 2**30
-_LEAST = 256  # examples that are passed together on CPU, if memory lets them
+_LEAST = 256  # examples that are passed together on CPU, if they are not too large
 
 
 def own_part(count: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -442,9 +442,8 @@ class Objective:
     def automatic_size(self) -> int:
         """M in [1, N], by bytes and not by clocks: the same for the same model and data.
 
-        Those of an example are what a forward pass keeps of it for the backward pass, and itself.
-        On a GPU, M examples have 1 GB. On CPU they have 4 MB, what caches hold, but are at least
-        256 where these have no more than 64 MB. Model and generators stay as they are.
+        Those of an example are what a forward pass keeps of it for the backward pass, and itself;
+        how many, the head of this module says. Model and generators stay as they are.
         """
         many = len(self.targets)
         if many < 4:

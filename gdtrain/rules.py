@@ -13,8 +13,7 @@
 from, nor how many examples g averages.
 
 The functions act on lists of tensors of any shape, dtype, layout and device; the k-th entries of
-the lists belong together. `torch._foreach_*` is one call for a whole list: a loop in C++ on CPU,
-one kernel on a GPU.
+the lists belong together.
 """
 
 from __future__ import annotations

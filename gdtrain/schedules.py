@@ -408,8 +408,8 @@ class WarmupStableDecay(Schedule):
 class ReduceOnPlateau(Schedule):
     """η is multiplied by `gamma` when the validation loss has not fallen for `patience` looks.
 
-    The only schedule driven by a metric: `observe` is told it after each validation. A look counts
-    as a fall if the loss is below best·(1 − threshold) (best > 0).
+    `observe` is told that loss after each validation. A look counts as a fall if the loss is below
+    best·(1 − threshold) (best > 0).
 
     Args:
         gamma: Range (0, 1).

@@ -90,8 +90,8 @@ class Descent(Stepping):
         """Asked by GradScaler, which then calls step() whatever it saw, and says so in attributes.
 
         The fused kernel unscales; when gathering, step() must count the examples of a micro-batch
-        that overflowed. (Computed: survives deepcopy and pickle.) Lightning asks it too, and where
-        it is true clips no gradients: `GatherMicroBatches`, which uses no scaler, says so here.
+        that overflowed. Where it is true Lightning clips no gradients: so `GatherMicroBatches`,
+        which uses no scaler, sets `has_no_scaler`.
         """
         if self.has_no_scaler:
             return False

@@ -91,9 +91,8 @@ class Stepping(Gathering):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with what is gathered and what a rule remembers.
 
-        `torch.distributed.checkpoint` loads only what is in the state of the new optimizer. So that
-        a new one asks for all that an old one saved, a rule's numbers are also given as one list,
-        and tensors that the rule does not keep yet are filled with NaN.
+        `torch.distributed.checkpoint` loads only what a new optimizer's state asks for: so a rule's
+        numbers are also given as one list, and tensors that it does not keep yet are NaN.
         """
         exported = super().state_dict()
         if self.step_size is None:

@@ -24,15 +24,13 @@ class BarzilaiBorwein(StepSize):
         η = ⟨s, s⟩ / ⟨s, y⟩                     BB1, the default; BB2 (short) is ⟨s, y⟩ / ⟨y, y⟩
         f(θ − η d) ≤ max(f_t, …, f_{t−M+1}) − c η ‖d‖²
 
-    BB1 is one over the curvature along the last step. It makes no decrease at each update, and
-    needs none: the test takes the largest of the last M values, or of the last T − t where the
-    optimizer knows its total_updates T, so that a run does not end on a rise. Where it fails, η
-    goes to the minimum of the parabola through f, its slope and the trial, kept within [0.1, 0.5]
-    of the trial. Where the curvature is not positive, η = ‖s‖/‖y‖. With `f_star`, Polyak's step
-    (f − f*)/‖d‖² is tried instead where it is longer: it gets networks that can fit the data over
-    plateaus. Each time it fails the test, twice as many updates pass before it is tried again (at
-    most 64); each time it holds, half as many. Keeps two copies of the parameters; the test is one
-    forward pass per update, two now and then.
+    f need not decrease at each update: the test takes the largest of the last M values, or of the
+    last T − t where the optimizer knows its total_updates T, so that a run does not end on a rise.
+    Where it fails, η is interpolated as in `Armijo`. Where the curvature along s is not positive,
+    η = ‖s‖/‖y‖. With `f_star`, Polyak's step (f − f*)/‖d‖² is tried instead where it is longer: it
+    gets networks that can fit the data over plateaus. Each time it fails the test, twice as many
+    updates pass before it is tried again (at most 64); each time it holds, half as many. Keeps two
+    copies of the parameters; the test is one forward pass per update, two now and then.
 
     Args:
         short: BB2 instead of BB1.

@@ -63,11 +63,10 @@ class StepSize:
         ...         return 0.5 / (1 + context.t)
         >>> theta = torch.nn.Parameter(torch.tensor([4.0]))
         >>> optimizer = GD([theta], step_size=Shrinking())
-        >>> for _ in range(2):
-        ...     theta.grad = theta.detach().clone()  # of ½θ²
-        ...     optimizer.step_by_rule(0.5 * theta**2, lambda: 0.5 * theta**2)
-        >>> theta.item(), optimizer.last_rate  # 4 − ½·4, then 2 − ¼·2
-        (1.5, 0.25)
+        >>> theta.grad = theta.detach().clone()  # of ½θ²
+        >>> optimizer.step_by_rule(8.0, lambda: 0.5 * theta**2)
+        >>> theta.item(), optimizer.last_rate
+        (2.0, 0.5)
     """
 
     @property

@@ -37,9 +37,8 @@ PREFIX = "step_size_"  # of its tensors in state[p]
 class Evaluations:
     """The objective wherever the parameters are: the update's examples, the same random numbers.
 
-    Args:
-        value: J, without the penalty of weight decay; leaves no trace.
-        gradient: Puts the gradient of that into each `p.grad`; None: cannot be had.
+    `value` gives J, without the penalty of weight decay, and leaves no trace; `gradient` puts its
+    gradient into each `p.grad` (None: cannot be had).
 
     Example:
         >>> theta = torch.nn.Parameter(torch.tensor([3.0]))
@@ -204,10 +203,8 @@ class Context:
 class Memory:
     """What a rule remembers from update to update: the optimizer's state, saved with it.
 
-    Args:
-        numbers: By name; numbers, texts and lists of them. They are the rule's to change.
-        params: The parameters beside which tensors are kept.
-        state: The optimizer's state.
+    `numbers`, texts and lists of them are the rule's to change, by name; tensors are kept beside
+    the parameters.
 
     Example:
         >>> theta = torch.nn.Parameter(torch.tensor([2.0]))

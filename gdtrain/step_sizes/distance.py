@@ -169,13 +169,10 @@ def _farthest(context: Context, memory: Memory, start: float) -> float:
 
 
 def automatic(full_batch: bool) -> StepSize:
-    """The rule that lr="auto" stands for.
-
-    `BarzilaiBorwein(memory=30)`; where updates average fewer than all examples,
-    `DoWG(cap=2.0, decay="linear")`, which asks the optimizer for total_updates.
+    """The rule that lr="auto" stands for; on batches it asks the optimizer for total_updates.
 
     Example:
-        >>> automatic(full_batch=True)
-        BarzilaiBorwein(short=False, initial=1.0, memory=30, ...)
+        >>> automatic(full_batch=False)
+        DoWG(start=0.0001, cap=2.0, decay='linear', f_star=0.0)
     """
     return BarzilaiBorwein(memory=30) if full_batch else DoWG(cap=2.0, decay="linear")

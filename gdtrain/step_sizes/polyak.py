@@ -22,9 +22,8 @@ class Polyak(StepSize):
 
         f̂ = f_best − δ,    δ ← 2δ if f ≤ f_best − ½δ, else ½δ    before each update but the first
 
-    δ starts at ½|f₀| (1 if that is 0). So the target is always below the best value so far; it
-    goes down faster while the steps bring at least half of what they aimed at, and comes closer
-    when they do not.
+    δ starts at ½|f₀| (1 if that is 0). So the target is always below the best value so far: the
+    further, the longer the steps bring at least half of what they aimed at.
 
     Args:
         f_star: f*, range (−∞, ∞); or "estimate". 0 where the model can fit the data exactly.

@@ -76,15 +76,14 @@ def test_updates_and_state_in_every_layout_with_late_gradients(rule, mode, dtype
 
 
 @pytest.mark.parametrize("rule", [RULES["plain"], RULES["all"]], ids=["plain", "all"])
-@pytest.mark.parametrize("size", [10**6, pytest.param(10**7, marks=pytest.mark.slow)])
 @EVERY_MODE
-def test_millions_of_entries(rule, size, mode):
-    start = [torch.randn(size)]
+def test_millions_of_entries(rule, mode):
+    start = [torch.randn(2 * 10**6)]
     ours, theirs = twins(start), twins(start)
     sgd = SGD(ours, lr=0.05, **rule, **mode)
     torch_sgd = torch.optim.SGD(theirs, lr=0.05, **rule, foreach=False)
     for _ in range(2):
-        ours[0].grad = torch.randn(size)
+        ours[0].grad = torch.randn_like(ours[0])
         theirs[0].grad = ours[0].grad.clone()
         sgd.step()
         torch_sgd.step()
