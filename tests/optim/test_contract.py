@@ -439,16 +439,6 @@ def test_an_overflow_at_the_first_scaled_step_leaves_no_trace(optimizer, mode):
 # ------------------------------------------------------------ torch.compile
 
 
-def compiled(optimizer, backend):
-    torch._dynamo.reset()
-
-    @torch.compile(backend=backend)
-    def step():
-        optimizer.step()
-
-    return step
-
-
 @UNFUSED
 def test_a_compiled_step_with_a_tensor_lr_is_compiled_once_and_right(foreach):
     optimizer = SGD(parameters(), **{**RULE, "lr": torch.tensor(0.1)}, foreach=foreach)
@@ -459,7 +449,8 @@ def test_a_compiled_step_with_a_tensor_lr_is_compiled_once_and_right(foreach):
         compilations.append(graph)
         return graph.forward
 
-    step, counts = compiled(optimizer, backend), []
+    torch._dynamo.reset()
+    step, counts = torch.compile(lambda: optimizer.step(), backend=backend), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for t in range(5):
@@ -474,21 +465,6 @@ def test_a_compiled_step_with_a_tensor_lr_is_compiled_once_and_right(foreach):
     # once without buffers, once with them, then never again
     assert counts[0] > 0
     assert counts[1:] == [counts[1]] * 4
-
-
-@pytest.mark.slow
-def test_a_step_compiled_by_inductor_is_right():
-    optimizer = SGD(parameters(), **{**RULE, "lr": torch.tensor(0.1)})
-    twin = SGD([torch.nn.Parameter(p) for p in values(optimizer)], **RULE)
-    step = compiled(optimizer, "inductor")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for _ in range(3):
-            for p in optimizer.param_groups[0]["params"]:
-                p.grad = p.detach() ** 3
-            step()
-            steps(twin, 1)
-    assert_close(values(optimizer), values(twin))
 
 
 # ------------------------------------------------------------ torch's own optimizer tests

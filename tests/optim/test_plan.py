@@ -541,13 +541,18 @@ def test_the_grad_mode_is_that_of_the_caller_afterwards(raised, mode, inside):
         assert torch.is_grad_enabled() == mode
 
 
-@EVERY_RULE
-@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
-def test_a_compiled_step_and_an_eager_one_may_alternate(rule, lr):
+COMPILED = [(rule, lr, "eager") for rule in RULES.values() for lr in (0.1, torch.tensor(0.1))]
+COMPILED += [
+    pytest.param(RULES["nesterov, decay"], torch.tensor(0.1), "inductor", marks=pytest.mark.slow)
+]
+
+
+@pytest.mark.parametrize(("rule", "lr", "backend"), COMPILED, ids=str)
+def test_a_compiled_step_and_an_eager_one_may_alternate(rule, lr, backend):
     pair = Pair([parameter(4, 4), parameter(5)], lr=lr, **rule)
     pair.new_gradients({0})  # the other's first comes late
     torch._dynamo.reset()
-    compiled = torch.compile(pair.sgd.step, backend="eager")
+    compiled = torch.compile(pair.sgd.step, backend=backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for step in (pair.sgd.step, compiled, compiled, pair.sgd.step, compiled):
