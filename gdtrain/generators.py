@@ -19,11 +19,7 @@ __all__ = ["RandomStates", "same_after", "seed_all"]
 class RandomStates:
     """The states of all generators at one moment; `now` reads them, `restore` goes back to them.
 
-    Args:
-        cpu: Of PyTorch's generator on CPU.
-        cuda: Of those on GPUs, by the device's index.
-        python: Of Python's `random`.
-        numpy: Of NumPy's global generator.
+    `cuda` has those of PyTorch's generators on GPUs, by the device's index.
 
     Example:
         >>> states = RandomStates.now()
@@ -100,10 +96,9 @@ class RandomStates:
 
 @contextmanager
 def same_after(devices: Iterable[torch.device] | None = None) -> Iterator[RandomStates]:
-    """After it, all generators are in the states that they were in before, which it yields.
+    """After it, the generators are in the states that they were in before, which it yields.
 
-    Args:
-        devices: Where a model draws, which spares the other GPUs; None: all there are.
+    `devices` are as for `RandomStates.now`.
 
     Example:
         >>> with same_after():
@@ -119,11 +114,7 @@ def same_after(devices: Iterable[torch.device] | None = None) -> Iterator[Random
 
 
 def seed_all(seed: int, device: torch.device | None = None) -> None:
-    """Seed PyTorch's generator on CPU, that of one GPU, Python's and NumPy's.
-
-    Args:
-        seed: Any integer.
-        device: The GPU; None, or a CPU: none.
+    """Seed PyTorch's generator on CPU, that of the device if it is a GPU, Python's and NumPy's.
 
     Example:
         >>> with same_after():

@@ -35,9 +35,9 @@ __all__ = [
 
 # Bytes that a pass of automatic size keeps for its backward pass.
 _CACHED = 4 * 2**20  # on CPU: what its caches hold
-_RESIDENT = 64 * 2**20  # on CPU, at most, where examples are large
+_RESIDENT = 64 * 2**20  # on CPU, at most, where `_LEAST` examples are more than that
 _ON_GPU = 2**30
-_LEAST = 256  # examples that are passed together on CPU, if memory lets them
+_LEAST = 256  # examples that are passed together on CPU, if they are not too large
 
 
 def own_part(count: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -94,7 +94,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     Example:
         >>> layer = nn.BatchNorm1d(1)
         >>> with untouched(layer):
-        ...     _ = layer(torch.tensor([[1.0], [3.0]]))
+        ...     _ = layer(torch.ones(2, 1))
         >>> layer.running_mean
         tensor([0.])
     """
@@ -233,13 +233,9 @@ class Objective:
     def hessian_vector(self, indices: Tensor, v: Sequence[Tensor], draw: int = 0) -> list[Tensor]:
         """∇²J v, exactly: the gradient of ⟨∇J, v⟩; zeros where ∇J does not depend on a parameter.
 
-        In training mode, BatchNorm's Hessian is that of batch statistics, and dropout's that of the
-        masks of `draw`. Buffers, `.grad` and generators stay as they are.
-
-        Args:
-            indices: (B,), int64.
-            v: A tensor for each of `params`, of its shape; and so is the result.
-            draw: Names the random numbers.
+        v and the result are a tensor for each of `params`, of its shape. In training mode,
+        BatchNorm's Hessian is that of batch statistics, and dropout's that of the masks of `draw`.
+        Buffers, `.grad` and generators stay as they are.
 
         Raises:
             ValueError: A part of the model cannot be differentiated twice.
@@ -446,9 +442,8 @@ class Objective:
     def automatic_size(self) -> int:
         """M in [1, N], by bytes and not by clocks: the same for the same model and data.
 
-        Those of an example are what a forward pass keeps of it for the backward pass, and itself.
-        On a GPU, M examples have 1 GB. On CPU they have 4 MB, what caches hold, but are at least
-        256 where these have no more than 64 MB. Model and generators stay as they are.
+        Those of an example are what a forward pass keeps of it for the backward pass, and itself;
+        how many, the head of this module says. Model and generators stay as they are.
         """
         many = len(self.targets)
         if many < 4:

@@ -15,15 +15,10 @@ __all__ = ["penalty", "weight_decays", "with_decay"]
 
 
 def weight_decays(params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]]) -> list[float]:
-    """λ of each parameter, as far as it is added to the gradient.
+    """λ of each parameter, as far as it is added to the gradient, by an optimizer's groups.
 
-    Args:
-        params: θ, in parts.
-        groups: Of an optimizer; those without "weight_decay" have none.
-
-    Returns:
-        One for each parameter; 0 where the decay is decoupled from the gradient, or where the
-        optimizer does not have the parameter.
+    It is 0 where the decay is decoupled from the gradient, where the group has no "weight_decay",
+    or where the optimizer does not have the parameter.
 
     Example:
         >>> a, b = torch.ones(2), torch.ones(1)
@@ -40,11 +35,7 @@ def weight_decays(params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]])
 
 @torch.no_grad()
 def penalty(params: Iterable[Tensor], decays: Iterable[float]) -> float:
-    """½ Σ λ‖θ‖², in double precision.
-
-    Args:
-        params: θ, in parts, of any devices; DTensors with all of their parts.
-        decays: λ, one for each.
+    """½ Σ λ‖θ‖², in double precision, over all devices and all parts of DTensors.
 
     Example:
         >>> penalty([torch.tensor([2.0]), torch.tensor([3.0])], [0.5, 0.0])
@@ -62,10 +53,7 @@ def with_decay(
 ) -> list[Tensor]:
     """∇f = ∇J + λθ; and likewise ∇²f v = ∇²J v + λv, from ∇²J v and v.
 
-    Args:
-        gradient: ∇J, in parts; None, where J does not depend on a parameter, is 0.
-        params: θ.
-        decays: λ, one for each.
+    None, where J does not depend on a parameter, is a gradient of 0.
 
     Example:
         >>> with_decay([torch.tensor([1.0]), None], [torch.ones(1), torch.ones(1)], [0.5, 2.0])

@@ -45,12 +45,7 @@ class Interval:
     def check(self, name: str, value: Any) -> float:
         """The number as a float, if it is a real one (of Python or NumPy; no bool, no text) in it.
 
-        Args:
-            name: Of the argument, for the message.
-            value: What was given.
-
-        Raises:
-            ValueError: It is no number, or lies outside.
+        Else a ValueError names the argument.
         """
         number = _real(value)
         if number is None or number not in self:
@@ -85,12 +80,7 @@ class Whole:
     def check(self, name: str, value: Any) -> int:
         """The number as an int, if it is a whole one (of Python or NumPy; no bool) in the range.
 
-        Args:
-            name: Of the argument, for the message.
-            value: What was given.
-
-        Raises:
-            ValueError: It is no integer, or lies outside.
+        Else a ValueError names the argument.
         """
         try:
             number = None if _is_bool(value) else operator.index(value)

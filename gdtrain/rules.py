@@ -13,8 +13,7 @@
 from, nor how many examples g averages.
 
 The functions act on lists of tensors of any shape, dtype, layout and device; the k-th entries of
-the lists belong together. `torch._foreach_*` is one call for a whole list: a loop in C++ on CPU,
-one kernel on a GPU.
+the lists belong together.
 """
 
 from __future__ import annotations
@@ -72,11 +71,11 @@ def descend_(
 ) -> None:
     """Make one update of every parameter, in place.
 
-    The mathematics stands at the head of this module. `grads` is only read.
+    The mathematics and the other symbols stand at the head of this module.
 
     Args:
         params: θ, changed in place.
-        grads: g, as many as `params`.
+        grads: g, as many as `params`; only read.
         buffers: b, as many as `params` if `momentum` is not 0, else ignored. Changed in place; a
             `None` is replaced by a copy of d: momentum starts undampened.
         lr: η, the length of the step, range [0, ∞).

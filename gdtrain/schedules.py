@@ -2,18 +2,12 @@
 
 t update number, 0 … T−1; T planned updates; w warm-up updates; η₀ the peak (`lr`).
 
-A schedule gives a factor s(t), and the update uses η_t = η₀ s(t). It knows T from the data and the
-budget of the run, so nobody has to type it. Durations may be written in two ways: a whole number
-counts updates, a fraction in (0, 1) is a share of T. With `per="epoch"`, t and T count epochs
-instead, and η is constant within an epoch.
+A schedule gives a factor s(t), and the update uses η_t = η₀ s(t). A duration is a whole number of
+updates, or a fraction in (0, 1), a share of T. With `per="epoch"`, t and T count epochs instead,
+and η is constant within an epoch.
 
-Every schedule can start with a linear warm-up over w updates,
-
-    s(t) = (t + 1) / w    for t < w,
-
-after which it runs its course over the T − w that are left.
-
-All are vectorised: t may be a number or a tensor of any shape, and s(t) has its shape (float64).
+Every schedule can start with a linear warm-up, s(t) = (t + 1) / w for t < w, after which it runs
+its course over the T − w updates that are left.
 """
 
 from __future__ import annotations
@@ -60,7 +54,7 @@ class Schedule:
         per: What t counts: "update" or "epoch".
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range; so for all schedules.
 
     Example:
         >>> Constant(warmup=4)(torch.arange(6), total=10).tolist()
@@ -110,15 +104,12 @@ class Schedule:
     def __call__(
         self, t: int | Sequence[int] | Tensor, total: int, updates_per_epoch: int = 1
     ) -> Tensor:
-        """The factor s(t).
+        """The factor s(t), float64, of the shape of t.
 
         Args:
             t: Update numbers, range [0, T), any shape.
             total: T, planned updates of the run.
             updates_per_epoch: Used with `per="epoch"`.
-
-        Returns:
-            s(t), float64, of the shape of t.
         """
         if isinstance(t, range):
             t = list(t)
@@ -141,13 +132,8 @@ class Schedule:
     ) -> LRScheduler | ReduceLROnPlateau:
         """An ordinary torch scheduler: call its `step()` after each `optimizer.step()`.
 
-        Args:
-            optimizer: Any torch optimizer; its `lr` is the peak η₀.
-            total: T, planned updates.
-            updates_per_epoch: Used with `per="epoch"`.
-
-        Returns:
-            A scheduler whose `state_dict` holds plain numbers.
+        The optimizer, any of torch's, has the peak η₀ as its `lr`; the rest is as for a call. The
+        scheduler's `state_dict` holds plain numbers.
         """
         return ScheduleLR(optimizer, self, total, updates_per_epoch)
 
@@ -422,8 +408,8 @@ class WarmupStableDecay(Schedule):
 class ReduceOnPlateau(Schedule):
     """η is multiplied by `gamma` when the validation loss has not fallen for `patience` looks.
 
-    The only schedule driven by a metric: `observe` is told it after each validation. A look counts
-    as a fall if the loss is below best·(1 − threshold) (best > 0).
+    `observe` is told that loss after each validation. A look counts as a fall if the loss is below
+    best·(1 − threshold) (best > 0).
 
     Args:
         gamma: Range (0, 1).
@@ -480,11 +466,7 @@ class ReduceOnPlateau(Schedule):
     def scheduler(
         self, optimizer: Optimizer, total: int, updates_per_epoch: int = 1
     ) -> ReduceLROnPlateau:
-        """PyTorch's own scheduler with these settings; its `step` takes the validation loss.
-
-        Raises:
-            ValueError: There is a warm-up, which that scheduler does not have.
-        """
+        """PyTorch's own scheduler, without warm-up; its `step` takes the validation loss."""
         if self.warmup:
             raise ValueError("torch's ReduceLROnPlateau has no warm-up: use warmup=0.")
         return ReduceLROnPlateau(

@@ -6,6 +6,17 @@ import pytest
 import torch
 
 from gdtrain.optim import GD, SGD, MiniBatchSGD
+from gdtrain.step_sizes import (
+    Armijo,
+    BarzilaiBorwein,
+    DoG,
+    DoWG,
+    InverseSmoothness,
+    Polyak,
+    ScheduleFree,
+    StochasticLineSearch,
+    StochasticPolyak,
+)
 
 EVERY = pytest.mark.parametrize("optimizer", [GD, SGD, MiniBatchSGD])
 MODES = {
@@ -27,6 +38,22 @@ RULES = {
     "all": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
 }
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+STEP_SIZES = {
+    "Armijo": Armijo(),
+    "BB": BarzilaiBorwein(),
+    "BB with f*": BarzilaiBorwein(f_star=0.0, memory=2),
+    "Polyak": Polyak("estimate"),
+    "SPS": StochasticPolyak(max_lr=0.5, smoothing=2.0),
+    "SPS below lr": StochasticPolyak(),
+    "SLS": StochasticLineSearch(),
+    "DoG": DoG(),
+    "DoG averaged": DoG(start=1e-2, averaging=True),
+    "DoWG": DoWG(cap=0.5, decay="linear"),
+    "1/L": InverseSmoothness(every=4),
+    "schedule-free": ScheduleFree(beta=0.8),
+    "schedule-free BB": ScheduleFree(BarzilaiBorwein()),
+    "schedule-free DoWG": ScheduleFree(DoWG()),
+}
 WITH_MOMENTUM = {name: rule for name, rule in RULES.items() if "momentum" in rule}
 
 

@@ -109,39 +109,13 @@ def test_a_late_buffer_starts_as_that_of_a_parameter_alone(update_, rule):
     assert_close(buffers, [early_alone_buffers[0], alone_buffers[0]])
 
 
+# Against torch's loop in all layouts: tests/optim/test_grid.py.
 LAYOUTS = {
     "contiguous": lambda: torch.randn(6, 4),
-    "transposed": lambda: torch.randn(4, 6).t(),
     "every second column": lambda: torch.randn(6, 8)[:, ::2],
-    "inner block": lambda: torch.randn(8, 6)[1:7, 1:5],
     "channels last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    "permuted": lambda: torch.randn(5, 3, 4).permute(2, 0, 1),
-    "one element": lambda: torch.randn(()),
-    "empty": lambda: torch.randn(0, 3),
-    "larger than a vector register": lambda: torch.randn(1037),
 }
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("gradient_as", ["parameter", "contiguous", "expanded"])
-@EVERY_RULE
-def test_fused_equals_unfused_whatever_the_layout(layout, gradient_as, rule):
-    theta = LAYOUTS[layout]()
-    twin = twin_of(theta)
-    buffers, twin_buffers = [None], [None]
-    for _ in range(4):
-        if gradient_as == "expanded":
-            g = torch.randn(()).expand(theta.shape)
-        elif gradient_as == "contiguous":
-            g = torch.randn(theta.shape)
-        else:
-            g = twin_of(theta).normal_()
-        kept = g.clone()
-        fused_descend_([theta], [g], buffers, lr=0.1, **rule)
-        descend_([twin], [g], twin_buffers, lr=0.1, **rule)
-        assert torch.equal(g, kept)
-        assert_close(theta, twin)
-        assert_close(buffers, twin_buffers)
+EVERY_LAYOUT = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def test_fused_writes_nothing_outside_a_strided_view():
@@ -160,26 +134,7 @@ def test_fused_reads_an_expanded_gradient_within_its_bounds():
     assert torch.equal(theta, torch.full((100,), -0.5))
 
 
-@MOMENTUM
-def test_fused_takes_layouts_and_late_gradients_in_one_call(rule):
-    theta = [make() for make in LAYOUTS.values()]
-    twins = [twin_of(t) for t in theta]
-    buffers, twin_buffers = [None] * len(theta), [None] * len(theta)
-    for have in (range(0, len(theta), 2), range(len(theta)), range(len(theta))):
-        gradients = [torch.randn(theta[i].shape) for i in have]
-        for update_, all_theta, all_buffers in (
-            (fused_descend_, theta, buffers),
-            (descend_, twins, twin_buffers),
-        ):
-            part = [all_buffers[i] for i in have]
-            update_([all_theta[i] for i in have], gradients, part, lr=0.1, **rule)
-            for i, buffer in zip(have, part, strict=True):
-                all_buffers[i] = buffer
-        assert_close(theta, twins)
-    assert_close(buffers, twin_buffers)
-
-
-@pytest.mark.parametrize("layout", ["contiguous", "every second column", "channels last"])
+@EVERY_LAYOUT
 @pytest.mark.parametrize("first", [True, False])
 @EVERY_RULE
 def test_where_an_overflow_was_found_nothing_changes(layout, first, rule):
@@ -193,7 +148,7 @@ def test_where_an_overflow_was_found_nothing_changes(layout, first, rule):
     assert_close((theta, buffers), before, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "every second column", "channels last"])
+@EVERY_LAYOUT
 @EVERY_RULE
 def test_grad_scale_divides_the_gradient(layout, rule):
     theta = LAYOUTS[layout]()
@@ -206,13 +161,6 @@ def test_grad_scale_divides_the_gradient(layout, rule):
         fused_descend_([theta], [g * 1024], buffers, lr=0.1, **scaler, **rule)
         assert_close(theta, twin)
         assert_close(buffers, twin_buffers)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_fused_updates_every_entry_in_every_precision(dtype):
-    theta = torch.ones(1037, dtype=dtype)
-    fused_descend_([theta], [torch.ones(1037, dtype=dtype)], [], lr=0.5)
-    assert torch.equal(theta, torch.full((1037,), 0.5, dtype=dtype))
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

@@ -39,9 +39,6 @@ class Descent(Stepping):
         A state saved in the middle of an update goes on to that update. Saved between `gather()`
         and `step()`, it holds the gradients, and puts them into `p.grad`.
 
-        Args:
-            state_dict: What `state_dict()` returned.
-
         Raises:
             ValueError: The groups do not match, the state was saved in the middle of gathering
                 another number of examples, or a part of it is missing.
@@ -93,8 +90,8 @@ class Descent(Stepping):
         """Asked by GradScaler, which then calls step() whatever it saw, and says so in attributes.
 
         The fused kernel unscales; when gathering, step() must count the examples of a micro-batch
-        that overflowed. (Computed: survives deepcopy and pickle.) Lightning asks it too, and where
-        it is true clips no gradients: `GatherMicroBatches`, which uses no scaler, says so here.
+        that overflowed. Where it is true Lightning clips no gradients: so `GatherMicroBatches`,
+        which uses no scaler, sets `has_no_scaler`.
         """
         if self.has_no_scaler:
             return False
@@ -118,18 +115,14 @@ class Descent(Stepping):
         the loss or the gradient is not finite, nothing is updated and `last_rate` is NaN.
 
         Args:
-            closure: Computes the loss and the gradients, and returns the loss; it begins with
-                zero_grad. Required with a step-size rule.
+            closure: Begins with zero_grad, computes the loss and the gradients, and returns the
+                loss, as `step` then does. Required with a step-size rule.
             num_samples: The number of examples, range [1, B], whose mean the gradients are.
                 Required when gathering, except after `gather()` returned True; else refused.
 
-        Returns:
-            What the closure returned, or None.
-
         Raises:
-            ValueError: `num_samples` is missing, not a count, more than is missing to B, or given
-                to an optimizer that gathers nothing; lr is NaN or infinite; or with a rule, the
-                closure is missing. Nothing is changed.
+            ValueError: `num_samples` or, with a rule, the closure is missing or does not go with
+                this optimizer; or lr is NaN or infinite. Nothing is changed.
         """
         if self.step_size is not None:
             return self._step_by(self.step_size, closure, num_samples)

@@ -123,17 +123,9 @@ class Gathering(Updating):
     def gather(self, num_samples: int) -> bool:
         """Take in the gradients of one micro-batch; say whether the update's examples are all in.
 
-        If they are, each `p.grad` is the exact mean gradient over the B examples, so that it can
-        be looked at or clipped before `step()`. `step(num_samples=m)` does both at once.
-
-        Args:
-            num_samples: The number of examples whose mean the gradients are, range [1, B].
-
-        Returns:
-            True if B examples are in: call `step()` next.
-
-        Raises:
-            ValueError: As for `step`.
+        If they are, each `p.grad` is the exact mean gradient over the B examples, to be looked at
+        or clipped before `step()`, which comes next. `step(num_samples=m)`, whose argument and
+        errors these are, does both at once.
         """
         self._gather(self.check_gatherable(num_samples))
         if self._is_complete:
@@ -144,10 +136,8 @@ class Gathering(Updating):
         """Finish the update with the examples that are in, though fewer than B.
 
         As if `gather()` had returned True: each `p.grad` is the exact mean over what is in, to be
-        clipped before `step()`. `flush()` closes and steps at once.
-
-        Returns:
-            True if examples are in: call `step()` next.
+        clipped before `step()`, which comes next if this says True: examples are in. `flush()`
+        closes and steps at once.
         """
         if self.examples is None or self.gathered == 0:
             return False
@@ -157,11 +147,7 @@ class Gathering(Updating):
         return True
 
     def discard(self) -> int:
-        """Throw away what is gathered: the next micro-batch begins a new update.
-
-        Returns:
-            How many examples were in.
-        """
+        """Throw away what is gathered, so many examples: the next begin a new update."""
         if self.examples is None:
             return 0
         count = self.gathered
@@ -174,8 +160,7 @@ class Gathering(Updating):
     def flush(self) -> bool:
         """Update from the examples that are in, though fewer than B: the end of an epoch.
 
-        Returns:
-            Whether there were any, and so an update (unless an overflow cancelled it).
+        Says whether there was an update: not from no examples, nor where an overflow cancels it.
         """
         if not self.close():
             return False

@@ -45,9 +45,7 @@ class GD(Descent):
         ...     for part in (slice(0, 2), slice(2, 3)):  # micro-batches, ragged tail included
         ...         optimizer.zero_grad()
         ...         (0.5 * (model(x[part]) - y[part]) ** 2).mean().backward()
-        ...         if optimizer.gather(num_samples=len(x[part])):
-        ...             _ = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-        ...             optimizer.step()
+        ...         optimizer.step(num_samples=len(x[part]))
         >>> round(model.weight.item(), 4)
         2.0
 

@@ -27,13 +27,10 @@ class SGD(Descent):
         lr: η, range [0, ∞). A constant η leaves noise of a size in proportion to it; let η decay.
             "auto": `DoWG`, with a cap and linear decay over total_updates, chooses it; then step
             with a closure.
-        momentum: μ, range [0, ∞), customary 0.9.
-        dampening: τ, customary 0.
+        momentum: μ, range [0, ∞), customary 0.9; dampening: τ, customary 0.
         weight_decay: λ of the penalty ½λ‖θ‖², range [0, ∞).
-        nesterov: Nesterov momentum.
-        maximize: Climb instead of descend.
+        nesterov, maximize, differentiable: As for `torch.optim.SGD`.
         foreach: False applies the rule tensor by tensor.
-        differentiable: Let autograd see the step.
         fused: True takes PyTorch's fused kernel, which may round less often. None, with `foreach`
             None: the fastest way that has the bits of torch's loop, tensor by tensor.
         step_size: A rule that computes η at each `step(closure)`: see `gdtrain.step_sizes`.

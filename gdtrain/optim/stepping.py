@@ -66,14 +66,7 @@ class Stepping(Gathering):
             self.param_groups[0][NUMBERS] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, as `torch.optim.Optimizer.add_param_group`.
-
-        Args:
-            param_group: Its parameters under "params", and what differs from the defaults.
-
-        Raises:
-            ValueError: A hyperparameter is out of range, or micro-batches are being gathered.
-        """
+        """As `torch.optim.Optimizer.add_param_group`; refused while micro-batches are gathered."""
         if isinstance(param_group, dict):
             group = {**self.defaults, **param_group}
             check_hyperparameters(group)
@@ -98,9 +91,8 @@ class Stepping(Gathering):
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.Optimizer.state_dict`, with what is gathered and what a rule remembers.
 
-        `torch.distributed.checkpoint` loads only what is in the state of the new optimizer. So that
-        a new one asks for all that an old one saved, a rule's numbers are also given as one list,
-        and tensors that the rule does not keep yet are filled with NaN.
+        `torch.distributed.checkpoint` loads only what a new optimizer's state asks for: so a rule's
+        numbers are also given as one list, and tensors that it does not keep yet are NaN.
         """
         exported = super().state_dict()
         if self.step_size is None:
@@ -177,17 +169,14 @@ class Stepping(Gathering):
         evaluate: Callable[[], Tensor | float],
         gradient: Callable[[], object] | None = None,
     ) -> None:
-        """`step(closure)` for whoever has the loss and the gradients already.
-
-        When gathering, call it when `gather` returned True.
+        """`step(closure)` for whoever has the loss and the gradients; after `gather` if gathering.
 
         Args:
             value: The loss whose gradients are in p.grad: the mean over the update's examples,
                 without the penalty of weight decay.
             evaluate: Gives that loss at what the parameters are when it is called, on the same
                 examples with the same random numbers, and leaves no trace.
-            gradient: The same with gradients, which it puts into p.grad; needed by rules that
-                need gradients elsewhere.
+            gradient: The same with gradients, put into p.grad, for rules that need them elsewhere.
 
         Raises:
             ValueError: The optimizer has no rule, or examples of the update are missing.

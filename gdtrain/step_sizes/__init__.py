@@ -21,15 +21,15 @@ number of updates made before this one, T the number planned, B examples per upd
 An optimizer takes a rule as `step_size=` and leaves lr to it. A schedule may still scale what the
 rule gives. A rule object holds its options only: what it remembers is the optimizer's state, and
 is saved with it (`Memory`). At each update it gets an immutable `Context` and returns η; what else
-it needs, and where it does not hold, is said in its `Needs`.
+it needs, and where it does not hold, is said in its `Needs`. An option out of its range is a
+ValueError.
 """
 
-from gdtrain.step_sizes.automatic import automatic
 from gdtrain.step_sizes.averaging import ScheduleFree
 from gdtrain.step_sizes.barzilai_borwein import BarzilaiBorwein
 from gdtrain.step_sizes.base import Needs, StepSize
 from gdtrain.step_sizes.context import Context, Evaluations, Memory
-from gdtrain.step_sizes.distance import DoG, DoWG
+from gdtrain.step_sizes.distance import DoG, DoWG, automatic
 from gdtrain.step_sizes.line_search import Armijo, StochasticLineSearch
 from gdtrain.step_sizes.polyak import Polyak, StochasticPolyak
 from gdtrain.step_sizes.smoothness import InverseSmoothness

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain.step_sizes.base import Needs, StepSize, option
-from gdtrain.step_sizes.context import Context, Memory
-from gdtrain.step_sizes.vectors import in_dtypes_of
+from gdtrain.step_sizes.context import Context, Memory, in_dtypes_of
 
 __all__ = ["ScheduleFree"]
 
@@ -21,11 +20,8 @@ class ScheduleFree(StepSize):
 
     x, the average, is the answer. While training the parameters hold y; `eval` puts x into them
     and `train` y again, bit for bit: call them around validation and before the model is used.
-
-        optimizer.step_size.eval(optimizer); validate(model); optimizer.step_size.train(optimizer)
-
-    A checkpoint may be made in either mode (in training mode it holds y as the model's parameters).
-    Keeps two copies of the parameters, x and z. BatchNorm's statistics are those at y.
+    A checkpoint may be made in either mode. Keeps two copies of the parameters, x and z.
+    BatchNorm's statistics are those at y.
 
     Args:
         rule: Gives η, from what it sees at y; None: η is the optimizer's lr.
@@ -45,9 +41,6 @@ class ScheduleFree(StepSize):
         >>> optimizer.step_size.eval(optimizer)
         >>> theta.item()
         0.375
-        >>> optimizer.step_size.train(optimizer)
-        >>> theta.item()
-        0.3125
 
     References:
         Defazio et al., The Road Less Scheduled, 2024, arXiv 2405.15682.

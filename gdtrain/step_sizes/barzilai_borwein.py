@@ -8,9 +8,8 @@ from math import inf, isfinite, sqrt
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain.ranges import Whole
 from gdtrain.step_sizes.base import StepSize, option, optional
-from gdtrain.step_sizes.context import Context, Memory
+from gdtrain.step_sizes.context import Context, Memory, inner, squared_norm
 from gdtrain.step_sizes.line_search import LONGEST, SEARCH, backtracked
-from gdtrain.step_sizes.vectors import inner, squared_norm
 
 __all__ = ["BarzilaiBorwein"]
 
@@ -25,26 +24,19 @@ class BarzilaiBorwein(StepSize):
         η = ⟨s, s⟩ / ⟨s, y⟩                     BB1, the default; BB2 (short) is ⟨s, y⟩ / ⟨y, y⟩
         f(θ − η d) ≤ max(f_t, …, f_{t−M+1}) − c η ‖d‖²
 
-    BB1 is one over the curvature along the last step. It makes no decrease at each update, and
-    needs none: the test takes the largest of the last M values, or of the last T − t where the
-    optimizer knows its total_updates T, so that a run does not end on a rise. Where it fails, η
-    goes to the minimum of the parabola through f, its slope and the trial, kept within [0.1, 0.5]
-    of the trial. Where the curvature is not positive, η = ‖s‖/‖y‖. With `f_star`, Polyak's step
-    (f − f*)/‖d‖² is tried instead where it is longer: it gets networks that can fit the data over
-    plateaus. Each time it fails the test, twice as many updates pass before it is tried again (at
-    most 64); each time it holds, half as many. Keeps two copies of the parameters; the test is one
-    forward pass per update, two now and then.
+    f need not decrease at each update: the test takes the largest of the last M values, or of the
+    last T − t where the optimizer knows its total_updates T, so that a run does not end on a rise.
+    Where it fails, η is interpolated as in `Armijo`. Where the curvature along s is not positive,
+    η = ‖s‖/‖y‖. With `f_star`, Polyak's step (f − f*)/‖d‖² is tried instead where it is longer: it
+    gets networks that can fit the data over plateaus. Each time it fails the test, twice as many
+    updates pass before it is tried again (at most 64); each time it holds, half as many. Keeps two
+    copies of the parameters; the test is one forward pass per update, two now and then.
 
     Args:
         short: BB2 instead of BB1.
-        initial: The first η to try, range (0, ∞).
         memory: M, range [1, ∞); 1: f decreases at each update.
-        c: Range (0, 1).
-        max_backtracks: Range [1, ∞).
+        initial, c, max_backtracks: As for `Armijo`.
         f_star: f*, a lower bound of f, range (−∞, ∞); None: none is known.
-
-    Raises:
-        ValueError: An option is out of range.
 
     Example:
         >>> import torch
@@ -126,13 +118,10 @@ class BarzilaiBorwein(StepSize):
     def _secant(self, context: Context, memory: Memory) -> float:
         last = memory.numbers.get("last", self.initial)
         theta, direction = memory.tensors("theta"), memory.tensors("direction")
-        # What has gained or lost its gradient belongs to no secant.
-        if (
-            theta is None
-            or direction is None
-            or memory.numbers["parameters"] != len(context.params)
-        ):
+        if theta is None or direction is None:
             return last
+        if memory.numbers["parameters"] != len(context.params):
+            return last  # what has gained or lost its gradient belongs to no secant
         s = foreach.sub(context.params, theta)
         y = foreach.sub(context.direction, direction)
         ss, sy, yy = squared_norm(s), inner(s, y), squared_norm(y)

@@ -63,11 +63,10 @@ class StepSize:
         ...         return 0.5 / (1 + context.t)
         >>> theta = torch.nn.Parameter(torch.tensor([4.0]))
         >>> optimizer = GD([theta], step_size=Shrinking())
-        >>> for _ in range(2):
-        ...     theta.grad = theta.detach().clone()  # of ½θ²
-        ...     optimizer.step_by_rule(0.5 * theta**2, lambda: 0.5 * theta**2)
-        >>> theta.item(), optimizer.last_rate  # 4 − ½·4, then 2 − ¼·2
-        (1.5, 0.25)
+        >>> theta.grad = theta.detach().clone()  # of ½θ²
+        >>> optimizer.step_by_rule(8.0, lambda: 0.5 * theta**2)
+        >>> theta.item(), optimizer.last_rate
+        (2.0, 0.5)
     """
 
     @property
@@ -86,25 +85,11 @@ class StepSize:
         return None
 
     def rate(self, context: Context, memory: Memory) -> float:
-        """η of this update, before a schedule's factor.
-
-        Args:
-            context: What there is to see; f and ‖d‖² are finite.
-            memory: What it remembers.
-
-        Returns:
-            η, range [0, ∞).
-        """
+        """η of this update, range [0, ∞), before a schedule's factor; f and ‖d‖² are finite."""
         raise NotImplementedError
 
     def follow(self, context: Context, memory: Memory, rate: float) -> None:
-        """Called after the update.
-
-        Args:
-            context: As for `rate`; the parameters are the new ones, f and d those before.
-            memory: What it remembers.
-            rate: η that was used, with the schedule's factor.
-        """
+        """After the update: its η, with a schedule's factor; new parameters, f and d of before."""
 
     def check(
         self,
@@ -115,11 +100,7 @@ class StepSize:
         maximize: bool = False,
         total_updates: int | None = None,
     ) -> None:
-        """Refuse, with the reason, an optimizer for which the rule does not hold.
-
-        Raises:
-            ValueError: It does not hold, or T is needed and absent.
-        """
+        """Refuse, with the reason, an optimizer for which the rule does not hold."""
         name, needs = type(self).__name__, self.needs
         if maximize:
             raise ValueError(f"{name} descends: maximize=True is refused. Negate the objective.")
@@ -147,11 +128,7 @@ class StepSize:
             )
 
     def check_loss(self, loss: object) -> None:
-        """Refuse a loss with kinks (`smooth = False`), if the rule needs a smooth one.
-
-        Raises:
-            ValueError: It has kinks, and the rule needs a smooth one.
-        """
+        """Refuse a loss with kinks (`smooth = False`), if the rule needs a smooth one."""
         why = self.needs.smooth
         if why is not None and not getattr(loss, "smooth", True):
             name = type(loss).__name__
@@ -166,11 +143,8 @@ class StepSize:
         """Put the average into the parameters, to be evaluated or saved; `train` takes it out.
 
         Without an average nothing happens. What was in the parameters waits in the optimizer's
-        state, so that training goes on from the same bits, and a checkpoint made in between can be
-        resumed too. The optimizer refuses to step meanwhile.
-
-        Args:
-            optimizer: The one whose rule this is.
+        state, so that training goes on from the same bits, after a checkpoint too. The optimizer
+        refuses to step meanwhile.
         """
         group = optimizer.param_groups[0]
         numbers = group.get(NUMBERS, {})

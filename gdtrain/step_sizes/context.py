@@ -1,4 +1,7 @@
-"""What a rule sees at one update, f and d at other points too, and what it remembers."""
+"""What a rule sees at one update, f and d at other points too, and what it remembers.
+
+Norms and products are of lists of tensors, the parameters taken as one vector.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,18 @@ from torch import Tensor
 
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain.penalised import penalty, weight_decays, with_decay
-from gdtrain.step_sizes.vectors import at_least_single, squared_norm
 
-__all__ = ["NUMBERS", "PREFIX", "Context", "Evaluations", "Memory"]
+__all__ = [
+    "NUMBERS",
+    "PREFIX",
+    "Context",
+    "Evaluations",
+    "Memory",
+    "at_least_single",
+    "in_dtypes_of",
+    "inner",
+    "squared_norm",
+]
 
 NUMBERS = "step_size"  # the name of a rule's numbers in the first group
 PREFIX = "step_size_"  # of its tensors in state[p]
@@ -25,9 +37,8 @@ PREFIX = "step_size_"  # of its tensors in state[p]
 class Evaluations:
     """The objective wherever the parameters are: the update's examples, the same random numbers.
 
-    Args:
-        value: J, without the penalty of weight decay; leaves no trace.
-        gradient: Puts the gradient of that into each `p.grad`; None: cannot be had.
+    `value` gives J, without the penalty of weight decay, and leaves no trace; `gradient` puts its
+    gradient into each `p.grad` (None: cannot be had).
 
     Example:
         >>> theta = torch.nn.Parameter(torch.tensor([3.0]))
@@ -45,14 +56,11 @@ class Context:
 
     Args:
         params: θ, the parameters that have a gradient.
-        direction: d, one for each of `params`.
-        loss: J on the examples of the update, without the penalty.
-        value: f, with the penalty.
+        direction: d, one for each of `params`; so are `decays`, λ.
+        loss: J on the examples of the update, without the penalty; `value` is f, with it.
         t: Updates made before this one.
         lr: The optimizer's, before a schedule's factor.
-        decays: λ, one for each of `params`.
-        total_updates: T, or None.
-        batch_fraction: B/N, or None where it is not known.
+        total_updates: T, or None; `batch_fraction` B/N, or None where it is not known.
         evaluations: The objective elsewhere, for a rule that needs it.
         owned: All parameters of the optimizer, those without a gradient too.
 
@@ -60,12 +68,9 @@ class Context:
         >>> theta = torch.nn.Parameter(torch.tensor([2.0]))
         >>> optimizer = torch.optim.SGD([theta], lr=1.0, weight_decay=1.0)
         >>> theta.grad = theta.detach().clone()  # of J = ½θ²
-        >>> evaluations = Evaluations(lambda: 0.5 * theta**2)
-        >>> context = Context.of(optimizer.param_groups, 2.0, evaluations)
+        >>> context = Context.of(optimizer.param_groups, 2.0)
         >>> context.value, context.direction, context.squared_norm  # ½θ² + ½θ², θ + θ
         (4.0, [tensor([4.])], 16.0)
-        >>> context.evaluate(0.25), theta.item()  # at 2 − ¼·4 = 1; then back
-        (1.0, 2.0)
     """
 
     params: list[Tensor]
@@ -152,10 +157,7 @@ class Context:
 
     @torch.no_grad()
     def evaluate(self, rate: float) -> float:
-        """f at θ − rate·d, penalty included; it may be infinite or NaN.
-
-        The examples and the random numbers are those of the update; θ is restored.
-        """
+        """f at θ − rate·d, of the update's examples; may be infinite or NaN. θ is restored."""
         if self.evaluations is None:
             raise ValueError("This rule evaluates f elsewhere: let it have Needs(values=True).")
         value = self.evaluations.value
@@ -201,10 +203,8 @@ class Context:
 class Memory:
     """What a rule remembers from update to update: the optimizer's state, saved with it.
 
-    Args:
-        numbers: By name; numbers, texts and lists of them. They are the rule's to change.
-        params: The parameters beside which tensors are kept.
-        state: The optimizer's state.
+    `numbers`, texts and lists of them are the rule's to change, by name; tensors are kept beside
+    the parameters.
 
     Example:
         >>> theta = torch.nn.Parameter(torch.tensor([2.0]))
@@ -261,3 +261,46 @@ def _number(value: Tensor | float) -> float:
 
 def _copy(t: Tensor) -> Tensor:
     return t.detach().to(at_least_single(t.dtype), copy=True)
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 where it has fewer bits."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def in_dtypes_of(others: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors, each in the dtype of another."""
+    return [t.to(other.dtype) for t, other in zip(tensors, others, strict=True)]
+
+
+def squared_norm(tensors: Sequence[Tensor]) -> float:
+    """Σ ‖t‖², added up in double precision, over all devices and all parts of DTensors."""
+    if not tensors:
+        return 0.0
+    own = foreach.norm([t if t.dtype.itemsize >= 4 else t.float() for t in tensors])
+    norms = [_over_ranks(n) for n in own]
+    if all(n.is_cpu for n in norms):
+        return sum(n.item() ** 2 for n in norms)
+    return float(torch.stack([n.to(norms[0].device).double() for n in norms]).square().sum())
+
+
+def inner(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """Σ ⟨a, b⟩, the real part where they are complex."""
+    products = [
+        _over_ranks((x.conj() * y).sum()).real
+        if hasattr(x, "full_tensor")
+        else torch.vdot(_flat(x), _flat(y)).real
+        for x, y in zip(a, b, strict=True)
+    ]
+    if all(p.is_cpu for p in products):
+        return sum(p.item() for p in products)
+    return float(torch.stack([p.to(products[0].device).double() for p in products]).sum())
+
+
+def _over_ranks(number: Tensor) -> Tensor:
+    """All of it, where the parameters are divided between ranks (DTensor)."""
+    return number.full_tensor() if hasattr(number, "full_tensor") else number
+
+
+def _flat(t: Tensor) -> Tensor:
+    return t.reshape(-1).to(at_least_single(t.dtype))

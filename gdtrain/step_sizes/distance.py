@@ -7,11 +7,11 @@ from math import inf, isfinite, sqrt
 from typing import Literal
 
 from gdtrain._compat import torch_foreach as foreach
+from gdtrain.step_sizes.barzilai_borwein import BarzilaiBorwein
 from gdtrain.step_sizes.base import Needs, StepSize, option, optional
-from gdtrain.step_sizes.context import Context, Memory
-from gdtrain.step_sizes.vectors import in_dtypes_of, squared_norm
+from gdtrain.step_sizes.context import Context, Memory, in_dtypes_of, squared_norm
 
-__all__ = ["DoG", "DoWG"]
+__all__ = ["DoG", "DoWG", "automatic"]
 
 
 class DoG(StepSize):
@@ -29,9 +29,6 @@ class DoG(StepSize):
     Args:
         start: Range (0, ∞).
         averaging: Whether to keep θ̄.
-
-    Raises:
-        ValueError: An option is out of range.
 
     Example:
         >>> import torch
@@ -103,7 +100,7 @@ class DoWG(StepSize):
         f_star: f*, a lower bound of f on any batch, asked for by the cap; range (−∞, ∞).
 
     Raises:
-        ValueError: An option is out of range; at an update: t ≥ T.
+        ValueError: At an update: t ≥ T.
 
     Example:
         >>> import torch
@@ -152,9 +149,8 @@ class DoWG(StepSize):
             return 0.0
         rate = square / sqrt(total)
         if self.cap is not None:
-            rate = min(
-                rate, self.cap * max(context.value - self.f_star, 0.0) / context.squared_norm
-            )
+            excess = max(context.value - self.f_star, 0.0)
+            rate = min(rate, self.cap * excess / context.squared_norm)
         return rate * factor
 
 
@@ -170,3 +166,13 @@ def _farthest(context: Context, memory: Memory, start: float) -> float:
     if isfinite(distance):
         numbers["distance"] = max(numbers["distance"], distance)
     return numbers["distance"]
+
+
+def automatic(full_batch: bool) -> StepSize:
+    """The rule that lr="auto" stands for; on batches it asks the optimizer for total_updates.
+
+    Example:
+        >>> automatic(full_batch=False)
+        DoWG(start=0.0001, cap=2.0, decay='linear', f_star=0.0)
+    """
+    return BarzilaiBorwein(memory=30) if full_batch else DoWG(cap=2.0, decay="linear")

@@ -39,9 +39,6 @@ class Armijo(StepSize):
         growth: Range [1, ∞).
         max_backtracks: Range [1, ∞).
 
-    Raises:
-        ValueError: An option is out of range.
-
     Example:
         >>> import torch
         >>> from gdtrain import GD
@@ -96,17 +93,13 @@ class StochasticLineSearch(StepSize):
     model can fit each example. One or two forward passes of the batch for each update.
 
     Args:
-        initial: The first η to try, range (0, ∞).
-        c: Range (0, 1).
-        shrink: Range (0, 1), or "interpolate" as in `Armijo`.
-        growth: γ, range [1, ∞).
+        initial, c, shrink, growth, max_backtracks: As for `Armijo`; growth is γ.
         max_lr: η_max, range (0, ∞).
-        max_backtracks: Range [1, ∞).
         batch_fraction: B/N, range (0, 1]; None: what the optimizer knows (`GD` 1, and any inside
             `gdtrain`'s trainer).
 
     Raises:
-        ValueError: An option is out of range; at the first update: B/N is not known.
+        ValueError: At the first update: B/N is not known.
 
     Example:
         >>> import torch

@@ -22,9 +22,8 @@ class Polyak(StepSize):
 
         f̂ = f_best − δ,    δ ← 2δ if f ≤ f_best − ½δ, else ½δ    before each update but the first
 
-    δ starts at ½|f₀| (1 if that is 0). So the target is always below the best value so far; it
-    goes down faster while the steps bring at least half of what they aimed at, and comes closer
-    when they do not.
+    δ starts at ½|f₀| (1 if that is 0). So the target is always below the best value so far: the
+    further, the longer the steps bring at least half of what they aimed at.
 
     Args:
         f_star: f*, range (−∞, ∞); or "estimate". 0 where the model can fit the data exactly.
@@ -32,7 +31,7 @@ class Polyak(StepSize):
         max_lr: η_max, range (0, ∞); None: no bound.
 
     Raises:
-        ValueError: An option is out of range; at an update: f is below f_star.
+        ValueError: At an update: f is below f_star.
 
     Example:
         >>> from gdtrain import GD
@@ -115,7 +114,7 @@ class StochasticPolyak(StepSize):
         batch_fraction: B/N, range (0, 1], asked for by smoothing; None: what the optimizer knows.
 
     Raises:
-        ValueError: An option is out of range; at the first update: B/N is not known.
+        ValueError: At the first update: B/N is not known.
 
     Example:
         >>> from gdtrain import SGD
@@ -169,11 +168,9 @@ class StochasticPolyak(StepSize):
     def bounds(
         self, optimizer: torch.optim.Optimizer, batch: int
     ) -> tuple[float, float, float, float]:
-        """What an engine that makes the updates by itself needs; a share is η/η₀, η₀ "initial_lr".
+        """For an engine that makes the updates: 1/c, f*, γ^{B/N} and the bound on the first share.
 
-        Returns:
-            1/c; f*; γ^{B/N}, by what the share may grow, or 0 without smoothing; and the first
-            bound on the share.
+        A share is η/η₀, η₀ "initial_lr"; without smoothing 0 stands for γ^{B/N}.
         """
         group = optimizer.param_groups[0]
         peak = float(group["initial_lr"])

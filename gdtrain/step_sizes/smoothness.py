@@ -9,8 +9,7 @@ import torch
 from gdtrain._compat import torch_foreach as foreach
 from gdtrain.ranges import Whole
 from gdtrain.step_sizes.base import Needs, StepSize, option, optional
-from gdtrain.step_sizes.context import Context, Memory
-from gdtrain.step_sizes.vectors import at_least_single, squared_norm
+from gdtrain.step_sizes.context import Context, Memory, at_least_single, squared_norm
 
 __all__ = ["InverseSmoothness"]
 
@@ -33,7 +32,7 @@ class InverseSmoothness(StepSize):
         seed: Of the first v; no other random numbers are used.
 
     Raises:
-        ValueError: An option is out of range; at an update: gradients elsewhere cannot be had.
+        ValueError: At an update: gradients elsewhere cannot be had.
 
     Example:
         >>> from gdtrain import GD

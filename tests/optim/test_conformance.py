@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 import warnings
 import weakref
 
@@ -401,12 +402,13 @@ def test_a_state_is_the_same_after_a_file(optimizer, flagged):
 def test_a_copy_has_all_public_attributes_and_is_printed_alike(optimizer, flagged):
     for arguments in flagged:
         opt = stepped(optimizer, arguments)
-        twin = copy.deepcopy(opt)
+        twin = copy.deepcopy(pickle.loads(pickle.dumps(opt)))
         public = [{k for k in vars(o) if not k.startswith("_")} for o in (opt, twin)]
         assert public[0] == public[1]
         assert repr(opt) == repr(twin)
         assert repr(opt).startswith(optimizer.__name__)
-        assert opt._step_supports_amp_scaling == twin._step_supports_amp_scaling
+        scaling = [o._step_supports_amp_scaling for o in (opt, twin)]
+        assert scaling == [arguments["fused"]] * 2
 
 
 # ------------------------------------------------------------ hooks
@@ -481,8 +483,12 @@ def test_load_state_dict_hooks_run_in_order(optimizer):
 
 
 @EVERY
-@pytest.mark.parametrize("tensors", [{"lr"}, {"weight_decay"}, {"lr", "weight_decay"}])
-def test_a_loss_after_two_steps_has_gradients_by_the_hyperparameters(optimizer, tensors):
+@pytest.mark.parametrize("foreach", [None, False, True])
+@pytest.mark.parametrize("rule", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+@pytest.mark.parametrize("tensors", [set(), {"lr"}, {"weight_decay"}, {"lr", "weight_decay"}])
+def test_a_loss_after_two_steps_has_gradients_by_the_hyperparameters(
+    optimizer, tensors, rule, foreach
+):
     double = {"dtype": torch.float64, "requires_grad": True}
     names = sorted(tensors)
 
@@ -491,7 +497,7 @@ def test_a_loss_after_two_steps_has_gradients_by_the_hyperparameters(optimizer, 
         theta.grad = g
         arguments = dict(zip(names, hyperparameters, strict=True))
         arguments = {"lr": 0.9, "weight_decay": 0.1, **arguments}
-        opt = optimizer([theta], momentum=0.9, differentiable=True, **arguments)
+        opt = optimizer([theta], differentiable=True, foreach=foreach, **rule, **arguments)
         opt.state[theta]["momentum_buffer"] = buffer.clone()
         for _ in range(2):
             opt.step()

@@ -6,7 +6,7 @@ import socket
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from optimizers import through_a_file
+from optimizers import STEP_SIZES, through_a_file
 from torch import nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
@@ -19,18 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from gdtrain.optim import GD, SGD, MiniBatchSGD
 from gdtrain.penalised import penalty
-from gdtrain.step_sizes import (
-    Armijo,
-    BarzilaiBorwein,
-    DoG,
-    DoWG,
-    InverseSmoothness,
-    Polyak,
-    ScheduleFree,
-    StepSize,
-    StochasticLineSearch,
-    StochasticPolyak,
-)
+from gdtrain.step_sizes import Armijo, DoG, ScheduleFree, StepSize
 
 # Of one process, as here.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -52,20 +41,6 @@ class OfTheUser(StepSize):
         return 0.1
 
 
-RULES = {
-    "Armijo": lambda: (GD, Armijo()),
-    "BB": lambda: (GD, BarzilaiBorwein()),
-    "BB with f*": lambda: (GD, BarzilaiBorwein(f_star=0.0, memory=2)),
-    "Polyak": lambda: (GD, Polyak()),
-    "smoothness": lambda: (GD, InverseSmoothness()),
-    "SPS": lambda: (SGD, StochasticPolyak(batch_fraction=0.5)),
-    "SLS": lambda: (SGD, StochasticLineSearch(batch_fraction=0.5)),
-    "DoG": lambda: (SGD, DoG()),
-    "DoG averaged": lambda: (MiniBatchSGD, DoG(averaging=True)),
-    "DoWG": lambda: (MiniBatchSGD, DoWG(cap=2.0, decay="linear")),
-    "schedule-free": lambda: (SGD, ScheduleFree()),
-    "schedule-free BB": lambda: (GD, ScheduleFree(BarzilaiBorwein())),
-}
 X = torch.linspace(-1, 1, 12).reshape(6, 2).sin()
 Y = X.sum(1, keepdim=True).cos()
 
@@ -83,9 +58,9 @@ def runs(make, count=3):
 
 def by_rule(name):
     """What makes an optimizer with a rule."""
-    optimizer, rule = RULES[name]()
-    lr = 1.0 if not rule.needs.lr else 0.05
-    return lambda p: optimizer(p, lr=lr, step_size=rule, total_updates=30)
+    rule = STEP_SIZES[name]
+    lr = 0.05 if rule.needs.lr else 1.0
+    return lambda p: GD(p, lr=lr, step_size=rule, total_updates=30)
 
 
 def train_by_rule(model, optimizer, times):
@@ -153,7 +128,7 @@ def test_a_new_optimizer_gives_the_state_that_torchs_would_and_nothing_else_chan
         assert not own["momentum_buffer"].any()
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", STEP_SIZES)
 def test_a_new_optimizer_with_a_rule_remembers_nothing_of_it(name):
     asked, other = runs(by_rule(name), 2)
     get_optimizer_state_dict(*asked)
@@ -237,7 +212,7 @@ def test_files_go_on_to_the_last_bit_between_updates(make, flatten, tmp_path):
 
 
 @pytest.mark.parametrize("at", [0, 5])
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", STEP_SIZES)
 def test_files_of_a_rule_go_on_to_the_last_bit(name, at, tmp_path):
     whole, half, resumed = runs(by_rule(name))
     train_by_rule(*whole, 12)
@@ -309,21 +284,17 @@ def on_a_rank(rank, port, folder):
     whole = penalty(network().parameters(), decays)
     assert penalty(divided.parameters(), decays) == pytest.approx(whole, rel=1e-12)
     for name in ("GD", "DoG averaged", "in the middle"):
-        runs = []
-        for _ in range(3):
-            model = network()
-            fully_shard(model, mesh=mesh)
+        make = by_rule(name) if name == "DoG averaged" else OPTIMIZERS["GD"]
+        models = [fully_shard(network(), mesh=mesh) for _ in range(3)]
+        whole, half, resumed = ((model, make(model.parameters())) for model in models)
+
+        def go_on(run, batches, name=name):
             if name == "DoG averaged":
-                runs.append((model, SGD(model.parameters(), step_size=DoG(averaging=True))))
+                train_by_rule(*run, len(batches))
             else:
-                runs.append((model, OPTIMIZERS["GD"](model.parameters())))
-        go_on = (
-            (lambda run, k: train_by_rule(*run, len(k)))
-            if name == "DoG averaged"
-            else (lambda run, k: train(*run, k))
-        )
+                train(*run, batches)
+
         at = 7 if name == "in the middle" else 6
-        whole, half, resumed = runs
         go_on(whole, range(9))
         go_on(half, range(at))
         half[1].zero_grad()

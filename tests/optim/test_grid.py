@@ -6,7 +6,6 @@ to late first gradients.
 """
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -20,6 +19,8 @@ LAYOUTS = {
     "contiguous": lambda d: torch.randn(3, 5, dtype=d),
     "transposed": lambda d: torch.randn(5, 3, dtype=d).t(),
     "gaps": lambda d: torch.randn(3, 10, dtype=d)[:, ::2],
+    "inner block": lambda d: torch.randn(8, 6, dtype=d)[1:7, 1:5],
+    "permuted": lambda d: torch.randn(5, 3, 4, dtype=d).permute(2, 0, 1),
     "channels last": lambda d: torch.randn(2, 3, 4, 4, dtype=d).to(
         memory_format=torch.channels_last
     ),
@@ -75,40 +76,18 @@ def test_updates_and_state_in_every_layout_with_late_gradients(rule, mode, dtype
 
 
 @pytest.mark.parametrize("rule", [RULES["plain"], RULES["all"]], ids=["plain", "all"])
-@pytest.mark.parametrize("size", [10**6, pytest.param(10**7, marks=pytest.mark.slow)])
 @EVERY_MODE
-def test_millions_of_entries(rule, size, mode):
-    start = [torch.randn(size)]
+def test_millions_of_entries(rule, mode):
+    start = [torch.randn(2 * 10**6)]
     ours, theirs = twins(start), twins(start)
     sgd = SGD(ours, lr=0.05, **rule, **mode)
     torch_sgd = torch.optim.SGD(theirs, lr=0.05, **rule, foreach=False)
     for _ in range(2):
-        ours[0].grad = torch.randn(size)
+        ours[0].grad = torch.randn_like(ours[0])
         theirs[0].grad = ours[0].grad.clone()
         sgd.step()
         torch_sgd.step()
     assert_same(ours[0], theirs[0], mode)
-
-
-@pytest.mark.parametrize("rule", [RULES[n] for n in ("plain", "dampening", "nesterov", "all")])
-@pytest.mark.parametrize("mode", [MODES["default"], MODES["loop"], MODES["foreach"]], ids=str)
-@pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05)], ids=["float lr", "tensor lr"])
-def test_a_compiled_step_makes_the_eager_updates(rule, mode, lr):
-    start = [torch.randn(3, 4), torch.randn(5)]
-    ours, theirs = twins(start), twins(start)
-    sgd = SGD(ours, lr=copy.deepcopy(lr), **rule, **mode)
-    torch_sgd = torch.optim.SGD(theirs, lr=0.05, **rule, foreach=False)
-    torch._dynamo.reset()
-    step = torch.compile(sgd.step, backend="eager")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for t in range(3):
-            for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-                p.grad = None if t == 0 and i else torch.randn_like(p)
-                q.grad = None if p.grad is None else p.grad.clone()
-            step()
-            torch_sgd.step()
-            assert_close(ours, theirs)
 
 
 # ------------------------------------------------------------ the same script
