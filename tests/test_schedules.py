@@ -156,21 +156,9 @@ def test_factors_lie_between_zero_and_one_in_the_run_and_after_its_end(schedule,
     assert factors[:total].max() > 0
 
 
-@pytest.mark.parametrize("schedule", [s for s in ALL if s.warmup == 0], ids=repr)
-def test_without_warm_up_schedules_start_at_the_peak(schedule):
-    start = schedule.start if isinstance(schedule, OneCycle) else 1.0
-    assert schedule(0, 100, 10).item() == pytest.approx(start)
-
-
 def test_long_runs_keep_their_precision():
     total = 10**9
     assert Polynomial()(total - 1, total).item() == pytest.approx(1e-9, rel=1e-6)
-
-
-def test_inverse_time_meets_robbins_and_monro():
-    factors = InverseTime(k=1.0)(torch.arange(100_000), 100_000)
-    assert factors.sum().item() == pytest.approx(math.log(100_000) + 0.5772157, abs=1e-4)
-    assert factors.square().sum().item() < math.pi**2 / 6
 
 
 # -------------------------------------------------------------------------- ranges

@@ -83,16 +83,6 @@ def test_default_runs_reach_their_accuracy(tmp_path, words, tag, least):
 
 
 @pytest.mark.slow
-def test_three_variants_in_one_sweep_share_no_folder(tmp_path):
-    words = "-m optimizer=gd,sgd,minibatch seed=0,1 trainer.max_epochs=1"
-    done = command(tmp_path, "train", *words.split())
-    assert done.returncode == 0, done.stderr
-    runs = list(tmp_path.glob("outputs/*/*"))
-    assert len(runs) == 6
-    assert {summary_of(run)["variant"] for run in runs} == {"gd", "sgd", "minibatch"}
-
-
-@pytest.mark.slow
 def test_one_bad_job_does_not_end_the_others(tmp_path):
     words = "-m optimizer=sgd,minibatch data.batch_size=32 trainer.max_epochs=1"
     done = command(tmp_path, "train", *words.split())
