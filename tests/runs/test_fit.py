@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from lightning import Callback, Trainer, seed_everything
 from sklearn.datasets import load_diabetes, load_digits, load_iris
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +17,7 @@ from watched_runs import QUIET, SILENT, Losses, StopAt
 import gdtrain
 from gdtrain import SGD, SupervisedModule
 from gdtrain.callbacks import BestAndLast, LossCurves
+from gdtrain.cli.composition import compose
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
 from gdtrain.losses import (
     CrossEntropy,
@@ -28,7 +28,6 @@ from gdtrain.losses import (
     SquaredHinge,
 )
 from gdtrain.models import CNN, MLP, Linear
-from gdtrain.runs.configuration import conf_directory
 from gdtrain.runs.run import run
 from gdtrain.runs.train import build
 from gdtrain.schedules import Constant, Cosine, ReduceOnPlateau
@@ -209,13 +208,6 @@ def test_the_last_update_is_validated_whatever_the_interval(tmp_path):
         )
         assert result.history.val["update"] == expected
         assert (tmp_path / str(epochs) / "checkpoints" / "best.ckpt").exists()
-
-
-def test_two_runs_of_fit_share_no_folder(tmp_path):
-    again = partial(gdtrain.fit, "linear", *IRIS, variant="gd", epochs=2, directory=tmp_path)
-    again()
-    with pytest.raises(ValueError, match="already holds a run"):
-        again()
 
 
 def test_a_second_fit_of_a_module_starts_its_counts_anew():
@@ -485,7 +477,7 @@ def test_one_switch_trains_in_float64(monkeypatch):
 @pytest.mark.parametrize("word", ["", "data.dtype=float64", "trainer.precision=64-true"])
 def test_one_switch_of_the_command_trains_in_float64(word):
     words = ["data=diabetes", "model=linear", "optimizer=gd", *filter(None, [word])]
-    data, module = build(composed(*words))
+    data, module = build(compose(words, None))
     dtype = torch.float64 if word else torch.float32
     assert {t.dtype for t in (*data.examples("train"), *module.parameters())} == {dtype}
 
@@ -493,7 +485,7 @@ def test_one_switch_of_the_command_trains_in_float64(word):
 def test_two_precisions_are_a_contradiction():
     words = ["data=iris", "data.dtype=float64", "trainer.precision=bf16-mixed"]
     with pytest.raises(ValueError, match=r"trainer.precision=bf16-mixed in another. Set one"):
-        build(composed(*words))
+        build(compose(words, None))
 
 
 def test_the_loss_of_the_command_decides_what_the_targets_are(tmp_path):
@@ -502,13 +494,8 @@ def test_the_loss_of_the_command_decides_what_the_targets_are(tmp_path):
     table.write_text("\n".join(["x,y", *rows]))
     words = ["data=csv", f"data.path={table}", "model=linear", "optimizer=gd"]
     for loss, classes in ((None, 3), ("cross_entropy", 3), ("squared_error", None)):
-        data, _ = build(composed(*words, *([f"loss={loss}"] if loss else [])))
+        data, _ = build(compose([*words, *([f"loss={loss}"] if loss else [])], None))
         assert data.num_classes == classes
-
-
-def composed(*words):
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        return compose("train", list(words))
 
 
 def test_what_the_target_is_stands_once_in_the_log_of_a_run(caplog):
