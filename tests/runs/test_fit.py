@@ -111,20 +111,6 @@ def test_schedule_is_evaluated_at_each_update():
     assert result.history.array("train", "update").tolist() == list(range(1, 22))
 
 
-def test_micro_batches_give_the_same_run():
-    weights = []
-    for micro in (None, 1, 5, 105):
-        seed_everything(0, verbose=False)
-        data = EmbeddedDataModule(
-            "iris", batch_size="full", micro_batch_size=micro, dtype="float64"
-        )
-        module = SupervisedModule(Linear((4,), 3).double(), CrossEntropy(), partial(SGD, lr=0.5))
-        train(module, data, max_epochs=20)
-        weights.append(module.model.linear.weight.detach().clone())
-    for other in weights[1:]:
-        assert torch.allclose(weights[0], other, rtol=1e-12, atol=1e-14)
-
-
 @cache
 def whole_run(batch_size):
     seen = examples_seen()
