@@ -85,11 +85,7 @@ class Loss(nn.Module):
         return all(name in vars(type(self)) for name in names)
 
     def outputs(self, num_classes: int | None, num_targets: int = 1) -> int:
-        """How many outputs the model needs.
-
-        Args:
-            num_classes: Of the data; None for regression.
-            num_targets: Columns of the targets in regression.
+        """How many outputs the model needs for so many classes, or columns of numbers (None).
 
         Raises:
             ValueError: The loss does not fit such targets.
@@ -193,12 +189,11 @@ class Loss(nn.Module):
 
     def _labels(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Class numbers (B,), int64, of targets whose shape and type leave no doubt."""
-        count = len(prediction)
-        outputs = 1 if self.task == "binary" else None
-        fits = prediction.ndim == 2 and prediction.shape[1] == (outputs or prediction.shape[1])
+        count, binary = len(prediction), self.task == "binary"
+        fits = prediction.ndim == 2 and not (binary and prediction.shape[1] != 1)
         if not fits or target.shape not in ((count,), (count, 1)):
             raise self._unfit(
-                f"predictions {'(B, 1)' if outputs else '(B, C)'} and class numbers (B,)",
+                f"predictions {'(B, 1)' if binary else '(B, C)'} and class numbers (B,)",
                 f"predictions {tuple(prediction.shape)}, targets {tuple(target.shape)}",
             )
         if target.is_floating_point() or target.is_complex():
@@ -346,9 +341,7 @@ class Huber(Loss):
         r = prediction - self._numbers(prediction, target)
         return (r.abs() <= self.delta).to(prediction)
 
-    def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
-        """½‖α‖² + ⟨α, y⟩ for |α_c| ≤ δ."""
-        return (0.5 * slope.square() + slope * self._numbers(slope, target)).sum(1)
+    conjugate = SquaredError.conjugate  # for |α_c| ≤ δ
 
 
 class CrossEntropy(Loss):
@@ -413,9 +406,7 @@ class OneHotSquaredError(Loss):
         """p − onehot(y)."""
         return prediction - self._one_hot(prediction, target)
 
-    def curvature(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """1."""
-        return torch.ones_like(prediction)
+    curvature = SquaredError.curvature
 
     def conjugate(self, slope: Tensor, target: Tensor) -> Tensor:
         """½‖α‖² + α_y."""

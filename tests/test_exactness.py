@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lightning import Trainer
 from torch import nn
 from torch.nn import functional as F
+from watched_runs import SILENT
 
 import gdtrain
 from gdtrain import SGD, SupervisedModule
@@ -26,8 +27,6 @@ from gdtrain.models import CNN, MLP, exact_batch_norm_
 from gdtrain.models.dropout import Dropout, drawing
 from gdtrain.objective import Objective, own_part
 from gdtrain.runs.run import run
-
-QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
 
 
 def problem(n=101, dropout=0.0, dtype=torch.float64):
@@ -341,7 +340,7 @@ def test_the_callback_recomputes_before_the_last_checkpoint(tmp_path):
     run(
         module,
         data,
-        trainer=partial(Trainer, max_epochs=2, **QUIET),
+        trainer=partial(Trainer, max_epochs=2, **SILENT),
         callbacks=[gdtrain.callbacks.BestAndLast, ExactBatchNorm(), LossCurves()],
         directory=tmp_path,
     )

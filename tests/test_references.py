@@ -8,6 +8,7 @@ import torch
 from lightning import Trainer
 from sklearn.datasets import load_breast_cancer, load_diabetes
 from sklearn.linear_model import LogisticRegression, SGDClassifier, SGDRegressor
+from watched_runs import QUIET
 
 from gdtrain import GD, SGD, SupervisedModule, minimize
 from gdtrain.data import ArrayDataModule, EmbeddedDataModule
@@ -37,15 +38,7 @@ def standardised(load):
 
 def lightning_fit(model, loss, optimizer, data, schedule=None, **limits):
     module = SupervisedModule(model, loss, optimizer, schedule)
-    trainer = Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **limits,
-    )
+    trainer = Trainer(limit_val_batches=0, **QUIET, **limits)
     trainer.fit(module, datamodule=data)
     return trainer
 
@@ -189,14 +182,6 @@ def test_the_limit_two_over_the_largest_curvature_divides_convergence_from_diver
     assert at.path[-1][2] == pytest.approx(1.0, rel=1e-12)
     above = minimize(bowl, start, lr=0.201, updates=500)
     assert above.path[-1][2] == pytest.approx(1.01**500, rel=1e-9)
-
-
-def test_convergence_stops_at_the_relative_gradient_norm():
-    found = minimize(lambda x: 50 * x.square().sum(), [1.0], lr=0.005, tolerance=1e-4)
-    # ∥∇f∥ = 100 · 2^−t, first below 1e-4 · 100 at t = 14
-    assert found.updates == 14
-    assert found.gradient_norm == pytest.approx(100 * 0.5**14)
-    assert found.stop.reason is StopReason.CONVERGED
 
 
 def test_a_start_at_the_minimum_makes_no_update():

@@ -11,8 +11,8 @@ from torch._C import _set_grad_enabled
 from torch._C._autograd import _profiler_enabled
 from torch.compiler import is_compiling
 from torch.optim import Optimizer
+from torch.optim.optimizer import _device_dtype_check_for_fused as check_fused
 from torch.optim.optimizer import (
-    _device_dtype_check_for_fused,
     _global_optimizer_post_hooks,
     _global_optimizer_pre_hooks,
     _use_grad_for_differentiable,
@@ -25,8 +25,6 @@ __all__ = [
     "mark_stepped",
     "with_hooks_if_there_are_any",
 ]
-
-check_fused = _device_dtype_check_for_fused
 
 
 def with_hooks_if_there_are_any(step: Callable[..., Any]) -> Any:

@@ -1,9 +1,4 @@
-"""The command line: `gdtrain`, `gdtrain-compare`, `gdtrain-evaluate`, …, and the scripts.
-
-Exit codes: 0, all went well; 2, the command was wrong, and nothing was trained; 3, the run diverged
-(or a number in it was not finite) and did not recover; 130, interrupted. A sweep of several runs
-ends with the highest.
-"""
+"""The command line: `gdtrain`, `gdtrain-compare`, …, and the scripts; --help tells exit codes."""
 
 from __future__ import annotations
 
@@ -39,8 +34,6 @@ def train_main() -> None:
 
 def compare_main() -> None:
     """Train contenders with several seeds, or read finished runs, and leave a report.
-
-    Ends the process with its exit code where something was wrong.
 
     Example:
         >>> import sys

@@ -302,8 +302,10 @@ def _train(job: _Job, config_dir: str | None) -> str:
         with open_dict(config):
             (config.callbacks or {}).pop("progress", None)
         # What a process loads once would else be in the seconds of its first run only.
+        few: Any = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
+        few.logger, few.ckpt_path, few.trainer.max_steps = {}, None, _WARM_UP
         with tempfile.TemporaryDirectory() as scratch, suppress(ConfigurationError):
-            train(_first_updates(config), Path(scratch) / "run")
+            train(few, Path(scratch) / "run")
         summary = train(config, job.folder).summary
     except Exception as error:  # of any kind: the other runs go on
         discard_empty(job.folder)
@@ -323,13 +325,6 @@ def _train(job: _Job, config_dir: str | None) -> str:
         flush=True,
     )
     return ""
-
-
-def _first_updates(config: DictConfig) -> DictConfig:
-    few = OmegaConf.create(OmegaConf.to_container(config, resolve=True))
-    few.logger, few.ckpt_path = {}, None
-    few.trainer.max_steps = _WARM_UP
-    return few  # type: ignore[return-value]
 
 
 def _told(

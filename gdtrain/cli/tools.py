@@ -178,7 +178,6 @@ def find_lr() -> None:
     """Look for a learning rate."""
     words = FIND_LR.read(sys.argv[1:])
     config, choices = composed(words.overrides, words.config_dir)
-    names = {name: str(choices[name]) for name in ("data", "model", "optimizer")}
     if "lr" in config.optimizer:
         config.optimizer.lr = 1.0  # what is looked for: not used, whatever it was
     if config.get("step_size"):
@@ -190,7 +189,7 @@ def find_lr() -> None:
     options = given(words.options)
     output = options.pop("output", None)
     time = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    name = "-".join(names.values())
+    name = "-".join(choices[group] for group in ("data", "model", "optimizer"))
     folder = Path(output) if output else Path("outputs") / "find_lr" / name / time
     from gdtrain.runs.tools import find_lr as run
 

@@ -136,9 +136,6 @@ def duality_gap(
             be owed to W and b; range [0, ∞).
         work: Passes over the N examples, after which no better α is looked for; range (0, ∞].
 
-    Returns:
-        P, D and their gap.
-
     Raises:
         NoCertificateError: The loss states no conjugate, or λ = 0.
         ValueError: λ_b, `work` or the shapes are out of range.

@@ -107,9 +107,6 @@ def resnet18(
         init: Initial weights, see `initialise_`; not "zeros".
         std: Standard deviation of init="gaussian".
 
-    Returns:
-        The module.
-
     Raises:
         ValueError: The input is no image, or init="zeros".
 

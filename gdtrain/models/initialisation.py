@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -26,7 +28,7 @@ def check_hidden_init(init: Init) -> None:
 
 @torch.no_grad()
 def initialise_(module: nn.Module, init: Init = "default", std: float = 0.01) -> nn.Module:
-    """Draw the weights of every linear and convolutional layer; set their biases to 0.
+    """Draw the weights of every linear and convolutional layer, set biases to 0; the module again.
 
         default     PyTorch's own: uniform in ±1/√fan_in, biases too (nothing is changed here)
         gaussian    N(0, std²)
@@ -39,9 +41,6 @@ def initialise_(module: nn.Module, init: Init = "default", std: float = 0.01) ->
         init: Which.
         std: Standard deviation of "gaussian", range (0, ∞).
 
-    Returns:
-        The module.
-
     Raises:
         ValueError: Unknown name, or std out of range.
 
@@ -53,24 +52,19 @@ def initialise_(module: nn.Module, init: Init = "default", std: float = 0.01) ->
     References:
         Glorot and Bengio, 2010 (xavier); He et al., 2015, arXiv 1502.01852 (kaiming).
     """
-    if init not in ("default", "gaussian", "kaiming", "xavier", "zeros"):
-        raise ValueError(
-            f"init must be one of default, gaussian, kaiming, xavier, zeros. Received: {init!r}."
-        )
+    draws: dict[str, Callable[[torch.Tensor], Any]] = {
+        "gaussian": partial(nn.init.normal_, std=std),
+        "kaiming": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+        "xavier": nn.init.xavier_normal_,
+        "zeros": nn.init.zeros_,
+    }
+    names = ("default", *draws)
+    if init not in names:
+        raise ValueError(f"init must be one of {', '.join(names)}. Received: {init!r}.")
     Interval(0, math.inf).check("std", std)
-    if init == "default":
-        return module
-    for layer in module.modules():
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            continue
-        if init == "gaussian":
-            nn.init.normal_(layer.weight, std=std)
-        elif init == "kaiming":
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        elif init == "xavier":
-            nn.init.xavier_normal_(layer.weight)
-        else:
-            nn.init.zeros_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
+    for layer in module.modules() if init != "default" else ():
+        if isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            draws[init](layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return module

@@ -67,10 +67,6 @@ class Contender:
         """A number, loss or metric of each run's summary, (R,); NaN where a run has none."""
         return np.array([run.number(key) for run in self.runs])
 
-    def noise_scales(self) -> Values:
-        """Gradient noise scale of each run, in examples, (R,); NaN where it was not measured."""
-        return np.array([run.noise_scale for run in self.runs])
-
     def updates_per_second(self) -> Values:
         """Of each run, (R,)."""
         return self.numbers("updates") / np.maximum(self.numbers("fit_seconds"), 1e-3)
@@ -171,9 +167,6 @@ def compare(
         runs: Finished runs on the same data.
         target: Training loss, finite; None: the best that the worst run reached, so that all do.
         names: Of the contenders, by a run's folder; None: what their settings differ in.
-
-    Returns:
-        The comparison.
 
     Raises:
         ValueError: Fewer than two contenders have a result, the data differ, or the target is not

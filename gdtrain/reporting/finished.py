@@ -65,10 +65,6 @@ class Curve:
         return {n: float(x[before] + part * (x[after] - x[before])) for n, x in places.items()}
 
 
-def _no_curve() -> Curve:
-    return Curve(*np.zeros((4, 0)))
-
-
 @dataclass
 class Run:
     """A finished run, read from its folder.
@@ -81,7 +77,7 @@ class Run:
     settings: dict[str, Any]
     summary: dict[str, Any]
     train: Curve
-    val: Curve = field(default_factory=_no_curve)
+    val: Curve = field(default_factory=lambda: Curve(*np.zeros((4, 0))))
 
     @property
     def variant(self) -> str:

@@ -56,7 +56,8 @@ def page(comparison: Comparison) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters["unbroken"] = _unbroken
+    # With word joiners, so that a range such as 1–2 is not broken between lines.
+    environment.filters["unbroken"] = lambda text: text.replace("–", "\u2060–\u2060")
     return environment.get_template("page.html").render(
         report=report,
         seeds=sorted({min(seeds), max(seeds)}),
@@ -65,11 +66,6 @@ def page(comparison: Comparison) -> str:
         target=rounded(comparison.target),
         made=[*comparison.made, report.versions()],
     )
-
-
-def _unbroken(text: str) -> str:
-    """With word joiners, so that a range such as 1–2 is not broken between lines."""
-    return text.replace("–", "\u2060–\u2060")
 
 
 def _chart(figure: Any, name: str, words: str) -> dict[str, str]:

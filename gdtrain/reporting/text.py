@@ -97,7 +97,8 @@ class Report:
             name, part = self.comparison.metric
             tag = f"metric/{name}/{part}"
             columns[f"{PARTS[part]} {name}"] = [c.numbers(tag) for c in usable]
-        columns["gradient noise scale"] = [c.noise_scales() for c in usable]
+        scales = [np.array([run.noise_scale for run in c.runs]) for c in usable]
+        columns["gradient noise scale"] = scales
         for name in ("validation loss", "gradient noise scale"):
             if not np.isfinite(np.concatenate(columns[name])).any():
                 del columns[name]

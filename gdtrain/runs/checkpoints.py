@@ -205,9 +205,7 @@ def _data_state(state: Mapping[str, Any]) -> dict[str, Any]:
     if not found or not isinstance(found[0]["preprocessing"], Mapping):
         raise ValueError("it holds no preprocessing: no gdtrain data module was trained on.")
     data = found[0]
-    shape, classes, columns = (
-        data.get(key) for key in ("input_shape", "num_classes", "num_targets")
-    )
+    shape, classes, columns = data["input_shape"], data["num_classes"], data["num_targets"]
     sizes = list(shape) if isinstance(shape, list | tuple) else [None]
     counts = [columns] if classes is None else [columns, classes]
     if not all(type(n) is int and n >= 1 for n in (*sizes, *counts)) or math.prod(sizes) > _LARGEST:  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ class Result:
         return predict(self.module, self.data.preprocessing, inputs)
 
     def save(self, path: str | Path) -> Path:
-        """Keep the model in one file, for `gdtrain.load` and for the commands.
+        """Keep the model in one file, for `gdtrain.load` and for the commands; returns the path.
 
         The file holds weights, how the model is built, loss, preprocessing, history, stop and
         summary: numbers and texts alone, no code. The examples are not in it, nor is the
@@ -106,9 +106,6 @@ class Result:
 
         Args:
             path: Of the file; one that is there is replaced.
-
-        Returns:
-            The path.
 
         Raises:
             ValueError: Something is not plain, such as labels that are dates. Nothing was written.
@@ -131,17 +128,20 @@ class Result:
         with complete(path) as new:
             with open(new, "wb") as file:
                 torch.save(content, file)
-            _check_plain(new)
+            try:
+                load_checkpoint(new)
+            except ValueError:
+                raise ValueError(
+                    "Only numbers, texts and tensors can be kept, and something is neither: "
+                    "labels, feature names, or buffers of the model. Train with labels that are "
+                    "texts or numbers."
+                ) from None
         return path
 
     def plot(self, by: Literal["update", "examples", "epoch", "seconds"] = "update") -> Any:
         """Training and validation loss; the band is the smallest and largest of an interval.
 
-        Args:
-            by: The horizontal axis.
-
-        Returns:
-            A matplotlib figure; `.savefig(path)` keeps it.
+        A matplotlib figure, whose horizontal axis is `by`; `.savefig(path)` keeps it.
         """
         from matplotlib.figure import Figure
 
@@ -176,16 +176,6 @@ def predict(module: SupervisedModule, preprocessing: Any, inputs: ArrayLike) -> 
             check_outputs(model, next(iter(x.split(1))))
         decided = [module.loss.decide(module(part.to(parameter.device))) for part in x.split(_PASS)]
     return preprocessing.answers(torch.cat(decided))
-
-
-def _check_plain(path: Path) -> None:
-    try:
-        load_checkpoint(path)
-    except ValueError:
-        raise ValueError(
-            "Only numbers, texts and tensors can be kept, and something is neither: labels, "
-            "feature names, or buffers of the model. Train with labels that are texts or numbers."
-        ) from None
 
 
 def summarise(

@@ -28,13 +28,6 @@ def test_it_compares_with_all_three_of_torch_and_with_both_kernels(tmp_path, cap
     assert "best of torch" in capsys.readouterr().out
 
 
-def test_an_unknown_row_is_refused(capsys):
-    with pytest.raises(SystemExit) as error:
-        optimizer_step.main(["--only", "nothing"])
-    assert error.value.code == 2
-    assert "many-momentum" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_all_contenders_make_the_same_updates(momentum, monkeypatch):
     seen = []

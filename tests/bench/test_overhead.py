@@ -36,10 +36,3 @@ def test_the_command_compares_equal_runs(tmp_path, capsys):
     assert all(row["ratio"] > 0 for row in rows)
     assert len(rows[0]["ours_repetitions"]) == 2
     assert "auto: digits" in capsys.readouterr().out
-
-
-def test_rows_and_variants_that_are_not_there_are_named():
-    for words in (["--only", "fast"], ["--variants", "gdx"], ["--models", "mpl"]):
-        with pytest.raises(SystemExit) as end:
-            overhead.main(words)
-        assert end.value.code == 2

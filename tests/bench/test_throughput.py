@@ -144,11 +144,6 @@ def test_mnist_files(tmp_path, packed):
     assert y.tolist() == [7, 2]
 
 
-def test_a_missing_mnist_is_told(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte"):
-        throughput.mnist(tmp_path)
-
-
 def test_synthetic_a9a_has_its_shape():
     x, y = throughput.synthetic_a9a(500)
     assert x.shape == (500, 123)

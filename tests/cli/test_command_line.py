@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 from pathlib import Path
 
@@ -83,16 +82,6 @@ def test_default_runs_reach_their_accuracy(tmp_path, words, tag, least):
 
 
 @pytest.mark.slow
-def test_three_variants_in_one_sweep_share_no_folder(tmp_path):
-    words = "-m optimizer=gd,sgd,minibatch seed=0,1 trainer.max_epochs=1"
-    done = command(tmp_path, "train", *words.split())
-    assert done.returncode == 0, done.stderr
-    runs = list(tmp_path.glob("outputs/*/*"))
-    assert len(runs) == 6
-    assert {summary_of(run)["variant"] for run in runs} == {"gd", "sgd", "minibatch"}
-
-
-@pytest.mark.slow
 def test_one_bad_job_does_not_end_the_others(tmp_path):
     words = "-m optimizer=sgd,minibatch data.batch_size=32 trainer.max_epochs=1"
     done = command(tmp_path, "train", *words.split())
@@ -111,50 +100,6 @@ def test_a_finished_folder_is_not_overwritten(tmp_path):
     assert again.returncode == 2
     assert "already holds a run" in again.stderr
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
-
-
-BAD = [
-    ("optimizer=sdg", "There is no optimizer=sdg. Did you mean sgd?"),
-    ("optimizr=sgd", "Unknown key optimizr. Did you mean optimizer?"),
-    ("optimizer.lrr=1", "Did you mean optimizer.lr?"),
-    ("trainer.max_epoch=3", "Did you mean trainer.max_epochs?"),
-    ("optimizer.lr=0", "optimizer.lr must be a number in (0, ∞)"),
-    ("optimizer.lr=nan", "Received: optimizer.lr=nan"),
-    ("optimizer.lr=fast", "Received: optimizer.lr=fast"),
-    ("optimizer.momentum=-1", "optimizer.momentum must be"),
-    ("optimizer.nesterov=maybe", "optimizer.nesterov must be true or false"),
-    ("data.batch_size=32", "Descent on batches, which many texts call SGD, is optimizer=minibatch"),
-    ("data.batch_size=0", "data.batch_size must be a whole number"),
-    ("data.micro_batch_size=2", "data.micro_batch_size must be at most"),
-    ("data.val_fraction=-1", "data.val_fraction must be"),
-    ("data=csv", "data.path has no default and must be set"),
-    ("data=csv data.path=nothing.csv", "data.path must name a file that exists"),
-    ("trainer.max_steps=0", "trainer.max_steps must be"),
-    ("seed=one", "seed must be"),
-    ("ckpt_path=nothing.ckpt", "ckpt_path must name a file that exists"),
-    ("experiment=nothing", "There is no experiment=nothing"),
-    ("-m optimizer=sgd,nothing", "There is no optimizer=nothing"),
-    ("model=null", "A group takes a choice, not null"),
-    ("~model", "model is missing"),
-    ("+lr=1", "Unknown key lr"),
-    ("schedule=one_cycle schedule.warmup=5", "Unknown key schedule.warmup."),
-    ("trainer.max_epochs=1.0", "trainer.max_epochs must be a whole number"),
-    ("trainer.max_epochs=null", "must bound the run"),
-    ("--config-dir=nowhere", "Received: --config-dir=nowhere"),
-    ("--config-name=mine", "--config-dir=FOLDER"),
-]
-
-
-@pytest.mark.parametrize(("words", "message"), BAD)
-def test_bad_input_ends_with_one_message_and_code_2(monkeypatch, tmp_path, words, message):
-    monkeypatch.delitem(sys.modules, "gdtrain.runs.train", raising=False)
-    done = command(tmp_path, "train", *words.split())
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.startswith("error")
-    assert done.stderr.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-    assert "gdtrain.runs.train" not in sys.modules  # which imports torch
 
 
 BAD_AT_BUILD = [
@@ -287,21 +232,6 @@ def test_a_table_of_ones_own_from_training_to_predictions(tmp_path):
     done = command(tmp_path, "predict", *words[:2], "output=other.csv")
     assert done.returncode == 2
     assert "lacks the feature 'b'" in done.stderr
-
-
-def test_a_checkpoint_cannot_call_what_it_likes(tmp_path):
-    data = {"_target_": "gdtrain.data.EmbeddedDataModule", "name": "digits"}
-    description = {"model": {"_target_": "pathlib.Path.unlink"}, "loss": None, "data": data}
-    torch.save({"state_dict": {}, "gdtrain": {"description": description}}, tmp_path / "evil.ckpt")
-    for words, message in (
-        (("ckpt_path=evil.ckpt",), "asks to call"),
-        ((), "ckpt_path=… is missing"),
-        (("ckpt=evil.ckpt",), "Did you mean ckpt_path?"),
-    ):
-        done = command(tmp_path, "evaluate", *words)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

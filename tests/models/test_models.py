@@ -174,11 +174,6 @@ def test_initial_weights_have_the_spread_of_their_scheme(make, init):
             assert layer.bias.abs().max() == 0
 
 
-def test_zeros_start_a_linear_model_at_zero():
-    model = Linear((4,), 3, init="zeros")
-    assert all(p.abs().max() == 0 for p in model.parameters())
-
-
 def test_initialise_leaves_norms_alone_and_returns_its_module():
     model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.LayerNorm(3))
     assert initialise_(model, "zeros") is model

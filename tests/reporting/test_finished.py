@@ -45,11 +45,6 @@ def test_a_few_easy_examples_are_no_loss(tmp_path):
     assert tiny.train.examples[0] == 4
 
 
-def test_full_batch_rows_stay_as_they_are(tmp_path):
-    run = read_run(leave_run(tmp_path / "run", "gd", falling(1, 30)))
-    assert run.train.losses == pytest.approx(np.array(falling(1, 30)), rel=1e-12)
-
-
 def test_rows_of_a_resumed_run_count_once_and_end_before_what_is_not_finite(tmp_path):
     folder = leave_run(tmp_path / "run", "gd", [4.0, 2.0, 1.0])
     with open(folder / "metrics.csv", "a") as file:

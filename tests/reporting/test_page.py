@@ -84,17 +84,6 @@ def test_the_page_needs_nothing_beside_it(two):
         assert f"Training loss against {clock}: gd from 1.01 at " in label
 
 
-@pytest.mark.usefixtures("_without_lines")
-def test_names_are_escaped_and_a_lost_run_is_named(two):
-    leave_run(two / "sgd-9", "sgd", [9.0], each=1, seed=9, reason="DIVERGED")
-    runs, _ = find_runs(two)
-    names = {run.folder: f"<b>{run.variant}</b> & co" for run in runs}
-    text = page(compare(runs, names=names))
-    assert "<b>" not in text
-    assert "&lt;b&gt;sgd&lt;/b&gt; &amp; co" in text
-    assert "seed 9: DIVERGED" in text
-
-
 def test_charts_have_titles_axes_and_units_and_do_without_colour(tmp_path):
     for i in range(6):
         settings = {"optimizer": {"lr": 0.1 * (i + 1)}}

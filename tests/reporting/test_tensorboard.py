@@ -15,8 +15,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from commands import SCRIPTS, command
+from hydra.core.hydra_config import HydraConfig
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gdtrain._compat.hydra import parse_override
+from gdtrain.cli.composition import compose
 from gdtrain.runs.checkpoints import find_checkpoint
 from gdtrain.runs.tools import landscape
 
@@ -240,21 +243,13 @@ def test_hyperparameters_stand_beside_the_final_metrics(answer):
     ],
 )
 def test_the_runs_of_a_sweep_have_telling_names(words, name):
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from gdtrain.runs.configuration import conf_directory
-
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        config = compose("train", [*words, "hydra.job.num=7"], return_hydra_config=True)
-        HydraConfig.instance().set_config(config)
-        folder = config.hydra.sweep.subdir
+    config = compose([*words, "hydra.job.num=7"], None, whole=True)
+    HydraConfig.instance().set_config(config)
+    folder = config.hydra.sweep.subdir
     assert folder.startswith(name)
     assert re.fullmatch(r"[\d_-]+-7", folder.removeprefix(name))
     assert not set(folder) & set(':=,*?"<>|\\ ')  # for Windows, and for ckpt_path=…
-    override = OverridesParser.create().parse_override(f"ckpt_path={folder}/last.ckpt")
-    assert override.value() == f"{folder}/last.ckpt"
+    assert parse_override(f"ckpt_path={folder}/last.ckpt").value() == f"{folder}/last.ckpt"
 
 
 @pytest.mark.slow

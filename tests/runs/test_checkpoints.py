@@ -17,6 +17,7 @@ from scipy.sparse import csr_array
 from sklearn.datasets import load_diabetes, load_iris
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from watched_runs import QUIET, SILENT
 
 import gdtrain
 from gdtrain import GD, SGD, SupervisedModule
@@ -33,17 +34,11 @@ from gdtrain.step_sizes import BarzilaiBorwein, ScheduleFree
 
 IRIS = load_iris(return_X_y=True)
 WORDS = np.array(["setosa", "versicolor", "virginica"])[IRIS[1]]
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 def trainer():
     """Lightning's, by itself, for one epoch."""
-    return Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    return Trainer(max_epochs=1, **QUIET)
 
 
 def copies(thing):
@@ -302,7 +297,7 @@ def test_a_run_of_built_objects_is_evaluated_where_its_data_have_a_name(tmp_path
         np.save(tmp_path / "table.npy", np.column_stack(IRIS))
         data = NPYDataModule(tmp_path / "table.npy", batch_size=20, val_fraction=0.2)
     module = SupervisedModule(MLP((4,), 3, hidden=[4]), CrossEntropy(), partial(SGD, lr=0.1))
-    result = run(module, data, trainer=partial(Trainer, max_epochs=2, **QUIET))
+    result = run(module, data, trainer=partial(Trainer, max_epochs=2, **SILENT))
     metrics = evaluate(result.save(tmp_path / "kept.pt"))
     assert metrics.keys() == {"loss/test", "metric/accuracy/test"}
     for tag, value in metrics.items():

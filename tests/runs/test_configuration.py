@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from sklearn.datasets import dump_svmlight_file
 
 from gdtrain import cli
+from gdtrain.cli.composition import compose
 from gdtrain.runs.configuration import check, conf_directory
 from gdtrain.runs.train import train
 
@@ -39,8 +39,7 @@ CHOICES = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"
 
 
 def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", list(overrides))
+    return compose(list(overrides), None)
 
 
 def trained(words, folder):

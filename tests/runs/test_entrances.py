@@ -18,6 +18,7 @@ from sklearn.datasets import dump_svmlight_file
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
+from watched_runs import SILENT
 
 import gdtrain
 from gdtrain import GD, SupervisedModule
@@ -176,9 +177,7 @@ def test_every_entrance_gives_the_answer_of_a_float64_loop(
         model = zero(data.input_shape, loss.outputs(data.num_classes, data.num_targets))
         module = SupervisedModule(model.to(data.dtype), loss, partial(GD, lr=RATE), CONSTANT)
         if entrance == "fit":
-            quiet = {"accelerator": "cpu", "enable_progress_bar": False,
-                     "enable_model_summary": False, "num_sanity_val_steps": 0}  # fmt: skip
-            run(module, data, trainer=partial(Trainer, max_epochs=UPDATES, **quiet))
+            run(module, data, trainer=partial(Trainer, max_epochs=UPDATES, **SILENT))
         else:
             pairs = list(data.evaluation_loader("train"))
             inputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))

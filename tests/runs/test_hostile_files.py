@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from scipy import sparse
 from torchvision.models import resnet18
 
@@ -33,6 +32,7 @@ import gdtrain
 from gdtrain import cli
 from gdtrain.analysis.trajectory import Snapshots
 from gdtrain.callbacks import BestAndLast
+from gdtrain.cli.composition import compose
 from gdtrain.data import LIBSVMDataModule, NPYDataModule
 from gdtrain.data.checkpoint_reading import load_checkpoint
 from gdtrain.data.files import read_features
@@ -41,7 +41,6 @@ from gdtrain.reporting.page import page
 from gdtrain.reporting.text import Report
 from gdtrain.runs import tools
 from gdtrain.runs.checkpoints import load_trained
-from gdtrain.runs.configuration import conf_directory
 from gdtrain.runs.descriptions import build_model
 from gdtrain.runs.train import train
 
@@ -54,9 +53,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile") / "run"
     words = ["data=iris", "model=mlp", "model.hidden=[4]", "optimizer=gd", "optimizer.lr=0.1"]
     words += ["trainer.max_epochs=3", "logger=csv", "instruments=off"]
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        config = compose("train", words)
-    train(config, folder)
+    train(compose(words, None), folder)
     return folder
 
 

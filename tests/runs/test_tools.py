@@ -5,13 +5,12 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from hydra import compose, initialize_config_dir
 from sklearn.datasets import load_iris
 
 import gdtrain
 from gdtrain import cli
+from gdtrain.cli.composition import compose
 from gdtrain.runs.checkpoints import load_trained
-from gdtrain.runs.configuration import conf_directory
 from gdtrain.runs.tools import evaluate, landscape, predict_file
 from gdtrain.runs.train import in_keys, train
 
@@ -30,8 +29,7 @@ def checkpoint(table, tmp_path_factory):
     table.to_csv(folder / "table.csv.gz", index=False)
     words = "optimizer=gd model=linear data=csv optimizer.lr=1.0 trainer.max_epochs=30 logger=none"
     words += f" instruments=off data.path={folder}/table.csv.gz"
-    with initialize_config_dir(str(conf_directory()), version_base="1.3"):
-        train(compose("train", words.split()), folder / "run")
+    train(compose(words.split(), None), folder / "run")
     return folder / "run" / "checkpoints" / "last.ckpt"
 
 
