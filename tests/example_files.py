@@ -1,9 +1,7 @@
 """Data modules that are set up, and the files that tests of the data write."""
 
 import gzip
-import io
 
-import torch
 from sklearn.datasets import dump_svmlight_file
 
 
@@ -11,14 +9,6 @@ def ready(data):
     """A data module after `setup`."""
     data.setup()
     return data
-
-
-def reloaded(state):
-    """What a checkpoint gives back of a state."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def write(path, content):

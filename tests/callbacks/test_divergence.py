@@ -13,6 +13,7 @@ from lightning import Trainer, seed_everything
 from sklearn.datasets import load_iris
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from watched_runs import SILENT
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule, fit
 from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
@@ -23,12 +24,6 @@ from gdtrain.models import MLP, Linear
 from gdtrain.runs.run import run
 from gdtrain.schedules import Constant, Cosine
 
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 OPTIMIZERS = {1: SGD, "full": GD}
 
 
@@ -48,7 +43,7 @@ def train(module, data, watch=None, folder=None, **arguments):
     return run(
         module,
         data,
-        trainer=partial(Trainer, **{"max_epochs": 3, **QUIET, **arguments}),
+        trainer=partial(Trainer, **{"max_epochs": 3, **SILENT, **arguments}),
         callbacks=[watch, LossCurves(), *([BestAndLast] if folder else [])],
         directory=folder,
     )
@@ -405,7 +400,7 @@ def test_a_plain_loader(monkeypatch, retained):
         module = SupervisedModule(MLP((4,), 2, hidden=[16]), CrossEntropy(), make_optimizer)
         watch = Divergence()
         options = {"max_epochs": 30, "logger": False, "enable_checkpointing": False}
-        trainer = Trainer(callbacks=[watch], log_every_n_steps=1, **options, **QUIET)
+        trainer = Trainer(callbacks=[watch], log_every_n_steps=1, **options, **SILENT)
         trainer.fit(module, loader, loader)
         return module, watch
 

@@ -7,7 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from example_files import ready, reloaded, write
+from example_files import ready, write
+from optimizers import through_a_file
 from sklearn.datasets import load_breast_cancer, load_iris
 from torchvision import datasets
 
@@ -74,7 +75,7 @@ def test_embedded_sets_are_known_and_split_by_class_and_their_state_loads(
         counts = [torch.bincount(data.examples(part)[1], minlength=len(classes)) for part in PARTS]
         for part in counts:
             assert (part - part.sum() / total * sum(counts)).abs().max() < 2
-    state = reloaded(data.state_dict())
+    state = through_a_file(data.state_dict())
     data.load_state_dict(state)
     assert Preprocessing.from_state_dict(state["preprocessing"]).classes == classes
 
@@ -247,7 +248,7 @@ def test_preprocessing_comes_back_from_plain_containers(make):
     state = learnt.state_dict()
     for value in state.values():
         assert value is None or isinstance(value, list | torch.Tensor)
-    other = Preprocessing.from_state_dict(reloaded(state))
+    other = Preprocessing.from_state_dict(through_a_file(state))
     before = x.copy()
     assert torch.equal(other.inputs(x, torch.float64), learnt.inputs(x, torch.float64))
     np.testing.assert_array_equal(x, before)  # the raw array is as it was

@@ -6,7 +6,8 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from example_files import ready, reloaded, write, write_libsvm
+from example_files import ready, write, write_libsvm
+from optimizers import through_a_file
 from scipy import sparse
 
 from gdtrain import fit
@@ -195,7 +196,7 @@ def test_another_number_of_features_is_refused():
 
 def test_the_state_loads_with_weights_only_and_an_older_one_is_taken():
     data = ready(ArrayDataModule(sparse.csr_array(dense()), labels(), **RAW))
-    state = reloaded(data.state_dict())
+    state = through_a_file(data.state_dict())
     data.load_state_dict(state)
     del state["preprocessing"]["first_feature"]
     data.load_state_dict(state)

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
-from watched_runs import StopAt, weights
+from watched_runs import SILENT, StopAt, weights
 
 import gdtrain
 from gdtrain import SGD, SupervisedModule
@@ -20,13 +20,6 @@ from gdtrain.models import MLP, Linear
 from gdtrain.objective import Objective
 from gdtrain.runs.run import run
 from gdtrain.schedules import Cosine
-
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 class Scaled(nn.Module):
@@ -57,7 +50,7 @@ def train(module, data, folder=None, checkpoint=None, callbacks=(), **arguments)
     return run(
         module,
         data,
-        trainer=partial(Trainer, **{"max_epochs": 3, **QUIET, **arguments}),
+        trainer=partial(Trainer, **{"max_epochs": 3, **SILENT, **arguments}),
         callbacks=[LossCurves(), *([BestAndLast] if folder else []), *callbacks],
         directory=folder,
         checkpoint=checkpoint,
@@ -116,7 +109,7 @@ def test_batches_of_another_loader_are_done_by_autograd():
     module, _ = make(engine="native")
     batches = [(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64))]
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
-    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **QUIET)
+    trainer = Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **SILENT)
     with pytest.raises(ValueError, match="engine=native needs the blocks of indices"):
         trainer.fit(module, loader, loader)
 

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.datasets import load_iris
 from torch import nn
+from watched_runs import SILENT
 
 import gdtrain
 from gdtrain import SGD, MiniBatchSGD, SupervisedModule
@@ -36,13 +37,6 @@ from gdtrain.schedules import (
     WarmupStableDecay,
 )
 from gdtrain.step_sizes import DoG, DoWG, ScheduleFree, StochasticPolyak
-
-QUIET = {
-    "accelerator": "cpu",
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 class Stop(Callback):
@@ -117,7 +111,7 @@ def start(
     return run(
         module,
         data,
-        trainer=partial(Trainer, **{"max_epochs": 2, **QUIET, **(trainer or {})}),
+        trainer=partial(Trainer, **{"max_epochs": 2, **SILENT, **(trainer or {})}),
         callbacks=[*usual, LossCurves(points), *([BestAndLast] if folder else []), *callbacks],
         loggers=loggers,
         directory=folder,
@@ -351,7 +345,7 @@ def test_lightnings_own_resume_compares_too(checkpoints):
         seed_everything(0, verbose=False)
         module = SupervisedModule(mlp()(), CrossEntropy(), sgd(momentum=momentum), Cosine())
         callbacks = [Divergence(), CONVERGENCE(), EARLY(), LossCurves()]
-        rest = {"logger": False, "enable_checkpointing": False, **QUIET}
+        rest = {"logger": False, "enable_checkpointing": False, **SILENT}
         trainer = Trainer(max_epochs=epochs, callbacks=callbacks, **rest)
         data = EmbeddedDataModule("iris", batch_size=20, **options)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoints("usual"))
@@ -368,7 +362,7 @@ def test_lightnings_own_resume_compares_too(checkpoints):
 def test_layers_that_draw_or_normalise_by_process_bind_the_number_of_processes():
     for model, bound in ((nn.Dropout(0.5), True), (nn.BatchNorm1d(3), True), (nn.ReLU(), False)):
         module = SupervisedModule(nn.Sequential(nn.Linear(3, 3), model), CrossEntropy(), SGD)
-        trainer = Trainer(logger=False, enable_checkpointing=False, max_epochs=1, **QUIET)
+        trainer = Trainer(logger=False, enable_checkpointing=False, max_epochs=1, **SILENT)
         assert ("trainer.devices" in settings(module, trainer)) == bound
 
 
