@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gdtrain.descent.engine_choice import EngineChoice
 from gdtrain.descent.plan import Plan
 from gdtrain.descent.preparation import (
     check_examples,
@@ -29,14 +29,14 @@ from gdtrain.descent.race import race
 from gdtrain.descent.recovery import Guard, Watched
 from gdtrain.descent.state import State
 from gdtrain.descent.trial import Snapshot, trial
-from gdtrain.engines import EngineName
+from gdtrain.engines import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective
 from gdtrain.optim.protocol import step_size_of
 from gdtrain.schedules import ReduceOnPlateau, Schedule
 from gdtrain.step_sizes import StepSize, StochasticPolyak
 
-__all__ = ["Loop", "SweepOutput"]
+__all__ = ["Loop", "SweepOutput", "check_engine"]
 
 _log = logging.getLogger("gdtrain")
 
@@ -61,6 +61,90 @@ class SweepOutput:
     def updates(self) -> int:
         """K."""
         return len(self.losses)
+
+
+def check_engine(name: str) -> None:
+    """Raise where there is no such engine, and it is not "auto"."""
+    if name not in ("auto", *ENGINES):
+        raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}. Received: {name!r}.")
+
+
+class EngineChoice:
+    """Makes updates with an engine that is chosen at the first of them, and named in the state.
+
+    Without an objective of the run, each sweep has its own, and eager makes its updates.
+    """
+
+    def __init__(
+        self, objective: Objective | None, optimizer: Optimizer, wanted: EngineName, state: State
+    ) -> None:
+        check_engine(wanted)
+        self.objective, self.optimizer = objective, optimizer
+        self.wanted, self.state = wanted, state
+        self.reason = ""
+        self.rates = torch.zeros(0, dtype=torch.float64)
+        """(K,): η of the first group at each of the updates that were made last."""
+        self._engine: Engine | None = None
+        if state.engine_before is None:
+            state.engine = "eager"  # until one is chosen
+
+    @property
+    def evaluations(self) -> int:
+        """How often a rule has looked at J or its gradient elsewhere, by the engine in use."""
+        return 0 if self._engine is None else self._engine.evaluations
+
+    def choose_again(self) -> None:
+        """Before the next update, for parameters or groups have changed."""
+        self._engine, self.state.engine = None, "eager"
+
+    def run(self, objective: Objective, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
+        """Make K updates, on indices (K, B) with the schedule's factors (K,), float64.
+
+        `draw` names the random numbers of the first. Returned is (K,), J on each update's examples
+        before it.
+        """
+        if objective is not self.objective:  # of one batch
+            return self._run_on(Eager(objective, self.optimizer), indices, factors, draw)
+        if self._engine is None:
+            self._engine = self._choose(objective)
+        try:
+            return self._run_on(self._engine, indices, factors, draw)
+        except NotApplicableError as error:  # found out only by trying, as a compiler does
+            if self.wanted != "auto":
+                raise ValueError(
+                    f"engine={self.wanted} does not apply: {error}. Use engine=auto, which "
+                    f"takes the fastest that does."
+                ) from error
+            self.reason = f"not {self._engine.name}: {error}"
+            warnings.warn(
+                f"The {self._engine.name} engine does not apply, and eager goes on: {error}",
+                stacklevel=2,
+            )
+            self._engine = Eager(objective, self.optimizer)
+            return self._run_on(self._engine, indices, factors, draw)
+
+    def _run_on(self, engine: Engine, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
+        losses = engine(indices, factors, draw)
+        self.rates, self.state.engine = engine.rates, engine.name
+        return losses
+
+    def _choose(self, objective: Objective) -> Engine:
+        before, self.state.engine_before = self.state.engine_before, None
+        if self.wanted == "auto" and before is not None:
+            # A resumed run goes on with the engine that it had, so that it is the same run.
+            try:
+                engine, _ = choose(before, objective, self.optimizer)  # type: ignore[arg-type]
+                self.reason = "as before"
+                return engine
+            except ValueError as error:
+                warnings.warn(
+                    f"The run goes on equal to rounding, not bit for bit: {error}", stacklevel=2
+                )
+        planned = self.state.total_updates
+        engine, self.reason = choose(self.wanted, objective, self.optimizer, planned)
+        if objective.rank == 0:
+            _log.info("engine: %s (%s)", engine.name, self.reason)
+        return engine
 
 
 class Average:
@@ -112,14 +196,10 @@ class Loop:
 
         for each sweep of the plan:  engine: K times  g = ∇J(θ; B examples), θ ← rule(θ, g, η)
 
-    It owns the state: only here are updates made and counted. Between two sweeps anybody may freeze
-    or free parameters, add groups to the optimizer or set a group's "lr": the next has what they
-    set. A guard sees each sweep first: where the run has failed, it sets it back or ends it.
-
-    Without an objective, each sweep comes with its own, of `model`; without a plan, each sweep's
-    indices are handed to `advance`. The groups of the optimizer have "initial_lr", as
-    `make_optimizer` sets it; with `races`, η is found by a race, where the rule is
-    `StochasticPolyak`. The plan's seed names the random numbers of gdtrain's layers, too.
+    Only here are updates made and counted. Without an objective, each sweep comes with its own, of
+    `model`; without a plan, each sweep's indices are handed to `advance`. The groups of the
+    optimizer have "initial_lr", as `make_optimizer` sets it; with `races`, a race finds η, where
+    the rule is `StochasticPolyak`. The plan's seed names the random numbers of gdtrain's layers.
     """
 
     def __init__(
@@ -345,9 +425,8 @@ class Loop:
     def follow_changes(self) -> None:
         """Go on with what somebody has changed since the last sweep.
 
-        Parameters that were frozen are left alone, those that were freed are trained. A group that
-        was added, or whose "lr" was set, has that η at the next update, and is scheduled from there
-        on in proportion. Called before each sweep; once more changes nothing.
+        Frozen parameters are left alone, freed ones trained. A group that was added, or whose "lr"
+        was set, has that η at the next update, and is scheduled from there on in proportion.
         """
         groups = self.optimizer.param_groups
         factor = float(self.rate_factors(self.updates, 1))

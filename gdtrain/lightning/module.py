@@ -23,10 +23,15 @@ from gdtrain._compat.torch_optimizer import mark_stepped
 from gdtrain.data import DatasetDataModule
 from gdtrain.data.loader import IndexLoader, PairLoader
 from gdtrain.data.module import DataModule
-from gdtrain.descent.engine_choice import check_engine
-from gdtrain.descent.loop import Loop
-from gdtrain.descent.optimizer import automatic_schedule, check_step_size, make_optimizer
-from gdtrain.descent.preparation import check_examples, resident_objective, single_example
+from gdtrain.descent.loop import Loop, check_engine
+from gdtrain.descent.preparation import (
+    automatic_schedule,
+    check_examples,
+    check_step_size,
+    make_optimizer,
+    resident_objective,
+    single_example,
+)
 from gdtrain.descent.state import State
 from gdtrain.engines import EngineName
 from gdtrain.lightning.evaluation import compute_metrics
@@ -59,17 +64,13 @@ _PASS = 1024  # examples, of a pass that renews the statistics of BatchNorm
 class SupervisedModule(RunView):
     """Trains any `nn.Module` on inputs and targets, with exact counts of updates and examples.
 
-    A Lightning step makes K whole updates, and `trainer.global_step` counts updates. Batches may be
+    A Lightning step makes K whole updates, and `trainer.global_step` counts updates. A batch is a
+    block of indices (K, B) from a gdtrain data module, whose examples stay resident, or a pair
+    (inputs, targets), from `DatasetDataModule` or any other loader: one update.
 
-    - a block of indices (K, B) from a gdtrain data module, whose examples stay resident;
-    - a pair (inputs, targets), from `DatasetDataModule` or any other loader: one update.
-
-    Between two steps, callbacks may freeze or free parameters, add groups to the optimizer
-    (`BaseFinetuning`), set a group's "lr", or bring a scheduler (`StochasticWeightAveraging`): the
-    next update has what they set.
-
-    It logs `loss/val`, `metric/<name>/val` and those of "test" for callbacks;
-    `gdtrain.callbacks.LossCurves` writes them, with the training loss, to the loggers.
+    Between two steps, callbacks may freeze or free parameters, add groups to the optimizer, set a
+    group's "lr", or bring a scheduler: the next update has what they set. It logs `loss/val`,
+    `metric/<name>/val` and those of "test" for callbacks; `LossCurves` writes them to the loggers.
 
     Args:
         model: (B, …) to (B, C); a tuple whose first entry that is, or a mapping with it as

@@ -22,7 +22,7 @@ from gdtrain.descent.race import Race
 from gdtrain.descent.recovery import Guard
 from gdtrain.descent.state import State
 from gdtrain.descent.stopping import Stop
-from gdtrain.lightning.description import describe_run
+from gdtrain.lightning.description import describe, describe_data
 from gdtrain.lightning.evaluation import EvaluatedModule
 from gdtrain.lightning.resuming import check_resumes, settings
 from gdtrain.losses import Loss
@@ -120,11 +120,8 @@ class RunView(EvaluatedModule):
 
     @property
     def validation_is_planned(self) -> bool:
-        """Whether the validation at hand belongs to the run, or only to its interruption.
-
-        Lightning validates once more where a run is stopped between two planned validations. What
-        depends on validations (a plateau schedule, the history, the best checkpoint) leaves that
-        one out, so that the resumed run is the same run.
+        """Whether the validation at hand belongs to the run: Lightning validates once more where it
+        is stopped between two planned ones, which a resumed run does not have.
         """
         planned = self.total_updates, self.next_validation(self.updates - 1)
         return self.plan is None or self.updates in planned
@@ -176,7 +173,12 @@ class RunView(EvaluatedModule):
 
         `make` is the function that has made the model, `sizes` what it was called with.
         """
-        return describe_run(self.model, self.loss, data, make, sizes)
+        model, loss = self.model, self.loss
+        return {
+            "model": describe(model, make, sizes) or {"own": type(model).__qualname__},
+            "loss": describe(loss) or {"own": type(loss).__qualname__},
+            "data": describe_data(data),
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the next update depends on beside parameters and optimizer."""

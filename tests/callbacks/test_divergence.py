@@ -13,6 +13,7 @@ from lightning import Trainer, seed_everything
 from sklearn.datasets import load_iris
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from watched_runs import weights
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule, fit
 from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
@@ -52,10 +53,6 @@ def train(module, data, watch=None, folder=None, **arguments):
         callbacks=[watch, LossCurves(), *([BestAndLast] if folder else [])],
         directory=folder,
     )
-
-
-def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
 
 
 def causes(watch):
