@@ -52,11 +52,7 @@ class Minimum:
     path_updates: NDArray[np.int64]
 
     def plot(self) -> Any:
-        """f against updates, and for one or two variables the path.
-
-        Returns:
-            A matplotlib figure; `.savefig(path)` keeps it.
-        """
+        """A matplotlib figure of f against updates, and for one or two variables of the path."""
         from matplotlib.figure import Figure
 
         points = self.path.reshape(len(self.path), -1).view(np.float64)  # Re x, Im x where complex
