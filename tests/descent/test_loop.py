@@ -37,18 +37,16 @@ def parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def made(batch_size=8, engine="auto", updates=50, model=None, lr=0.05, momentum=0.9, **options):
+def made(batch_size=8, engine="auto", updates=50, model=None, **options):
     torch.manual_seed(0)
     options = {"updates_per_sweep": 10, **options}
     model = MLP((4,), 2, hidden=[6]) if model is None else model()
-    factory = partial(OPTIMIZERS[batch_size], lr=lr, momentum=momentum)
-    if "step_size" in options:
-        factory = partial(OPTIMIZERS[batch_size])
+    rate = {} if "step_size" in options else {"lr": 0.05, "momentum": 0.9}
     return make_loop(
         model,
         CrossEntropy(),
         *examples(),
-        factory,
+        partial(OPTIMIZERS[batch_size], **rate),
         batch_size=batch_size,
         engine=engine,
         updates=updates,
