@@ -233,9 +233,16 @@ class Objective:
     def hessian_vector(self, indices: Tensor, v: Sequence[Tensor], draw: int = 0) -> list[Tensor]:
         """∇²J v, exactly: the gradient of ⟨∇J, v⟩; zeros where ∇J does not depend on a parameter.
 
-        v has a tensor for each of `params`, of its shape, and so has the result. In training mode,
-        BatchNorm's Hessian is that of batch statistics, and dropout's that of the masks of `draw`.
-        Buffers, `.grad` and generators stay as they are.
+        In training mode, BatchNorm's Hessian is that of batch statistics, and dropout's that of the
+        masks of `draw`. Buffers, `.grad` and generators stay as they are.
+
+        Args:
+            indices: (B,), int64.
+            v: A tensor for each of `params`, of its shape; and so is the result.
+            draw: Names the random numbers.
+
+        Raises:
+            ValueError: A part of the model cannot be differentiated twice.
         """
         return self._times_hessian(v, indices, draw, None)
 
@@ -264,6 +271,9 @@ class Objective:
         Examples of a pass are differentiated side by side by `torch.func.vmap` where the model lets
         it, and one after the other where not (a warning says so). Buffers, `.grad` and generators
         stay as they are.
+
+        Raises:
+            ValueError: BatchNorm in training mode mixes the examples.
         """
         modules = [m for m in self.model.modules() if m.training]
         if any(isinstance(m, BATCH_NORMS) for m in modules):
