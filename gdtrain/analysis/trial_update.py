@@ -22,7 +22,7 @@ from gdtrain.engines import Eager
 from gdtrain.generators import seed_all
 from gdtrain.objective import Objective, untouched
 
-__all__ = ["TrialUpdate", "is_full_batch"]
+__all__ = ["TrialUpdate"]
 
 _PASS = 32  # examples that a pass over others than the batch has, where B is smaller
 
@@ -123,11 +123,6 @@ class TrialUpdate:
                 following = own.value_and_grad(indices, draw + 1)[1]
         assert own.first is not None
         return own.first, step, following
-
-
-def is_full_batch(plan: IndexLoader) -> bool:
-    """Whether each update averages all N examples."""
-    return plan.batch_size == plan.num_examples and plan.sampling != "replacement"
 
 
 class _Recording(Objective):

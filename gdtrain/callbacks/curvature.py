@@ -15,7 +15,6 @@ from gdtrain.analysis.curvature import (
     limit_of,
     sharpness,
 )
-from gdtrain.analysis.trial_update import is_full_batch
 from gdtrain.callbacks.instrument import log_described
 from gdtrain.data.loader import IndexLoader
 from gdtrain.descent.work import FREE, Places, Work
@@ -141,7 +140,7 @@ class Curvature(Callback):
             return False
         if self.every is not None:
             return True
-        if is_full_batch(plan):
+        if plan.is_full_batch:
             size, expected = self.examples or plan.num_examples, _EXPECTED
         else:
             size, expected = plan.batch_size, _BATCHES
@@ -156,7 +155,7 @@ class Curvature(Callback):
         update, objective, plan = self._module.updates, self._module.objective, self._loader
         options: dict[str, Any] = {"optimizer": trainer.optimizers[0], "draw": update}
         try:
-            if is_full_batch(plan):
+            if plan.is_full_batch:
                 found = sharpness(objective, self.examples, tolerance=_TOLERANCE, **options)
                 limit = limit_of(found, trainer.optimizers[0])
                 values = {"curvature/sharpness": found.value}

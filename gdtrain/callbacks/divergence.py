@@ -35,27 +35,21 @@ class Divergence(Callback):
       twice it at a fall as 1/t;
     - the last was made, and the loss is above 1.5 times the start's.
 
-    Losses are read at stations alone, whose update numbers are fixed before training (at most 2¹⁶
-    examples apart on CPU), and at validations; batches from a loader of pairs at every update. All
-    is decided there, inside the loop (`gdtrain.analysis.guard`), before any callback sees the
-    sweep. Looks are at the stations at which 16, 32, 64, … updates were made, on a fixed probe of
-    at most 256 training examples, and only where the training loss is not below the start's, or
-    falls no more and the units are dead. The start's loss is that of the probe before the first
-    update (but at least a tenth of that of predicting 0).
-
-    At a station that shows a failure the updates are made again from a state that was kept, up to
-    the one that failed, which is examined: inputs, targets, parameters, losses and gradient.
+    Losses are read, and all is decided, at stations, whose update numbers are fixed before training
+    (at most 2¹⁶ examples apart on CPU), and at validations; with a loader of pairs at every update.
+    Looks are at the stations at which 16, 32, 64, … updates were made, on a fixed probe of at most
+    256 training examples, and only where the training loss is not below the start's, or falls no
+    more and the units are dead. The start's loss is that of the probe before the first update (but
+    at least a tenth of that of predicting 0). After a failure the updates are made again from a
+    state that was kept, up to the one that failed, which is examined.
 
     With action="recover" parameters, the optimizer's state and the generators go back to the
     station from which on the mean loss (of 64 updates, and 256 examples, at least) was lowest so
     far. η is cut to a tenth, by `SupervisedModule.rate_cut`, a factor beside the schedule's. The
     update number goes on: the updates up to the station at hand are spent. What no step size can
     help (a NaN in the data) ends the run at once. Where a callback freezes or frees parameters, or
-    adds groups to the optimizer, what came before is no state to go back to.
-
-    State in checkpoints: what was seen so far, the losses since the last station and, for models
-    with up to about a million parameters, the states to go back to; larger ones go back to where
-    they were resumed, at most.
+    adds groups to the optimizer, what came before is no state to go back to. Checkpoints hold the
+    states to go back to for models with up to about a million parameters.
 
     Args:
         action: "recover", or "stop": the run ends, with the last good state.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gdtrain._compat.torch_modules import BATCH_NORMS
 from gdtrain.analysis.gradients import NoiseEstimate, NoiseScale, gram, noise, noise_scale
-from gdtrain.analysis.trial_update import TrialUpdate, is_full_batch
+from gdtrain.analysis.trial_update import TrialUpdate
 from gdtrain.callbacks.instrument import Instrument
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
@@ -106,7 +106,7 @@ class GradientNoise(Instrument):
         self._estimates = [*self._estimates, found][-_AVERAGED:]
         scale = noise_scale(self._estimates)
         values = {"noise/variance": found.variance, "noise/gradient_square": found.square}
-        if not is_full_batch(update.plan) and scale.variance > 0:
+        if not update.plan.is_full_batch and scale.variance > 0:
             ratio = scale.square * update.plan.batch_size / scale.variance
             values["noise/signal_to_noise"] = max(ratio, 0.0)
         for tag, number in (("", scale.value), ("_low", scale.low), ("_high", scale.high)):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, NAdam, RAdam, RMSprop
 
 from gdtrain.analysis.gradients import StepTrial, StepVerdict, dot, judge
-from gdtrain.analysis.trial_update import TrialUpdate, is_full_batch
+from gdtrain.analysis.trial_update import TrialUpdate
 from gdtrain.callbacks.instrument import Instrument
 from gdtrain.data.loader import IndexLoader
 from gdtrain.data.order import Order
@@ -87,7 +87,7 @@ class StepTest(Instrument):
         if loader.batch_size < loader.num_examples and left < _FEWEST:
             return f"there must be {_FEWEST} examples beside a batch (received: {left})."
         expected = min(self.probe, loader.num_examples) * left / loader.num_examples
-        if not is_full_batch(loader) and expected < _FEWEST:
+        if not loader.is_full_batch and expected < _FEWEST:
             return (
                 f"of {self.probe} probe examples about {expected:.0f} are not in a batch, and "
                 f"there must be {_FEWEST}: a larger probe helps."
@@ -96,7 +96,7 @@ class StepTest(Instrument):
 
     def passes(self, loader: IndexLoader) -> list[int]:
         """The probe, at both ends."""
-        return [loader.num_examples if is_full_batch(loader) else self.probe] * 2
+        return [loader.num_examples if loader.is_full_batch else self.probe] * 2
 
     def measure(self, update: TrialUpdate) -> dict[str, float]:
         """The parabola of this step, and the distribution of the last ones."""
@@ -122,7 +122,7 @@ class StepTest(Instrument):
         return values
 
     def _rows(self, update: TrialUpdate) -> Tensor:
-        if is_full_batch(update.plan):
+        if update.plan.is_full_batch:
             return update.indices
         many = update.plan.num_examples
         drawn = Order(many, (_SEED + update.plan.seed,))(0, min(self.probe, many))

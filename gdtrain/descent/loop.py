@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gdtrain.descent.engine_choice import EngineChoice
 from gdtrain.descent.plan import Plan
 from gdtrain.descent.preparation import (
     check_examples,
@@ -25,24 +26,88 @@ from gdtrain.descent.preparation import (
     single_example,
     use_channels_last,
 )
-from gdtrain.descent.race import race
+from gdtrain.descent.race import Race, race
 from gdtrain.descent.recovery import Guard, Watched
-from gdtrain.descent.state import State
+from gdtrain.descent.stopping import Stop
 from gdtrain.descent.trial import Snapshot, trial
-from gdtrain.engines import EngineName
+from gdtrain.engines import ENGINES, Eager, Engine, EngineName, NotApplicableError, choose
+from gdtrain.generators import RandomStates
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective
 from gdtrain.optim.protocol import step_size_of
-from gdtrain.schedules import ReduceOnPlateau, Schedule
+from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule
 from gdtrain.step_sizes import StepSize, StochasticPolyak
 
-__all__ = ["Loop", "SweepOutput"]
+__all__ = ["Loop", "State", "SweepOutput", "check_engine"]
 
 _log = logging.getLogger("gdtrain")
 
 _SWEEP_SECONDS = 0.1  # of automatic length: what surrounds a sweep then costs below 1%
 _MOST_UPDATES = 2**16  # in such a sweep
+_ENDLESS = 2**62  # updates of a run without a planned end
 _SCHEDULED = "scheduled_lr"  # of a group: its "lr" as the schedule left it
+
+
+@dataclass
+class State:
+    """Where a run stands, and what is planned. Only the loop counts here; a checkpoint holds it."""
+
+    schedule: Schedule = field(default_factory=Constant)  # a plateau schedule has its own state
+    total_updates: int | None = None  # T; None: no end is planned
+    updates_per_epoch: int = 1
+    updates: int = 0  # made so far
+    examples_seen: int = 0  # in these updates
+    rate_cut: float = 1.0  # a factor on η beside the schedule's, by recoveries from divergence
+    race: Race | None = None  # what found η; None: none was held
+    micro_batch_size: int | None = None  # M; None: a whole batch, or not known yet
+    engine: str = "eager"  # that made the last updates
+    engine_before: str | None = None  # of the run that is resumed, until an engine is chosen
+    random: RandomStates | None = None  # of the run that is resumed, until it goes on
+    stop: Stop | None = None  # why the run ends before T; not part of its state in a checkpoint
+
+    def rate_factors(self, first: int, count: int) -> Tensor:
+        """(K,), float64: the schedule's factors for K updates from `first` on, times `rate_cut`."""
+        total = _ENDLESS if self.total_updates is None else max(self.total_updates, 1)
+        updates = torch.from_numpy(np.arange(first, first + count, dtype=np.float64))
+        made = self.schedule(updates, total, self.updates_per_epoch)
+        return made if self.rate_cut == 1.0 else made * self.rate_cut
+
+    def check_end(self) -> None:
+        """Raise where no end is planned, and η depends on one."""
+        if self.total_updates is not None:
+            return
+        updates = (2.0 ** torch.arange(-1, 40, dtype=torch.float64)).floor()
+        size = self.updates_per_epoch
+        if not torch.equal(*(self.schedule(updates, total, size) for total in (2**20, 2**30))):
+            raise ValueError(
+                f"{self.schedule!r} is a function of the planned updates. Received: max_epochs=-1 "
+                f"and max_steps=-1, which plan no end. Set one of them, or take schedule=constant."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors, for a checkpoint; with all generators as they are now."""
+        plateau = isinstance(self.schedule, ReduceOnPlateau)
+        return {
+            "updates": self.updates,
+            "examples_seen": self.examples_seen,
+            "rate_cut": self.rate_cut,
+            "race": None if self.race is None else asdict(self.race),
+            "random_state": RandomStates.now().state_dict(),
+            "micro_batch_size": self.micro_batch_size,
+            "engine": self.engine_before or self.engine,
+            "schedule": self.schedule.state_dict() if plateau else None,  # type: ignore[attr-defined]
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; further keys do not matter."""
+        self.updates, self.examples_seen = state["updates"], state["examples_seen"]
+        self.rate_cut = state.get("rate_cut", 1.0)
+        self.race = None if state.get("race") is None else Race(**state["race"])
+        self.random = RandomStates.from_state_dict(state["random_state"])
+        self.micro_batch_size = state["micro_batch_size"]
+        self.engine = self.engine_before = state["engine"]
+        if isinstance(self.schedule, ReduceOnPlateau) and state["schedule"] is not None:
+            self.schedule.load_state_dict(state["schedule"])
 
 
 @dataclass(frozen=True)
@@ -61,6 +126,90 @@ class SweepOutput:
     def updates(self) -> int:
         """K."""
         return len(self.losses)
+
+
+def check_engine(name: str) -> None:
+    """Raise where there is no such engine, and it is not "auto"."""
+    if name not in ("auto", *ENGINES):
+        raise ValueError(f"engine must be one of auto, {', '.join(ENGINES)}. Received: {name!r}.")
+
+
+class EngineChoice:
+    """Makes updates with an engine that is chosen at the first of them, and named in the state.
+
+    Without an objective of the run, each sweep has its own, and eager makes its updates.
+    """
+
+    def __init__(
+        self, objective: Objective | None, optimizer: Optimizer, wanted: EngineName, state: State
+    ) -> None:
+        check_engine(wanted)
+        self.objective, self.optimizer = objective, optimizer
+        self.wanted, self.state = wanted, state
+        self.reason = ""
+        self.rates = torch.zeros(0, dtype=torch.float64)
+        """(K,): η of the first group at each of the updates that were made last."""
+        self._engine: Engine | None = None
+        if state.engine_before is None:
+            state.engine = "eager"  # until one is chosen
+
+    @property
+    def evaluations(self) -> int:
+        """How often a rule has looked at J or its gradient elsewhere, by the engine in use."""
+        return 0 if self._engine is None else self._engine.evaluations
+
+    def choose_again(self) -> None:
+        """Before the next update, for parameters or groups have changed."""
+        self._engine, self.state.engine = None, "eager"
+
+    def run(self, objective: Objective, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
+        """Make K updates, on indices (K, B) with the schedule's factors (K,), float64.
+
+        `draw` names the random numbers of the first. Returned is (K,), J on each update's examples
+        before it.
+        """
+        if objective is not self.objective:  # of one batch
+            return self._run_on(Eager(objective, self.optimizer), indices, factors, draw)
+        if self._engine is None:
+            self._engine = self._choose(objective)
+        try:
+            return self._run_on(self._engine, indices, factors, draw)
+        except NotApplicableError as error:  # found out only by trying, as a compiler does
+            if self.wanted != "auto":
+                raise ValueError(
+                    f"engine={self.wanted} does not apply: {error}. Use engine=auto, which "
+                    f"takes the fastest that does."
+                ) from error
+            self.reason = f"not {self._engine.name}: {error}"
+            warnings.warn(
+                f"The {self._engine.name} engine does not apply, and eager goes on: {error}",
+                stacklevel=2,
+            )
+            self._engine = Eager(objective, self.optimizer)
+            return self._run_on(self._engine, indices, factors, draw)
+
+    def _run_on(self, engine: Engine, indices: Tensor, factors: Tensor, draw: int) -> Tensor:
+        losses = engine(indices, factors, draw)
+        self.rates, self.state.engine = engine.rates, engine.name
+        return losses
+
+    def _choose(self, objective: Objective) -> Engine:
+        before, self.state.engine_before = self.state.engine_before, None
+        if self.wanted == "auto" and before is not None:
+            # A resumed run goes on with the engine that it had, so that it is the same run.
+            try:
+                engine, _ = choose(before, objective, self.optimizer)  # type: ignore[arg-type]
+                self.reason = "as before"
+                return engine
+            except ValueError as error:
+                warnings.warn(
+                    f"The run goes on equal to rounding, not bit for bit: {error}", stacklevel=2
+                )
+        planned = self.state.total_updates
+        engine, self.reason = choose(self.wanted, objective, self.optimizer, planned)
+        if objective.rank == 0:
+            _log.info("engine: %s (%s)", engine.name, self.reason)
+        return engine
 
 
 class Average:
@@ -112,14 +261,10 @@ class Loop:
 
         for each sweep of the plan:  engine: K times  g = ∇J(θ; B examples), θ ← rule(θ, g, η)
 
-    It owns the state: only here are updates made and counted. Between two sweeps anybody may freeze
-    or free parameters, add groups to the optimizer or set a group's "lr": the next has what they
-    set. A guard sees each sweep first: where the run has failed, it sets it back or ends it.
-
-    Without an objective, each sweep comes with its own, of `model`; without a plan, each sweep's
-    indices are handed to `advance`. The groups of the optimizer have "initial_lr", as
-    `make_optimizer` sets it; with `races`, η is found by a race, where the rule is
-    `StochasticPolyak`. The plan's seed names the random numbers of gdtrain's layers, too.
+    Only here are updates made and counted. Without an objective, each sweep comes with its own, of
+    `model`; without a plan, each sweep's indices are handed to `advance`. The groups of the
+    optimizer have "initial_lr", as `make_optimizer` sets it; with `races`, a race finds η, where
+    the rule is `StochasticPolyak`. The plan's seed names the random numbers of gdtrain's layers.
     """
 
     def __init__(
@@ -345,9 +490,8 @@ class Loop:
     def follow_changes(self) -> None:
         """Go on with what somebody has changed since the last sweep.
 
-        Parameters that were frozen are left alone, those that were freed are trained. A group that
-        was added, or whose "lr" was set, has that η at the next update, and is scheduled from there
-        on in proportion. Called before each sweep; once more changes nothing.
+        Frozen parameters are left alone, freed ones trained. A group that was added, or whose "lr"
+        was set, has that η at the next update, and is scheduled from there on in proportion.
         """
         groups = self.optimizer.param_groups
         factor = float(self.rate_factors(self.updates, 1))

@@ -52,11 +52,7 @@ class Minimum:
     path_updates: NDArray[np.int64]
 
     def plot(self) -> Any:
-        """f against updates, and for one or two variables the path.
-
-        Returns:
-            A matplotlib figure; `.savefig(path)` keeps it.
-        """
+        """A matplotlib figure of f against updates, and for one or two variables of the path."""
         from matplotlib.figure import Figure
 
         points = self.path.reshape(len(self.path), -1).view(np.float64)  # Re x, Im x where complex
@@ -98,15 +94,14 @@ def minimize(
 
     Args:
         f: From a tensor of the shape of x0 to a scalar real tensor, differentiable by autograd.
-        x0: Where to start: nested lists, an array without masked entries, or a tensor. A tensor of
-            a floating-point or complex type keeps it; all else becomes float64 or complex128.
+        x0: Where to start. A tensor of a floating-point or complex type keeps it; all else becomes
+            float64 or complex128.
         lr: η, range (0, ∞).
         updates: The most to make, range [1, ∞).
         momentum: μ, range [0, ∞).
         nesterov: Nesterov momentum.
         schedule: The factor on η; None: constant.
-        tolerance: Of the gradient's norm, relative, range [0, ∞); 0: only a gradient of 0 is
-            small enough, and the updates are all made.
+        tolerance: Of the gradient's norm, relative, range [0, ∞); 0: only a gradient of 0 will do.
         keep: About how many points of the path are kept, range [2, ∞).
 
     Returns:
@@ -303,10 +298,8 @@ class _Course:
 
     def at_rest(self) -> Stop:
         """x no longer changes: where the gradient is small, that is all its dtype can tell."""
-        numbers, dtype = (
-            {**self.numbers, "update": self.t},
-            str(self.x.dtype).removeprefix("torch."),
-        )
+        numbers = {**self.numbers, "update": self.t}
+        dtype = str(self.x.dtype).removeprefix("torch.")
         told = f"‖∇f‖ = {self.norm:.3g} after {self.t} updates"
         if self.is_within_rounding:
             finer = "" if dtype in ("float64", "complex128") else "float64 goes further."

@@ -124,15 +124,7 @@ class Verdict:
 class LossMonitor:
     """Reads losses station by station, and says at which update a run has failed.
 
-    With J₀ the loss of a probe before the first update (at least a tenth of that of predicting 0),
-    a run has failed where
-
-    - a loss, or a parameter after the last update, is not finite;
-    - the mean of 16 losses, each counted up to 4 growth · J₀, is above growth · J₀; or so is the
-      loss at a look;
-    - at a look, 16, 32, 64, … updates after the start, the units are dead or saturated, or the loss
-      lastingly above J₀ (`gdtrain.callbacks.Divergence` has the bounds);
-    - the last planned update was made, and the probe's loss is above 1.5 J₀.
+    `gdtrain.callbacks.Divergence` has the conditions and their bounds.
     """
 
     growth: float = 1e4  # bound on the loss in units of J₀

@@ -50,11 +50,7 @@ class Every:
     offset: int = 0
 
     def next_update(self, update: int) -> int:
-        """The smallest such number above an update.
-
-        Args:
-            update: Updates made, range [0, ∞).
-        """
+        """The smallest such number above an update."""
         return update + self.updates - (update - self.offset) % self.updates
 
 

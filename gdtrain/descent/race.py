@@ -3,17 +3,15 @@
     m = median over the first batches of f_B / ‖g_B‖²           the scale of Polyak's step
     candidates  m · 10^(−2), m · 10^(−1.5), …, m · 10^(½)       six, a factor of √10 apart
 
-Each makes updates with min(η, 2 f_B/‖g_B‖²) from the same start, on the same batches. In three legs
-of equal cost six, then the best three, then the best two go on; what is compared is the mean of f_B
-over the last half of a candidate's updates, and η is twice the best: the run's steps decay, and
-those of the race do not. With fewer than 64 updates for all of them, f_B says too little. Then each
-makes the same few updates, with steps that decay to 0, J on a probe of training examples is
-compared, and η is four times the best. Of momentum μ, R updates see only a part: η is less by the
-factor (1/R) Σ_{k ≤ R} (1 − μ^k).
+Each makes updates with min(η, 2 f_B/‖g_B‖²) from the same start, on the same batches: in three legs
+of equal cost six, then the best three, then the best two, by the mean of f_B over the last half of
+their updates. η is twice the best, for the run's steps decay, and those of the race do not. With
+fewer than 64 updates in all, f_B says too little: each makes the same few, with steps that decay to
+0, J on a probe is compared, and η is four times the best. Of momentum μ, R updates see only a part:
+η is less by the factor (1/R) Σ_{k ≤ R} (1 − μ^k).
 
-N training examples, B examples per update, T planned updates. The race takes at most a tenth of the
-examples that the run itself will see, and leaves parameters, buffers, momentum and random numbers
-as they were.
+B examples per update. The race takes at most a tenth of the examples that the run itself will see,
+and leaves no trace.
 
 References:
     Jamieson and Talwalkar, Non-stochastic Best Arm Identification and Hyperparameter Optimization,

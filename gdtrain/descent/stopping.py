@@ -69,9 +69,5 @@ class Stop:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Stop:
-        """The inverse of `state_dict`.
-
-        Args:
-            state: What `state_dict` returned.
-        """
+        """The inverse of `state_dict`."""
         return cls(**{**state, "reason": StopReason(state["reason"])})

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gdtrain.descent.loop import Loop
-from gdtrain.descent.optimizer import automatic_schedule, make_optimizer
+from gdtrain.descent.loop import Loop, State
 from gdtrain.descent.plan import Plan, Sampling, Watcher
-from gdtrain.descent.preparation import resident_objective
+from gdtrain.descent.preparation import automatic_schedule, make_optimizer, resident_objective
 from gdtrain.descent.recovery import Guard
-from gdtrain.descent.state import State
 from gdtrain.engines import EngineName
 from gdtrain.losses import Loss
 from gdtrain.objective import Rows
@@ -60,27 +58,25 @@ def make_loop(
     """The loop of a run, before its first update.
 
     Args:
-        model: (B, …) to (B, C), see `gdtrain.objective.prediction_of`.
+        model: As for `SupervisedModule`, and so are `loss`, `optimizer`, `schedule`, `step_size`,
+            `decay_biases` and `engine`.
         loss: Per example.
         inputs: (N, …); floating-point numbers are taken in the model's dtype.
         targets: (N, …), as the loss expects them.
-        optimizer: From parameters or groups to an optimizer, such as `functools.partial(SGD,
-            lr=0.1)`; or an optimizer of the model's parameters.
-        schedule: The factor on η; None: constant; "auto": one that decays, but constant where a
-            rule finds the length of full-batch steps.
+        optimizer: A factory, or an optimizer of the model's parameters.
+        schedule: The factor on η.
         batch_size: B, range [1, N]; "full": N.
         epochs: Passes over the examples, range [0, ∞); None: no bound.
         updates: T, range [0, ∞); None: no bound. The first of the two bounds that is met counts.
-        step_size: A rule that computes η, or "auto", for a factory.
-        decay_biases: Whether weight decay acts on biases and norms, for a factory.
+        step_size: A rule that computes η.
+        decay_biases: Whether weight decay acts on biases and norms.
         engine: How updates are made.
         sampling: The order of the examples.
         seed: Of the order, and of gdtrain's dropout.
         micro_batch_size: M.
         updates_per_sweep: The largest K.
         watchers: Who must see the run at which updates.
-        guard: Sees each sweep first; `gdtrain.analysis.guard.DivergenceGuard()` sets a run that
-            diverges back, and goes on with a smaller η.
+        guard: Sees each sweep first, such as `gdtrain.analysis.guard.DivergenceGuard()`.
 
     Raises:
         ValueError: An argument is out of range.
@@ -88,10 +84,8 @@ def make_loop(
     Example:
         >>> from gdtrain import SGD
         >>> from gdtrain.losses import SquaredError
-        >>> x = torch.linspace(-1, 1, 9)[:, None]
-        >>> loop = make_loop(nn.Linear(1, 1), SquaredError(), x, x[:, 0], SGD, batch_size=4,
-        ...     epochs=2)
-        >>> loop.total_updates
+        >>> x, rest = torch.ones(9, 1), {"batch_size": 4, "epochs": 2}
+        >>> make_loop(nn.Linear(1, 1), SquaredError(), x, x[:, 0], SGD, **rest).total_updates
         6
     """
     like = next(model.parameters())

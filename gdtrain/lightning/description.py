@@ -21,15 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gdtrain._compat.torch_modules import (
-    buffers_in,
-    children_in,
-    has_hooks,
-    parameters_in,
-)
+from gdtrain._compat.torch_modules import buffers_in, children_in, has_hooks, parameters_in
 from gdtrain.step_sizes import StepSize
 
-__all__ = ["describe", "describe_data", "describe_run", "options", "rebuild", "structure", "text"]
+__all__ = ["describe", "describe_data", "options", "rebuild", "structure", "text"]
 
 # Where classes live that are built again from their constructor's arguments.
 _HOMES = ("torch.nn", "gdtrain.models", "gdtrain.losses")
@@ -130,21 +125,6 @@ def describe(
         if candidate is not None and _is_rebuilt(module, candidate):
             return candidate
     return None
-
-
-def describe_run(
-    model: nn.Module,
-    loss: nn.Module,
-    data: Any = None,
-    make: Any = None,
-    sizes: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """How model, loss and data are built again; what cannot be is named under "own"."""
-    return {
-        "model": describe(model, make, sizes) or {"own": type(model).__qualname__},
-        "loss": describe(loss) or {"own": type(loss).__qualname__},
-        "data": describe_data(data),
-    }
 
 
 def _described(module: nn.Module) -> dict[str, Any] | None:

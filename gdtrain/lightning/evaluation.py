@@ -69,9 +69,7 @@ class EvaluatedModule(LightningModule):
     for classes, R² and mean absolute error for numbers.
     """
 
-    def __init__(
-        self, model: nn.Module, loss: Loss, metrics: Mapping[str, Metric] | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, metrics: Mapping[str, Metric] | None) -> None:
         super().__init__()
         if not isinstance(loss, Loss):
             raise ValueError(

@@ -154,11 +154,7 @@ def planned_updates(trainer: Any, data: Any, per_epoch: int) -> int | None:
 
 
 def check_resumes(
-    state: Mapping[str, Any],
-    module: Any,
-    trainer: Any,
-    data: Any,
-    path: str | Path = "the checkpoint",
+    state: Mapping[str, Any], module: Any, trainer: Any, data: Any, path: str | Path
 ) -> None:
     """Raise, with all that differs, where a run would not go on as the one of a checkpoint.
 

@@ -23,8 +23,7 @@ from gdtrain.data.files import read_features, read_labelled
 from gdtrain.data.loader import EvaluationLoader, IndexLoader
 from gdtrain.data.reading import printable, unpacked_bytes
 from gdtrain.data.tables import Header
-from gdtrain.descent.optimizer import parameter_groups
-from gdtrain.descent.preparation import resident_objective
+from gdtrain.descent.preparation import parameter_groups, resident_objective
 from gdtrain.errors import ConfigurationError
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.lightning.strategy import alone_in

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from gdtrain import SGD
 from gdtrain.data.sparse import SparseInputs
-from gdtrain.descent.optimizer import parameter_groups
+from gdtrain.descent.preparation import parameter_groups
 from gdtrain.engines import ENGINES, Eager, NotApplicableError
 from gdtrain.losses import (
     CrossEntropy,

@@ -22,7 +22,7 @@ from gdtrain.analysis.curvature import (
     sharpness,
     stability_limit,
 )
-from gdtrain.descent.optimizer import parameter_groups
+from gdtrain.descent.preparation import parameter_groups
 from gdtrain.losses import CrossEntropy, SquaredError
 from gdtrain.models import CNN, MLP
 from gdtrain.objective import Objective

@@ -13,7 +13,7 @@ from lightning import Trainer, seed_everything
 from sklearn.datasets import load_iris
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from watched_runs import SILENT
+from watched_runs import SILENT, weights
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule, fit
 from gdtrain.callbacks import BestAndLast, Divergence, LossCurves
@@ -47,10 +47,6 @@ def train(module, data, watch=None, folder=None, **arguments):
         callbacks=[watch, LossCurves(), *([BestAndLast] if folder else [])],
         directory=folder,
     )
-
-
-def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
 
 
 def causes(watch):
@@ -243,13 +239,20 @@ def test_an_input_is_named(tmp_path, engine, batch_size, value):
 
 
 @pytest.mark.parametrize("engine", ["eager", "native"])
-def test_a_target_is_named(engine):
+@pytest.mark.parametrize(
+    ("spoilt", "cause", "said"),
+    [
+        (("target", 200), "TARGET", "the target of training example 200 (row"),
+        # Its square overflows: no fault of the step size.
+        (("input", 200, 3, 1e30), "LOSS", "scale of these examples"),
+    ],
+)
+def test_an_example_is_named(engine, spoilt, cause, said):
     module, data = make("diabetes", Linear, 32, lr=0.01, engine=engine)
-    spoil(data, "target", 200)
-    result = train(module, data)
-    numbers = result.stop.numbers
-    assert (numbers["cause"], numbers["examples"]) == ("TARGET", [200])
-    assert "the target of training example 200 (row" in result.stop.message
+    spoil(data, *spoilt)
+    stop = train(module, data).stop
+    assert (stop.numbers["cause"], stop.numbers["examples"]) == (cause, [200])
+    assert said in str(stop)
 
 
 @pytest.mark.parametrize("engine", ["eager", "native"])
@@ -265,16 +268,6 @@ def test_a_weight_is_named(tmp_path, engine):
     assert "1 of 3 in layers.3.bias is not finite" in result.stop.message
     assert "finite initial parameters" in result.stop.advice
     assert not (tmp_path / "checkpoints").exists()  # there is no good state
-
-
-def test_an_example_that_overflows_is_no_fault_of_the_step_size():
-    module, data = make("diabetes", Linear, 32, lr=0.01)
-    spoil(data, "input", 77, 3, 1e30)
-    result = train(module, data)
-    numbers = result.stop.numbers
-    # Its square overflows, at the first update that has it.
-    assert (numbers["cause"], numbers["examples"]) == ("LOSS", [77])
-    assert "scale of these examples" in result.stop.advice
 
 
 class Root(nn.Module):

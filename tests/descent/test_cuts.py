@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EarlyStopping
+from watched_runs import QUIET
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.callbacks import BestAndLast, Convergence, Divergence, LossCurves
@@ -144,16 +145,9 @@ def train(make, cut, folder, further=(), checkpoint=None):
     module, data, arguments = make(cut, folder)
     curves = LossCurves()
     callbacks = [curves, *arguments.pop("callbacks"), *further]
-    trainer = Trainer(
-        callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=any(isinstance(c, BestAndLast) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **arguments,
-    )
+    saves = {"enable_checkpointing": any(isinstance(c, BestAndLast) for c in callbacks)}
+    quiet = {**QUIET, **saves, "num_sanity_val_steps": 0}
+    trainer = Trainer(callbacks=callbacks, **quiet, **arguments)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     stop = None if module.stop is None else asdict(module.stop)
     events = [e for c in callbacks if isinstance(c, Divergence) for e in c.events]

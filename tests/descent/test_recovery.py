@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning import Trainer
 from torch import nn
+from watched_runs import QUIET
 
 from gdtrain import GD, SGD, MiniBatchSGD, SupervisedModule
 from gdtrain.analysis.guard import DivergenceGuard
@@ -175,15 +176,7 @@ def left(loop):
 def test_a_run_that_recovers_is_the_same_without_lightning(batch_size, engine):
     parts, data, options = flowers(batch_size, engine)
     module, watch = SupervisedModule(*parts, engine=engine), Divergence()
-    trainer = Trainer(
-        max_epochs=options["epochs"],
-        callbacks=[watch],
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = Trainer(max_epochs=options["epochs"], callbacks=[watch], **QUIET)
     trainer.fit(module, datamodule=data)
     arguments, options = alone(batch_size, engine)
     run = train(*arguments, **options)

@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
+from watched_runs import QUIET, weights
 
 from gdtrain import SGD, SupervisedModule
 from gdtrain.data import EmbeddedDataModule
@@ -40,26 +41,15 @@ def start(callbacks=(), *, kind=SupervisedModule, optimizer=None, updates=UPDATE
     torch.manual_seed(0)
     data = EmbeddedDataModule("iris", batch_size=1, updates_per_sweep=1000)
     module = kind(Linear((4,), 3), CrossEntropy(), optimizer or partial(SGD, lr=0.05))
-    arguments = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": -1,
-        **options,
-    }
-    return module, data, Trainer(callbacks=list(callbacks), max_steps=updates, **arguments)
+    saves = {"enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks)}
+    arguments = {**QUIET, **saves, "max_epochs": -1, "max_steps": updates, **options}
+    return module, data, Trainer(callbacks=list(callbacks), **arguments)
 
 
 def fit(callbacks=(), **options):
     module, data, trainer = start(callbacks, **options)
     trainer.fit(module, datamodule=data)
     return module
-
-
-def weights(module):
-    return torch.cat([p.detach().flatten() for p in module.model.parameters()])
 
 
 def saved(file):

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from watched_runs import QUIET
 
 import gdtrain
 from gdtrain import GD, MiniBatchSGD, SupervisedModule
@@ -35,13 +36,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(N, 4))
 Y = (X[:, 0] + 0.3 * RNG.normal(size=N) > 0).astype(int)
 PAIR = torch.from_numpy(X), torch.from_numpy(Y)
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "limit_val_batches": 0,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
+UNSEEN = {**QUIET, "limit_val_batches": 0}
 
 
 def data(batch_size, **options):
@@ -61,9 +56,8 @@ def train(
     kind, source = options.pop("kind", SupervisedModule), options.pop("data", {})
     module = kind(model, CrossEntropy(), optimizer, schedule, **options)
     saves = {"enable_checkpointing": any(isinstance(c, BestAndLast) for c in callbacks)}
-    trainer = Trainer(
-        max_epochs=epochs, callbacks=list(callbacks), precision="64-true", **QUIET, **saves
-    )
+    rest = {"precision": "64-true", **UNSEEN, **saves}
+    trainer = Trainer(max_epochs=epochs, callbacks=list(callbacks), **rest)
     trainer.fit(module, datamodule=data(batch_size, **source), ckpt_path=checkpoint)
     return module
 
@@ -226,7 +220,7 @@ def test_batch_norm_with_a_loader_of_ones_own(drop_last, batch_size, refused):
     loader = DataLoader(TensorDataset(*PAIR), batch_size=batch_size, drop_last=drop_last)
     warnings.filterwarnings("ignore", message="You defined a `validation_step`")
     module = SupervisedModule(normed(nn.BatchNorm1d(6)), CrossEntropy(), partial(GD, lr=0.1))
-    trainer = Trainer(max_epochs=1, precision="64-true", enable_checkpointing=False, **QUIET)
+    trainer = Trainer(max_epochs=1, precision="64-true", **UNSEEN)
     if refused:
         with pytest.raises(ValueError, match="33 examples in batches of 8"):
             trainer.fit(module, loader)

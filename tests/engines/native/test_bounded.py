@@ -10,7 +10,7 @@ from torch import nn
 
 from gdtrain import SGD
 from gdtrain.data.sparse import SparseInputs
-from gdtrain.descent.optimizer import parameter_groups
+from gdtrain.descent.preparation import parameter_groups
 from gdtrain.engines import Compiled, Eager, Native
 from gdtrain.losses import CrossEntropy, Hinge, Huber, Logistic, SquaredError
 from gdtrain.models import MLP, Linear

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gdtrain import SGD
-from gdtrain.descent.optimizer import make_optimizer
+from gdtrain.descent.preparation import make_optimizer
 from gdtrain.engines.native import kernels
 from gdtrain.engines.native.arguments import ACTIVATION, LOSS, Arguments, LossKernel, Rule
 from gdtrain.engines.native.kernels import activate, descend, loss_and_slope, slope_of

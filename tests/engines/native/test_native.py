@@ -14,7 +14,7 @@ from gdtrain import GD, SGD, MiniBatchSGD
 from gdtrain.data.mapped import MappedInputs
 from gdtrain.data.preprocessing import Preprocessing
 from gdtrain.data.sparse import SparseInputs
-from gdtrain.descent.optimizer import parameter_groups
+from gdtrain.descent.preparation import parameter_groups
 from gdtrain.engines import Eager, Native, NotApplicableError
 from gdtrain.losses import (
     CrossEntropy,
