@@ -99,12 +99,6 @@ def same_after(devices: Iterable[torch.device] | None = None) -> Iterator[Random
     """After it, the generators are in the states that they were in before, which it yields.
 
     `devices` are as for `RandomStates.now`.
-
-    Example:
-        >>> with same_after():
-        ...     drawn = torch.rand(1)
-        >>> bool(torch.rand(1) == drawn)
-        True
     """
     before = RandomStates.now(devices)
     try:
@@ -114,14 +108,7 @@ def same_after(devices: Iterable[torch.device] | None = None) -> Iterator[Random
 
 
 def seed_all(seed: int, device: torch.device | None = None) -> None:
-    """Seed PyTorch's generator on CPU, that of the device if it is a GPU, Python's and NumPy's.
-
-    Example:
-        >>> with same_after():
-        ...     seed_all(3)
-        ...     round(torch.rand(1).item(), 4)
-        0.0043
-    """
+    """Seed PyTorch's generator on CPU, that of the device if it is a GPU, Python's and NumPy's."""
     torch.default_generator.manual_seed(seed % 2**63)
     if device is not None and device.type == "cuda":
         with torch.cuda.device(device):

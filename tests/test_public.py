@@ -12,15 +12,16 @@ import gdtrain
 
 PACKAGE = Path(gdtrain.__file__).parent
 ROOT = Path(__file__).resolve().parent.parent
+MATHEMATICS = [f"gdtrain.{n}" for n in ("rules", "schedules", "losses", "objective")]
 SHOWN = re.compile(r"^from (gdtrain[\w.]*) import ([\w, ]+)$", re.MULTILINE)
 MODULES = ["gdtrain", *(m.name for m in pkgutil.walk_packages([str(PACKAGE)], "gdtrain."))]
 
 
 def documented():
-    """The names that a package or a file on the ground floor exports, or that the docs show."""
+    """The names that a package or a file of the mathematics exports, or that the docs show."""
     for name in MODULES:
         module = importlib.import_module(name)
-        if hasattr(module, "__path__") or name.count(".") == 1:
+        if name != "gdtrain.cli" and (hasattr(module, "__path__") or name in MATHEMATICS):
             yield from ((name, entry) for entry in module.__all__)
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for name, entries in SHOWN.findall(page.read_text("utf-8")):

@@ -1,4 +1,7 @@
-"""The command line: `gdtrain`, `gdtrain-compare`, …, and the scripts; --help tells exit codes."""
+"""The command line: `gdtrain`, `gdtrain-compare`, …, and the scripts; --help tells exit codes.
+
+Each ends the process with its exit code: 2 where a word of the user's is wrong.
+"""
 
 from __future__ import annotations
 
@@ -20,93 +23,37 @@ __all__ = [
 
 
 def train_main() -> None:
-    """Train from the command line; ends the process with its exit code.
-
-    Example:
-        >>> import sys
-        >>> sys.argv = ["gdtrain", "optimizer=sdg"]
-        >>> train_main()
-        Traceback (most recent call last):
-        SystemExit: 2
-    """
+    """Train from the command line."""
     _start("train", "train")
 
 
 def compare_main() -> None:
-    """Train contenders with several seeds, or read finished runs, and leave a report.
-
-    Example:
-        >>> import sys
-        >>> sys.argv = ["compare.py", "runs=missing"]
-        >>> compare_main()
-        Traceback (most recent call last):
-        SystemExit: 2
-    """
+    """Train contenders with several seeds, or read finished runs, and leave a report."""
     _start("compare", "compare")
 
 
 def evaluate_main() -> None:
-    """Print the test metrics of a checkpoint; ends the process with its exit code.
-
-    Example:
-        >>> import sys
-        >>> sys.argv = ["gdtrain-evaluate", "ckpt_path=missing.ckpt"]
-        >>> evaluate_main()
-        Traceback (most recent call last):
-        SystemExit: 2
-    """
+    """Print the test metrics of a checkpoint."""
     _start("tools", "evaluate")
 
 
 def predict_main() -> None:
-    """Write predictions for a file of examples; ends the process with its exit code.
-
-    Example:
-        >>> import sys
-        >>> sys.argv = ["gdtrain-predict", "ckpt_path=missing.ckpt"]
-        >>> predict_main()
-        Traceback (most recent call last):
-        SystemExit: 2
-    """
+    """Write predictions for a file of examples."""
     _start("tools", "predict")
 
 
 def find_lr_main() -> None:
-    """Look for a learning rate by a range test; ends the process with its exit code.
-
-    Example:
-        >>> import sys
-        >>> sys.argv = ["find_lr.py", "min_lr=fast"]
-        >>> find_lr_main()
-        Traceback (most recent call last):
-        SystemExit: 2
-    """
+    """Look for a learning rate by a range test."""
     _start("tools", "find_lr")
 
 
 def explain_main() -> None:
-    """Print one update in full; ends the process with its exit code where something was wrong.
-
-    Example:
-        >>> import sys
-        >>> sys.argv = ["explain.py", "update=first"]
-        >>> explain_main()
-        Traceback (most recent call last):
-        SystemExit: 2
-    """
+    """Print one update in full."""
     _start("tools", "explain")
 
 
 def landscape_main() -> None:
-    """Draw the objective around a checkpoint; ends the process with its exit code.
-
-    Example:
-        >>> import sys
-        >>> sys.argv = ["landscape.py", "run=outputs", "points=few"]
-        >>> landscape_main()
-        Traceback (most recent call last):
-        SystemExit: 2
-    """
+    """Draw the objective around a checkpoint."""
     _start("tools", "landscape")
 
 

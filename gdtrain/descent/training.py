@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gdtrain.descent.loop import Loop, State
+from gdtrain.descent.loop import Loop
 from gdtrain.descent.plan import Plan, Sampling, Watcher
 from gdtrain.descent.preparation import automatic_schedule, make_optimizer, resident_objective
 from gdtrain.descent.recovery import Guard
+from gdtrain.descent.state import State
 from gdtrain.engines import EngineName
 from gdtrain.losses import Loss
 from gdtrain.objective import Rows

@@ -24,7 +24,7 @@ from gdtrain._compat.torch_optimizer import mark_stepped
 from gdtrain.data import DatasetDataModule
 from gdtrain.data.loader import IndexLoader, PairLoader
 from gdtrain.data.module import DataModule
-from gdtrain.descent.loop import Loop, State, check_engine
+from gdtrain.descent.loop import Loop, check_engine
 from gdtrain.descent.plan import Plan
 from gdtrain.descent.preparation import (
     automatic_schedule,
@@ -36,6 +36,7 @@ from gdtrain.descent.preparation import (
 )
 from gdtrain.descent.race import Race
 from gdtrain.descent.recovery import Guard
+from gdtrain.descent.state import State
 from gdtrain.descent.stopping import Stop
 from gdtrain.engines import EngineName
 from gdtrain.lightning.description import describe, describe_data
