@@ -4,11 +4,4 @@ __all__ = ["ConfigurationError"]
 
 
 class ConfigurationError(ValueError):
-    """The user's configuration is wrong; the message is for the user.
-
-    Example:
-        >>> raise ConfigurationError("optimizer.lr must be > 0.")
-        Traceback (most recent call last):
-        ...
-        gdtrain.errors.ConfigurationError: optimizer.lr must be > 0.
-    """
+    """The user's configuration is wrong; the message is for the user."""

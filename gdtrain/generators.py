@@ -20,13 +20,6 @@ class RandomStates:
     """The states of all generators at one moment; `now` reads them, `restore` goes back to them.
 
     `cuda` has those of PyTorch's generators on GPUs, by the device's index.
-
-    Example:
-        >>> states = RandomStates.now()
-        >>> drawn = torch.rand(1), random.random(), np.random.rand()
-        >>> states.restore()
-        >>> drawn == (torch.rand(1), random.random(), np.random.rand())
-        True
     """
 
     cpu: Tensor

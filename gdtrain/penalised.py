@@ -19,11 +19,6 @@ def weight_decays(params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]])
 
     It is 0 where the decay is decoupled from the gradient, where the group has no "weight_decay",
     or where the optimizer does not have the parameter.
-
-    Example:
-        >>> a, b = torch.ones(2), torch.ones(1)
-        >>> weight_decays([a, b], [{"params": [a], "weight_decay": 0.1}])
-        [0.1, 0.0]
     """
     by_parameter = {
         p: 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
@@ -35,12 +30,7 @@ def weight_decays(params: Iterable[Tensor], groups: Iterable[Mapping[str, Any]])
 
 @torch.no_grad()
 def penalty(params: Iterable[Tensor], decays: Iterable[float]) -> float:
-    """½ Σ λ‖θ‖², in double precision, over all devices and all parts of DTensors.
-
-    Example:
-        >>> penalty([torch.tensor([2.0]), torch.tensor([3.0])], [0.5, 0.0])
-        1.0
-    """
+    """½ Σ λ‖θ‖², in double precision, over all devices and all parts of DTensors."""
     parts = [
         0.5 * decay * _squared_norm(p) for p, decay in zip(params, decays, strict=True) if decay
     ]
@@ -54,10 +44,6 @@ def with_decay(
     """∇f = ∇J + λθ; and likewise ∇²f v = ∇²J v + λv, from ∇²J v and v.
 
     None, where J does not depend on a parameter, is a gradient of 0.
-
-    Example:
-        >>> with_decay([torch.tensor([1.0]), None], [torch.ones(1), torch.ones(1)], [0.5, 2.0])
-        [tensor([1.5000]), tensor([2.])]
     """
     made = []
     for g, p, decay in zip(gradient, params, decays, strict=True):

@@ -60,12 +60,6 @@ class Whole:
     Args:
         low: The least.
         high: The greatest; None: there is none.
-
-    Example:
-        >>> Whole(0, 9).check("digit", True)
-        Traceback (most recent call last):
-        ...
-        ValueError: digit must be a whole number from 0 to 9. Received: digit=True.
     """
 
     low: int

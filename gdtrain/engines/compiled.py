@@ -120,7 +120,7 @@ class Compiled:
         buffers = [names[name] for name in program.buffers]
         polyak = None
         if self._bound is not None:
-            bounds = self._bound.bounds(self.optimizer, indices.shape[1])
+            bounds = self._bound.bounds(self.optimizer)
             polyak = (*bounds, float(groups[0]["initial_lr"]))
         with torch.no_grad():
             theta, kept, b, losses, taken = program(
@@ -148,7 +148,7 @@ class Compiled:
         self.rates = rates_by_schedule(self.optimizer, factors)
         if self._bound is not None:
             self.rates *= taken.to(self.rates)
-            self._bound.remember(self.optimizer, indices.shape[1], last_share(taken))
+            self._bound.remember(self.optimizer, last_share(taken))
         return losses
 
     def _begin(self, indices: Tensor, factors: Tensor, draw: int) -> Tensor:

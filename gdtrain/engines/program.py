@@ -213,8 +213,7 @@ def _layout(t: Tensor) -> torch.memory_format:
 
 
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]
-_Update = Callable[..., tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]]
-_Run = Callable[..., _Lists]
+_Update = Callable[..., _Lists]
 
 
 def _update(
@@ -239,7 +238,7 @@ def _update(
         velocities: list[Tensor],
         losses: Tensor,
         chunk: tuple[Tensor, ...],
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor]:
+    ) -> _Lists:
         x, y, rate, share, seeds, polyak = (
             t.index_select(0, i.reshape(1)).squeeze(0) for t in chunk
         )
@@ -303,7 +302,7 @@ def _polyak_share(
     return torch.where((square == 0) | (bound >= most), most, bound)
 
 
-def _looped(update: _Update, single_threaded: bool) -> _Run:
+def _looped(update: _Update, single_threaded: bool) -> _Update:
     """A chunk as one compiled loop, for the CPU."""
 
     def loop(
@@ -334,7 +333,7 @@ def _looped(update: _Update, single_threaded: bool) -> _Run:
     return run
 
 
-def _replayed(update: _Update) -> _Run:
+def _replayed(update: _Update) -> _Update:
     """A compiled update, recorded once and replayed without the host, for a GPU."""
     recorded: tuple[torch.cuda.CUDAGraph, Tensor, tuple[Any, ...]] | None = None
 

@@ -165,9 +165,7 @@ class StochasticPolyak(StepSize):
             memory.numbers["last"] = rate
         return rate
 
-    def bounds(
-        self, optimizer: torch.optim.Optimizer, batch: int
-    ) -> tuple[float, float, float, float]:
+    def bounds(self, optimizer: torch.optim.Optimizer) -> tuple[float, float, float, float]:
         """For an engine that makes the updates: 1/c, f*, γ^{B/N} and the bound on the first share.
 
         A share is η/η₀, η₀ "initial_lr"; without smoothing 0 stands for γ^{B/N}.
@@ -187,7 +185,7 @@ class StochasticPolyak(StepSize):
             first = growth * last / peak
         return 1 / self.c, self.f_star, growth, first
 
-    def remember(self, optimizer: torch.optim.Optimizer, batch: int, share: float) -> None:
+    def remember(self, optimizer: torch.optim.Optimizer, share: float) -> None:
         """Keep the last share, from which smoothing goes on, as `rate` would have; never 0."""
         group = optimizer.param_groups[0]
         if self.smoothing is not None and share > 0:

@@ -1,5 +1,4 @@
 import json
-import time
 
 import numpy as np
 import pytest
@@ -10,11 +9,9 @@ from comparison import (
     in_child,
     parser,
     peak_memory,
-    per_call,
     report,
     resident_memory,
     selected,
-    shown,
     write_json,
 )
 from rich.console import Console
@@ -50,18 +47,6 @@ def test_the_ratio_is_of_medians_and_is_compared_with_what_was_asked():
     assert row.numbers()["ratio_range"] == [0.1, 200.0]
     assert Row("work", "theirs", [2.9], [1.0], asked=3).verdict == "below"
     assert Row("work", "theirs", [2.9], [1.0]).verdict == ""
-
-
-def test_units():
-    costs = [(1e-5, "updates/s"), (0.5, "updates/s"), (1.25, "s"), (1.5e-5, "µs"), (2.5e6, "MB")]
-    assert [shown(*cost) for cost in costs] == ["100,000", "2", "1.25", "15", "2.5"]
-    assert shown(3.2e-8, "ns") == "32"
-
-
-def test_time_per_call():
-    calls = []
-    assert 0.002 < per_call(lambda: (calls.append(0), time.sleep(0.002)), seconds=0.02) < 0.02
-    assert len(calls) >= 5
 
 
 def rise(megabytes):

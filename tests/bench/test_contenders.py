@@ -2,11 +2,10 @@ import contenders
 import numpy as np
 import pytest
 import torch
-from contenders import Timing, fit, plain_lightning, plain_loop, scikit_learn
+from contenders import fit, plain_lightning, plain_loop, scikit_learn
 from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from throughput import resident
-from torch import nn
 from torch.nn import functional as F
 
 from gdtrain.callbacks import LossCurves, ProgressLine
@@ -72,12 +71,6 @@ def test_all_contenders_do_the_same_work(problem):
         assert timing.updates == 4  # after the first
         assert 0 < timing.seconds < timing.whole_seconds
     assert torch.equal(flat(model), start)
-
-
-def test_what_a_timing_says():
-    timing = Timing(3.0, 6, 4.0, 8, nn.Identity())
-    assert (timing.per_update, timing.whole_per_update) == (0.5, 0.5)
-    assert Timing(0.0, 0, 4.0, 8, nn.Identity()).per_update == 0.5
 
 
 def test_plain_lightning_is_what_people_write(problem, trainers):
@@ -147,16 +140,3 @@ def test_scikit_learn_makes_all_its_passes_in_float32(classes):
     # λ/2 ‖w‖² pulls: without it the weights are longer.
     _, free = scikit_learn(x, y, loss="log_loss", lr=0.01, weight_decay=0.0, epochs=7)
     assert np.linalg.norm(free.coef_) > np.linalg.norm(estimator.coef_)
-
-
-def test_warnings_about_the_run_are_shown(capsys):
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        with contenders.quiet():
-            print("dropped")
-            warnings.warn("the engine does not apply", stacklevel=1)
-    out = capsys.readouterr()
-    assert out.out == ""
-    assert "the engine does not apply" in out.err

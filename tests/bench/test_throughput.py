@@ -9,13 +9,10 @@ import pytest
 import throughput
 import torch
 from contenders import Timing, scikit_learn
-from scipy import sparse
 from sklearn.linear_model import LogisticRegression, SGDClassifier
 from sklearn.metrics import log_loss
 from throughput import ROWS, Bench
 from torch import nn
-
-from gdtrain.models import Linear
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -199,15 +196,6 @@ def test_class_losses_are_those_of_the_definition():
     np.testing.assert_allclose(sure, (0.0, 0.0), atol=1e-12)
 
 
-def test_normalised_one_vs_all_is_what_scikit_learn_predicts():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(50, 4)), np.arange(50) % 3
-    model = SGDClassifier(loss="log_loss", learning_rate="constant", eta0=0.01).fit(x, y)
-    scores = torch.from_numpy(model.decision_function(x))
-    found, _ = throughput.class_losses(scores, torch.from_numpy(y), True)
-    assert found == pytest.approx(log_loss(y, model.predict_proba(x)), rel=1e-9)
-
-
 def test_live_share_and_its_limit(bench):
     model = nn.Sequential(nn.Linear(1, 4, bias=False), nn.ReLU())
     model[0].weight.data = torch.tensor([[1.0], [-1.0], [-1.0], [-1.0]])
@@ -216,30 +204,6 @@ def test_live_share_and_its_limit(bench):
     dead.layers[1].bias.data.fill_(-100.0)
     with pytest.raises(ValueError, match="Only 0% of the hidden units"):
         throughput.check_live(bench, Timing(1.0, 1, 1.0, 1, dead), [])
-
-
-def test_scores_of_dense_and_sparse_inputs_are_those_of_the_model():
-    x, _ = throughput.synthetic_a9a(20, 12, 3)
-    model = Linear((12,), 3)
-    with torch.no_grad():
-        expected = model(torch.from_numpy(x.toarray())).double()
-    for inputs in (x, x.toarray(), sparse.csr_matrix(x)):
-        found = throughput.linear_scores(model, inputs)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "per_update", "per_pass", "updates"),
-    [(1.0, 0.1, 100, 10), (1.0, 0.01, 60, 120), (1.0, 10.0, 100, 6), (1.0, 0.1, 1, 10)],
-)
-def test_planned_updates(seconds, per_update, per_pass, updates):
-    assert throughput.planned(seconds, per_update, per_pass) == updates
-
-
-def test_passes_of_scikit_learn(bench):
-    assert throughput.fitted_passes(bench, one=0.005, passes=20) == 2
-    assert throughput.fitted_passes(bench, one=1.0, passes=20) == 1
-    assert throughput.fitted_passes(bench, one=1e-6, passes=20) == 20
 
 
 @pytest.mark.parametrize("ours", [True, False])

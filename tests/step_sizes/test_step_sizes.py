@@ -238,12 +238,12 @@ def test_bounds_and_remember_continue_what_rate_does():
     rule = StochasticPolyak(0.1, 0.5, smoothing=4.0, batch_fraction=0.5)
     run = Run(parabola(1), [8.0], rule, SGD)
     run.optimizer.param_groups[0]["initial_lr"] = 1.0
-    assert rule.bounds(run.optimizer, 1) == pytest.approx((2.0, 0.0, 2.0, 0.1))
+    assert rule.bounds(run.optimizer) == pytest.approx((2.0, 0.0, 2.0, 0.1))
     run.step()
-    assert rule.bounds(run.optimizer, 1) == pytest.approx((2.0, 0.0, 2.0, 0.2))
-    rule.remember(run.optimizer, 1, 0.2)  # an engine made the update
-    rule.remember(run.optimizer, 1, 0.0)  # passed over
-    assert rule.bounds(run.optimizer, 1) == pytest.approx((2.0, 0.0, 2.0, 0.4))
+    assert rule.bounds(run.optimizer) == pytest.approx((2.0, 0.0, 2.0, 0.2))
+    rule.remember(run.optimizer, 0.2)  # an engine made the update
+    rule.remember(run.optimizer, 0.0)  # passed over
+    assert rule.bounds(run.optimizer) == pytest.approx((2.0, 0.0, 2.0, 0.4))
     assert run.step() == pytest.approx([0.4])
 
 
@@ -619,7 +619,7 @@ def test_the_part_of_the_data_in_an_update_is_asked_for_by_name():
         run.step(2)
     plain = SGD([{"params": [run.theta], "initial_lr": 1.0}])
     with pytest.raises(ValueError, match="batch_fraction=B/N"):
-        StochasticPolyak(smoothing=2.0).bounds(plain, 1)
+        StochasticPolyak(smoothing=2.0).bounds(plain)
 
 
 # ------------------------------------------------------------- what a look elsewhere leaves behind

@@ -206,11 +206,11 @@ class Arguments:
             np.array([p is not None and self.buffer(p) is None for p in self.tensors]),
         )
 
-    def bound(self, batch: int) -> Bound:
+    def bound(self) -> Bound:
         """Of the step."""
         if self.polyak is None:
             return Bound()
-        return Bound(*map(float, self.polyak.bounds(self.optimizer, batch)))
+        return Bound(*map(float, self.polyak.bounds(self.optimizer)))
 
     def buffer(self, p: Tensor) -> Tensor | None:
         """The momentum buffer of a parameter, as the optimizer has it."""

@@ -277,7 +277,7 @@ class Dense:
     def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
         """(K, 1) example numbers, (K,) factors to (K,) losses; bounds write `shares` (K,) of η₀."""
         arguments, inputs = self.arguments, self.arguments.objective.inputs
-        rows, bound = indices.reshape(-1).cpu(), arguments.bound(1)
+        rows, bound = indices.reshape(-1).cpu(), arguments.bound()
         if isinstance(inputs, Tensor):
             if self._examples is None:
                 flat = inputs.reshape(len(inputs), -1).contiguous().numpy()

@@ -139,7 +139,7 @@ class Native:
                 if arguments.polyak is not None:
                     self.rates *= shares
                     if len(shares):
-                        arguments.polyak.remember(self.optimizer, batch, last_share(shares))
+                        arguments.polyak.remember(self.optimizer, last_share(shares))
         if len(factors):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * float(factors[-1])

@@ -274,7 +274,7 @@ class Matrix(_Passes):
         own = [{name: group[name] for name in _RULE} for group in groups]
         rules = [own[i] for i in arguments.group_of]
         buffers = [None if p is None else arguments.buffer(p) for p in arguments.tensors]
-        size, bound = self.size(indices.shape[1]), arguments.bound(indices.shape[1])
+        size, bound = self.size(indices.shape[1]), arguments.bound()
         peak, most, taken = float(groups[0]["initial_lr"]), bound.most, shares.numpy()
         made: list[float] = []
 

@@ -237,7 +237,7 @@ class Sparse:
             arguments.gather(),
             arguments.rule(),
             arguments.loss_kernel(batch),
-            arguments.bound(batch),
+            arguments.bound(),
             SparseRoom(
                 self._prediction, arguments.empty(batch, len(self._prediction)), self._gradient
             ),
