@@ -105,7 +105,6 @@ def train(name, order, folder):
     made = [curves, watch, Convergence(every=14), Interrupt(), saves]
     trainer = Trainer(
         callbacks=[*(made[i] for i in order), *(f() for f in further), BestAndLast(folder)],
-        num_sanity_val_steps=0,
         max_epochs=epochs,
         check_val_every_n_epoch=3,
         **{**QUIET, "enable_checkpointing": True},
