@@ -19,7 +19,7 @@ from gdtrain.objective import Objective, untouched
 __all__ = ["FREE", "Places", "Work"]
 
 FREE = 2**31  # operations that looks may take in any run: about a tenth of a second
-_PASS = 2**22  # that a pass of autograd counts for at least, however few examples it has
+_PASS = 2**24  # that a pass of autograd counts for at least, however few examples it has
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_a_callback_by_itself(tmp_path, name, sweep, speed):
         "trajectory": lambda: len(expected["path"][0]),
         "histograms": lambda: len(next(iter(expected["events"].values()))),
     }.get(name, lambda: max(map(len, expected["logged"].values())))()
-    assert seen >= 5  # there is something to compare
+    assert seen >= 2  # there is something to compare
 
 
 @pytest.mark.parametrize("batch", [1, "full"])

@@ -293,7 +293,7 @@ def test_a_run_with_all_instruments_is_the_same_bit_for_bit(case):
         curves, logger = LossCurves(), Numbers()
         options = {"updates": 40, "sweep": 7, "logger": logger, **CASES[case]}
         module = fit(Divergence(), curves, *instruments, **options)
-        assert len(logger.found.get("gradient/norm", ())) >= 8 * bool(instruments)
+        assert len(logger.found.get("gradient/norm", ())) >= 5 * bool(instruments)
         ends.append(outcome(module, curves))
     assert_same(dict(ends[0]), ends[1])
     assert_same(dict(ends[0]), ends[2])
