@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -226,8 +226,10 @@ class LossCurves(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Plain containers only."""
         return {
-            "point": asdict(self._point),
-            "epoch": asdict(self._epoch),
+            **{
+                name: {**vars(point), "rest": point.rest.tolist()}
+                for name, point in (("point", self._point), ("epoch", self._epoch))
+            },
             "seconds": self.seconds,
             "train": {k: list(v) for k, v in self.history.train.items()},
             "val": {k: list(v) for k, v in self.history.val.items()},
@@ -235,7 +237,10 @@ class LossCurves(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`."""
-        self._point, self._epoch = _Point(**state_dict["point"]), _Point(**state_dict["epoch"])
+        self._point, self._epoch = (
+            _Point(**{**state_dict[name], "rest": np.asarray(state_dict[name]["rest"], np.float64)})
+            for name in ("point", "epoch")
+        )
         self._seconds_before = state_dict["seconds"]
         self.history = History(state_dict["train"], state_dict["val"])
 
@@ -247,18 +252,18 @@ class _Point:
     updates: int = 0
     weights: int = 0
     sum: float = 0.0  # of the blocks that are full
-    rest: list[float] = field(default_factory=list)
+    rest: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
     min: float = math.inf
     max: float = -math.inf
     seconds: float = 0.0
 
     def add(self, losses: NDArray[np.float64], weight: int, seconds: float) -> None:
         """Each loss has the weight, and its update took the seconds."""
-        series = np.concatenate([self.rest, losses * weight])
+        series = np.concatenate([self.rest, losses if weight == 1 else losses * weight])
         full = len(series) // _BLOCK * _BLOCK
-        for block in series[:full].reshape(-1, _BLOCK):
-            self.sum += float(block.sum())
-        self.rest = series[full:].tolist()
+        for added in series[:full].reshape(-1, _BLOCK).sum(1).tolist():
+            self.sum += added
+        self.rest = series[full:].copy()
         self.updates += len(losses)
         self.weights += len(losses) * weight
         self.min = float(np.minimum(self.min, losses.min()))
@@ -268,7 +273,7 @@ class _Point:
     @property
     def mean(self) -> float:
         """Of the losses, by weight."""
-        return (self.sum + float(np.sum(self.rest))) / self.weights
+        return (self.sum + float(self.rest.sum())) / self.weights
 
 
 def _pieces(first: int, last: int, every: Callable[[int], int]) -> Iterator[tuple[int, int]]:

@@ -30,7 +30,7 @@ __all__ = [
 WINDOW = 16
 """Updates over which a loss must have grown."""
 _STRETCH, _GOOD = 64, 256  # updates and examples at least, by whose losses states are compared
-_SPACING = 2**14  # updates from station to station, at most
+_SPACING = 2**16  # updates from station to station, at most
 _PART = 16  # of the planned updates, 1/16 at most (but 16 updates)
 _SOFAR = 2  # of the updates made, half at most (but 16 updates)
 _HIGH = 2.0  # times the start's loss: is above it, whatever the noise
@@ -288,7 +288,7 @@ def next_station(update: int, most: int, total: int | None, *ends: int | None) -
     """The next update number at which losses are read; fixed before training.
 
     A multiple of a power of two that is about half of the updates made, but at least 16, and at
-    most T/16, 2¹⁴ or `most`.
+    most T/16, 2¹⁶ or `most`.
     """
     most = min(_SPACING, most)
     if total is not None:

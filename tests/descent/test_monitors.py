@@ -158,5 +158,5 @@ def test_stations():
     assert stations[8:11] == [384, 512, 768]
     assert stations[-2:] == [3840, 4096]
     assert next_station(0, 3, None) == 2  # a power of two, not above the bound
-    assert next_station(10**9, 10**9, None) == 10**9 - 10**9 % 2**14 + 2**14
+    assert next_station(10**9, 10**9, None) == 10**9 - 10**9 % 2**16 + 2**16
     assert [stretch_length(size) for size in (1, 3, 4, 1000, None)] == [256, 128, 64, 64, 64]
