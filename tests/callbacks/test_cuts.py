@@ -111,7 +111,8 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("name", list(CALLBACKS))
 @pytest.mark.parametrize(("sweep", "speed"), CUTS)
-def test_a_callback_by_itself(tmp_path, name, sweep, speed):
+def test_a_callback_by_itself(tmp_path, monkeypatch, name, sweep, speed):
+    monkeypatch.setattr("gdtrain.descent.work._PASS", 2**22)  # or few looks are paid for
     expected = one_by_one((name,), 8)
     assert_equal(run(tmp_path, (name,), 8, sweep, speed), expected)
     seen = {
@@ -119,7 +120,7 @@ def test_a_callback_by_itself(tmp_path, name, sweep, speed):
         "trajectory": lambda: len(expected["path"][0]),
         "histograms": lambda: len(next(iter(expected["events"].values()))),
     }.get(name, lambda: max(map(len, expected["logged"].values())))()
-    assert seen >= 2  # there is something to compare
+    assert seen >= 5  # there is something to compare
 
 
 @pytest.mark.parametrize("batch", [1, "full"])

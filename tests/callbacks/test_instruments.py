@@ -287,13 +287,14 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_a_run_with_all_instruments_is_the_same_bit_for_bit(case):
+def test_a_run_with_all_instruments_is_the_same_bit_for_bit(case, monkeypatch):
+    monkeypatch.setattr("gdtrain.descent.work._PASS", 2**22)  # or few looks are paid for
     ends = []
     for instruments in ([], everything(every=5), everything()):
         curves, logger = LossCurves(), Numbers()
         options = {"updates": 40, "sweep": 7, "logger": logger, **CASES[case]}
         module = fit(Divergence(), curves, *instruments, **options)
-        assert len(logger.found.get("gradient/norm", ())) >= 5 * bool(instruments)
+        assert len(logger.found.get("gradient/norm", ())) >= 8 * bool(instruments)
         ends.append(outcome(module, curves))
     assert_same(dict(ends[0]), ends[1])
     assert_same(dict(ends[0]), ends[2])
