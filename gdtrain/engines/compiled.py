@@ -34,10 +34,10 @@ class Compiled:
     """Makes K updates, as `gdtrain.engines.engine.Engine` says, of any module that compiles.
 
     One compilation per batch size and mode of the model, at the first sweep that needs it; step
-    sizes, the schedule and K are inputs of the graph. Momentum, weight decay, Nesterov and
-    `maximize` are constants of it: another value is another compilation. Buffers that the forward
-    pass changes (BatchNorm's statistics) are carried from update to update. Of random layers only
-    `gdtrain.models.dropout.Dropout` is taken, for it draws the same numbers on every engine.
+    sizes, the schedule and K are inputs of the graph. Momentum, dampening, weight decay, Nesterov
+    and `maximize` are constants of it: another value is another compilation. Buffers that the
+    forward pass changes (BatchNorm's statistics) are carried from update to update. Of random
+    layers only `gdtrain.models.dropout.Dropout` is taken: it draws alike on every engine.
 
     Afterwards p.grad is None. A sweep that fails leaves parameters, buffers and optimizer as they
     were.
