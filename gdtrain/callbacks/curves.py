@@ -266,8 +266,8 @@ class _Point:
         self.rest = series[full:].copy()
         self.updates += len(losses)
         self.weights += len(losses) * weight
-        self.min = float(np.minimum(self.min, losses.min()))
-        self.max = float(np.maximum(self.max, losses.max()))
+        self.min = float(losses.min(initial=self.min))  # a NaN stays
+        self.max = float(losses.max(initial=self.max))
         self.seconds += len(losses) * seconds
 
     @property

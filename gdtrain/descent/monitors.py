@@ -32,7 +32,6 @@ WINDOW = 16
 _STRETCH, _GOOD = 64, 256  # updates and examples at least, by whose losses states are compared
 _SPACING = 2**16  # updates from station to station, at most
 _PART = 16  # of the planned updates, 1/16 at most (but 16 updates)
-_SOFAR = 2  # of the updates made, half at most (but 16 updates)
 _HIGH = 2.0  # times the start's loss: is above it, whatever the noise
 _LASTING = 1.5  # the same, where it lasts for three looks or until the end
 _FORECAST = 0.2  # of the start's loss: where the run would end, if the loss fell as 1/t
@@ -287,13 +286,13 @@ class LossMonitor:
 def next_station(update: int, most: int, total: int | None, *ends: int | None) -> int | None:
     """The next update number at which losses are read; fixed before training.
 
-    A multiple of a power of two that is about half of the updates made, but at least 16, and at
-    most T/16, 2¹⁶ or `most`.
+    A multiple of a power of two that is at most the updates made, T/16, 2¹⁶ or `most`, and at
+    least 16 where `most` allows it.
     """
     most = min(_SPACING, most)
     if total is not None:
         most = min(most, max(WINDOW, total // _PART))
-    spacing = 1 << (min(most, max(WINDOW, update // _SOFAR)).bit_length() - 1)
+    spacing = 1 << (min(most, max(WINDOW, update)).bit_length() - 1)
     stations = ((update // spacing + 1) * spacing, total, *ends)
     return min((s for s in stations if s is not None and s > update), default=None)
 

@@ -53,11 +53,15 @@ class SparseRoom(NamedTuple):
 
 
 @compiled(reassoc=False)
-def _single(examples, rows, rates, w, bias, rule, rule_bias, loss, bound, made):  # type: ignore[no-untyped-def]
-    """`sweep` for two classes, one example an update and no momentum: all in registers."""
-    values, columns, starts = examples.values, examples.columns, examples.starts
-    labels, factors, peaks = examples.labels, rates.factors, rates.peaks
-    losses, biased = made.losses, rule_bias.present
+def _single(  # type: ignore[no-untyped-def]
+    values, columns, starts, labels, rows, factors, peaks, w, bias, rule, rule_bias, code, bound,
+    losses, shares,
+):  # fmt: skip
+    """`sweep` for two classes, one example an update and no momentum: all in registers.
+
+    (Arrays are passed one by one: out of a tuple the loop reads their addresses at each use.)
+    """
+    biased = rule_bias.present
     number = w.dtype.type
     zero, one = number(0), number(1)
     values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
@@ -75,14 +79,14 @@ def _single(examples, rows, rates, w, bias, rule, rule_bias, loss, bound, made):
         for at in range(start, end):
             p += w[columns[at]] * values[at]
         sign = one if labels[i] == 1 else -one
-        losses[k], slope = loss_of_margin(loss.code, sign * p, zero, one)
+        losses[k], slope = loss_of_margin(code, sign * p, zero, one)
         g = rule.sign * sign * slope
         if bounded:
             square = 1.0 if biased else 0.0
             for at in range(start, end):
                 square += values[at] * values[at]
             part = polyak_share(losses[k], slope * slope * square, peaks[0], most, bound)
-            made.shares[k] = part
+            shares[k] = part
             if bound.growth > 0 and part > 0:
                 most = bound.growth * part
         lr = number(factors[k] * part * peaks[0])
@@ -131,7 +135,10 @@ def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  #
     if (
         batch == outputs == 1 and labels.size > 1 and loss.code != OWN and not moves and not formed
     ):  # fmt: skip
-        _single(examples, rows, rates, weight[0], bias, rule, rule_bias, loss, bound, made)
+        _single(
+            values, columns, starts, labels, rows, factors, peaks, weight[0], bias, rule, rule_bias,
+            loss.code, bound, losses, made.shares,
+        )  # fmt: skip
         return
     for k in range(updates):
         if k + 4 < updates:  # fetched before their turn
