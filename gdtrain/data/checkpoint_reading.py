@@ -283,7 +283,7 @@ _KINDS: dict[str, Any] = {
     "gdtrain.planned": int | None,
     "gdtrain.rate_cut": int | float,
     "gdtrain.random_state": dict | None,
-    **dict.fromkeys(("gdtrain.race", "gdtrain.stop", "gdtrain.schedule"), dict | None),
+    **dict.fromkeys(("gdtrain.stop", "gdtrain.schedule"), dict | None),
     "gdtrain.description": dict | None,
 }
 

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +24,6 @@ from gdtrain.descent.preparation import (
     single_example,
     use_channels_last,
 )
-from gdtrain.descent.race import race
 from gdtrain.descent.recovery import Guard, Watched
 from gdtrain.descent.state import State
 from gdtrain.descent.trial import Snapshot, trial
@@ -34,7 +32,7 @@ from gdtrain.losses import Loss
 from gdtrain.objective import Objective
 from gdtrain.optim.protocol import step_size_of
 from gdtrain.schedules import ReduceOnPlateau, Schedule
-from gdtrain.step_sizes import StepSize, StochasticPolyak
+from gdtrain.step_sizes import StepSize
 
 __all__ = ["Loop", "SweepOutput", "check_engine"]
 
@@ -198,8 +196,8 @@ class Loop:
 
     Only here are updates made and counted. Without an objective, each sweep comes with its own, of
     `model`; without a plan, each sweep's indices are handed to `advance`. The groups of the
-    optimizer have "initial_lr", as `make_optimizer` sets it; with `races`, a race finds η, where
-    the rule is `StochasticPolyak`. The plan's seed names the random numbers of gdtrain's layers.
+    optimizer have "initial_lr", as `make_optimizer` sets it. The plan's seed names the random
+    numbers of gdtrain's layers.
     """
 
     def __init__(
@@ -211,7 +209,6 @@ class Loop:
         model: nn.Module | None = None,
         engine: EngineName = "auto",
         state: State | None = None,
-        races: bool = False,
         guard: Guard | None = None,
     ) -> None:
         self.objective, self.optimizer, self.plan = objective, optimizer, plan
@@ -222,7 +219,7 @@ class Loop:
         if plan is not None:
             self.state.total_updates = plan.total
             self.state.updates_per_epoch = plan.updates_per_epoch
-        self.races, self.guard = races, guard
+        self.guard = guard
         # From an update and a count, K at most, to J and the (K, B) examples of the plan there.
         self.examples: Callable[[int, int], tuple[Objective, Tensor]] = self._resident
         # The smallest update number above one at which the run is validated.
@@ -280,7 +277,7 @@ class Loop:
     # ------------------------------------------------------------------ start and end
 
     def start(self) -> None:
-        """Go on from the state: look whether all fits; η by a race, before the first update."""
+        """Go on from the state: look whether all fits."""
         self._started = True
         self._prepare()
         if self.state.random is not None:
@@ -292,8 +289,6 @@ class Loop:
         groups = self.optimizer.param_groups
         self._owned = sum(len(group["params"]) for group in groups)
         self.watched = Watched(self.model)
-        if self.races and self.updates == 0:
-            self._find_rate()
         for group in groups:
             group[_SCHEDULED] = group["lr"]
         if self.guard is not None:
@@ -324,34 +319,6 @@ class Loop:
         self.average.end()
         if self.objective is not None:
             restore_layout(self.objective.model)
-
-    def _find_rate(self) -> None:
-        """Let step sizes race, where an update sees only some of the examples."""
-        if not isinstance(step_size_of(self.optimizer), StochasticPolyak):
-            return
-        objective, plan = self.objective, self.plan
-        if plan is None or objective is None:
-            raise ValueError(
-                "lr=auto lets step sizes race over resident examples. Received: batches from a "
-                "loader. Set optimizer.lr to a number, or take a rule that needs no race "
-                "(step_size=dowg)."
-            )
-        if self.total_updates is None:
-            raise ValueError(
-                "lr=auto needs to know how many updates are planned: set trainer.max_epochs or "
-                "trainer.max_steps."
-            )
-        self.state.race = found = race(
-            partial(self.engine.run, objective),
-            objective,
-            self.optimizer,
-            plan.block,
-            self.total_updates,
-            plan.batch_size,
-            draw=self.draw_of(0),
-        )
-        if objective.rank == 0:
-            _log.info("lr: auto found %.3g %s", found.rate, found.basis)
 
     # ------------------------------------------------------------------ updates
 

@@ -21,8 +21,9 @@ from gdtrain.descent.plan import Plan
 from gdtrain.losses import Loss
 from gdtrain.objective import Objective, Rows, evaluating, own_part, prediction_of, untouched
 from gdtrain.optim.protocol import is_full_batch, step_size_of, takes_step_size
-from gdtrain.schedules import Constant, Schedule, WarmupStableDecay
-from gdtrain.step_sizes import BarzilaiBorwein, DoWG, StepSize, StochasticPolyak
+from gdtrain.schedules import Constant, Schedule
+from gdtrain.step_sizes import StepSize, automatic
+from gdtrain.step_sizes.automatic import SCHEDULE
 
 __all__ = [
     "automatic_schedule",
@@ -63,13 +64,11 @@ def make_optimizer(
     decay_biases: bool = False,
     step_size: StepSize | Literal["auto"] | None = None,
     total_updates: int | None = None,
-    races: bool = True,
 ) -> Optimizer:
     """The optimizer of a run, whose groups have "initial_lr", as the engines need it.
 
-    With a rule for the step size, its lr is 1: only the unit of the schedule. "auto" is, on the
-    full batch with `GD`, Barzilai and Borwein's; else a race finds η, if one can be held over
-    resident examples (`races`), and Polyak's step bounds it.
+    With a rule for the step size, its lr is 1: only the unit of the schedule. "auto" is what
+    `gdtrain.step_sizes.automatic` says.
     """
     check_step_size(step_size, made)
     if not isinstance(made, Optimizer):
@@ -83,7 +82,7 @@ def make_optimizer(
                     f"Rules for the step size, and lr=auto, work with GD, SGD and MiniBatchSGD of "
                     f"gdtrain. Received: {type(plain).__name__}. Set optimizer.lr to a number."
                 )
-            rule = _automatic_rule(plain, loss, races) if step_size == "auto" else step_size
+            rule = _automatic_rule(plain, loss) if step_size == "auto" else step_size
             rule.check_loss(loss)
             options: dict[str, Any] = {"lr": 1.0, "step_size": copy.deepcopy(rule)}
             made = made(groups, **options, total_updates=total_updates)
@@ -111,27 +110,18 @@ def check_step_size(
         )
 
 
-def _automatic_rule(optimizer: Optimizer, loss: Loss, races: bool) -> StepSize:
+def _automatic_rule(optimizer: Optimizer, loss: Loss) -> StepSize:
     group = optimizer.param_groups[0]
-    if group["nesterov"]:
-        raise ValueError(
-            "lr=auto has no rule for Nesterov momentum. Set optimizer.nesterov=false, or "
-            "optimizer.lr to a number."
-        )
-    if is_full_batch(optimizer) and loss.smooth and group["momentum"] == 0:
-        return BarzilaiBorwein(memory=30, f_star=0.0)  # no loss is below 0
-    if not races:
-        return DoWG(cap=2.0, decay="linear")
-    # A buffer adds 1 + μ + μ² + … gradients up, and so the bound holds for their sum.
-    gain = (1 - group["dampening"]) / max(1 - group["momentum"], 1e-3)
-    return StochasticPolyak(c=0.5 * max(float(gain), 1.0))
+    return automatic(
+        is_full_batch(optimizer), group["momentum"], group["dampening"], smooth=loss.smooth
+    )
 
 
 def automatic_schedule(optimizer: Optimizer) -> Schedule:
     """Constant where a rule finds each step's length, or decays it; else a schedule that decays."""
     rule = step_size_of(optimizer)
     own = rule is not None and (rule.needs.full_batch or rule.needs.total_updates)
-    return Constant() if own else WarmupStableDecay(warmup=0.1, decay=0.5)
+    return Constant() if own else SCHEDULE
 
 
 def resident_objective(

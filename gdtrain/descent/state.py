@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gdtrain.descent.race import Race
 from gdtrain.descent.stopping import Stop
 from gdtrain.generators import RandomStates
 from gdtrain.schedules import Constant, ReduceOnPlateau, Schedule
@@ -30,7 +29,6 @@ class State:
     updates: int = 0  # made so far
     examples_seen: int = 0  # in these updates
     rate_cut: float = 1.0  # a factor on η beside the schedule's, by recoveries from divergence
-    race: Race | None = None  # what found η; None: none was held
     micro_batch_size: int | None = None  # M; None: a whole batch, or not known yet
     engine: str = "eager"  # that made the last updates
     engine_before: str | None = None  # of the run that is resumed, until an engine is chosen
@@ -63,7 +61,6 @@ class State:
             "updates": self.updates,
             "examples_seen": self.examples_seen,
             "rate_cut": self.rate_cut,
-            "race": None if self.race is None else asdict(self.race),
             "random_state": RandomStates.now().state_dict(),
             "micro_batch_size": self.micro_batch_size,
             "engine": self.engine_before or self.engine,
@@ -74,7 +71,6 @@ class State:
         """Go on from what `state_dict` returned; further keys do not matter."""
         self.updates, self.examples_seen = state["updates"], state["examples_seen"]
         self.rate_cut = state.get("rate_cut", 1.0)
-        self.race = None if state.get("race") is None else Race(**state["race"])
         self.random = RandomStates.from_state_dict(state["random_state"])
         self.micro_batch_size = state["micro_batch_size"]
         self.engine = self.engine_before = state["engine"]

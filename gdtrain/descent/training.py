@@ -121,7 +121,6 @@ def make_loop(
         plan,
         engine=engine,
         state=State(copy.deepcopy(schedule)),  # a plateau schedule belongs to one run
-        races=step_size == "auto",
         guard=guard,
     )
 

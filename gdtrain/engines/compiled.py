@@ -17,15 +17,14 @@ from gdtrain.engines.eager import Eager
 from gdtrain.engines.engine import (
     NotApplicableError,
     check_hooks,
-    last_share,
+    in_stretches,
     rates_by_schedule,
 )
 from gdtrain.engines.program import GraphRule, Program, descents, own_descents
 from gdtrain.generators import RandomStates, same_after
 from gdtrain.models.dropout import drawing
 from gdtrain.objective import Objective, prediction_of
-from gdtrain.optim.protocol import gathers, own_rule, step_size_of, update_rules
-from gdtrain.step_sizes import StochasticPolyak
+from gdtrain.optim.protocol import bounded_step_of, gathers, own_rule, step_size_of, update_rules
 
 __all__ = ["Compiled"]
 
@@ -73,11 +72,11 @@ class Compiled:
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
         rule = step_size_of(optimizer)
-        if rule is not None and not isinstance(rule, StochasticPolyak):
+        self._bound = bounded_step_of(optimizer)
+        if rule is not None and self._bound is None:
             raise NotApplicableError(
                 f"{type(rule).__name__} looks at more than the loss and the gradient's norm"
             )
-        self._bound: StochasticPolyak | None = rule
         self._own = own_rule(optimizer)
         if self._own is not None and rule is not None:
             raise NotApplicableError(
@@ -92,6 +91,21 @@ class Compiled:
         batch does not fit into one pass. ValueError: η is not finite. Nothing was changed then.
         """
         check_hooks(self.objective, self.optimizer)  # a callback may have come with some
+
+        def make(indices: Tensor, factors: Tensor, shares: Tensor, total: Tensor) -> Tensor:
+            nonlocal draw
+            losses = self._stretch(indices, factors, draw, shares, total)
+            draw += len(indices)
+            return losses
+
+        losses, shares = in_stretches(make, self.optimizer, indices, factors)
+        self.rates = rates_by_schedule(self.optimizer, factors) * shares
+        return losses
+
+    def _stretch(
+        self, indices: Tensor, factors: Tensor, draw: int, own_shares: Tensor, total: Tensor
+    ) -> Tensor:
+        """As `__call__`; where the step is bounded, shares of η₀ and Σ‖g‖² are written."""
         objective, params = self.objective, self.objective.params
         groups = self.optimizer.param_groups
         owner = {p: group for group in groups for p in group["params"]}
@@ -118,12 +132,11 @@ class Compiled:
         ]
         names = dict(objective.model.named_buffers())
         buffers = [names[name] for name in program.buffers]
-        polyak = None
+        bound = None
         if self._bound is not None:
-            bounds = self._bound.bounds(self.optimizer)
-            polyak = (*bounds, float(groups[0]["initial_lr"]))
+            bound = (*self._bound.bound(self.optimizer), float(groups[0]["initial_lr"]))
         with torch.no_grad():
-            theta, kept, b, losses, taken = program(
+            theta, kept, b, losses, taken, squares = program(
                 # As new objects: torch guards on the model's own, and would compile a second time.
                 [p.detach() for p in params],
                 [b.detach() for b in buffers],
@@ -132,7 +145,7 @@ class Compiled:
                 rates,
                 shares,
                 draw,
-                polyak,
+                bound,
             )
             for old, new in (*zip(params, theta, strict=True), *zip(buffers, kept, strict=True)):
                 old.copy_(new)
@@ -145,10 +158,9 @@ class Compiled:
             group["lr"] = group["initial_lr"] * scale[-1].item()
         for p in params:
             p.grad = None
-        self.rates = rates_by_schedule(self.optimizer, factors)
         if self._bound is not None:
-            self.rates *= taken.to(self.rates)
-            self._bound.remember(self.optimizer, last_share(taken))
+            own_shares.copy_(taken)
+            total.copy_(squares)
         return losses
 
     def _begin(self, indices: Tensor, factors: Tensor, draw: int) -> Tensor:

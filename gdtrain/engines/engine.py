@@ -5,7 +5,7 @@ K updates in one sweep, B examples per update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from gdtrain._compat.torch_modules import has_hooks, tensor_has_hooks
 from gdtrain._compat.torch_optimizer import has_step_hooks
 from gdtrain.objective import Objective
+from gdtrain.optim.protocol import bounded_step_of
 
 __all__ = [
     "WORTH_SHARING",
@@ -23,7 +24,7 @@ __all__ = [
     "LookAhead",
     "NotApplicableError",
     "check_hooks",
-    "last_share",
+    "in_stretches",
     "rates_by_schedule",
     "single_threaded",
 ]
@@ -129,10 +130,27 @@ def single_threaded(multiplications: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def last_share(shares: Tensor, before: float = 0.0) -> float:
-    """The last share of η₀ above 0, from which a smoothed bound goes on; else that of before."""
-    positive = shares[shares > 0]
-    return float(positive[-1]) if len(positive) else before
+def in_stretches(
+    make: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    optimizer: Optimizer,
+    indices: Tensor,
+    factors: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Losses and shares of η₀ (K,), of updates made as far at once as the rule's bound is good for.
+
+    `make` gets a stretch of indices and factors, and the shares and Σ‖d‖² to be written.
+    """
+    rule, count, done = bounded_step_of(optimizer), len(factors), 0
+    shares, total = (torch.ones(n, dtype=torch.float64) for n in (count, 1))
+    made: list[Tensor] = []
+    while done < count or not made:
+        end = done + (count - done if rule is None else rule.stretch(optimizer, count - done))
+        own = shares[done:end]
+        made.append(make(indices[done:end], factors[done:end], own, total))
+        if rule is not None and end > done:
+            rule.remember(optimizer, made[-1], own, float(total))
+        done = end
+    return (made[0] if len(made) == 1 else torch.cat(made)), shares
 
 
 def check_hooks(objective: Objective, optimizer: Optimizer) -> None:

@@ -26,10 +26,10 @@ from gdtrain._compat.torch_compile import (
     while_loop,
     with_strides,
 )
-from gdtrain.engines.engine import WORTH_SHARING, NotApplicableError, last_share
+from gdtrain.engines.engine import WORTH_SHARING, NotApplicableError
 from gdtrain.models.dropout import Dropout, example_seeds
 from gdtrain.objective import Objective, prediction_of
-from gdtrain.step_sizes import StochasticPolyak
+from gdtrain.step_sizes.bounded import BoundedStep, last_share
 
 __all__ = ["GraphRule", "Program", "descend", "descents", "own_descents"]
 
@@ -113,7 +113,7 @@ class Program:
         objective: Objective,
         rules: tuple[GraphRule, ...],
         size: int,
-        bound: StochasticPolyak | None,
+        bound: BoundedStep | None,
         descents: _Descend,
     ) -> None:
         self.objective, self.rules = objective, rules
@@ -128,11 +128,11 @@ class Program:
         self.inputs = example.new_zeros(self.length, size, *example.shape[1:])
         self.targets = target.new_zeros(self.length, size, *target.shape[1:])
         device = objective.params[0].device
-        dtype = torch.promote_types(objective.params[0].dtype, torch.float32)
-        # The losses, and which share of η₀ each update took.
-        self.losses = torch.zeros(2, self.length, dtype=dtype, device=device)
-        # What bounds the step: 1/c, f*, growth, the first bound; and η₀.
-        self.polyak = torch.zeros(self.length, 5, dtype=torch.float64, device=device)
+        self.dtype = torch.promote_types(objective.params[0].dtype, torch.float32)
+        # The losses, which share of η₀ each update took, and Σ‖g‖².
+        self.losses = torch.zeros(3, self.length, dtype=torch.float64, device=device)
+        # What bounds the step: the numbers of `Bound`, and η₀.
+        self.bound = torch.zeros(self.length, 7, dtype=torch.float64, device=device)
         shape = (self.length, len(rules))
         self.rates = torch.zeros(shape, dtype=torch.float64, device=device)
         self.shares = torch.zeros(shape, dtype=torch.float64, device=device)
@@ -160,12 +160,12 @@ class Program:
         rates: Tensor,
         shares: Tensor,
         draw: int,
-        polyak: tuple[float, ...] | None = None,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor]:
-        """Parameters, buffers, momentum; losses and shares of η₀; nothing in place."""
+        bound: tuple[float, ...] | None = None,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor, Tensor, Tensor]:
+        """Parameters, buffers, momentum; losses, shares of η₀ and Σ‖g‖²; nothing in place."""
         made = []
-        if polyak is not None:
-            self.polyak[:] = torch.tensor(polyak, dtype=torch.float64)
+        if bound is not None:
+            self.bound[:] = torch.tensor(bound, dtype=torch.float64)
         if self._channels_last:
             theta, velocities = (
                 [t.contiguous(memory_format=_layout(t)) for t in tensors]
@@ -186,16 +186,17 @@ class Program:
                 kept,
                 velocities,
                 self.losses,
-                (self.inputs, self.targets, self.rates, self.shares, self.seeds, self.polyak),
+                (self.inputs, self.targets, self.rates, self.shares, self.seeds, self.bound),
                 count=count,
             )
             made.append(losses[:, :count].clone())
-            if polyak is not None and polyak[2] > 0:
-                self.polyak[:, 3] = polyak[2] * last_share(
-                    made[-1][1], float(self.polyak[0, 3]) / polyak[2]
-                )
+            if bound is not None:
+                growth, most = bound[2], float(self.bound[0, 3])
+                if growth > 0:
+                    self.bound[:, 3] = growth * last_share(made[-1][1], most / growth)
+                self.bound[:, 5] = made[-1][2, -1]
         found = torch.cat(made, dim=1)
-        return theta, kept, velocities, found[0], found[1]
+        return theta, kept, velocities, found[0].to(self.dtype), found[1], found[2, -1]
 
     def _gather(self, part: Tensor) -> None:
         """Put the examples of a chunk side by side."""
@@ -220,7 +221,7 @@ def _update(
     objective: Objective,
     rules: tuple[GraphRule, ...],
     buffer_names: list[str],
-    bound: StochasticPolyak | None,
+    bound: BoundedStep | None,
     descents: _Descend,
 ) -> _Update:
     """Update number i of a chunk, as a pure function of tensors."""
@@ -239,7 +240,7 @@ def _update(
         losses: Tensor,
         chunk: tuple[Tensor, ...],
     ) -> _Lists:
-        x, y, rate, share, seeds, polyak = (
+        x, y, rate, share, seeds, limits = (
             t.index_select(0, i.reshape(1)).squeeze(0) for t in chunk
         )
 
@@ -255,14 +256,13 @@ def _update(
         buffers: list[Tensor | None] = [None] * len(rules)
         for k, velocity in zip(moving, velocities, strict=True):
             buffers[k] = velocity
-        taken = torch.ones((), dtype=torch.float64, device=losses.device)
+        taken = total = torch.ones((), dtype=torch.float64, device=losses.device)
         if bound is not None:
-            past = None if bound.smoothing is None else (losses[1], i)
-            taken = _polyak_share(value, theta, gradient, rules, polyak, past)
+            taken, total = _bounded_share(value, theta, gradient, rules, limits, losses, i)
             rate = rate * taken
         updated = descents(theta, gradient, buffers, rate, share)
         here = torch.arange(losses.shape[1], device=losses.device) == i
-        found = torch.stack([value.to(losses.dtype), taken.to(losses.dtype)])
+        found = torch.stack([value.to(losses.dtype), taken, total])
         return (
             [p for p, _ in updated],
             changed,
@@ -273,15 +273,19 @@ def _update(
     return update
 
 
-def _polyak_share(
+def _bounded_share(
     value: Tensor,
     theta: list[Tensor],
     gradient: Any,
     rules: tuple[GraphRule, ...],
-    polyak: Tensor,
-    past: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """As `gdtrain.engines.native.kernels.polyak_share`, of tensors."""
+    limits: Tensor,
+    made: Tensor,
+    i: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """As `gdtrain.engines.native.kernels.bounded_share`, of tensors; and Σ‖g‖² with this one.
+
+    `made` (3, S) has losses, shares and sums of the updates before number i.
+    """
     f = value.double()
     square = torch.zeros_like(f)
     for p, g, rule in zip(theta, gradient, rules, strict=True):
@@ -290,16 +294,20 @@ def _polyak_share(
             d = g + rule.weight_decay * p
             f = f + 0.5 * rule.weight_decay * p.square().sum().double()
         square = square + d.square().sum().double()
-    inverse, lowest, growth, first, peak = polyak.unbind()
-    most = first
-    if past is not None:  # the last share above 0 of the updates before this one lets it grow
-        shares, i = past
-        numbers = torch.arange(len(shares), device=shares.device)
-        at = torch.where((numbers < i) & (shares > 0), numbers, -1).max()
-        before = shares.index_select(0, at.clamp_min(0).reshape(1)).squeeze(0).double()
-        most = torch.where(at < 0, first, growth * before)
+    inverse, lowest, growth, first, reach, total, peak = limits.unbind()
+    numbers = torch.arange(made.shape[1], device=made.device)
+
+    def entry(row: int, at: Tensor) -> Tensor:
+        return made[row].index_select(0, at.clamp_min(0).reshape(1)).squeeze(0)
+
+    # The last share above 0 of the updates before this one lets it grow.
+    at = torch.where((numbers < i) & (made[1] > 0), numbers, -1).max()
+    most = torch.where((at < 0) | (growth == 0), first, growth * entry(1, at))
+    total = square + torch.where(i == 0, total, entry(2, i - 1))
     bound = inverse * (f - lowest).clamp_min(0) / (square * peak)
-    return torch.where((square == 0) | (bound >= most), most, bound)
+    share = torch.minimum(bound, torch.minimum(most, reach / (total.sqrt() * peak)))
+    still = torch.where(most.isinf(), torch.zeros_like(most), most)
+    return torch.where(square == 0, still, share), total
 
 
 def _looped(update: _Update, single_threaded: bool) -> _Update:

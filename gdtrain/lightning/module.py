@@ -21,7 +21,6 @@ from torchmetrics import Metric
 
 from gdtrain._compat.lightning_training import fetch_again
 from gdtrain._compat.torch_optimizer import mark_stepped
-from gdtrain.data import DatasetDataModule
 from gdtrain.data.loader import IndexLoader, PairLoader
 from gdtrain.data.module import DataModule
 from gdtrain.descent.loop import Loop, check_engine
@@ -34,7 +33,6 @@ from gdtrain.descent.preparation import (
     resident_objective,
     single_example,
 )
-from gdtrain.descent.race import Race
 from gdtrain.descent.recovery import Guard
 from gdtrain.descent.state import State
 from gdtrain.descent.stopping import Stop
@@ -81,7 +79,6 @@ class RunView(EvaluatedModule):
     updates: int = _of_state("updates", "Made so far.")
     examples_seen: int = _of_state("examples_seen", "In these updates.")
     rate_cut: float = _of_state("rate_cut", "A factor on η, by recoveries from divergence.")
-    race: Race | None = _of_state("race", "What found η; None: no race was held.")
     schedule: Schedule = _of_state("schedule", "The factor on η.")
     stop: Stop | None = _of_state("stop", "Why the run ends early; None: it does not.")
     total_updates: int | None = _of_state("total_updates", "T; None: no end is planned.")
@@ -265,13 +262,13 @@ class SupervisedModule(RunView):
         optimizer: From parameters or groups to an optimizer, such as
             `functools.partial(SGD, lr=0.1)`; or an optimizer of the model's parameters.
         schedule: The factor on η; None: constant; "auto": `WarmupStableDecay(warmup=0.1,
-            decay=0.5)`, but constant where a rule finds the length of full-batch steps.
+            decay=0.8)`, but constant where a rule finds the length of full-batch steps.
         metrics: By name, fed with `loss.decide(prediction)` and targets; None: accuracy for
             classes, R² and mean absolute error for numbers.
         decay_biases: Whether weight decay acts on biases and norms, when `optimizer` is a factory.
         step_size: A rule that computes η (`gdtrain.step_sizes`), for a factory of gdtrain's;
-            "auto": on the full batch with `GD`, Barzilai and Borwein's; else a race before the
-            first update finds η, and Polyak's bounds each step; None: `lr` and the schedule alone.
+            "auto": on the full batch with `GD`, Barzilai and Borwein's; else `PolyakDoG`;
+            None: `lr` and the schedule alone.
         engine: How updates are made: "eager", by autograd, for any module; "compiled", by
             `torch.compile`; "native", linear models and MLPs on CPU; "auto", the fastest that
             applies (`engine_in_use` and `engine_reason` tell).
@@ -349,8 +346,6 @@ class SupervisedModule(RunView):
             decay_biases=self.decay_biases,
             step_size=self.step_size,
             total_updates=planned,
-            # No race over examples that are fetched one by one.
-            races=not (isinstance(data, DatasetDataModule) and not data.is_resident),
         )
         if self.schedule_is_automatic:
             self.schedule = automatic_schedule(made)
@@ -424,7 +419,6 @@ class SupervisedModule(RunView):
             model=self.model,
             engine=self.engine,
             state=self.state,
-            races=self.step_size == "auto",
             guard=self.guard,
         )
         loop.next_validation = self.next_validation

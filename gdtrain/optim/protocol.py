@@ -14,9 +14,10 @@ import torch
 from torch.optim import Optimizer
 
 from gdtrain.rules import UpdateRule
-from gdtrain.step_sizes import StepSize
+from gdtrain.step_sizes import BoundedStep, StepSize
 
 __all__ = [
+    "bounded_step_of",
     "gathers",
     "is_full_batch",
     "own_rule",
@@ -44,6 +45,12 @@ def own_rule(optimizer: Optimizer) -> Callable[..., None] | None:
 def step_size_of(optimizer: object) -> StepSize | None:
     """The rule that computes η; None: lr is η."""
     return getattr(optimizer, "step_size", None)
+
+
+def bounded_step_of(optimizer: object) -> BoundedStep | None:
+    """The rule, if it is one that engines apply by themselves."""
+    rule = step_size_of(optimizer)
+    return rule if isinstance(rule, BoundedStep) and rule.by_engines else None
 
 
 def takes_step_size(optimizer: Optimizer) -> bool:

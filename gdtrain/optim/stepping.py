@@ -57,7 +57,9 @@ class Stepping(Gathering):
     ) -> None:
         defaults = dict(zip(UpdateRule._fields, rule, strict=True)) | way
         if isinstance(defaults["lr"], str) or step_size is not None:
-            defaults["lr"], step_size = self._peak(defaults["lr"], step_size)
+            defaults["lr"], step_size = self._peak(
+                defaults["lr"], step_size, defaults["momentum"], defaults["dampening"]
+            )
         self.step_size = step_size
         self.total_updates = None if step_size is None else total_updates
         self.batch_fraction = 1.0 if self.is_full_batch else None
@@ -280,7 +282,9 @@ class Stepping(Gathering):
             raise ValueError(_two_owners(rule, initial))
         return float(lr / initial) if initial != 0 else 1.0
 
-    def _peak(self, lr: Any, rule: StepSize | None) -> tuple[float | Tensor, StepSize]:
+    def _peak(
+        self, lr: Any, rule: StepSize | None, momentum: float, dampening: float
+    ) -> tuple[float | Tensor, StepSize]:
         """lr of the groups, and the rule; "auto" stands for one."""
         if isinstance(lr, str):
             if lr != "auto":
@@ -290,7 +294,7 @@ class Stepping(Gathering):
                     f"lr='auto' chooses a rule, and step_size={rule!r} is one: η would have two "
                     f"owners. Leave one out."
                 )
-            return 1.0, automatic(self.is_full_batch)
+            return 1.0, automatic(self.is_full_batch, momentum, dampening, decay=True)
         if not isinstance(rule, StepSize):
             raise ValueError(
                 f"step_size must be a gdtrain.step_sizes.StepSize. Received: {rule!r}."

@@ -24,6 +24,7 @@ from gdtrain.data.frames import features
 from gdtrain.descent.stopping import Stop, StopReason
 from gdtrain.lightning.module import SupervisedModule
 from gdtrain.objective import evaluating
+from gdtrain.optim.protocol import step_size_of
 from gdtrain.reporting.tensorboard import described, hyperparameter_row
 from gdtrain.runs.descriptions import check_outputs
 from gdtrain.runs.folder import complete
@@ -232,19 +233,9 @@ def _jsonable(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _rate(module: SupervisedModule) -> dict[str, Any] | None:
-    """What lr=auto found, and on what grounds."""
-    race = module.race
-    if race is None:
-        return None
-    return {
-        "found": race.rate,
-        "scale": race.scale,
-        "tried": race.rates,
-        "losses": _jsonable(race.losses),
-        "updates_each": race.updates,
-        "examples": race.examples,
-    }
+def _rate(module: SupervisedModule) -> str | None:
+    """The rule that lr=auto stood for."""
+    return repr(step_size_of(module.loop.optimizer)) if module.step_size == "auto" else None
 
 
 def _versions() -> dict[str, str]:

@@ -15,6 +15,7 @@ number of updates made before this one, T the number planned, B examples per upd
 | `StochasticLineSearch` | as Armijo, on the batch at hand | f at the trial points | yes |
 | `DoG` | max‖θ−θ₀‖ / √Σ‖d‖² | | yes |
 | `DoWG` | max‖θ−θ₀‖² / √Σ max‖θ−θ₀‖²‖d‖² | | yes |
+| `PolyakDoG` | as `DoG`, in units of Polyak's step; at most 1.5 (f − f*)/‖d‖² | | yes |
 | `InverseSmoothness` | 1/L | gradients near θ | where L is given |
 | `ScheduleFree` | another rule's, or lr; averages θ | as that rule | as that rule |
 
@@ -25,11 +26,13 @@ it needs, and where it does not hold, is said in its `Needs`. An option out of i
 ValueError.
 """
 
+from gdtrain.step_sizes.automatic import PolyakDoG, automatic
 from gdtrain.step_sizes.averaging import ScheduleFree
 from gdtrain.step_sizes.barzilai_borwein import BarzilaiBorwein
 from gdtrain.step_sizes.base import Needs, StepSize
+from gdtrain.step_sizes.bounded import Bound, BoundedStep
 from gdtrain.step_sizes.context import Context, Evaluations, Memory
-from gdtrain.step_sizes.distance import DoG, DoWG, automatic
+from gdtrain.step_sizes.distance import DoG, DoWG
 from gdtrain.step_sizes.line_search import Armijo, StochasticLineSearch
 from gdtrain.step_sizes.polyak import Polyak, StochasticPolyak
 from gdtrain.step_sizes.smoothness import InverseSmoothness
@@ -37,6 +40,8 @@ from gdtrain.step_sizes.smoothness import InverseSmoothness
 __all__ = [
     "Armijo",
     "BarzilaiBorwein",
+    "Bound",
+    "BoundedStep",
     "Context",
     "DoG",
     "DoWG",
@@ -45,6 +50,7 @@ __all__ = [
     "Memory",
     "Needs",
     "Polyak",
+    "PolyakDoG",
     "ScheduleFree",
     "StepSize",
     "StochasticLineSearch",

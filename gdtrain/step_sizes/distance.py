@@ -7,11 +7,10 @@ from math import inf, isfinite, sqrt
 from typing import Literal
 
 from gdtrain._compat import torch_foreach as foreach
-from gdtrain.step_sizes.barzilai_borwein import BarzilaiBorwein
 from gdtrain.step_sizes.base import Needs, StepSize, option, optional
 from gdtrain.step_sizes.context import Context, Memory, in_dtypes_of, squared_norm
 
-__all__ = ["DoG", "DoWG", "automatic"]
+__all__ = ["DoG", "DoWG"]
 
 
 class DoG(StepSize):
@@ -166,13 +165,3 @@ def _farthest(context: Context, memory: Memory, start: float) -> float:
     if isfinite(distance):
         numbers["distance"] = max(numbers["distance"], distance)
     return numbers["distance"]
-
-
-def automatic(full_batch: bool) -> StepSize:
-    """The rule that lr="auto" stands for; on batches it asks the optimizer for total_updates.
-
-    Example:
-        >>> automatic(full_batch=False)
-        DoWG(start=0.0001, cap=2.0, decay='linear', f_star=0.0)
-    """
-    return BarzilaiBorwein(memory=30) if full_batch else DoWG(cap=2.0, decay="linear")

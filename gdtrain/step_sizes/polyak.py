@@ -6,8 +6,10 @@ from math import inf
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from gdtrain.step_sizes.base import Needs, StepSize, known_fraction, option, optional
+from gdtrain.step_sizes.bounded import Bound, BoundedStep, last_share
 from gdtrain.step_sizes.context import NUMBERS, Context, Memory
 
 __all__ = ["Polyak", "StochasticPolyak"]
@@ -95,7 +97,7 @@ class Polyak(StepSize):
         return numbers["best"] - numbers["delta"]
 
 
-class StochasticPolyak(StepSize):
+class StochasticPolyak(BoundedStep):
     """Polyak's step on the batch at hand, with a cap: SPS_max.
 
         η = min(η_max, (f_B − f*) / (c ‖d_B‖²))
@@ -165,16 +167,13 @@ class StochasticPolyak(StepSize):
             memory.numbers["last"] = rate
         return rate
 
-    def bounds(self, optimizer: torch.optim.Optimizer) -> tuple[float, float, float, float]:
-        """For an engine that makes the updates: 1/c, f*, γ^{B/N} and the bound on the first share.
-
-        A share is η/η₀, η₀ "initial_lr"; without smoothing 0 stands for γ^{B/N}.
-        """
+    def bound(self, optimizer: torch.optim.Optimizer) -> Bound:
+        """Growth is γ^{B/N}; η₀ is "initial_lr"."""
         group = optimizer.param_groups[0]
         peak = float(group["initial_lr"])
         first = 1.0 if self.max_lr is None or peak == 0 else self.max_lr / peak
         if self.smoothing is None:
-            return 1 / self.c, self.f_star, 0.0, first
+            return Bound(1 / self.c, self.f_star, most=first)
         told: float | None = getattr(optimizer, "batch_fraction", None)
         growth = self.smoothing ** known_fraction(self.batch_fraction, told)
         numbers = group.get(NUMBERS, {})
@@ -183,11 +182,13 @@ class StochasticPolyak(StepSize):
             first = growth * share  # as without a break, to the last bit
         elif last is not None and peak != 0:
             first = growth * last / peak
-        return 1 / self.c, self.f_star, growth, first
+        return Bound(1 / self.c, self.f_star, growth, first)
 
-    def remember(self, optimizer: torch.optim.Optimizer, share: float) -> None:
+    def remember(
+        self, optimizer: torch.optim.Optimizer, losses: Tensor, shares: Tensor, total: float
+    ) -> None:
         """Keep the last share, from which smoothing goes on, as `rate` would have; never 0."""
-        group = optimizer.param_groups[0]
+        group, share = optimizer.param_groups[0], last_share(shares)
         if self.smoothing is not None and share > 0:
             last = share * float(group["initial_lr"])
             group[NUMBERS] = {**group.get(NUMBERS, {}), "last": last, "share": share}

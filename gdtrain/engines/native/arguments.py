@@ -19,14 +19,13 @@ from gdtrain import losses
 from gdtrain.models.activations import ACTIVATIONS, Activation
 from gdtrain.models.structure import Layer
 from gdtrain.objective import Objective
-from gdtrain.optim.protocol import step_size_of
-from gdtrain.step_sizes import StochasticPolyak
+from gdtrain.optim.protocol import bounded_step_of
+from gdtrain.step_sizes import Bound
 
 __all__ = [
     "ACTIVATION",
     "LOSS",
     "Arguments",
-    "Bound",
     "Examples",
     "LossKernel",
     "Made",
@@ -105,15 +104,6 @@ class Rates(NamedTuple):
     peaks: NDArray[np.float64]  # (2L,), η₀ of each tensor
 
 
-class Bound(NamedTuple):
-    """A bound on the step: η ≤ η₀ · (f − f*) / (c ‖g‖² η₀), and at most `most` of η₀."""
-
-    inverse: float = 0.0  # 1/c; 0: there is no bound
-    least: float = 0.0  # f*
-    growth: float = 0.0  # of the share of η₀ from update to update, at most; 0: `most` is fixed
-    most: float = 1.0  # the largest share at the first update
-
-
 class Examples(NamedTuple):
     """Dense examples."""
 
@@ -143,6 +133,7 @@ class Made(NamedTuple):
 
     losses: NDArray[Any]  # (K,)
     shares: NDArray[np.float64]  # (K,), of η₀ that were taken; written where there is a bound
+    total: NDArray[np.float64]  # (1,), Σ‖g‖²; likewise
 
 
 def has_kernel(part: losses.Loss | Activation) -> bool:
@@ -164,8 +155,7 @@ class Arguments:
         owned = {p: i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         self.group_of = [0 if p is None else owned.get(p, 0) for p in self.tensors]
         self.dtype = self.parameters[0].dtype
-        rule = step_size_of(optimizer)
-        self.polyak = rule if isinstance(rule, StochasticPolyak) else None
+        self.bounded = bounded_step_of(optimizer)
         self._theta = torch.zeros(0)
         self._buffers: Tensor | None = None
         self._views: list[tuple[Tensor, Tensor | None]] = []
@@ -208,9 +198,9 @@ class Arguments:
 
     def bound(self) -> Bound:
         """Of the step."""
-        if self.polyak is None:
+        if self.bounded is None:
             return Bound()
-        return Bound(*map(float, self.polyak.bounds(self.optimizer)))
+        return Bound(*map(float, self.bounded.bound(self.optimizer)))
 
     def buffer(self, p: Tensor) -> Tensor | None:
         """The momentum buffer of a parameter, as the optimizer has it."""
@@ -270,7 +260,7 @@ class Arguments:
 
     def gives_margins(self, batch: int) -> bool:
         """Whether the loops give margins for the logistic loss, which is then computed at once."""
-        return batch == 1 and self.polyak is None and type(self.loss) is losses.Logistic
+        return batch == 1 and self.bounded is None and type(self.loss) is losses.Logistic
 
     def loss_kernel(self, batch: int) -> LossKernel:
         """Which loss the loops compute."""

@@ -22,20 +22,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gdtrain.engines.engine import last_share
 from gdtrain.engines.native.arguments import IDENTITY, OWN, Arguments, Examples, Made, Room
 from gdtrain.engines.native.kernels import (
     activate,
+    bounded_share,
     call_slope,
     call_value,
     compiled,
     descend,
     loss_and_slope,
-    polyak_share,
     prefetch,
     rule_of,
     slope_of,
 )
+from gdtrain.step_sizes.bounded import Bound, last_share
 
 __all__ = ["Dense", "logistic_losses", "sweep"]
 
@@ -149,7 +149,7 @@ def sweep(examples, rows, rates, parameters, network, rules, loss, bound, room, 
     slopes = delta[delta.size - outputs :].reshape(1, outputs)
     ahead = max(4096 // (n0 * theta.itemsize), 1)  # examples that are fetched before their turn
     bounded = bound.inverse != 0
-    most = bound.most
+    most, total = bound.most, bound.total
     share = 1.0
     for k in range(rows.size + 1):
         if k + ahead < rows.size:
@@ -194,6 +194,7 @@ def sweep(examples, rows, rates, parameters, network, rules, loss, bound, room, 
                 for j in range(n1):
                     z1[j] += first_bias[j]
         if k == rows.size:
+            made.total[0] = total
             break
         _activate_all(network, 0, z1, h1)
         # ---- forward through the other layers
@@ -239,7 +240,8 @@ def sweep(examples, rows, rates, parameters, network, rules, loss, bound, room, 
             value, square = _value_and_square(
                 float(made.losses[k]), examples.squares[rows[k]], theta, widths, rules, room
             )
-            share = polyak_share(value, square, peaks[0], most, bound)
+            total += square
+            share = bounded_share(value, square, total, peaks[0], most, bound)
             made.shares[k] = share
             if bound.growth > 0 and share > 0:
                 most = bound.growth * share
@@ -274,15 +276,18 @@ class Dense:
         self._network = arguments.network()
         self._examples: Examples | None = None
 
-    def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
-        """(K, 1) example numbers, (K,) factors to (K,) losses; bounds write `shares` (K,) of η₀."""
+    def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor, total: Tensor) -> Tensor:
+        """(K, 1) example numbers, (K,) factors to (K,) losses.
+
+        Where the step is bounded, `shares` (K,) of η₀ and `total` (1,), Σ‖g‖², are written.
+        """
         arguments, inputs = self.arguments, self.arguments.objective.inputs
         rows, bound = indices.reshape(-1).cpu(), arguments.bound()
         if isinstance(inputs, Tensor):
             if self._examples is None:
                 flat = inputs.reshape(len(inputs), -1).contiguous().numpy()
                 self._examples = Examples(flat, *arguments.targets(), self._squares(flat))
-            return self._sweep(self._examples, rows, factors, shares, bound)
+            return self._sweep(self._examples, rows, factors, shares, total, bound)
         # Rows from a file, so many at a time.
         labels, targets = arguments.targets()
         width = arguments.layers[0].linear.in_features * arguments.parameters[0].element_size()
@@ -297,14 +302,21 @@ class Dense:
                 targets[part.numpy()] if len(targets) > 1 else targets,
                 self._squares(flat),
             )
-            parts.append(self._sweep(examples, torch.arange(len(part)), own, taken, bound))
+            parts.append(self._sweep(examples, torch.arange(len(part)), own, taken, total, bound))
+            bound = bound._replace(total=float(total))
             if bound.growth > 0:
                 last = last_share(taken, bound.most / bound.growth)
                 bound = bound._replace(most=bound.growth * last)
         return torch.cat(parts)
 
     def _sweep(
-        self, examples: Examples, rows: Tensor, factors: Tensor, shares: Tensor, bound: Any
+        self,
+        examples: Examples,
+        rows: Tensor,
+        factors: Tensor,
+        shares: Tensor,
+        total: Tensor,
+        bound: Bound,
     ) -> Tensor:
         arguments = self.arguments
         losses = arguments.empty(len(rows))
@@ -318,7 +330,7 @@ class Dense:
             arguments.loss_kernel(1),
             bound,
             self._room,
-            Made(losses, shares.numpy()),
+            Made(losses, shares.numpy(), total.numpy()),
         )
         arguments.give_back()
         made = torch.from_numpy(losses)
@@ -326,6 +338,6 @@ class Dense:
 
     def _squares(self, inputs: NDArray[Any]) -> NDArray[np.float64]:
         """‖x‖² of each row, where the step is bounded."""
-        if self.arguments.polyak is None:
+        if self.arguments.bounded is None:
             return np.zeros(0)
         return np.einsum("ij,ij->i", inputs, inputs, dtype=np.float64)

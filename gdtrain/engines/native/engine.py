@@ -22,7 +22,7 @@ from gdtrain.data.sparse import SparseInputs
 from gdtrain.engines.engine import (
     NotApplicableError,
     check_hooks,
-    last_share,
+    in_stretches,
     rates_by_schedule,
     single_threaded,
 )
@@ -86,7 +86,7 @@ class Native:
         self.rates = torch.zeros(0, dtype=torch.float64)
         self.evaluations = 0
         rule = step_size_of(optimizer)
-        self._rule_sees_more = rule is not None and self._arguments.polyak is None
+        self._rule_sees_more = rule is not None and self._arguments.bounded is None
         self._is_sparse = isinstance(objective.inputs, SparseInputs)
         if self._rule_sees_more and self._is_sparse:
             raise NotApplicableError(
@@ -130,16 +130,11 @@ class Native:
                 self.rates = torch.tensor(self._by_rule.rates, dtype=torch.float64)
                 self.evaluations = self._by_rule.evaluations
             else:
-                shares = torch.ones(len(factors), dtype=torch.float64)
-                self.rates = rates_by_schedule(self.optimizer, factors)
                 loops = (
                     self._sparse if self._is_sparse else self._dense if batch == 1 else self._matrix
                 )
-                made = loops(indices, factors, shares)
-                if arguments.polyak is not None:
-                    self.rates *= shares
-                    if len(shares):
-                        arguments.polyak.remember(self.optimizer, last_share(shares))
+                made, shares = in_stretches(loops, self.optimizer, indices, factors)
+                self.rates = rates_by_schedule(self.optimizer, factors) * shares
         if len(factors):
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * float(factors[-1])

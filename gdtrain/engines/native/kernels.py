@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import carray  # type: ignore[attr-defined]
 from numba.core import cgutils, types
@@ -43,6 +44,7 @@ from gdtrain.engines.native.arguments import (
 
 __all__ = [
     "activate",
+    "bounded_share",
     "compiled",
     "descend",
     "loss_and_slope",
@@ -50,7 +52,6 @@ __all__ = [
     "losses_and_slopes",
     "own_activation",
     "own_loss",
-    "polyak_share",
     "rule_of",
     "slope_of",
 ]
@@ -372,9 +373,12 @@ def descend(theta, b, g, x, lr, rule, first):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def polyak_share(value, square, peak, most, bound):  # type: ignore[no-untyped-def]
-    """η / η₀ of a bounded step: min(most, (f − f*) / (c ‖g‖² η₀))."""
+def bounded_share(value, square, total, peak, most, bound):  # type: ignore[no-untyped-def]
+    """η / η₀ of a step, as `gdtrain.step_sizes.Bound` says; `total` is Σ‖g‖² with this `square`."""
     if square == 0:
-        return most
+        return most if most < np.inf else 0.0
     share = bound.inverse * max(value - bound.least, 0.0 * value) / (square * peak)
+    reach = bound.reach / (math.sqrt(total) * peak)
+    if share > reach:
+        share = reach
     return most if share >= most else share

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gdtrain.engines.engine import LookAhead
 from gdtrain.engines.native.arguments import Arguments
-from gdtrain.engines.native.kernels import losses_and_slopes, polyak_share
+from gdtrain.engines.native.kernels import bounded_share, losses_and_slopes
 from gdtrain.models.activations import Activation
 from gdtrain.rules import descend_
 
@@ -268,19 +268,26 @@ class _Passes:
 class Matrix(_Passes):
     """Updates by B > 1 examples, whose step sizes a schedule gives."""
 
-    def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
-        """(K, B) example numbers, (K,) factors to (K,) losses; bounds write `shares` (K,) of η₀."""
+    def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor, total: Tensor) -> Tensor:
+        """(K, B) example numbers, (K,) factors to (K,) losses.
+
+        Where the step is bounded, `shares` (K,) of η₀ and `total` (1,), Σ‖g‖², are written.
+        """
         arguments, groups = self.arguments, self.arguments.optimizer.param_groups
         own = [{name: group[name] for name in _RULE} for group in groups]
         rules = [own[i] for i in arguments.group_of]
         buffers = [None if p is None else arguments.buffer(p) for p in arguments.tensors]
         size, bound = self.size(indices.shape[1]), arguments.bound()
         peak, most, taken = float(groups[0]["initial_lr"]), bound.most, shares.numpy()
+        squares = total.numpy()
+        squares[0] = bound.total
         made: list[float] = []
 
         def share(value: float, square: float) -> float:
             nonlocal most
-            taken[len(made)] = part = polyak_share(value, square, peak, most, bound)
+            squares[0] += square
+            part = bounded_share(value, square, squares[0], peak, most, bound)
+            taken[len(made)] = part
             if bound.growth > 0 and part > 0:
                 most = bound.growth * part
             return float(part)
@@ -294,7 +301,7 @@ class Matrix(_Passes):
                     size,
                     list(zip(rates, rules, strict=True)),
                     buffers,
-                    None if arguments.polyak is None else share,
+                    None if arguments.bounded is None else share,
                 )
             )
         for p, group, buffer in zip(arguments.tensors, arguments.group_of, buffers, strict=True):

@@ -22,11 +22,11 @@ from gdtrain.data.sparse import SparseInputs
 from gdtrain.engines.native.arguments import OWN, Arguments, Made
 from gdtrain.engines.native.dense import logistic_losses
 from gdtrain.engines.native.kernels import (
+    bounded_share,
     compiled,
     descend,
     loss_and_slope,
     loss_of_margin,
-    polyak_share,
     prefetch,
     rule_of,
 )
@@ -55,7 +55,7 @@ class SparseRoom(NamedTuple):
 @compiled(reassoc=False)
 def _single(  # type: ignore[no-untyped-def]
     values, columns, starts, labels, rows, factors, peaks, w, bias, rule, rule_bias, code, bound,
-    losses, shares,
+    losses, shares, totals,
 ):  # fmt: skip
     """`sweep` for two classes, one example an update and no momentum: all in registers.
 
@@ -67,7 +67,7 @@ def _single(  # type: ignore[no-untyped-def]
     values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
     b = bias[0]
     bounded = bound.inverse != 0
-    most = bound.most
+    most, total = bound.most, bound.total
     part = 1.0
     for k in range(rows.shape[0]):
         if k + 4 < rows.shape[0]:
@@ -85,7 +85,9 @@ def _single(  # type: ignore[no-untyped-def]
             square = 1.0 if biased else 0.0
             for at in range(start, end):
                 square += values[at] * values[at]
-            part = polyak_share(losses[k], slope * slope * square, peaks[0], most, bound)
+            square *= slope * slope
+            total += square
+            part = bounded_share(losses[k], square, total, peaks[0], most, bound)
             shares[k] = part
             if bound.growth > 0 and part > 0:
                 most = bound.growth * part
@@ -100,7 +102,7 @@ def _single(  # type: ignore[no-untyped-def]
             b -= number(factors[k] * part * peaks[1]) * (
                 g * rule_bias.sign * rule.sign + rule_bias.weight_decay * b
             )
-    bias[0] = b
+    bias[0], totals[0] = b, total
 
 
 # Without reassoc: short sums of scattered terms are slower in vector registers.
@@ -126,7 +128,7 @@ def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  #
     columns = columns.view(np.uint32)  # an index without a sign needs no test for it
     values_, columns_ = values.reshape(1, values.size), columns.reshape(1, columns.size)
     bounded = bound.inverse != 0
-    most = bound.most
+    most, total = bound.most, bound.total
     part = 1.0
     # Without decay, one example has its gradient where it has its values; else it is formed whole.
     decays = rule.weight_decay != 0 or (biased and rule_bias.weight_decay != 0)
@@ -137,14 +139,14 @@ def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  #
     ):  # fmt: skip
         _single(
             values, columns, starts, labels, rows, factors, peaks, weight[0], bias, rule, rule_bias,
-            loss.code, bound, losses, made.shares,
+            loss.code, bound, losses, made.shares, made.total,
         )  # fmt: skip
         return
     for k in range(updates):
         if k + 4 < updates:  # fetched before their turn
             prefetch(values_, 0, starts[rows[k + 4, 0]])
             prefetch(columns_, 0, starts[rows[k + 4, 0]])
-        total = zero
+        summed = zero
         for n in range(batch):
             i = rows[k, n]
             for c in range(outputs):
@@ -152,11 +154,11 @@ def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  #
                 for at in range(starts[i], starts[i + 1]):
                     p += weight[c, columns[at]] * values[at]
                 prediction[c] = p
-            total += loss_and_slope(
+            summed += loss_and_slope(
                 loss, prediction, labels[i] if labels.size > 1 else labels[0],
                 targets, i if targets.shape[0] > 1 else 0, slopes, n,
             )  # fmt: skip
-        losses[k] = total * share
+        losses[k] = summed * share
         if rule.momentum != 0 or formed:
             for n in range(batch):
                 i = rows[k, n]
@@ -184,7 +186,8 @@ def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  #
                     size += values[at] * values[at]
                 for c in range(outputs):
                     square += slopes[0, c] * slopes[0, c] * size
-            part = polyak_share(value, square, peaks[0], most, bound)
+            total += square
+            part = bounded_share(value, square, total, peaks[0], most, bound)
             made.shares[k] = part
             if bound.growth > 0 and part > 0:
                 most = bound.growth * part
@@ -220,6 +223,7 @@ def sweep(examples, rows, rates, parameters, rules, loss, bound, room, made):  #
                     bias[c] -= lr_bias * g
             else:
                 descend(bias, b_bias, share, slopes[0], lr_bias, rule_bias, k == 0)
+    made.total[0] = total
 
 
 class Sparse:
@@ -233,8 +237,11 @@ class Sparse:
         self._prediction = arguments.empty(linear.out_features)
         self._gradient = arguments.empty(linear.out_features, linear.in_features)
 
-    def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor) -> Tensor:
-        """(K, B) example numbers, (K,) factors to (K,) losses; bounds write `shares` (K,) of η₀."""
+    def __call__(self, indices: Tensor, factors: Tensor, shares: Tensor, total: Tensor) -> Tensor:
+        """(K, B) example numbers, (K,) factors to (K,) losses.
+
+        Where the step is bounded, `shares` (K,) of η₀ and `total` (1,), Σ‖g‖², are written.
+        """
         arguments, batch = self.arguments, indices.shape[1]
         losses = arguments.empty(len(indices))
         sweep(
@@ -248,7 +255,7 @@ class Sparse:
             SparseRoom(
                 self._prediction, arguments.empty(batch, len(self._prediction)), self._gradient
             ),
-            Made(losses, shares.numpy()),
+            Made(losses, shares.numpy(), total.numpy()),
         )
         arguments.give_back()
         made = torch.from_numpy(losses)
