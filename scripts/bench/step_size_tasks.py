@@ -196,6 +196,7 @@ _NETS = [
          **{**_MLP, "work": 1000}),
 ]  # fmt: skip
 KINDS = {kind.name: kind for kind in (*_LINEAR, *_NETS)}
+_SIZES = {"digits": 1797, "wine": 178, "breast_cancer": 569, "diabetes": 442}
 _IMAGES = ("cnn", "resnet", "resnet batch")
 
 
@@ -245,7 +246,7 @@ def _sizes(rng: Generator, kind: Kind, size: Any) -> tuple[int, int, Any, int]:
         return round(float(np.exp(rng.uniform(np.log(low), np.log(high)))))
 
     n, d = between(*kind.examples), between(*kind.features)
-    n = min(n, {"wine": 178, "breast_cancer": 569, "diabetes": 442}.get(kind.x, n))
+    n = min(n, _SIZES.get(kind.x, n))
     most = int(WORK / (kind.work if kind.net != "linear" else max(kind.work, 4 * d)))
     if size == "full":
         n = min(n, most // 50)

@@ -141,7 +141,7 @@ def train(task: Task, seed: int, name: str) -> dict[str, Any]:
         name: In `RULES`.
 
     Returns:
-        "f", "start", "rate" that a race found, "recoveries" and their "causes", whether the guard has
+        "f", "start", "rate" that a race found, "recoveries", their "causes", whether the guard has
         "stopped" it, "passes" that were spent, "seconds".
 
     Raises:
