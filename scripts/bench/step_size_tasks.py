@@ -128,6 +128,7 @@ class Problem:
 _BIG: dict[str, Any] = {"examples": (100_000, 100_000), "features": (5, 20), "batch": 32}
 _MLP: dict[str, Any] = {"examples": (200, 1500), "work": 4000, "updates": 3000}
 _CONV: dict[str, Any] = {"examples": (128, 400), "work": 50_000, "updates": 300, "batch": 8}
+_DEAR = {**_CONV, "work": 150_000}
 
 _LINEAR = [
     Kind("least squares", "plain", "numbers", SquaredError),
@@ -184,11 +185,11 @@ _NETS = [
     Kind("MLP relu, rare class", "plain", "rare class", CrossEntropy, "relu", **_MLP),
     Kind("CNN, digits", "digits", "own", CrossEntropy, "cnn", features=(64, 64), **_CONV),
     Kind("CNN, shapes", "shapes", "own", CrossEntropy, "cnn", features=(64, 64), **_CONV),
-    Kind("ResNet, digits", "digits", "own", CrossEntropy, "resnet", features=(64, 64), **_CONV),
+    Kind("ResNet, digits", "digits", "own", CrossEntropy, "resnet", features=(64, 64), **_DEAR),
     Kind("ResNet BatchNorm, shapes", "shapes", "own", CrossEntropy, "resnet batch",
-         features=(64, 64), **_CONV),
+         features=(64, 64), **_DEAR),
     Kind("attention", "sequences", "own", CrossEntropy, "attention", features=(6, 12),
-         **{**_CONV, "examples": (200, 800), "work": 20_000, "updates": 300}),
+         **{**_CONV, "examples": (200, 800), "work": 60_000}),
     Kind("text", "bags", "own", CrossEntropy, "text", features=(8, 16), **{**_MLP, "work": 1000}),
     Kind("autoencoder", "low rank", "inputs", SquaredError, "autoencoder",
          features=(16, 32), **_MLP),
