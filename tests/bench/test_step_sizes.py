@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 
 import pytest
-import stacked_training
 import step_size_tasks
 import step_sizes
 import torch
@@ -70,7 +69,7 @@ def test_a_member_that_diverges_disturbs_no_other():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_can_be_trained_in_a_stack_and_by_the_package(kind):
-    drawn = task(kind, examples=64, size=16, passes=4, features=_features(kind))
+    drawn = task(kind, examples=64, size=16, passes=4, features=max(8, KINDS[kind].features[0]))
     start = step_sizes._start(drawn, 0)
     ends = train_together(drawn, [Member("adam", 1e-3), Member("sgd", 0.0)], [0])
     assert ends[1] == pytest.approx([start])
@@ -78,11 +77,6 @@ def test_each_kind_can_be_trained_in_a_stack_and_by_the_package(kind):
     run = step_sizes.train(drawn, 0, "auto")
     assert run["start"] == pytest.approx(start)
     assert run["passes"] <= drawn.passes + 0.25
-
-
-def _features(kind):
-    low, high = KINDS[kind].features
-    return max(low, min(high, 8))
 
 
 def test_tasks_are_drawn_in_shares_and_again_the_same():
@@ -144,9 +138,7 @@ def test_results_are_kept_and_joined(tmp_path, capsys, monkeypatch):
     assert len(json.loads(known.read_text())) == 2
     assert "Nesterov" in second["rules"]["auto"]["refused"]
     assert len(first["rules"]["auto"]["f"]) == 2
-    monkeypatch.setattr(stacked_training, "train_together", None)  # is not asked again
-    monkeypatch.setattr(step_sizes, "train_together", None)
-    capsys.readouterr()
+    monkeypatch.setattr(step_sizes, "train_together", None)  # is not asked again
     assert step_sizes.main(["--opponents", str(known), "--choosing", "1", "--scoring", "2"]) == 0
     assert step_sizes.main(["--summary", *map(str, files)]) == 0
     assert "2 tasks" in capsys.readouterr().out
