@@ -11,7 +11,7 @@ A task is a data set, a model, B, a budget of passes, momentum and weight decay,
 constant, and with linear and cosine decay to 0, and Adam with 7 rates, constant and with linear
 decay. Three seeds choose the best constant rate, the best decayed one and the best of Adam; they,
 SGD with 0.01, Adam with 0.001, and each rule are scored on five others. A pass is N examples in a
-forward (and backward) pass: what a race or a line search looks at counts.
+forward (and backward) pass: what a line search looks at counts.
 
     gap = (f − f_best) / (f₀ − f*)
 
@@ -141,8 +141,8 @@ def train(task: Task, seed: int, name: str) -> dict[str, Any]:
         name: In `RULES`.
 
     Returns:
-        "f", "start", "rate" that a race found, "recoveries", their "causes", whether the guard has
-        "stopped" it, "passes" that were spent, "seconds".
+        "f", "start", the "rate" of the last update before the schedule's factor, "recoveries",
+        their "causes", whether the guard has "stopped" it, "passes" that were spent, "seconds".
 
     Raises:
         ValueError: The rule refuses the task.
@@ -167,8 +167,6 @@ def train(task: Task, seed: int, name: str) -> dict[str, Any]:
     searches = own is not None and own.needs.elsewhere
     if searches:
         loop = loop_of(task.updates, updates_per_sweep=1)
-    elif name == "auto":
-        loop = loop_of(_beside_a_race(task))
     budget, size = task.passes * task.examples, task.per_update
     spent = 0
     # An update of a rule that evaluates costs up to two passes and more.
@@ -176,29 +174,17 @@ def train(task: Task, seed: int, name: str) -> dict[str, Any]:
         loop.advance()
         spent = loop.state.examples_seen + loop.engine.evaluations * size
     loop.finish()
-    race = loop.state.race
+    rates = loop.optimizer.param_groups[0].get("step_size", {})
     return {
         "f": measure(measure.of_model()),
         "start": start,
-        "rate": None if race is None else race.rate,
+        "rate": rates.get("last"),
         "recoveries": len(guard.events),
         "causes": [event["cause"] for event in guard.events],
         "stopped": loop.state.stop is not None,
-        "passes": (spent + (0 if race is None else race.examples)) / task.examples,
+        "passes": spent / task.examples,
         "seconds": time.perf_counter() - began,
     }
-
-
-def _beside_a_race(task: Task) -> int:
-    """The most updates that keep the budget, where a race takes a tenth of their examples."""
-    n, size = task.examples, task.per_update
-    updates = task.updates
-    while updates > 1:
-        epochs, rest = divmod(updates, -(-n // size))
-        if 0.1 * updates * size + epochs * n + min(rest * size, n) <= task.passes * n:
-            break
-        updates -= 1
-    return updates
 
 
 def judged(task: Task, known: dict[str, Any], rules: Sequence[str], seeds: Sequence[int]) -> Any:
