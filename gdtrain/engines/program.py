@@ -306,7 +306,7 @@ def _bounded_share(
     total = square + torch.where(i == 0, total, entry(2, i - 1))
     bound = inverse * (f - lowest).clamp_min(0) / (square * peak)
     share = torch.minimum(bound, torch.minimum(most, reach / (total.sqrt() * peak)))
-    still = torch.where(most.isinf(), torch.zeros_like(most), most)
+    still = torch.where(most.isinf() | reach.isfinite(), torch.zeros_like(most), most)
     return torch.where(square == 0, still, share), total
 
 

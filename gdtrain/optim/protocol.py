@@ -14,7 +14,8 @@ import torch
 from torch.optim import Optimizer
 
 from gdtrain.rules import UpdateRule
-from gdtrain.step_sizes import BoundedStep, StepSize
+from gdtrain.step_sizes import StepSize
+from gdtrain.step_sizes.bounded import BoundedStep
 
 __all__ = [
     "bounded_step_of",

@@ -30,7 +30,6 @@ from gdtrain.step_sizes.automatic import PolyakDoG, automatic
 from gdtrain.step_sizes.averaging import ScheduleFree
 from gdtrain.step_sizes.barzilai_borwein import BarzilaiBorwein
 from gdtrain.step_sizes.base import Needs, StepSize
-from gdtrain.step_sizes.bounded import Bound, BoundedStep
 from gdtrain.step_sizes.context import Context, Evaluations, Memory
 from gdtrain.step_sizes.distance import DoG, DoWG
 from gdtrain.step_sizes.line_search import Armijo, StochasticLineSearch
@@ -40,8 +39,6 @@ from gdtrain.step_sizes.smoothness import InverseSmoothness
 __all__ = [
     "Armijo",
     "BarzilaiBorwein",
-    "Bound",
-    "BoundedStep",
     "Context",
     "DoG",
     "DoWG",

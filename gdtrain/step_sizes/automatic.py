@@ -20,23 +20,26 @@ SCHEDULE = WarmupStableDecay(warmup=0.1, decay=0.8)
 """The factor that goes with `PolyakDoG`: over T/10 it warms up, over the last 0.72 T it decays."""
 _STATIONS = 8  # from one power of two of the updates to the next, at which r̄ is read
 _WITHOUT_SLOPE = 32  # updates
+_OF_START = 0.1  # share of ‖θ₀‖
 
 
 class PolyakDoG(BoundedStep):
     """Distance over gradients, whose unit is Polyak's step: no rate to set, at any batch size.
 
-        η_t = min( scale · r̄_t / √(Σ_{i≤t} ‖d_i‖²),  cap · (f_t − f*)/‖d_t‖² ) / gain
+        η_t = min( scale · r̄_t / (gain √(Σ_{i≤t} ‖d_i‖²)),  cap · (f_t − f*)/(gain^¾ ‖d_t‖²) )
         r̄_t = max( (f_0 − f*)/‖d_0‖, ‖θ_i − θ_0‖ for the stations i ≤ t )
 
     (f_0 − f*)/‖d_0‖ is the length of Polyak's first step; where f is convex and d_0 is its
-    gradient, the way to a minimum is at least as long. From there on r̄ is what was travelled. The
-    first bound is the best constant rate for noisy gradients, r/(‖d‖√t), and so falls as long as
-    they are noisy; the second keeps a step from being longer than the loss at hand can justify. A
-    schedule that warms up and decays goes with both: `SCHEDULE`.
+    gradient, the way to a minimum is at least as long. Of a network with hidden layers, which may
+    start where it is nearly flat, it is at most ‖θ_0‖/10. From there on r̄ is what was travelled.
+    The first bound is the best constant rate for noisy gradients, r/(‖d‖√t), and so falls as long
+    as they are noisy; the second keeps a step from being longer than the loss at hand can justify.
+    A schedule that warms up and decays goes with both: `SCHEDULE`.
 
-    With momentum, `gain` is 1/(1 − μ), the sum of the weights that a gradient gets. Then η grows by
-    at most 1/μ from update to update: a buffer forgets no faster, and what it holds of a steep
-    example must not meet the long step of a flat one.
+    With momentum, `gain` is 1/(1 − μ), the sum of the weights that a gradient gets. (The ¾ was
+    measured: steps with momentum are stable at longer η, for short runs to make use of.) Then η
+    grows by at most 1/μ from update to update: a buffer forgets no faster, and what it holds of a
+    steep example must not meet the long step of a flat one.
 
     Stations are all updates up to 16, then 8 from one power of two to the next. Keeps a copy of θ₀.
 
@@ -87,6 +90,10 @@ class PolyakDoG(BoundedStep):
         return Needs(total_updates=self.decay)
 
     @property
+    def _inverse(self) -> float:
+        return self.cap * self.gain**-0.75
+
+    @property
     def growth(self) -> float:
         """The most by which η grows from update to update; 0: by any factor."""
         return self.gain / (self.gain - 1) if self.gain > 1 else 0.0
@@ -101,12 +108,12 @@ class PolyakDoG(BoundedStep):
             return 0.0
         excess = max(context.value - self.f_star, 0.0)
         numbers["total"] = numbers.get("total", 0.0) + square
-        rate = self.cap / self.gain * excess / square
+        rate = self._inverse * excess / square
         if "distance" in numbers:
             reach = self.scale * numbers["distance"] / self.gain
             rate = min(rate, reach / sqrt(numbers["total"]))
         elif excess > 0:
-            numbers["distance"] = excess / sqrt(square)
+            numbers["distance"] = _first_distance(excess / sqrt(square), memory)
         if self.growth > 0:
             rate = min(rate, self.growth * numbers.get("last", inf))
         if rate > 0:
@@ -125,12 +132,12 @@ class PolyakDoG(BoundedStep):
     def bound(self, optimizer: torch.optim.Optimizer) -> Bound:
         """For the updates up to the next station."""
         numbers = _numbers(optimizer)
-        params = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+        params = _trainable(optimizer)
         self._arrive(numbers, Memory.of(optimizer, params), params)
         most = self.growth * numbers.get("last", inf) if self.growth > 0 else inf
         reach = self.scale * numbers.get("distance", inf) / self.gain
         total = numbers.get("total", 0.0)
-        return Bound(self.cap / self.gain, self.f_star, self.growth, most, reach, total)
+        return Bound(self._inverse, self.f_star, self.growth, most, reach, total)
 
     def stretch(self, optimizer: torch.optim.Optimizer, updates: int) -> int:
         """To the next station; one by one, until there is a distance."""
@@ -154,7 +161,9 @@ class PolyakDoG(BoundedStep):
         numbers["seen"] = numbers.get("seen", 0) + len(shares)
         numbers["total"] = total
         if "distance" not in numbers and last > 0:
-            numbers["distance"] = last * self.gain / self.cap * sqrt(square)
+            length = last / self._inverse * sqrt(square)
+            memory = Memory.of(optimizer, _trainable(optimizer))
+            numbers["distance"] = _first_distance(length, memory)
         if last > 0:
             numbers["last"] = last
 
@@ -189,6 +198,18 @@ def _spacing(update: int) -> int:
     return 1 << max(0, update.bit_length() - _STATIONS.bit_length())
 
 
+def _first_distance(length: float, memory: Memory) -> float:
+    """That of Polyak's first step; of a network with hidden layers at most ‖θ₀‖/10."""
+    start = memory.tensors("start") or []
+    norm = sqrt(squared_norm(start))
+    is_deep = sum(t.dim() > 1 for t in start) > 1
+    return min(length, _OF_START * norm) if is_deep and norm > 0 else length
+
+
+def _trainable(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+
+
 def _numbers(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     numbers: dict[str, float] = optimizer.param_groups[0].setdefault(NUMBERS, {})
     return numbers
@@ -208,13 +229,14 @@ def automatic(
         momentum: μ.
         dampening: Of the momentum.
         smooth: Whether f has no kinks.
-        decay: As for `PolyakDoG`.
+        decay: Whether it is for a plain loop, as for `PolyakDoG`.
 
     Example:
         >>> automatic(full_batch=False, momentum=0.5)
         PolyakDoG(scale=3.0, cap=1.5, gain=2.0, f_star=0.0, decay=False)
     """
     if full_batch and smooth and momentum == 0:
-        return BarzilaiBorwein(memory=30, f_star=0.0)  # no loss is below 0
+        # No loss is below 0; what the closure of a plain loop returns may be.
+        return BarzilaiBorwein(memory=30, f_star=None if decay else 0.0)
     gain = max((1 - dampening) / max(1 - momentum, 1e-3), 1.0)
     return PolyakDoG(gain=gain, decay=decay)

@@ -18,8 +18,8 @@ class Bound(NamedTuple):
 
         share = min(most, inverse · (f − least) / (‖d‖² η₀), reach / (√Σ‖d‖² η₀))
 
-    and, where growth > 0, most = growth · share after an update whose share is above 0. All are
-    floats, which the compiled loops take as they are.
+    and, where growth > 0, most = growth · share after an update whose share is above 0. Where d is
+    0, the share is `most` if that alone is finite, else 0. All are floats, as compiled loops want.
     """
 
     inverse: float = 0.0  # 1/c; 0: there is no bound
@@ -31,13 +31,7 @@ class Bound(NamedTuple):
 
 
 class BoundedStep(StepSize):
-    """A rule whose η is a share of η₀, bounded as `Bound` says, so that every engine has it.
-
-    Example:
-        >>> from gdtrain.step_sizes import StochasticPolyak
-        >>> issubclass(StochasticPolyak, BoundedStep)
-        True
-    """
+    """A rule whose η is a share of η₀, bounded as `Bound` says, so that every engine has it."""
 
     @property
     def by_engines(self) -> bool:

@@ -74,16 +74,6 @@ def once(words: Sequence[str], updates: int) -> Result:
         return train(config, Path(folder) / "run")
 
 
-def before_the_first_update(result: Result) -> float:
-    """Seconds of a race: the time of the first point, less that of its updates.
-
-    Args:
-        result: Of a run with at least three points.
-    """
-    seconds = result.history.array("train", "seconds")
-    return max(float(seconds[0] - statistics.median(np.diff(seconds))), 0.0)
-
-
 def rows(
     name: str, data: list[str], shown: str, variant: str, model: str, given: argparse.Namespace
 ) -> list[Row]:
@@ -109,36 +99,22 @@ def rows(
     updates = max(FEWEST, int(updates * given.seconds / pilot.summary["fit_seconds"]))
     if variant == "gd":  # before it has converged: at the minimum a line search finds nothing
         updates = min(updates, DESCENDING)
-    per_update: dict[str, list[float]] = {"without": [], "with": []}
 
-    def contender(which: str, words: list[str]) -> Callable[[], float]:
+    def contender(words: list[str]) -> Callable[[], float]:
         def run() -> float:
             result = once(words, updates)
             assert result.summary["updates"] == updates, result.stop
-            whole = float(result.summary["fit_seconds"])
-            per_update[which].append((whole - before_the_first_update(result)) / updates)
-            return whole / updates
+            return float(result.summary["fit_seconds"]) / updates
 
         return run
 
     pair = {
-        "without": contender("without", [*words, "instruments=off"]),
-        "with": contender("with", [*words, *added]),
+        "without": contender([*words, "instruments=off"]),
+        "with": contender([*words, *added]),
     }
     costs = alternate(pair, given.repetitions)
     work = f"{name}: {shown}, {model}, {variant}"
     made = [Row(f"{work}, whole", "without", costs["without"], costs["with"], asked[variant])]
-    if name == "auto":
-        made[0].asked = None
-        made.append(
-            Row(
-                f"{work}, per update",
-                "without",
-                per_update["without"],
-                per_update["with"],
-                asked[variant],
-            )
-        )
     for row in made:
         seconds = updates * statistics.median(row.baseline)
         more = updates * (statistics.median(row.ours) - statistics.median(row.baseline))

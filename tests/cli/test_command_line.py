@@ -122,7 +122,6 @@ BAD_AT_BUILD = [
     ("schedule=reduce_on_plateau data.val_fraction=0", "needs a validation part"),
     ("+optimizer.differentiable=true optimizer.lr=0.1", "steps are not differentiable"),
     ("+optimizer.differentiable=true", "does not go with optimizer.differentiable=True"),
-    ("optimizer.momentum=0.9 optimizer.nesterov=true", "lr=auto has no rule for Nesterov"),
     ("optimizer=adam optimizer.lr=auto", "work with GD, SGD and MiniBatchSGD"),
     ("step_size=armijo", "Armijo is a rule for full-batch descent"),
     ("optimizer=gd step_size=armijo loss=hinge data=breast_cancer", "Hinge"),

@@ -207,7 +207,6 @@ DAMAGES = {
     "callbacks": (lambda s: s["callbacks"].update(Divergence={"seen": 3}), "Divergence"),
     "optimizer": (lambda s: s.update(optimizer_states=[{"x": 1}]), "SGD"),
     "progress": (lambda s: s["loops"].update(fit_loop=3), "loops"),
-    "race": (lambda s: s["gdtrain"].update(race={"speed": 1}), "State"),
     "random state": (lambda s: s["gdtrain"].pop("random_state"), r"gdtrain\.random_state"),
     "weights alone": (lambda s: s.pop("optimizer_states"), "holds weights only"),
 }

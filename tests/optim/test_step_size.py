@@ -19,6 +19,7 @@ from gdtrain.step_sizes import (
     InverseSmoothness,
     Needs,
     Polyak,
+    PolyakDoG,
     ScheduleFree,
     StepSize,
     StochasticLineSearch,
@@ -61,15 +62,17 @@ def one(rule, optimizer=GD, value=4.0, **arguments):
 # ------------------------------------------------------------ lr="auto"
 
 
-def test_auto_is_barzilai_borwein_for_gd_and_dowg_for_the_others():
+def test_auto_is_barzilai_borwein_for_gd_and_distance_over_gradients_for_the_others():
     theta = nn.Parameter(torch.ones(1))
     made = GD([theta], lr="auto")
     assert repr(made.step_size) == repr(BarzilaiBorwein(memory=30))
     assert made.param_groups[0]["lr"] == 1.0
     for optimizer in (SGD, MiniBatchSGD):
         made = optimizer([theta], lr="auto", total_updates=10)
-        assert repr(made.step_size) == repr(DoWG(cap=2.0, decay="linear"))
+        assert repr(made.step_size) == repr(PolyakDoG(decay=True))
         assert made.param_groups[0]["lr"] == 1.0
+        made = optimizer([theta], lr="auto", momentum=0.5, nesterov=True, total_updates=10)
+        assert repr(made.step_size) == repr(PolyakDoG(gain=2.0, decay=True))
         with pytest.raises(ValueError, match="needs total_updates"):
             optimizer([theta], lr="auto")
 

@@ -597,7 +597,6 @@ PARTS = {
     "a number as a name": ("state_dict", 3, torch.zeros(3, 4), "state_dict"),
     "a list as a setting": ("gdtrain", "settings", {"model": ["x"]}, r"gdtrain\.settings"),
     "a list as updates": ("gdtrain", "updates", [1], r"gdtrain\.updates"),
-    "a number as a race": ("gdtrain", "race", 3, r"gdtrain\.race"),
     "numbers as optimizers": (None, "optimizer_states", 3, "optimizer_states"),
     "lists in each other": ("gdtrain", "settings", {"model": _SHARED_LISTS}, "without end"),
     "a list in itself": ("callbacks", "Divergence", _itself(), "without end"),

@@ -24,6 +24,7 @@ from gdtrain.step_sizes import (
     InverseSmoothness,
     Needs,
     Polyak,
+    PolyakDoG,
     ScheduleFree,
     StepSize,
     StochasticLineSearch,
@@ -234,16 +235,16 @@ def test_smoothing_bounds_the_growth_and_passes_over_zero():
     assert run.step() == pytest.approx([0.8])
 
 
-def test_bounds_and_remember_continue_what_rate_does():
+def test_bound_and_remember_continue_what_rate_does():
     rule = StochasticPolyak(0.1, 0.5, smoothing=4.0, batch_fraction=0.5)
     run = Run(parabola(1), [8.0], rule, SGD)
     run.optimizer.param_groups[0]["initial_lr"] = 1.0
-    assert rule.bounds(run.optimizer) == pytest.approx((2.0, 0.0, 2.0, 0.1))
+    assert rule.bound(run.optimizer)[:4] == pytest.approx((2.0, 0.0, 2.0, 0.1))
     run.step()
-    assert rule.bounds(run.optimizer) == pytest.approx((2.0, 0.0, 2.0, 0.2))
-    rule.remember(run.optimizer, 0.2)  # an engine made the update
-    rule.remember(run.optimizer, 0.0)  # passed over
-    assert rule.bounds(run.optimizer) == pytest.approx((2.0, 0.0, 2.0, 0.4))
+    assert rule.bound(run.optimizer)[:4] == pytest.approx((2.0, 0.0, 2.0, 0.2))
+    for share in (0.2, 0.0):  # an engine made an update, and one that was passed over
+        rule.remember(run.optimizer, torch.ones(1), torch.tensor([share]).double(), 1.0)
+    assert rule.bound(run.optimizer)[:4] == pytest.approx((2.0, 0.0, 2.0, 0.4))
     assert run.step() == pytest.approx([0.4])
 
 
@@ -462,7 +463,8 @@ SOLVERS = {
     "DoG": lambda p: DoG(start=1e-2),
     "DoG averaged": lambda p: DoG(start=1e-2, averaging=True),
     "DoWG": lambda p: DoWG(),
-    "DoWG auto": lambda p: DoWG(cap=2.0, decay="linear", f_star=minimum_of(p)),
+    "DoWG decayed": lambda p: DoWG(cap=2.0, decay="linear", f_star=minimum_of(p)),
+    "PolyakDoG": lambda p: PolyakDoG(f_star=minimum_of(p)),
     "1/L": lambda p: InverseSmoothness(),
     "schedule-free": lambda p: ScheduleFree(Armijo()),
     "schedule-free lr": lambda p: ScheduleFree(),
@@ -502,6 +504,7 @@ def test_stochastic_rules_fit_what_can_be_fitted():
         StochasticPolyak(max_lr=1.0, smoothing=2.0, batch_fraction=1 / 40),
         StochasticLineSearch(batch_fraction=1 / 40),
         DoWG(cap=0.5),
+        PolyakDoG(),
     ):
         run = Run(None, [0.0, 0.0, 0.0], rule, SGD)
         for _ in range(15):
@@ -524,9 +527,10 @@ def test_the_table_of_what_holds_where():
     assert where(lambda r: r.needs.gradients) == {"InverseSmoothness"}
     smooth = {"StochasticLineSearch", "InverseSmoothness"}
     assert where(lambda r: r.needs.smooth) == search | smooth
-    assert where(lambda r: not r.needs.no_momentum) == {"StochasticPolyak", "InverseSmoothness"}
+    anyhow = {"PolyakDoG", "InverseSmoothness"}
+    assert where(lambda r: not r.needs.no_momentum) == anyhow | {"StochasticPolyak"}
     nesterov = where(lambda r: not (r.needs.no_momentum or r.needs.no_nesterov))
-    assert nesterov == {"InverseSmoothness"}
+    assert nesterov == anyhow
     assert where(lambda r: r.needs.lr) == {"StochasticPolyak", "ScheduleFree"}
     assert where(lambda r: r.average) == {"ScheduleFree"}
     assert InverseSmoothness(2.0).needs.full_batch is None
@@ -576,6 +580,8 @@ OUT_OF_RANGE = [
     (StochasticLineSearch, {"batch_fraction": 0}, "batch_fraction"),
     (DoG, {"start": 0}, "start"),
     (DoWG, {"cap": 0}, "cap"),
+    (PolyakDoG, {"scale": 0}, "scale"),
+    (PolyakDoG, {"gain": 0.5}, "gain"),
     (DoWG, {"decay": "cosine"}, "decay"),
     (InverseSmoothness, {"smoothness": 0}, "smoothness"),
     (InverseSmoothness, {"every": 1.5}, "every"),
@@ -619,7 +625,7 @@ def test_the_part_of_the_data_in_an_update_is_asked_for_by_name():
         run.step(2)
     plain = SGD([{"params": [run.theta], "initial_lr": 1.0}])
     with pytest.raises(ValueError, match="batch_fraction=B/N"):
-        StochasticPolyak(smoothing=2.0).bounds(plain)
+        StochasticPolyak(smoothing=2.0).bound(plain)
 
 
 # ------------------------------------------------------------- what a look elsewhere leaves behind

@@ -20,7 +20,7 @@ from gdtrain.models.activations import ACTIVATIONS, Activation
 from gdtrain.models.structure import Layer
 from gdtrain.objective import Objective
 from gdtrain.optim.protocol import bounded_step_of
-from gdtrain.step_sizes import Bound
+from gdtrain.step_sizes.bounded import Bound
 
 __all__ = [
     "ACTIVATION",

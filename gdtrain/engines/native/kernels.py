@@ -376,7 +376,7 @@ def descend(theta, b, g, x, lr, rule, first):  # type: ignore[no-untyped-def]
 def bounded_share(value, square, total, peak, most, bound):  # type: ignore[no-untyped-def]
     """η / η₀ of a step, as `gdtrain.step_sizes.Bound` says; `total` is Σ‖g‖² with this `square`."""
     if square == 0:
-        return most if most < np.inf else 0.0
+        return most if most < np.inf and bound.reach == np.inf else 0.0
     share = bound.inverse * max(value - bound.least, 0.0 * value) / (square * peak)
     reach = bound.reach / (math.sqrt(total) * peak)
     if share > reach:

@@ -1,7 +1,8 @@
-"""Steps bounded by the loss and ‖g‖² (stochastic Polyak), in every engine, against a plain loop."""
+"""Steps bounded by the loss, ‖g‖² and the way travelled, in every engine, against a plain loop."""
 
 import copy
 import itertools
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from gdtrain.losses import CrossEntropy, Hinge, Huber, Logistic, SquaredError
 from gdtrain.models import MLP, Linear
 from gdtrain.objective import Objective
 from gdtrain.rules import descend_
-from gdtrain.step_sizes import StochasticPolyak
+from gdtrain.step_sizes import PolyakDoG, StochasticPolyak
 
 N, D = 40, 9
 RULES = [
@@ -45,7 +46,7 @@ def data(kind, outputs, is_sparse=False):
     return x, torch.randint(0, 2 if kind == "binary" else outputs, (N,), generator=generator)
 
 
-def by_hand(model, loss, x, y, indices, factors, peak, rule, c, f_star=0.0, growth=0):
+def by_hand(model, loss, x, y, indices, factors, peak, rule, c, f_star=0.0, growth=0, own=None):
     """Autograd and the formula, one update after the other; (losses, η, parameters)."""
     model = copy.deepcopy(model)
     params = list(model.parameters())
@@ -64,15 +65,22 @@ def by_hand(model, loss, x, y, indices, factors, peak, rule, c, f_star=0.0, grow
                 eta = min(most, float((f - f_star).clamp_min(0) / (c * square)))
             if growth and eta > 0:
                 most = growth * eta
+            if own is not None:
+                eta = own(params, float(f), float(square))
             losses.append(value.item())
             rates.append(eta * factor)
             for i, p in enumerate(params):
-                own = buffers[i : i + 1]
+                buffer = buffers[i : i + 1]
                 options = {k: v for k, v in rule.items() if k != "weight_decay"}
                 descend_(
-                    [p.data], [gradient[i]], own, lr=eta * factor, weight_decay=decays[i], **options
+                    [p.data],
+                    [gradient[i]],
+                    buffer,
+                    lr=eta * factor,
+                    weight_decay=decays[i],
+                    **options,
                 )
-                buffers[i] = own[0]
+                buffers[i] = buffer[0]
     number = torch.float64
     return (
         torch.tensor(losses, dtype=number),
@@ -186,3 +194,92 @@ def test_nan_is_not_hidden_by_the_bound(batch):
     )
     assert found[0].isnan().all()
     assert found[1].isnan().all()
+
+
+# ------------------------------------------------------------------- distance over gradients
+
+
+STATIONS = {
+    *range(17), *range(18, 33, 2), *range(36, 65, 4), *range(72, 129, 8), *range(144, 257, 16),
+    *range(288, 513, 32),
+}  # fmt: skip
+MOVING = [
+    ({}, 1.0),
+    ({"weight_decay": 0.1}, 1.0),
+    ({"momentum": 0.8, "weight_decay": 0.05}, 5.0),
+    ({"momentum": 0.5, "nesterov": True}, 2.0),
+]
+
+
+def distance_over_gradients(gain):
+    """η of each update, by the formula of `PolyakDoG`."""
+    start, radius, total, last, t = [], None, 0.0, math.inf, 0
+
+    def eta(params, f, square):
+        nonlocal radius, total, last, t
+        if not start:
+            start.extend(p.detach().clone() for p in params)
+        if radius is not None and t in STATIONS:
+            way = sum((p.detach() - q).square().sum() for p, q in zip(params, start, strict=True))
+            radius = max(radius, math.sqrt(way))
+        t += 1
+        total += square
+        if square == 0:
+            return 0.0
+        bounds = [1.5 * f / square / gain**0.75]
+        if radius is None:
+            radius = f / math.sqrt(square) if f > 0 else None
+            if radius is not None and len(start) > 2:  # a hidden layer
+                norm = math.sqrt(sum(p.square().sum() for p in start))
+                radius = min(radius, 0.1 * norm)
+        else:
+            bounds.append(3.0 * radius / math.sqrt(total) / gain)
+        made = min(bounds)
+        if gain > 1:
+            made = min(made, last / (1 - 1 / gain))
+        last = made if made > 0 else last
+        return made
+
+    return eta
+
+
+@pytest.mark.parametrize("engine", [Native, Eager, pytest.param(Compiled, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize(("rule", "gain"), MOVING, ids=str)
+@pytest.mark.parametrize("task", ["cross-entropy", "hinge", "squared error"])
+def test_distance_over_gradients(task, rule, gain, batch, engine):
+    loss, outputs, kind = TASKS[task]
+    x, y = data(kind, outputs)
+    torch.manual_seed(0)
+    model = MLP((D,), outputs, hidden=[6], activation="tanh").double()
+    arguments = (model, loss, x, y, *plan(batch, 120), 1.0, rule)
+    expected = by_hand(*arguments, 1.0, own=distance_over_gradients(gain))
+    made = made_by(engine, *arguments, PolyakDoG(gain=gain))
+    assert_same(made, expected, 1e-7)
+    cut = made_by(engine, *arguments, PolyakDoG(gain=gain), cuts=(1, 2, 50, 51))
+    for a, b in zip((*cut[:2], *cut[2]), (*made[:2], *made[2]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize(("rule", "gain"), MOVING, ids=str)
+def test_distance_over_gradients_on_sparse_inputs(rule, gain, batch):
+    x, y = data("binary", 1, is_sparse=True)
+    torch.manual_seed(0)
+    arguments, model = (*plan(batch), 1.0, rule), Linear((D,), 1).double()
+    rows = SparseInputs.from_scipy(sparse.csr_matrix(x.numpy()), None, torch.float64)
+    own = distance_over_gradients(gain)
+    expected = by_hand(model, Logistic(), x, y, *arguments, 1.0, own=own)
+    found = made_by(Native, model, Logistic(), rows, y, *arguments, PolyakDoG(gain=gain))
+    assert_same(found, expected, 1e-7)
+
+
+@pytest.mark.parametrize("engine", [Native, Eager])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_start_without_slope_is_told(engine, batch):
+    x, y = torch.zeros(N, D), torch.zeros(N)
+    model = Linear((D,), 1, init="zeros")
+    with pytest.raises(ValueError, match="stationary"):
+        made_by(
+            engine, model, SquaredError(), x, y, *plan(batch, 40), 1.0, {}, PolyakDoG(), cuts=(3,)
+        )
