@@ -239,4 +239,6 @@ def automatic(
         # No loss is below 0; what the closure of a plain loop returns may be.
         return BarzilaiBorwein(memory=30, f_star=None if decay else 0.0)
     gain = max((1 - dampening) / max(1 - momentum, 1e-3), 1.0)
+    if full_batch:  # no noise, for which steps would have to be kept short
+        return PolyakDoG(scale=5.0, cap=1.5 * gain**-0.25, gain=gain, decay=decay)
     return PolyakDoG(gain=gain, decay=decay)
