@@ -347,6 +347,8 @@ class SupervisedModule(RunView):
             step_size=self.step_size,
             total_updates=planned,
         )
+        if self.step_size == "auto":
+            _log.info("lr: auto is %r", step_size_of(made))
         if self.schedule_is_automatic:
             self.schedule = automatic_schedule(made)
         return made

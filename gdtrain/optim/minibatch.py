@@ -24,8 +24,8 @@ class MiniBatchSGD(Descent):
 
     Args:
         params: Parameters, named parameters, or parameter groups.
-        lr: η, range [0, ∞). "auto": `DoWG`, with a cap and linear decay over total_updates,
-            chooses it; then step with a closure.
+        lr: η, range [0, ∞). "auto": `PolyakDoG`, which decays over total_updates, chooses it;
+            then step with a closure.
         batch_size: B, the examples whose mean gradient makes one update, range [1, ∞). None:
             every `step()` is an update, as in torch.
         momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused,

@@ -25,8 +25,8 @@ class SGD(Descent):
     Args:
         params: Parameters, named parameters, or parameter groups.
         lr: η, range [0, ∞). A constant η leaves noise of a size in proportion to it; let η decay.
-            "auto": `DoWG`, with a cap and linear decay over total_updates, chooses it; then step
-            with a closure.
+            "auto": `PolyakDoG`, which decays over total_updates, chooses it; then step with a
+            closure.
         momentum: μ, range [0, ∞), customary 0.9; dampening: τ, customary 0.
         weight_decay: λ of the penalty ½λ‖θ‖², range [0, ∞).
         nesterov, maximize, differentiable: As for `torch.optim.SGD`.
