@@ -347,8 +347,6 @@ class SupervisedModule(RunView):
             step_size=self.step_size,
             total_updates=planned,
         )
-        if self.step_size == "auto":
-            _log.info("lr: auto is %r", step_size_of(made))
         if self.schedule_is_automatic:
             self.schedule = automatic_schedule(made)
         return made
@@ -387,6 +385,8 @@ class SupervisedModule(RunView):
             self.schedule = Constant()
         self._hooks.listen(self._optimizer, isinstance(loader, IndexLoader))
         loop.start()
+        if self.step_size == "auto" and trainer.is_global_zero:
+            _log.info("lr: auto is %r", step_size_of(self._optimizer))
         if isinstance(loader, IndexLoader):
             loader.epochs_per_iteration = epochs_at_once(
                 trainer, [self, *trainer.callbacks], data.count("val") > 0

@@ -32,7 +32,7 @@ GROUPS = {
     "model": 4,
     "optimizer": 4,
     "schedule": 12,
-    "step_size": 10,
+    "step_size": 11,
     "trainer": 2,
 }
 CHOICES = [(path.parent.name, path.stem) for path in sorted(CONF.glob("*/*.yaml"))]
