@@ -170,15 +170,17 @@ class PolyakDoG(BoundedStep):
     # ------------------------------------------------------------------ for both
 
     def _arrive(self, numbers: dict[str, float], memory: Memory, params: list[Tensor]) -> None:
-        """Before an update: keep θ₀; at a station, read the distance from it."""
-        memory.keep_missing("start", params)
+        """Before an update: at a station, keep θ₀ where it is missing, and read the distance."""
         seen = int(numbers.get("seen", 0))
+        if seen % _spacing(seen) != 0:
+            return
+        memory.keep_missing("start", params)
         if seen == _WITHOUT_SLOPE and numbers.get("total", 0.0) == 0:
             raise ValueError(
                 f"The gradient of the first {seen} updates is 0, so that no step size can be "
                 f"found: the start is a stationary point. Initialise the weights at random."
             )
-        if "distance" in numbers and seen % _spacing(seen) == 0:
+        if "distance" in numbers:
             start = memory.tensors("start") or []
             distance = sqrt(squared_norm(foreach.sub(params, start)))
             if isfinite(distance):

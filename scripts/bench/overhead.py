@@ -5,8 +5,7 @@
     python scripts/bench/overhead.py --only curvature --variants gd
 
 Whole runs of `scripts/train.py` with its default callbacks and loggers, of equal updates. The ratio
-is time without / time with it: 0.95 is a cost of 5%. For lr=auto "per update" leaves out what came
-before the first update (a race); "whole" has it in.
+is time without / time with it: 0.95 is a cost of 5%.
 """
 
 from __future__ import annotations
