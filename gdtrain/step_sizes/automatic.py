@@ -21,6 +21,7 @@ SCHEDULE = WarmupStableDecay(warmup=0.1, decay=0.8)
 _STATIONS = 8  # from one power of two of the updates to the next, at which r̄ is read
 _WITHOUT_SLOPE = 32  # updates
 _OF_START = 0.1  # share of ‖θ₀‖
+_SHALLOW = 4  # layers, up to which depth does not count
 
 
 class PolyakDoG(BoundedStep):
@@ -31,7 +32,8 @@ class PolyakDoG(BoundedStep):
 
     (f_0 − f*)/‖d_0‖ is the length of Polyak's first step; where f is convex and d_0 is its
     gradient, the way to a minimum is at least as long. Of a network with hidden layers, which may
-    start where it is nearly flat, it is at most ‖θ_0‖/10. From there on r̄ is what was travelled.
+    start where it is nearly flat, it is at most ‖θ_0‖/10, and with L > 4 weight matrices `scale`
+    is multiplied by 4/L. From there on r̄ is what was travelled.
     The first bound is the best constant rate for noisy gradients, r/(‖d‖√t), and so falls as long
     as they are noisy; the second keeps a step from being longer than the loss at hand can justify.
     A schedule that warms up and decays goes with both: `SCHEDULE`.
@@ -93,6 +95,10 @@ class PolyakDoG(BoundedStep):
     def _inverse(self) -> float:
         return self.cap * self.gain**-0.75
 
+    def _reach(self, numbers: dict[str, float]) -> float:
+        """What is divided by √Σ‖d‖²; without end, until there is a distance."""
+        return self.scale * numbers.get("depth", 1.0) * numbers.get("distance", inf) / self.gain
+
     @property
     def growth(self) -> float:
         """The most by which η grows from update to update; 0: by any factor."""
@@ -110,10 +116,9 @@ class PolyakDoG(BoundedStep):
         numbers["total"] = numbers.get("total", 0.0) + square
         rate = self._inverse * excess / square
         if "distance" in numbers:
-            reach = self.scale * numbers["distance"] / self.gain
-            rate = min(rate, reach / sqrt(numbers["total"]))
+            rate = min(rate, self._reach(numbers) / sqrt(numbers["total"]))
         elif excess > 0:
-            numbers["distance"] = _first_distance(excess / sqrt(square), memory)
+            numbers |= _first_distance(excess / sqrt(square), memory)
         if self.growth > 0:
             rate = min(rate, self.growth * numbers.get("last", inf))
         if rate > 0:
@@ -135,9 +140,8 @@ class PolyakDoG(BoundedStep):
         params = _trainable(optimizer)
         self._arrive(numbers, Memory.of(optimizer, params), params)
         most = self.growth * numbers.get("last", inf) if self.growth > 0 else inf
-        reach = self.scale * numbers.get("distance", inf) / self.gain
         total = numbers.get("total", 0.0)
-        return Bound(self._inverse, self.f_star, self.growth, most, reach, total)
+        return Bound(self._inverse, self.f_star, self.growth, most, self._reach(numbers), total)
 
     def stretch(self, optimizer: torch.optim.Optimizer, updates: int) -> int:
         """To the next station; one by one, until there is a distance."""
@@ -163,7 +167,7 @@ class PolyakDoG(BoundedStep):
         if "distance" not in numbers and last > 0:
             length = last / self._inverse * sqrt(square)
             memory = Memory.of(optimizer, _trainable(optimizer))
-            numbers["distance"] = _first_distance(length, memory)
+            numbers |= _first_distance(length, memory)
         if last > 0:
             numbers["last"] = last
 
@@ -200,12 +204,13 @@ def _spacing(update: int) -> int:
     return 1 << max(0, update.bit_length() - _STATIONS.bit_length())
 
 
-def _first_distance(length: float, memory: Memory) -> float:
-    """That of Polyak's first step; of a network with hidden layers at most ‖θ₀‖/10."""
+def _first_distance(length: float, memory: Memory) -> dict[str, float]:
+    """That of Polyak's first step; of a network with hidden layers at most ‖θ₀‖/10. And 4/L."""
     start = memory.tensors("start") or []
-    norm = sqrt(squared_norm(start))
-    is_deep = sum(t.dim() > 1 for t in start) > 1
-    return min(length, _OF_START * norm) if is_deep and norm > 0 else length
+    norm, layers = sqrt(squared_norm(start)), sum(t.dim() > 1 for t in start)
+    if layers > 1 and norm > 0:
+        length = min(length, _OF_START * norm)
+    return {"distance": length, "depth": min(1.0, _SHALLOW / max(layers, 1))}
 
 
 def _trainable(optimizer: torch.optim.Optimizer) -> list[Tensor]:

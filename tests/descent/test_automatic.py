@@ -139,7 +139,7 @@ def test_rare_large_losses():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("activation", "bound"), [("tanh", 0.35), ("relu", 1.5)])
+@pytest.mark.parametrize(("activation", "bound"), [("tanh", 0.35), ("relu", 0.5)])
 def test_deep_narrow_nets(activation, bound):
     from sklearn.datasets import load_digits
 

@@ -224,6 +224,7 @@ def distance_over_gradients(gain):
             radius = max(radius, math.sqrt(way))
         t += 1
         total += square
+        depth = min(1.0, 4 / sum(p.ndim > 1 for p in start))
         if square == 0:
             return 0.0
         bounds = [1.5 * f / square / gain**0.75]
@@ -233,7 +234,7 @@ def distance_over_gradients(gain):
                 norm = math.sqrt(sum(p.square().sum() for p in start))
                 radius = min(radius, 0.1 * norm)
         else:
-            bounds.append(3.0 * radius / math.sqrt(total) / gain)
+            bounds.append(3.0 * depth * radius / math.sqrt(total) / gain)
         made = min(bounds)
         if gain > 1:
             made = min(made, last / (1 - 1 / gain))
@@ -251,7 +252,8 @@ def test_distance_over_gradients(task, rule, gain, batch, engine):
     loss, outputs, kind = TASKS[task]
     x, y = data(kind, outputs)
     torch.manual_seed(0)
-    model = MLP((D,), outputs, hidden=[6], activation="tanh").double()
+    hidden = [6] if task == "hinge" else [6, 5, 5, 4]
+    model = MLP((D,), outputs, hidden=hidden, activation="tanh").double()
     arguments = (model, loss, x, y, *plan(batch, 120), 1.0, rule)
     expected = by_hand(*arguments, 1.0, own=distance_over_gradients(gain))
     made = made_by(engine, *arguments, PolyakDoG(gain=gain))
