@@ -107,7 +107,7 @@ class StepSize:
         if not full_batch and needs.full_batch is not None:
             raise ValueError(
                 f"{name} is a rule for full-batch descent: {needs.full_batch}. Use it with "
-                f"GD; on mini-batches use StochasticPolyak, StochasticLineSearch, DoG or DoWG."
+                f"GD; on mini-batches use StochasticPolyak, StochasticLineSearch, DoG or PolyakDoG."
             )
         if momentum != 0 and needs.no_momentum is not None:
             raise ValueError(
@@ -135,7 +135,7 @@ class StepSize:
             instead = "SquaredHinge (or Logistic)" if name == "Hinge" else "a smooth loss"
             raise ValueError(
                 f"{type(self).__name__} needs a smooth loss: {why}. Use {instead} "
-                f"instead of {name}, or the rule StochasticPolyak, DoG or DoWG."
+                f"instead of {name}, or the rule StochasticPolyak, DoG or PolyakDoG."
             )
 
     @torch.no_grad()
